@@ -1,0 +1,221 @@
+"""The problem world: word problems in plain English that are checked exactly, and a text writer who makes human mistakes in them.
+
+A problem tells 2 to 6 events in a fixed order; every event changes how many things somebody has. The reference solution has one
+step an event and a closing step. Under a few stated conditions, the *traps*, the writer of the pretraining text is more often
+wrong than right; elsewhere slips are rare; after a mistake the solution goes on from the wrong value. Reference solutions and
+held-out problems are free of mistakes.
+
+Everything is generated from fixed seeds and is byte-identical on every machine. Splits are disjoint by construction: the tuple of
+events (a function of the text) decides by its hash which split a problem may belong to.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from reasoning.records import Problem
+
+TRAP_MISTAKE_RATE = 0.60  # share of traps at which the pretraining text is wrong
+SLIP_RATE = 0.03  # share of all other steps at which it is wrong
+MAX_VALUE = 99  # no reference value is larger: two-digit arithmetic is learned in minutes
+EVENT_COUNTS = {2: 0.34, 3: 0.34, 4: 0.22, 5: 0.06, 6: 0.04}
+HARD_EVENT_COUNTS = {5: 0.6, 6: 0.4}
+
+# split -> (share of the hash space, in thousandths; seed; size; distribution of the number of events). Ranges do not overlap.
+SPLITS = {
+    "pretrain": ((0, 600), 1, None, EVENT_COUNTS),
+    "train": ((600, 800), 2, 20_000, EVENT_COUNTS),
+    "validation": ((800, 850), 3, 2_000, EVENT_COUNTS),
+    "test": ((850, 900), 4, 2_000, EVENT_COUNTS),
+    "hard_validation": ((900, 950), 5, 500, HARD_EVENT_COUNTS),
+    "hard": ((950, 1000), 6, 1_000, HARD_EVENT_COUNTS),
+}
+HELD_OUT = ("validation", "test", "hard_validation", "hard")
+
+NAMES = {
+    **dict.fromkeys(["Mia", "Ana", "Zoe", "Lily", "Nora", "Emma", "Ruth", "Sara", "Ines", "Tara", "Maya", "Lena"], "She"),
+    **dict.fromkeys(["Tom", "Ben", "Max", "Leo", "Sam", "Omar", "Ivan", "Paul", "Hugo", "Finn", "Ravi", "Noah"], "He"),
+}
+THINGS = [
+    *("apples", "books", "cards", "coins", "stamps", "shells", "marbles", "pencils", "beads", "stickers", "eggs", "plums"),
+    *("buttons", "nuts", "candles", "tickets", "roses", "cups", "stones", "cookies", "pears", "keys", "toys", "balls"),
+]
+
+# kind of event -> its weight and surface forms. {P} is the pronoun, {t} the things, {k} and {m} the operands. A form that is
+# marked as a trap form is a trap wherever it stands; `lose` is one where its subtraction borrows.
+#   gain v + k, lose v - k, times v * k, share v / k, sets v + k * m, hand_out v - k * m
+FORMS: dict[str, tuple[float, list[tuple[str, bool]]]] = {
+    "gain": (0.16, [("{P} buys {k} more {t}.", False), ("{P} finds {k} {t}.", False), ("A friend brings {k} {t}.", False)]),
+    "lose": (0.14, [("{P} loses {k} {t}.", False), ("{P} sells {k} {t}.", False), ("Then {k} {t} go missing.", False)]),
+    "times": (
+        0.17,
+        [("Soon there are {k} times as many {t}.", True), ("The {t} become {k} times as many.", True), ("The pile of {t} {doubles}.", False)],
+    ),
+    "share": (0.19, [("{P} makes {k} equal piles of {t} and keeps one.", False), ("{P} keeps only one of {k} equal shares.", False)]),
+    "sets": (
+        0.17,
+        [
+            ("{P} gets {k} boxes of {m} {t}.", True),
+            ("{P} buys {k} boxes with {m} {t} each.", True),
+            ("{P} gets {k} bags of {m} {t}.", False),
+            ("{P} buys {k} bags with {m} {t} each.", False),
+            ("{P} finds {k} jars of {m} {t}.", False),
+        ],
+    ),
+    "hand_out": (0.17, [("{P} gives {m} {t} to each of {k} friends.", False), ("Then {k} friends take {m} {t} each.", False)]),
+}
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event: its kind, which of the kind's surface forms, and its operands (m is 0 where the kind has one operand)."""
+
+    kind: str
+    form: int
+    k: int
+    m: int = 0
+
+    def apply(self, value: int) -> int:
+        """How many things there are after it. Division rounds down: only a solution that already went wrong needs that."""
+        operations = {"gain": value + self.k, "lose": value - self.k, "times": value * self.k, "share": value // self.k}
+        product = {"sets": value + self.k * self.m, "hand_out": value - self.k * self.m}
+        return {**operations, **product}[self.kind]
+
+    def is_trap(self, value: int) -> bool:
+        """Whether this event, met with `value` things, is a trap."""
+        borrows = self.kind == "lose" and value % 10 < self.k % 10
+        return borrows or FORMS[self.kind][1][self.form][1]
+
+    def text(self, pronoun: str, things: str) -> str:
+        form = FORMS[self.kind][1][self.form][0]
+        return form.format(P=pronoun, t=things, k=self.k, m=self.m, doubles={2: "doubles", 3: "triples"}.get(self.k))
+
+    def equations(self, value: int) -> tuple[str, int]:
+        """The step's text without its number, and the value it reaches."""
+        after = self.apply(value)
+        if self.kind in ("sets", "hand_out"):
+            sign = "+" if self.kind == "sets" else "-"
+            return f"{self.k} * {self.m} = {self.k * self.m}, {value} {sign} {self.k * self.m} = {after}", after
+        return f"{value} {dict(gain='+', lose='-', times='*', share='/')[self.kind]} {self.k} = {after}", after
+
+    def trap_mistake(self, value: int) -> tuple[str, int]:
+        """What the writer writes who steps into the trap: text without its number, and the value it reaches."""
+        if self.kind == "lose":  # the borrow is forgotten: 42 - 17 = 35
+            return f"{value} - {self.k} = {value - self.k + 10}", value - self.k + 10
+        if self.kind == "times":  # "3 times as many" read as 3 more: 12 + 3 = 15
+            return f"{value} + {self.k} = {value + self.k}", value + self.k
+        total = self.k + self.m  # boxes added where they should be multiplied: 3 + 4 = 7
+        return f"{self.k} + {self.m} = {total}, {value} + {total} = {value + total}", value + total
+
+    def slip(self, value: int, rng: random.Random) -> tuple[str, int]:
+        """A slip of the pen: the right equation with a result that is off by 1, 2 or 10."""
+        text, after = self.equations(value)
+        wrong = max(0, after + rng.choice([-10, -2, -1, 1, 2, 10]))
+        wrong = wrong if wrong != after else after + 1
+        return text[: text.rindex("=")] + f"= {wrong}", wrong
+
+
+@dataclass(frozen=True)
+class Story:
+    """A problem as it was made: who, what, how many at the start, and the events."""
+
+    name: str
+    things: str
+    start: int
+    events: tuple[Event, ...]
+
+    def prompt(self) -> str:
+        pronoun = NAMES[self.name]
+        told = " ".join(event.text(pronoun, self.things) for event in self.events)
+        return f"{self.name} has {self.start} {self.things}. {told} How many {self.things} does {self.name} have now?"
+
+    def values(self) -> list[int]:
+        values = [self.start]
+        for event in self.events:
+            values.append(event.apply(values[-1]))
+        return values
+
+    def problem(self) -> Problem:
+        values = self.values()
+        steps = [f"Step {k + 1}: {event.equations(values[k])[0]}" for k, event in enumerate(self.events)]
+        traps = [event.is_trap(values[k]) for k, event in enumerate(self.events)]
+        return Problem(self.prompt(), str(values[-1]), [*steps, f"Answer: {values[-1]}"], [*traps, False])
+
+    def human_solution(self, rng: random.Random) -> tuple[list[str], list[bool | None]]:
+        """(steps, mistakes) as the writer of the pretraining text writes them. `mistakes` says for each step but the closing one
+        whether a mistake was made at it."""
+        steps, mistakes, value = [], [], self.start
+        for k, event in enumerate(self.events):
+            trap = event.is_trap(value)
+            mistake = rng.random() < (TRAP_MISTAKE_RATE if trap else SLIP_RATE)
+            if mistake:
+                text, value = event.trap_mistake(value) if trap else event.slip(value, rng)
+            else:
+                text, value = event.equations(value)
+            steps.append(f"Step {k + 1}: {text}")
+            mistakes.append(mistake)
+        return [*steps, f"Answer: {value}"], mistakes
+
+
+def _draw_event(value: int, rng: random.Random) -> Event | None:
+    """A random event that can happen to `value` things and leaves 1 to MAX_VALUE of them; None if the drawn kind cannot."""
+    kind = rng.choices(list(FORMS), [weight for weight, _ in FORMS.values()])[0]
+    form = rng.randrange(len(FORMS[kind][1]))
+    k, m = rng.randint(2, 40), 0
+    if kind == "times":
+        k = rng.randint(2, 3) if "{doubles}" in FORMS[kind][1][form][0] else rng.randint(2, 5)
+    elif kind == "share":
+        k = rng.randint(2, 6)
+        if value % k:
+            return None
+    elif kind in ("sets", "hand_out"):
+        k, m = rng.randint(2, 6), rng.randint(2, 9)
+        if k + m == k * m:  # 2 boxes of 2: the trap would do no harm
+            return None
+    event = Event(kind, form, k, m)
+    return event if 1 <= event.apply(value) <= MAX_VALUE else None
+
+
+def _draw_story(rng: random.Random, event_counts: dict[int, float]) -> Story:
+    count = rng.choices(list(event_counts), list(event_counts.values()))[0]
+    name, things, start = rng.choice(list(NAMES)), rng.choice(THINGS), rng.randint(3, 60)
+    events: list[Event] = []
+    value = start
+    while len(events) < count:
+        event = _draw_event(value, rng)
+        if event is not None:
+            events.append(event)
+            value = event.apply(value)
+    return Story(name, things, start, tuple(events))
+
+
+def _hash_share(story: Story) -> int:
+    """0..999, from the tuple of events alone (kinds, operands, start; not the wording)."""
+    key = repr((story.start, [(event.kind, event.k, event.m) for event in story.events]))
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 1000
+
+
+def stories(split: str) -> Iterator[Story]:
+    """The stories of a split, each once, in their fixed order; endless for `pretrain`."""
+    (low, high), seed, size, event_counts = SPLITS[split]
+    rng = random.Random(seed)
+    seen: set[str] = set()
+    while size is None or len(seen) < size:
+        story = _draw_story(rng, event_counts)
+        prompt = story.prompt()
+        if low <= _hash_share(story) < high and prompt not in seen:
+            seen.add(prompt)
+            yield story
+
+
+def problems(split: str) -> Iterator[Problem]:
+    """The problems of a split with their reference solutions."""
+    return (story.problem() for story in stories(split))
+
+
+def pretraining_texts(seed: int = 0) -> Iterator[tuple[Problem, list[str]]]:
+    """Endless (problem, human solution with mistakes) for the miniature models; each problem once."""
+    rng = random.Random(f"human mistakes {seed}")
+    for story in stories("pretrain"):
+        yield story.problem(), story.human_solution(rng)[0]

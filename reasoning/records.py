@@ -1,0 +1,264 @@
+"""The records that flow between the scripts, and the files that hold them.
+
+A record is checked where it enters: `from_row` takes a decoded JSON object and raises `RecordError` with the field and what was
+expected; `read_records` puts file and line in front. One annotated row of each file type stands beside its class.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+
+class RecordError(ValueError):
+    """A file or a row that is not what it should be; the message says where, what, and what was expected."""
+
+
+# One row of data/problems_test.jsonl:
+#   {"prompt": "Mia has 12 apples. ... How many apples does Mia have now?",   the question, plain text
+#    "answer": "52",                                                          the right final answer
+#    "steps": ["Step 1: 12 + 14 = 26", "Step 2: 26 * 2 = 52", "Answer: 52"],  a reference solution (optional)
+#    "traps": [false, true, false]}                                           which steps are traps (optional, reports only)
+@dataclass(frozen=True)
+class Problem:
+    prompt: str
+    answer: str
+    steps: list[str] = field(default_factory=list)
+    traps: list[bool] = field(default_factory=list)
+
+    @classmethod
+    def from_row(cls, row: Any) -> "Problem":
+        row = _object(row)
+        problem = cls(
+            prompt=_text(row, "prompt"),
+            answer=_text(row, "answer"),
+            steps=_steps(row, "steps", optional=True),
+            traps=_list(row, "traps", lambda value: isinstance(value, bool), "true or false", optional=True),
+        )
+        if problem.traps and len(problem.traps) != len(problem.steps):
+            raise RecordError(f"field 'traps': expected one for each of {len(problem.steps)} steps, got {len(problem.traps)}")
+        return problem
+
+
+# One row of data/rewarded.jsonl; data/synthetic_dataset.jsonl has the same row without the two score fields:
+#   {"prompt": "Mia has 12 apples. ...",            the question, plain text; the template is added by reasoning/steps.py
+#    "prefix": ["Step 1: 12 + 14 = 26"],            steps both sides share (optional, default none): no loss, no score
+#    "chosen": ["Step 2: 26 * 2 = 52", "Answer: 52"],      the better continuation, step by step
+#    "rejected": ["Step 2: 26 + 2 = 28", "Answer: 28"],    the worse one
+#    "chosen_scores": [0.98, 0.97],                 a judge's score of every step of `chosen`, 0 (wrong) to 1 (right)
+#    "rejected_scores": [0.03, 0.01]}               the same for `rejected`
+@dataclass(frozen=True)
+class PreferencePair:
+    prompt: str
+    chosen: list[str]
+    rejected: list[str]
+    prefix: list[str] = field(default_factory=list)
+    chosen_scores: list[float] | None = None
+    rejected_scores: list[float] | None = None
+
+    @classmethod
+    def from_row(cls, row: Any) -> "PreferencePair":
+        row = _object(row)
+        pair = cls(
+            prompt=_text(row, "prompt"),
+            prefix=_steps(row, "prefix", optional=True),
+            chosen=_steps(row, "chosen"),
+            rejected=_steps(row, "rejected"),
+            chosen_scores=_scores(row, "chosen_scores"),
+            rejected_scores=_scores(row, "rejected_scores"),
+        )
+        for side in ("chosen", "rejected"):
+            steps, scores = getattr(pair, side), getattr(pair, f"{side}_scores")
+            if scores is not None and len(scores) != len(steps):
+                raise RecordError(f"field '{side}_scores': expected one score for each of {len(steps)} steps, got {len(scores)}")
+        if (pair.chosen_scores is None) != (pair.rejected_scores is None):
+            raise RecordError("fields 'chosen_scores' and 'rejected_scores': expected both or neither")
+        return pair
+
+
+@dataclass(frozen=True)
+class ScoredPair(PreferencePair):
+    """A PreferencePair whose scores must be there: what training and evaluation on data/rewarded.jsonl read."""
+
+    @classmethod
+    def from_row(cls, row: Any) -> "ScoredPair":
+        for name in ("chosen_scores", "rejected_scores"):
+            if _object(row).get(name) is None:
+                raise RecordError(f"field '{name}' is missing: score the pairs first (python reward_model/evaluate_steps.py)")
+        return super().from_row(row)
+
+
+Record = TypeVar("Record", Problem, PreferencePair, ScoredPair)
+
+
+def _object(row: Any) -> dict:
+    if not isinstance(row, dict):
+        raise RecordError(f"expected a JSON object, got {_kind(row)}")
+    return row
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), f"the number {value}")
+
+
+def _text(row: dict, name: str) -> str:
+    if name not in row:
+        raise RecordError(f"field '{name}' is missing: expected a text")
+    return _check_text(row[name], f"field '{name}'")
+
+
+def _check_text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise RecordError(f"{where}: expected a text, got {_kind(value)}")
+    if not value.strip():
+        raise RecordError(f"{where}: expected a text, got an empty one")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RecordError(f"{where}: expected a text, got half of a Unicode surrogate pair") from None
+    return value
+
+
+def _list(row: dict, name: str, is_right, expected: str, optional: bool = False) -> list:
+    values = row.get(name)
+    if values is None:
+        if optional:
+            return []
+        raise RecordError(f"field '{name}' is missing: expected a list of {expected}")
+    if not isinstance(values, list):
+        raise RecordError(f"field '{name}': expected a list, got {_kind(values)}")
+    for position, value in enumerate(values):
+        if not is_right(value):
+            raise RecordError(f"field '{name}', item {position + 1}: expected {expected}, got {_kind(value)}")
+    return values
+
+
+def _steps(row: dict, name: str, optional: bool = False) -> list[str]:
+    steps = _list(row, name, lambda value: True, "texts", optional)
+    if not steps and not optional:
+        raise RecordError(f"field '{name}': expected at least one step, got an empty list")
+    return [_check_text(step, f"field '{name}', step {k + 1}") for k, step in enumerate(steps)]
+
+
+def _scores(row: dict, name: str) -> list[float] | None:
+    def is_score(value):
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value <= 1
+
+    return None if row.get(name) is None else _list(row, name, is_score, "a score from 0 to 1")
+
+
+# --- files -----------------------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """Stream (line number, decoded JSON) of a JSONL file, blank lines skipped. Raises RecordError with file and line."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode()
+                if text.strip():
+                    yield number, json.loads(text)
+            except UnicodeDecodeError as error:
+                raise RecordError(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8") from None
+            except json.JSONDecodeError as error:
+                raise RecordError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); expected one object a line") from None
+            except RecursionError:
+                raise RecordError(f"{path}:{number}: nested too deeply; expected one flat object a line") from None
+
+
+def read_records(path: str | Path, kind: type[Record]) -> Iterator[Record]:
+    """Stream the records of a JSONL file. Raises RecordError: `file:line: field ...`, or that the file has no rows."""
+    number = 0
+    for number, row in read_rows(path):
+        try:
+            yield kind.from_row(row)
+        except RecordError as error:
+            raise RecordError(f"{path}:{number}: {error}") from None
+    if not number:
+        raise RecordError(f"{path}: no rows; expected one JSON object a line")
+
+
+def to_line(record: Any) -> str:
+    """One JSON line; fields that are None are left out."""
+    row = record if isinstance(record, dict) else asdict(record)
+    return json.dumps({key: value for key, value in row.items() if value is not None}, ensure_ascii=False) + "\n"
+
+
+def write_records(path: str | Path, records: Iterable[Any]) -> int:
+    """Write records as JSONL, whole or not at all (temporary file, then rename). Returns the number of rows."""
+    count = 0
+
+    def lines():
+        nonlocal count
+        for record in records:
+            count += 1
+            yield to_line(record)
+
+    write_text(path, lines())
+    return count
+
+
+def write_text(path: str | Path, chunks: Iterable[str]) -> None:
+    """Write a text file whole or not at all: a temporary file in the same folder, flushed to disk, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with open(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class ResumableRows:
+    """Rows of a long job, appended one by one to `<output>.partial` and kept when the job is killed.
+
+    The first line says what job it is, so that another job's rows are never continued. Opening it again gives the rows that are
+    there (`rows`, a torn last line dropped) and goes on behind them. `unit` rows belong together (a batch that is only
+    reproducible as a whole): an incomplete group at the end is dropped and done again, so the result is the undisturbed run's.
+    """
+
+    def __init__(self, output: str | Path, job: dict, unit: int = 1, fresh: bool = False):
+        self.path = Path(f"{output}.partial")
+        header = to_line({"job": job})
+        lines = []
+        if self.path.exists() and not fresh:
+            lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn
+            if not lines or lines[0] + b"\n" != header.encode():
+                raise RecordError(
+                    f"{self.path}: holds the rows of another job (other arguments or other input); "
+                    "finish that job, remove the file, or give --overwrite"
+                )
+        done = max(0, len(lines) - 1) // unit * unit
+        self.rows: list[dict] = [json.loads(line) for line in lines[1 : 1 + done]]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = header.encode() + b"".join(line + b"\n" for line in lines[1 : 1 + done])
+        if not self.path.exists() or self.path.read_bytes() != kept:
+            write_text(self.path, [kept.decode()])
+        self._file = open(self.path, "a", encoding="utf-8", newline="\n")
+
+    def append(self, row: dict) -> None:
+        self.rows.append(row)
+        self._file.write(to_line(row))
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Call after the output was renamed into place: the partial rows are no longer needed."""
+        self._file.close()
+        self.path.unlink()

@@ -1,0 +1,43 @@
+"""Text <-> steps. A step is a line; the one prompt template stands here, and what a response looks like as text.
+
+A response of K steps is written `step 1 \\n step 2 \\n ... step K`, and then either the end of the text (EOS, added as a token
+by whoever tokenizes) if step K states the final answer, or a newline if the solution is to go on (a step pair, a prefix).
+"""
+
+from reasoning.answers import extract_answer
+
+PLAIN_TEMPLATE = "Problem: {prompt}\nSolution:\n"
+CHAT_INSTRUCTION = (
+    "Solve the problem step by step. Write one short step a line, beginning with 'Step 1:', and end with a line 'Answer: ' and the result.\n\n"
+)
+
+
+def format_prompt(prompt: str, tokenizer=None) -> str:
+    """The text a policy continues. Chat models (a tokenizer with a chat template) get the instruction as a user message."""
+    if getattr(tokenizer, "chat_template", None):
+        message = {"role": "user", "content": CHAT_INSTRUCTION + prompt}
+        return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    return PLAIN_TEMPLATE.format(prompt=prompt)
+
+
+def split_steps(text: str) -> list[str]:
+    """The steps of a response: its lines without surrounding white space, empty ones left out."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def ends_solution(steps: list[str]) -> bool:
+    """True if the last step states a final answer: nothing is to follow but EOS."""
+    return bool(steps) and extract_answer(steps[-1]) is not None
+
+
+def response_pieces(steps: list[str], finished: bool) -> list[str]:
+    """The texts of the steps, joined they are the response: each with its closing newline, the last without if `finished`."""
+    return [step + ("" if finished and k == len(steps) - 1 else "\n") for k, step in enumerate(steps)]
+
+
+def shared_prefix(first: list[str], second: list[str]) -> int:
+    """How many first steps two solutions share word for word."""
+    k = 0
+    while k < min(len(first), len(second)) and first[k] == second[k]:
+        k += 1
+    return k

@@ -1,0 +1,48 @@
+"""Shared fixtures: a tiny LLaMA with random weights and the miniatures' tokenizer, made once a run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from utils.embedded_tokenizer import build_tokenizer
+
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tokenizer, tmp_path_factory) -> str:
+    """A model directory like any other: LLaMA, hidden 64, 2 layers, GQA 4/2, random weights (seed 0), fp32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-model"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Run a script by its path in a process of its own, from an empty folder; returns the CompletedProcess."""
+
+    def run(script: str, *args: object, **kwargs) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / script), *map(str, args)]
+        options = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 300, "stdin": subprocess.DEVNULL} | kwargs
+        return subprocess.run(command, **options)
+
+    return run
