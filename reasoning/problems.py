@@ -50,9 +50,16 @@ FORMS: dict[str, tuple[float, list[tuple[str, bool]]]] = {
     "lose": (0.14, [("{P} loses {k} {t}.", False), ("{P} sells {k} {t}.", False), ("Then {k} {t} go missing.", False)]),
     "times": (
         0.17,
-        [("Soon there are {k} times as many {t}.", True), ("The {t} become {k} times as many.", True), ("The pile of {t} {doubles}.", False)],
+        [
+            ("Soon there are {k} times as many {t}.", True),
+            ("The {t} become {k} times as many.", True),
+            ("The pile of {t} {doubles}.", False),
+        ],
     ),
-    "share": (0.19, [("{P} makes {k} equal piles of {t} and keeps one.", False), ("{P} keeps only one of {k} equal shares.", False)]),
+    "share": (
+        0.19,
+        [("{P} makes {k} equal piles of {t} and keeps one.", False), ("{P} keeps only one of {k} equal shares.", False)],
+    ),
     "sets": (
         0.17,
         [

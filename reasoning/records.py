@@ -164,9 +164,13 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
                 if text.strip():
                     yield number, json.loads(text)
             except UnicodeDecodeError as error:
-                raise RecordError(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8") from None
+                raise RecordError(
+                    f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
+                ) from None
             except json.JSONDecodeError as error:
-                raise RecordError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); expected one object a line") from None
+                raise RecordError(
+                    f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); expected one object a line"
+                ) from None
             except RecursionError:
                 raise RecordError(f"{path}:{number}: nested too deeply; expected one flat object a line") from None
 

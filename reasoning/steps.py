@@ -4,11 +4,15 @@ A response of K steps is written `step 1 \\n step 2 \\n ... step K`, and then ei
 by whoever tokenizes) if step K states the final answer, or a newline if the solution is to go on (a step pair, a prefix).
 """
 
+import bisect
+import itertools
+
 from reasoning.answers import extract_answer
 
 PLAIN_TEMPLATE = "Problem: {prompt}\nSolution:\n"
 CHAT_INSTRUCTION = (
-    "Solve the problem step by step. Write one short step a line, beginning with 'Step 1:', and end with a line 'Answer: ' and the result.\n\n"
+    "Solve the problem step by step. Write one short step a line, beginning with 'Step 1:', "
+    "and end with a line 'Answer: ' and the result.\n\n"
 )
 
 
@@ -33,6 +37,25 @@ def ends_solution(steps: list[str]) -> bool:
 def response_pieces(steps: list[str], finished: bool) -> list[str]:
     """The texts of the steps, joined they are the response: each with its closing newline, the last without if `finished`."""
     return [step + ("" if finished and k == len(steps) - 1 else "\n") for k, step in enumerate(steps)]
+
+
+def encode_steps(tokenizer, prompt: str, prefix: list[str], steps: list[str]) -> tuple[list[int], list[int]]:
+    """Token ids of template, prompt, prefix and steps, and for every token the step it belongs to: 0 .. len(steps) - 1, or -1
+    for what comes before the steps. The one place where text becomes ids for training and for scoring.
+
+    The whole text is tokenized once and cut by character offsets (a fast tokenizer is needed); a token that straddles a boundary
+    belongs to the earlier step. A response that ends the solution gets EOS, which belongs to its last step."""
+    finished = ends_solution(steps)
+    pieces = [
+        format_prompt(prompt, tokenizer) + "".join(response_pieces(prefix, finished=False)),
+        *response_pieces(steps, finished),
+    ]
+    # a chat template writes the special tokens itself
+    encoded = tokenizer("".join(pieces), return_offsets_mapping=True, add_special_tokens=not tokenizer.chat_template)
+    ends = list(itertools.accumulate(map(len, pieces)))
+    step_of = [min(bisect.bisect_right(ends, start), len(steps)) - 1 for start, _ in encoded["offset_mapping"]]
+    ids = list(encoded["input_ids"])
+    return (ids + [tokenizer.eos_token_id], [*step_of, len(steps) - 1]) if finished else (ids, step_of)
 
 
 def shared_prefix(first: list[str], second: list[str]) -> int:
