@@ -12,7 +12,7 @@ events (a function of the text) decides by its hash which split a problem may be
 import hashlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reasoning.records import Problem
 
@@ -226,3 +226,24 @@ def pretraining_texts(seed: int = 0) -> Iterator[tuple[Problem, list[str]]]:
     rng = random.Random(f"human mistakes {seed}")
     for story in stories("pretrain"):
         yield story.problem(), story.human_solution(rng)[0]
+
+
+def corrupted(story: Story, rng: random.Random) -> list[str]:
+    """The reference solution with one error at a random event, of a random kind (trap mistake, slip, or another event's operands),
+    and what follows from it: error data for judges."""
+    wrong_at = rng.randrange(len(story.events))
+    steps, value = [], story.start
+    for k, event in enumerate(story.events):
+        if k == wrong_at:
+            kind = rng.choice(["slip", "trap", "misread"])
+            if kind == "trap" and event.is_trap(value):
+                text, value = event.trap_mistake(value)
+            elif kind == "misread":
+                other = replace(event, k=max(1, event.k + rng.choice([-2, -1, 1, 2, 10])))
+                text, value = other.equations(value)
+            else:
+                text, value = event.slip(value, rng)
+        else:
+            text, value = event.equations(value)
+        steps.append(f"Step {k + 1}: {text}")
+    return [*steps, f"Answer: {value}"]

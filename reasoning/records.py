@@ -4,6 +4,7 @@ A record is checked where it enters: `from_row` takes a decoded JSON object and 
 expected; `read_records` puts file and line in front. One annotated row of each file type stands beside its class.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -92,7 +93,23 @@ class ScoredPair(PreferencePair):
         return super().from_row(row)
 
 
-Record = TypeVar("Record", Problem, PreferencePair, ScoredPair)
+@dataclass(frozen=True)
+class Prompt:
+    """A row of any file that holds prompts; its other fields are not read."""
+
+    prompt: str
+
+    @classmethod
+    def from_row(cls, row: Any) -> "Prompt":
+        return cls(_text(_object(row), "prompt"))
+
+
+Record = TypeVar("Record", Problem, PreferencePair, ScoredPair, Prompt)
+
+
+def is_kept_out(prompt: str) -> bool:
+    """Whether the pairs of this prompt are kept out of all training, for log-prob margins: a tenth of all prompts."""
+    return int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10 == 0
 
 
 def _object(row: Any) -> dict:
@@ -255,7 +272,7 @@ class ResumableRows:
         kept = header.encode() + b"".join(line + b"\n" for line in lines[1 : 1 + done])
         if not self.path.exists() or self.path.read_bytes() != kept:
             write_text(self.path, [kept.decode()])
-        self._file = open(self.path, "a", encoding="utf-8", newline="\n")
+        self._file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (open as long as the job runs)
 
     def append(self, row: dict) -> None:
         self.rows.append(row)

@@ -55,7 +55,7 @@ def encode_steps(tokenizer, prompt: str, prefix: list[str], steps: list[str]) ->
     ends = list(itertools.accumulate(map(len, pieces)))
     step_of = [min(bisect.bisect_right(ends, start), len(steps)) - 1 for start, _ in encoded["offset_mapping"]]
     ids = list(encoded["input_ids"])
-    return (ids + [tokenizer.eos_token_id], [*step_of, len(steps) - 1]) if finished else (ids, step_of)
+    return ([*ids, tokenizer.eos_token_id], [*step_of, len(steps) - 1]) if finished else (ids, step_of)
 
 
 def shared_prefix(first: list[str], second: list[str]) -> int:

@@ -127,14 +127,7 @@ class Policy:
         rows = torch.arange(len(prompts) * n, device=self.device)  # which response each row of the cache writes
         alive = torch.ones_like(rows, dtype=torch.bool)
         eos = torch.tensor(sorted(i for i in self.eos_ids if i is not None), device=self.device)
-        for step in range(min(max_new_tokens, self.context - longest)):
-            if step:
-                position = position + 1
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-                output = self.model(
-                    input_ids=tokens[:, None], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
-                )  # fmt: skip
-                logits = output.logits[:, -1].float()
+        for _ in range(min(max_new_tokens, self.context - longest)):
             if temperature > 0:
                 tokens = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
             else:
@@ -147,6 +140,9 @@ class Policy:
                 keep = alive.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 mask, position, rows, tokens, alive = mask[keep], position[keep], rows[keep], tokens[keep], alive[keep]
+            position, mask = position + 1, torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            output = self.model(input_ids=tokens[:, None], attention_mask=mask, position_ids=position, past_key_values=cache)
+            logits = output.logits[:, -1].float()
 
     @torch.inference_mode()
     def logps(self, rows: Sequence[tuple[str, list[str], list[str]]], batch_size: int = 32) -> list[float]:

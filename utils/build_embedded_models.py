@@ -1,0 +1,364 @@
+"""Make the embedded models from nothing: the tokenizer, policy-mini and judge-mini, and the judge's GGUF file.
+
+    python utils/build_embedded_models.py --overwrite        (or: make models)
+
+policy-mini is a LLaMA of 1.9M parameters, trained from scratch on the pretraining stream (mistakes included) with the learning
+rate decayed to 0. judge-mini starts from policy-mini's weights and learns to answer "Right?" after every step: on reference
+solutions, on solutions with mistakes, and on policy-mini's own samples, with exact labels. Interrupted, it resumes.
+"""
+
+import itertools
+import json
+import random
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils.cli import at_root, check_output, parse_args, run
+
+JUDGE_FILE = "judge-mini.Q8_0.gguf"
+TOKENS_PER_BATCH = 2000  # padded tokens an optimizer step
+
+
+@dataclass
+class BuildArguments:
+    output: str = field(default_factory=lambda: at_root("models"), metadata={"help": "folder of policy-mini/ and judge-mini/"})
+    policy_examples: int = field(default=130_000, metadata={"help": "pretraining texts, each problem once (about 116 tokens each)"})
+    judge_examples: int = field(default=40_000, metadata={"help": "solutions written for the judge, right and wrong"})
+    judge_samples: int = field(default=20_000, metadata={"help": "policy samples for the judge, one a train problem"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate of policy-mini, decayed linearly to 0"})
+    judge_learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of judge-mini, decayed linearly to 0"})
+    validation: int = field(default=2000, metadata={"help": "validation problems for the figures in the model cards"})
+    seed: int = field(default=0, metadata={"help": "seed of initial weights, mistakes and order"})
+    overwrite: bool = field(default=False, metadata={"help": "replace finished models"})
+
+
+# --- training data ---
+
+
+def bucketed(lengths: list[int], rng: random.Random, tokens: int = TOKENS_PER_BATCH, window: int = 4096) -> list[list[int]]:
+    """Indices in batches of at most `tokens` padded tokens: like lengths together, batches in random order."""
+    batches = []
+    for start in range(0, len(lengths), window):
+        order = sorted(range(start, min(start + window, len(lengths))), key=lengths.__getitem__)
+        batch: list[int] = []
+        for index in order:
+            if batch and lengths[index] * (len(batch) + 1) > tokens:
+                batches.append(batch)
+                batch = []
+            batch.append(index)
+        batches.append(batch)
+    rng.shuffle(batches)
+    return batches
+
+
+def collate_text(batch: list[list[dict]]) -> dict:
+    """Right-padded ids and labels of one bucket; loss on the solution's tokens."""
+    import torch
+
+    examples = batch[0]
+    longest = max(len(example["ids"]) for example in examples)
+    ids = torch.tensor([example["ids"] + [0] * (longest - len(example["ids"])) for example in examples])
+    step_of = torch.tensor([example["step_of"] + [-1] * (longest - len(example["ids"])) for example in examples])
+    mask = torch.tensor([[1] * len(example["ids"]) + [0] * (longest - len(example["ids"])) for example in examples])
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(step_of < 0, -100)}
+
+
+def collate_judge(batch: list[list[dict]], question: list[int], yes: int, no: int) -> dict:
+    """One bucket with the question asked after every step, all in one forward pass.
+
+    A row is the solution (the trunk) followed by a copy of the question for each step. A copy sees the trunk up to the end of its
+    step and itself, at the positions that follow that step, so it reads what it would read if it stood there: (B, 1, L, L) mask."""
+    import torch
+
+    examples = batch[0]
+    longest = max(len(example["ids"]) + len(question) * len(example["labels"]) for example in examples)
+    ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    positions = torch.zeros_like(ids)
+    mask = torch.eye(longest, dtype=torch.bool).repeat(len(examples), 1, 1)  # padding sees itself: no empty softmax
+    answers = torch.full_like(ids, -100)  # at the question's last token: the answer
+    trunk_labels = torch.full_like(ids, -100)  # the tokens of right steps, so that the judge keeps knowing how to solve
+    for b, example in enumerate(examples):
+        trunk, step_of = example["ids"], example["step_of"]
+        n = len(trunk)
+        ids[b, :n] = torch.tensor(trunk)
+        positions[b, :n] = torch.arange(n)
+        mask[b, :n, :n] = torch.ones(n, n, dtype=torch.bool).tril()
+        for k, right in enumerate(example["labels"]):
+            end = max(i for i in range(n) if step_of[i] == k) + 1
+            first, last = n + k * len(question), n + (k + 1) * len(question)
+            ids[b, first:last] = torch.tensor(question)
+            positions[b, first:last] = torch.arange(end, end + len(question))
+            mask[b, first:last, :end] = True
+            mask[b, first:last, first:last] = torch.ones(len(question), len(question), dtype=torch.bool).tril()
+            answers[b, last - 1] = yes if right else no
+            if right:
+                trunk_labels[b, :n][torch.tensor(step_of) == k] = torch.tensor(
+                    [t for t, s in zip(trunk, step_of, strict=True) if s == k]
+                )
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "attention_mask": mask[:, None],
+        "answers": answers,
+        "trunk_labels": trunk_labels,
+    }
+
+
+def policy_data(tokenizer, count: int, seed: int) -> Iterator[dict]:
+    from tqdm import tqdm
+
+    from reasoning.problems import pretraining_texts
+    from reasoning.steps import encode_steps
+
+    for problem, steps in tqdm(itertools.islice(pretraining_texts(seed), count), total=count, desc="writing pretraining texts"):
+        ids, step_of = encode_steps(tokenizer, problem.prompt, [], steps)
+        yield {"ids": ids, "step_of": step_of}
+
+
+def judge_solutions(count: int, seed: int) -> Iterator[tuple]:
+    """(problem, steps) for the judge, from the pretraining stream: a quarter of them reference solutions, half as the writer of
+    the pretraining text writes them, a quarter with an error put in."""
+    from reasoning.problems import corrupted, stories
+
+    rng = random.Random(f"judge {seed}")
+    for story in itertools.islice(stories("pretrain"), count):
+        problem = story.problem()
+        kind = rng.random()
+        if kind < 0.25:
+            yield problem, problem.steps
+        elif kind < 0.75:
+            yield problem, story.human_solution(rng)[0]
+        else:
+            yield problem, corrupted(story, rng)
+
+
+def judge_data(tokenizer, solutions: Iterable[tuple]) -> Iterator[dict]:
+    """The judge reads every step with its closing newline, and no EOS: so the question follows a newline always."""
+    from reasoning.grading import grade_steps
+    from reasoning.steps import encode_steps
+
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    for problem, steps in solutions:
+        ids, step_of = encode_steps(tokenizer, problem.prompt, [], steps)
+        if ids[-1] == tokenizer.eos_token_id:
+            ids[-1] = newline
+        yield {"ids": ids, "step_of": step_of, "labels": grade_steps(steps, problem)}
+
+
+# --- training ---
+
+
+def train(model, examples: list[dict], collate, work: Path, learning_rate: float, seed: int):
+    """One pass over the examples with the learning rate decayed to 0; continues from the last checkpoint in `work`. Returns the
+    model. Progress bar and checkpoints are transformers.Trainer's."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from search.policy import pick_device
+
+    class MiniTrainer(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if "answers" not in inputs:
+                return super().compute_loss(model, inputs, return_outputs)
+            answers, trunk_labels = inputs.pop("answers"), inputs.pop("trunk_labels")
+            logits = model(**inputs).logits.float()
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
+            return loss + torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), trunk_labels[:, 1:].flatten())
+
+    device, bf16 = pick_device()
+    batches = bucketed([len(example["ids"]) for example in examples], random.Random(seed))
+    arguments = TrainingArguments(
+        output_dir=str(work), per_device_train_batch_size=1, num_train_epochs=1, seed=seed, report_to=[], logging_steps=200,
+        learning_rate=learning_rate, lr_scheduler_type="linear", warmup_steps=100, weight_decay=0.01, adam_beta2=0.98,
+        save_steps=500, save_total_limit=1, use_cpu=device == "cpu", bf16=bf16, remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = MiniTrainer(model, arguments, collate, [[examples[i] for i in batch] for batch in batches])
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if work.is_dir() else None)
+    return trainer.model
+
+
+def new_policy(tokenizer, seed: int):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+            num_key_value_heads=3, max_position_embeddings=512, tie_word_embeddings=False,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+
+
+def judge_question(tokenizer) -> tuple[list[int], int, int]:
+    """(ids of the question after a newline, id of yes, id of no)."""
+    from reward_model.base import PLAIN
+
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    question = tokenizer("\n" + PLAIN.question, add_special_tokens=False)["input_ids"][len(newline) :]
+    yes, no = (tokenizer(f"? {word}", add_special_tokens=False)["input_ids"][-1] for word in ("Yes", "No"))
+    return question, yes, no
+
+
+# --- figures for the model cards ---
+
+
+def policy_figures(policy, split: str = "validation", limit: int | None = None) -> dict:
+    """Greedy accuracy, and how often a step is right after a right beginning, at traps and elsewhere."""
+    from reasoning.grading import grade_steps, is_correct
+    from reasoning.problems import problems
+
+    tasks = list(itertools.islice(problems(split), limit))
+    answers = policy.generate([problem.prompt for problem in tasks], progress=f"answering {split}")
+    seen, right = {True: 0, False: 0}, {True: 0, False: 0}
+    for problem, (answer,) in zip(tasks, answers, strict=True):
+        scores = [1.0, *grade_steps(answer.steps, problem)]
+        for k, trap in enumerate(problem.traps):
+            if k < len(scores) and scores[k]:
+                seen[trap] += 1
+                right[trap] += k + 1 < len(scores) and bool(scores[k + 1])
+    correct = sum(is_correct(answer.steps, problem) for problem, (answer,) in zip(tasks, answers, strict=True))
+    return {
+        "n": len(tasks),
+        "accuracy": correct / len(tasks),
+        "right at traps after a right beginning": right[True] / seen[True],
+        "right at other steps after a right beginning": right[False] / seen[False],
+        "steps at traps": seen[True],
+        "other steps": seen[False],
+    }
+
+
+def judge_figures(judge, tokenizer, policy, samples: int = 1, limit: int | None = None, seed: int = 1) -> dict:
+    """AUROC and accuracy at .5 over the steps of fresh policy samples (temperature 1) of validation problems."""
+    import torch
+    from sklearn.metrics import roc_auc_score
+
+    from reasoning.problems import problems
+
+    question, yes, no = judge_question(tokenizer)
+    tasks = list(itertools.islice(problems("validation"), limit))
+    answers = policy.generate([task.prompt for task in tasks], n=samples, temperature=1.0, seed=seed, progress="sampling")
+    solutions = [(task, answer.steps) for task, group in zip(tasks, answers, strict=True) for answer in group if answer.steps]
+    examples = list(judge_data(tokenizer, solutions))
+    scores, labels = [], []
+    for batch in bucketed([len(example["ids"]) for example in examples], random.Random(0)):
+        inputs = collate_judge([[examples[i] for i in batch]], question, yes, no)
+        answers, _ = inputs.pop("answers"), inputs.pop("trunk_labels")
+        with torch.inference_mode():
+            logits = judge(**{name: value.to(judge.device) for name, value in inputs.items()}).logits.float().cpu()
+        asked = answers >= 0
+        scores += (logits[asked][:, yes] - logits[asked][:, no]).sigmoid().tolist()
+        labels += (answers[asked] == yes).tolist()
+    agreement = sum((score > 0.5) == label for score, label in zip(scores, labels, strict=True)) / len(labels)
+    return {"solutions": len(solutions), "n": len(labels), "step_auroc": roc_auc_score(labels, scores), "accuracy at .5": agreement}
+
+
+# --- the build ---
+
+
+def finish(model, tokenizer, folder: Path) -> None:
+    """Save in half precision, whole or not at all."""
+    working = folder.with_name(folder.name + ".tmp")
+    model.cpu().half().save_pretrained(working)
+    tokenizer.save_pretrained(working)
+    working.rename(folder)
+
+
+def card(folder: Path, title: str, text: str, figures: dict) -> None:
+    from reasoning.records import write_text
+
+    cells = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in figures.items()}
+    rows = "".join(f"| {name} | {cell} |\n" for name, cell in cells.items())
+    write_text(folder / "README.md", [f"# {title}\n\n{text}\n\n| on validation problems | |\n|---|---|\n{rows}"])
+
+
+def sample_train(policy, count: int, path: Path, job: dict, seed: int) -> list[tuple]:
+    """One policy sample (temperature 1) a train problem, kept while the build lasts."""
+    from reasoning.problems import problems
+    from reasoning.records import ResumableRows
+
+    unit = 1024
+    tasks = list(itertools.islice(problems("train"), count))
+    rows = ResumableRows(path, job, unit)
+    for start in range(len(rows.rows), len(tasks), unit):
+        chunk = tasks[start : start + unit]
+        name = f"sampling for the judge, {start}/{len(tasks)}"
+        answers = policy.generate([task.prompt for task in chunk], temperature=1.0, seed=seed + start, progress=name)
+        for (answer,) in answers:
+            rows.append({"steps": answer.steps})
+    return [(task, row["steps"]) for task, row in zip(tasks, rows.rows, strict=True) if row["steps"]]
+
+
+def main() -> None:
+    (args,) = parse_args(BuildArguments, description="Make policy-mini and judge-mini from nothing.")
+    output = Path(args.output)
+    policy_dir, judge_dir, work = output / "policy-mini", output / "judge-mini", output / ".build"
+    for folder in (policy_dir, judge_dir):
+        check_output(str(folder), args.overwrite)
+    job = {name: value for name, value in vars(args).items() if name not in ("output", "overwrite")}
+    if work.exists() and not ((work / "job.json").is_file() and json.loads((work / "job.json").read_text()) == job):
+        shutil.rmtree(work)  # another job's half-built models
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "job.json").write_text(json.dumps(job))
+
+    from transformers import AutoModelForCausalLM
+
+    from search.policy import Policy
+    from utils.embedded_tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    if not (work / "policy-mini").exists():
+        print("1/3 policy-mini: learning from the pretraining stream", flush=True)
+        examples = list(policy_data(tokenizer, args.policy_examples, args.seed))
+        model = train(new_policy(tokenizer, args.seed), examples, collate_text, work / "policy", args.learning_rate, args.seed)
+        finish(model, tokenizer, work / "policy-mini")
+    policy = Policy.load(str(work / "policy-mini"))
+    card(work / "policy-mini", "policy-mini", POLICY_CARD.format(**job), policy_figures(policy, limit=args.validation))
+
+    if not (work / "judge-mini").exists():
+        print("2/3 samples of policy-mini for the judge", flush=True)
+        samples = sample_train(policy, args.judge_samples, work / "samples.jsonl", job, args.seed)
+        print("3/3 judge-mini: learning to judge steps", flush=True)
+        question, yes, no = judge_question(tokenizer)
+        examples = list(judge_data(tokenizer, [*judge_solutions(args.judge_examples, args.seed), *samples]))
+        random.Random(args.seed).shuffle(examples)
+        start = AutoModelForCausalLM.from_pretrained(work / "policy-mini", dtype="float32")
+        collate = partial(collate_judge, question=question, yes=yes, no=no)
+        model = train(start, examples, collate, work / "judge", args.judge_learning_rate, args.seed)
+        finish(model, tokenizer, work / "judge-mini")
+    judge = AutoModelForCausalLM.from_pretrained(work / "judge-mini", dtype="float32").to(policy.device)
+    from utils.export_gguf import export_gguf
+
+    export_gguf(str(work / "judge-mini"), str(work / "judge-mini" / JUDGE_FILE))
+    figures = judge_figures(judge, tokenizer, policy, limit=args.validation)
+    card(work / "judge-mini", "judge-mini", JUDGE_CARD.format(**job), figures)
+
+    for folder in (policy_dir, judge_dir):
+        shutil.rmtree(folder, ignore_errors=True)
+        (work / folder.name).rename(folder)
+    shutil.rmtree(work)
+    print(f"wrote {policy_dir} and {judge_dir} (with {JUDGE_FILE})")
+
+
+POLICY_CARD = """A LLaMA of 1.9M parameters (hidden 192, 4 layers) made by `python utils/build_embedded_models.py` from random
+weights: {policy_examples} solved word problems of `reasoning/problems.py`, each once, about 2,000 tokens a step, AdamW, peak
+learning rate {learning_rate} decayed linearly to 0, seed {seed}. Its text has mistakes, as human text has: at stated traps the writer is wrong
+60 % of the time, elsewhere 3 %. So it is greedily wrong at traps, by design. Weights in half precision. Licence: as the
+repository."""
+
+JUDGE_CARD = """Answers "Right?" with Yes or No after every step of a solution, made by `python utils/build_embedded_models.py`. It
+starts from policy-mini's weights and learns, with exact labels, from {judge_examples} solutions of pretraining problems (a quarter
+right, the others with mistakes) and {judge_samples} policy-mini samples of train problems; AdamW, peak learning rate
+{judge_learning_rate} decayed linearly to 0, seed {seed}. It stands in for a pretrained model that can do arithmetic. Weights in
+half precision; `judge-mini.Q8_0.gguf` is the same model for llama.cpp and ctransformers. Licence: as the repository."""
+
+if __name__ == "__main__":
+    run(main)
