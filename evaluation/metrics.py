@@ -1,0 +1,165 @@
+"""Numbers with their uncertainty, the file they are kept in and the table they are shown in."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from reasoning.records import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "transformers", "trl", "peft", "ctransformers", "numpy", "scipy", "scikit-learn")
+LEVEL = (2.5, 97.5)  # percentiles of a 95 % interval
+
+
+# One metric of evaluation/results/*.json:
+#   "tuned_accuracy": {"value": 0.615,           rates are 0 to 1, never percent
+#                      "ci95": [0.593, 0.636],   95 % interval; null where one observation is all there is
+#                      "n": 2000}                observations: problems, pairs or steps
+@dataclass(frozen=True)
+class Metric:
+    value: float
+    ci95: list[float] | None
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f}" + (f" [{self.ci95[0]:.3f}, {self.ci95[1]:.3f}]" if self.ci95 else "")
+
+
+def _metric(value: float, low: float, high: float, n: int) -> Metric:
+    # A resample that is the sample may differ from it in the last bit.
+    return Metric(float(value), [min(float(low), float(value)), max(float(high), float(value))], n)
+
+
+def mean_metric(values: Sequence[float], seed: int = 0) -> Metric:
+    """The mean with its bootstrap interval (percentile, 5,000 resamples). Of paired differences this is the paired bootstrap.
+
+    Values that are all the same have an interval of no width; a single one has none. Raises ValueError if there are none."""
+    from scipy.stats import bootstrap
+
+    values = np.asarray(values, dtype=float)
+    if not len(values):
+        raise ValueError("no values: nothing to average")
+    if len(values) == 1:
+        return Metric(float(values[0]), None, 1)
+    rng = np.random.default_rng(seed)
+    interval = bootstrap((values,), np.mean, n_resamples=5000, batch=500, method="percentile", rng=rng).confidence_interval
+    return _metric(values.mean(), *interval, len(values))
+
+
+def rate_metric(values: Sequence[float]) -> Metric:
+    """The share of ones among zeros and ones with its Wilson interval, which stays honest at 0 and 1.
+
+    Raises ValueError if there are none or one is neither."""
+    from scipy.stats import binomtest
+
+    if not set(values) <= {0, 1}:
+        raise ValueError("a rate is a share of ones among zeros and ones")
+    interval = binomtest(int(sum(values)), len(values)).proportion_ci(method="wilson")
+    return _metric(sum(values) / len(values), *interval, len(values))
+
+
+def compare(name: str, base: Sequence[float], tuned: Sequence[float], is_rate: bool = False, seed: int = 0) -> dict[str, Metric]:
+    """base_NAME, tuned_NAME and NAME_improvement, the mean of tuned minus base over the same problems (paired bootstrap)."""
+    of = rate_metric if is_rate else lambda values: mean_metric(values, seed)
+    difference = [after - before for before, after in zip(base, tuned, strict=True)]
+    return {f"base_{name}": of(base), f"tuned_{name}": of(tuned), f"{name}_improvement": mean_metric(difference, seed)}
+
+
+def auroc_metric(labels: Sequence[float], scores: Sequence[float], clusters: Sequence[int], seed: int = 0) -> Metric | None:
+    """Area under the ROC curve, 0 to 1 (0.5 is chance), of scores against labels of 0 or 1; n is the number of steps.
+
+    Steps of one solution are not independent, so the bootstrap draws whole clusters. None if all labels are the same."""
+    from sklearn.metrics import roc_auc_score
+
+    labels, scores = np.asarray(labels), np.asarray(scores)
+
+    def auroc(weights: np.ndarray) -> float | None:
+        drawn = weights > 0
+        both = len(np.unique(labels[drawn])) == 2
+        return roc_auc_score(labels[drawn], scores[drawn], sample_weight=weights[drawn]) if both else None
+
+    return _clustered(auroc, clusters, seed) if len(np.unique(labels)) == 2 else None
+
+
+def accuracy_metric(labels: Sequence[float], scores: Sequence[float], clusters: Sequence[int], seed: int = 0) -> Metric:
+    """Share of steps that a threshold of 0.5 decides as the label does; clusters as in `auroc_metric`."""
+    right = (np.asarray(scores) >= 0.5) == (np.asarray(labels) == 1)
+    return _clustered(lambda weights: float(np.average(right, weights=weights)), clusters, seed)
+
+
+def _clustered(statistic: Callable[[np.ndarray], float | None], clusters: Sequence[int], seed: int) -> Metric:
+    """A statistic of weighted steps with its cluster bootstrap interval: in each of 1,000 resamples a step weighs as often as its
+    cluster was drawn; resamples in which the statistic is undefined (None) are left out."""
+    clusters = np.unique(clusters, return_inverse=True)[1]
+    count = int(clusters.max()) + 1
+    value = statistic(np.ones(len(clusters)))
+    rng = np.random.default_rng(seed)
+    weights = (np.bincount(rng.integers(count, size=count), minlength=count)[clusters] for _ in range(1000))
+    drawn = [resampled for weight in weights if (resampled := statistic(weight)) is not None]
+    if count == 1 or not drawn:
+        return Metric(float(value), None, len(clusters))
+    return _metric(value, *np.percentile(drawn, LEVEL), len(clusters))
+
+
+def commit() -> str | None:
+    """The commit of the repository, `-dirty` if tracked files differ from it; None without git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() if (ROOT / ".git").exists() else None
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_result(path: str | Path, metrics: dict[str, Metric], config: dict, seeds: Sequence[int], **more: object) -> None:
+    """Write a Result as JSON, whole or not at all; `more` are further keys in front. Raises ValueError if a number is nan."""
+    result = {
+        **more,
+        "metrics": {name: asdict(metric) for name, metric in metrics.items()},
+        "config": config,
+        "seeds": list(seeds),
+        "commit": commit(),
+        "versions": versions(),
+    }
+    write_text(path, [json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"])
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table on the terminal that is Markdown as well."""
+    from rich.box import MARKDOWN
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=MARKDOWN)
+    for row in rows:
+        table.add_row(*map(str, row))
+    console = Console(markup=False, highlight=False, emoji=False)
+    console.width = max(console.width, 110)
+    console.print(title, table, sep="\n\n")
+
+
+def print_comparison(title: str, metrics: dict[str, Metric]) -> None:
+    """The table base | tuned | difference of what `compare` gave."""
+    names = [name.removesuffix("_improvement") for name in metrics if name.endswith("_improvement")]
+    rows = [
+        (name, metrics[f"base_{name}"], metrics[f"tuned_{name}"], metrics[f"{name}_improvement"], metrics[f"{name}_improvement"].n)
+        for name in names
+    ]
+    print_table(title, ["metric", "base", "tuned", "difference", "n"], rows)
