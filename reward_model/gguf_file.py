@@ -22,6 +22,7 @@ BLOCKS = {
     10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210),  # Q2_K Q3_K Q4_K Q5_K Q6_K
 }  # fmt: skip
 COUNTS = ["context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count"]
+MATRICES = ["attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"]  # of a layer
 MOST = 1 << 20  # a header with more fields or tensors than this is garbage
 
 
@@ -169,3 +170,6 @@ def _check(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None
         expected = (metadata["llama.embedding_length"], len(tokens))
         if shapes.get(name) != expected:
             raise ValueError(f"its tensor {name!r} is {shapes.get(name, 'missing')}, expected the shape {expected}")
+    for name in ["output_norm", *(f"blk.{k}.{part}" for k in range(metadata["llama.block_count"]) for part in MATRICES)]:
+        if f"{name}.weight" not in shapes:
+            raise ValueError(f"its tensor '{name}.weight' is missing")

@@ -148,9 +148,8 @@ class TinyLlamaRewardScorer:
         except (EOFError, OSError):
             raise JudgeError(f"{self._obituary()} while it loaded the file") from None
         if kind == "failed":
-            message = self._last_words() or value
             self.close()
-            raise JudgeError(f"judge {self.file.path} cannot be loaded: {message}")
+            raise JudgeError(f"judge {self.file.path} cannot be loaded: {value} (a tensor of the wrong shape?)")
         self.threads = value
 
     def _obituary(self) -> str:
@@ -321,15 +320,16 @@ class _Model:
         while kept < min(len(self.held), len(groups)) and self.held[kept] == groups[kept]:
             kept += 1
         del self.held[kept:]
-        evaluated = 0
+        past = evaluated = 0
         for k, group in enumerate(groups):
-            past = sum(map(len, groups[:k]))
-            if k >= kept:
+            if k == len(self.held):
                 self._evaluate(group, past)
                 self.held.append(group)
                 evaluated += len(group)
+            past += len(group)
             if k > unscored:
-                self._evaluate(question, past + len(group))  # the next group overwrites it
+                self._evaluate(question, past)
+                del self.held[k + 1 :]  # the question was written over what followed
                 evaluated += len(question)
                 score = self._answer()
                 if not math.isfinite(score):

@@ -36,6 +36,16 @@ def tiny_model_dir(tokenizer, tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_model_dir, tmp_path_factory) -> str:
+    """The tiny model as a GGUF file in F32."""
+    from utils.export_gguf import export_gguf
+
+    path = tmp_path_factory.mktemp("gguf") / "tiny.F32.gguf"
+    export_gguf(tiny_model_dir, path, "F32")
+    return str(path)
+
+
 @pytest.fixture
 def run_script(tmp_path):
     """Run a script by its path in a process of its own, from an empty folder; returns the CompletedProcess."""

@@ -1,0 +1,202 @@
+"""reward_model/evaluate_steps.py, run as its users run it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from reasoning.records import ScoredPair, read_records
+from reward_model import evaluate_steps
+from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer
+from utils.cli import run
+
+ROWS = [
+    {"prompt": "Mia has 12 apples.", "prefix": ["Step 1: 1"], "chosen": ["Step 2: 2", "Answer: 2"], "rejected": ["Answer: 3"]},
+    {"prompt": "كم؟ 🙂", "chosen": ["Step 1: é\u0301"], "rejected": ["a\0b", "</s>"]},
+    {"prompt": "Ann has 3 pens.", "chosen": ["Answer: 3"], "rejected": ["Answer: 4"]},
+]
+LONG = {"prompt": "a long one", "chosen": ["Answer: 1"], "rejected": ["Step 1: " + "9" * 600]}
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def evaluate(tiny_gguf, tmp_path, monkeypatch, capsys):
+    """Run the script's main in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments: object, judge: object = tiny_gguf):
+        flags = ["--judge_path", judge, "--output", tmp_path / "rewarded.jsonl", "--threads", 1, *arguments]
+        monkeypatch.setattr(sys, "argv", ["evaluate_steps.py", *map(str, flags)])
+        code = 0
+        try:
+            run(evaluate_steps.main)
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_the_script_scores_every_step(run_script, tiny_gguf, tmp_path):
+    write(tmp_path / "pairs.jsonl", [*ROWS, LONG])
+    result = run_script(
+        "reward_model/evaluate_steps.py", "--input", "pairs.jsonl", "--output", "out/r.jsonl", "--judge_path", tiny_gguf
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "wrote out/r.jsonl: 3 pairs with a score for every step"
+    assert "left out          1" in result.stdout
+    pairs = list(read_records(tmp_path / "out" / "r.jsonl", ScoredPair))
+    with TinyLlamaRewardScorer(tiny_gguf, threads=1) as judge:
+        for pair, row in zip(pairs, ROWS, strict=True):
+            prefix = row.get("prefix", [])
+            whole = judge.score_steps([(row["prompt"], prefix + row[side]) for side in ("chosen", "rejected")])
+            assert (pair.prompt, pair.prefix, pair.chosen, pair.rejected) == (row["prompt"], prefix, row["chosen"], row["rejected"])
+            assert [pair.chosen_scores, pair.rejected_scores] == [scores[len(prefix) :] for scores in whole]
+    assert json.loads((tmp_path / "out" / "r.left_out.jsonl").read_text()) == {**LONG, "prefix": []}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["r.jsonl", "r.left_out.jsonl"]
+
+
+def test_help_is_quick(run_script):
+    start = time.monotonic()
+    assert "--judge_template" in run_script("reward_model/evaluate_steps.py", "--help").stdout
+    assert time.monotonic() - start < 2
+
+
+BAD_ROWS = {
+    "missing field": (b'{"prompt": "p", "chosen": ["a"]}', "field 'rejected' is missing"),
+    "unequal lengths": (
+        b'{"prompt": "p", "chosen": ["a"], "rejected": ["b"], "chosen_scores": [1, 1], "rejected_scores": [0]}',
+        "one score for each of 1 steps, got 2",
+    ),
+    "nan score": (
+        b'{"prompt": "p", "chosen": ["a"], "rejected": ["b"], "chosen_scores": [NaN], "rejected_scores": [0]}',
+        "a score from 0 to 1",
+    ),
+    "not UTF-8": (b'{"prompt": "\xff", "chosen": ["a"], "rejected": ["b"]}', "not UTF-8"),
+    "broken JSON": (b'{"prompt": "p", "chosen": ["a"], ', "not JSON"),
+    "empty step": (b'{"prompt": "p", "chosen": ["a", " "], "rejected": ["b"]}', "field 'chosen', step 2"),
+    "no object": (b'["p"]', "expected a JSON object"),
+    "half a surrogate": (b'{"prompt": "\\ud800", "chosen": ["a"], "rejected": ["b"]}', "surrogate"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_ends_it_before_any_row_is_scored(evaluate, tmp_path, name):
+    content, expected = BAD_ROWS[name]
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(json.dumps(ROWS[0]).encode() + b"\n" + content + b"\n")
+    code, _, stderr = evaluate("--input", path)
+    assert code == 2 and len(stderr.splitlines()) == 1, stderr
+    assert f"{path}:2: " in stderr and expected in stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_bad_files_and_flags(evaluate, tiny_gguf, tmp_path):
+    good, empty = write(tmp_path / "pairs.jsonl", ROWS), write(tmp_path / "empty.jsonl", [])
+    data = Path(tiny_gguf).read_bytes()
+    judges = {
+        "cut": data[:-5000],
+        "text": b"no model",
+        "other": data.replace(b"llama", b"qwen2", 1),
+        "notok": data.replace(b".tokens", b".tokenz"),
+    }
+    for name, content in judges.items():
+        (tmp_path / f"{name}.gguf").write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    cases = [
+        (["--input", tmp_path / "none.jsonl"], {}, "build_synthetic_dataset.py"),
+        (["--input", tmp_path], {}, "is a folder"),
+        (["--input", empty], {}, "no rows"),
+        (["--input", good], {"judge": tmp_path / "none.gguf"}, "run `make models` first"),
+        (["--input", good], {"judge": tmp_path / "cut.gguf"}, "cut off"),
+        (["--input", good], {"judge": tmp_path / "text.gguf"}, "no GGUF"),
+        (["--input", good], {"judge": tmp_path / "other.gguf"}, "expected 'llama'"),
+        (["--input", good], {"judge": tmp_path / "notok.gguf"}, "token types are missing"),
+        (["--input", good, "--judge_template", "x"], {}, "expected one of plain"),
+        (["--input", good, "--threads", "0"], {}, "threads must be at least 1"),
+        (["--input", good, "--limit", "0"], {}, "--limit must be at least 1"),
+        (["--input", good, "--output", good], {}, "is the input"),
+        (["--input", good, "--output", good / "r.jsonl"], {}, "cannot be written"),
+        (["--input", good, "--nonsense"], {}, "--nonsense"),
+    ]
+    for arguments, options, expected in cases:
+        code, stdout, stderr = evaluate(*arguments, **options)
+        assert (code, stdout, len(stderr.splitlines())) == (2, "", 1) and expected in stderr, stderr
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_output_is_replaced_only_if_told(evaluate, tmp_path):
+    path, output = write(tmp_path / "pairs.jsonl", ROWS), tmp_path / "rewarded.jsonl"
+    output.write_text("mine")
+    code, _, stderr = evaluate("--input", path)
+    assert code == 2 and "--overwrite" in stderr and output.read_text() == "mine"
+    assert evaluate("--input", path, "--overwrite")[0] == 0
+    assert len(list(read_records(output, ScoredPair))) == 3
+    left_out = tmp_path / "rewarded.left_out.jsonl"
+    left_out.write_text("of an earlier run")
+    assert evaluate("--input", path, "--overwrite")[0] == 0
+    assert not left_out.exists()
+
+
+def test_limit_draws_with_the_seed(evaluate, tmp_path):
+    path = write(tmp_path / "pairs.jsonl", [ROWS[0] | {"prompt": f"p {k}"} for k in range(30)])
+
+    def drawn(seed):
+        assert evaluate("--input", path, "--limit", 5, "--seed", seed, "--overwrite")[0] == 0
+        return [pair.prompt for pair in read_records(tmp_path / "rewarded.jsonl", ScoredPair)]
+
+    first = drawn(0)
+    assert len(first) == 5 and first == sorted(first, key=lambda prompt: int(prompt[2:]))
+    assert drawn(0) == first and drawn(1) != first
+
+
+def test_only_left_out_rows(evaluate, tmp_path):
+    code, stdout, _ = evaluate("--input", write(tmp_path / "pairs.jsonl", [LONG]))
+    assert code == 0 and "pairs scored      0" in stdout
+    assert (tmp_path / "rewarded.left_out.jsonl").exists()
+
+
+def test_killed_and_started_again_it_writes_the_same_file(evaluate, tiny_gguf, tmp_path):
+    rows = [{**ROWS[k % 3], "prompt": f"{ROWS[k % 3]['prompt']} {k}"} for k in range(1500)]
+    path = write(tmp_path / "pairs.jsonl", [*rows[:10], LONG, *rows[10:]])
+    output, partial = tmp_path / "rewarded.jsonl", tmp_path / "rewarded.jsonl.partial"
+    assert evaluate("--input", path)[0] == 0
+    undisturbed = output.read_bytes()
+    output.unlink()
+    (tmp_path / "rewarded.left_out.jsonl").unlink()
+
+    flags = ["--input", path, "--output", output, "--judge_path", tiny_gguf, "--threads", 1]
+    process = subprocess.Popen(
+        [sys.executable, evaluate_steps.__file__, *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not partial.exists() or partial.read_bytes().count(b"\n") < 100:
+        assert process.poll() is None
+        time.sleep(0.005)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    workers = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not output.exists()
+    done = partial.read_bytes().count(b"\n") - 1
+    assert 0 < done < len(rows)
+    with partial.open("ab") as file:
+        file.write(b'{"prompt": "torn')
+
+    code, _, stderr = evaluate("--input", path, "--limit", 7)
+    assert code == 2 and "another job" in stderr  # other arguments do not continue these rows
+    code, stdout, _ = evaluate("--input", path)
+    assert code == 0 and f"going on after {done} of 1501 pairs" in stdout
+    assert output.read_bytes() == undisturbed
+    assert json.loads((tmp_path / "rewarded.left_out.jsonl").read_text())["prompt"] == "a long one"
+    assert not partial.exists()
+    assert not [
+        pid for pid in workers if Path(f"/proc/{pid}/maps").exists() and "ctransformers" in Path(f"/proc/{pid}/maps").read_text()
+    ]

@@ -1,0 +1,291 @@
+"""The GGUF step judge against transformers, and everything that would kill its library."""
+
+import os
+import random
+import signal
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from reward_model.base import PLAIN, JudgeError, JudgeTemplate, PromptTooLong
+from reward_model.gguf_file import GGUFFile, read_gguf
+from reward_model.tinyllama_reward_model import NO, TEMPLATES, YES, TinyLlamaRewardScorer, _Model, _Text, choose_template
+
+PROMPT = "Mia has 12 apples. She buys 3 times as many. How many apples does Mia have now?"
+STEPS = ["Step 1: 12 * 3 = 36", "Step 2: 12 + 36 = 48", "Answer: 48"]
+STRANGE = [
+    "🙂🙂 a🙂b",
+    "e\u0301 x\u0301",
+    "كم تفاحة؟ 12",
+    "\ufffd",
+    "\0",
+    "a\0\0b",
+    "</s>",
+    "<s><unk><0x0A>",
+    "\U0010ffff",
+    "▁",
+    "\u200b",
+]
+
+
+@pytest.fixture(scope="module")
+def judge(tiny_gguf):
+    with TinyLlamaRewardScorer(tiny_gguf, threads=1) as judge:
+        yield judge
+
+
+@pytest.fixture(scope="module")
+def native(judge):
+    """The library's model in this process, with the judge's settings: to look at ids and logits."""
+    return _Model(judge._settings)
+
+
+@pytest.fixture(scope="module")
+def parent(tiny_model_dir):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
+
+
+def parent_score(parent, tokenizer, prompt, steps, template=PLAIN):
+    """P(yes) / (P(yes) + P(no)) of the last step, written out on the whole text."""
+    text = template.before.format(prompt=prompt) + "".join(step + "\n" for step in steps) + template.question
+    with torch.no_grad():
+        logits = parent(**tokenizer(text, return_tensors="pt")).logits[0, -1].double()
+    probability = logits.softmax(-1)
+    vocabulary = tokenizer.get_vocab()
+    yes, no = (
+        sum(probability[vocabulary[piece]] for word in words for piece in (word, "▁" + word) if piece in vocabulary)
+        for words in (YES, NO)
+    )
+    return float(yes / (yes + no))
+
+
+# --- text
+
+
+@pytest.mark.parametrize("text", [PROMPT, *STRANGE, " two  spaces ", "tab\t, \r\n and \n\n lines"])
+def test_ids_are_those_of_the_tokenizer(judge, native, tokenizer, text):
+    ours = native._ids(judge._text.control("{prompt}", text, begins=True))
+    assert ours == tokenizer(text, split_special_tokens=True)["input_ids"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_solution_in_pieces_has_the_ids_of_the_whole_text(judge, native, tokenizer, name):
+    template = TEMPLATES[name]
+    pieces = [
+        judge._text.control(template.before, PROMPT, begins=True),
+        *[judge._text.plain(step + "\n") for step in STEPS],
+        judge._text.control(template.question),
+    ]
+    text = template.before.format(prompt=PROMPT) + "\n".join(STEPS) + "\n" + template.question
+    assert [index for piece in pieces for index in native._ids(piece)] == tokenizer(text)["input_ids"]
+
+
+def test_control_tokens_are_ids_in_a_template_and_text_in_a_users_text(judge):
+    assert judge._text.control("x</s>y {prompt}", "z</s>") == ["x", 2, " y z<", "/s>"]
+
+
+def test_template_is_what_the_file_says():
+    def chosen(**metadata):
+        return choose_template(GGUFFile("x", {key.replace("_", ".", 1): value for key, value in metadata.items()}))
+
+    assert chosen(general_name="judge-mini") == "plain"
+    assert chosen(general_name="tinyllama_tinyllama-1.1b-chat-v1.0") == "zephyr"
+    assert chosen(tokenizer_chat_template="{{'<|user|>\n' + message + eos_token}}") == "zephyr"
+    assert chosen(general_name="Llama-2-7b-chat-hf") == "llama-2"
+    assert chosen(tokenizer_chat_template="{{'<|im_start|>' + role}}", general_name="tinyllama-chat") == "chatml"
+
+
+# --- scores
+
+
+def test_logits_agree_with_transformers(native, parent, tokenizer):
+    ids = tokenizer(PLAIN.before.format(prompt=PROMPT) + "\n".join(STEPS))["input_ids"]
+    native._evaluate(ids, 0)
+    logits = native.llm.ctransformers_llm_logits_data()[: len(tokenizer)]
+    with torch.no_grad():
+        expected = parent(torch.tensor([ids])).logits[0, -1]
+    assert (torch.tensor(logits) - expected).abs().max() < 1e-2
+    native.held = []
+
+
+@pytest.mark.parametrize("template", ["plain", "zephyr"])
+def test_scores_agree_with_transformers(tiny_gguf, parent, tokenizer, template):
+    with TinyLlamaRewardScorer(tiny_gguf, template, threads=1) as judge:
+        scores = judge.score_steps([(PROMPT, STEPS), ("🙂 How many?", ["Step 1: é", "Answer: 3"])])
+    expected = [parent_score(parent, tokenizer, PROMPT, STEPS[: k + 1], TEMPLATES[template]) for k in range(3)]
+    assert scores[0] == pytest.approx(expected, abs=2e-3)
+    assert scores[1][1] == pytest.approx(
+        parent_score(parent, tokenizer, "🙂 How many?", ["Step 1: é", "Answer: 3"], TEMPLATES[template]), abs=2e-3
+    )
+    assert all(score == round(score, 6) for score in scores[0])
+
+
+def test_a_score_depends_on_nothing_but_its_solution(judge, tiny_gguf):
+    alone = judge.score_steps([(PROMPT, STEPS)])[0]
+    judge.score_steps([("Another problem.", ["Step 1: 1 + 1 = 2"]), (PROMPT, [STEPS[0], "Step 2: 1"]), (PROMPT, [PLAIN.question])])
+    assert judge.score_steps([(PROMPT, STEPS), (PROMPT, STEPS)]) == [alone, alone]
+    assert [judge.score_step(PROMPT, STEPS[k], STEPS[:k]) for k in (2, 0, 1)] == [alone[2], alone[0], alone[1]]
+    with TinyLlamaRewardScorer(tiny_gguf, threads=2) as other:
+        assert other.score_step(PROMPT, STEPS[2], STEPS[:2]) == alone[2]
+        assert other.score_continuation(PROMPT, STEPS[:1], STEPS[1:]) == alone[1:]
+    assert len(set(alone)) == 3
+
+
+def test_what_steps_share_is_evaluated_once(tiny_gguf, tokenizer):
+    def count(text):
+        return len(tokenizer(text)["input_ids"])
+
+    whole = count(PLAIN.before.format(prompt=PROMPT) + "\n".join(STEPS) + "\n")
+    question = count("\n" + PLAIN.question) - count("\n")
+    with TinyLlamaRewardScorer(tiny_gguf, threads=1) as judge:
+        judge.score_steps([(PROMPT, STEPS)])
+        assert judge.tokens_evaluated == whole + 3 * question
+        judge.score_continuation(PROMPT, STEPS[:2], STEPS[2:])  # all in the cache but the question
+        assert judge.tokens_evaluated == whole + 4 * question
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_any_unicode_is_scored(judge, text):
+    scores = judge.score_steps([(text, [text, "Answer: 1"])])[0]
+    assert len(scores) == 2 and all(0 < score < 1 for score in scores)
+    assert judge.score_step(PROMPT, text) != judge.score_step(PROMPT, STEPS[0])
+
+
+def test_what_cannot_be_scored_is_an_error_of_one_line(judge, tiny_gguf):
+    with pytest.raises(JudgeError, match="surrogate"):
+        judge.score_step("\ud800", "Answer: 1")
+    for arguments in ({"template": "none"}, {"threads": 0}, {"context_length": 0}):
+        with pytest.raises(JudgeError, match=r"expected one of plain|at least 1"):
+            TinyLlamaRewardScorer(tiny_gguf, **arguments)
+
+
+def test_a_solution_longer_than_the_context_is_refused_before_anything_is_evaluated(tiny_gguf, tokenizer):
+    text = PLAIN.before.format(prompt=PROMPT) + STEPS[0] + "\n" + PLAIN.question
+    length = len(tokenizer(text)["input_ids"])
+    with TinyLlamaRewardScorer(tiny_gguf, threads=1, context_length=length) as judge:
+        score = judge.score_step(PROMPT, STEPS[0])  # fits to the last token
+        evaluated = judge.tokens_evaluated
+        with pytest.raises(PromptTooLong, match=f"context is {length}"):
+            judge.score_steps([(PROMPT, STEPS)])
+        assert judge.tokens_evaluated == evaluated
+        assert judge.score_step(PROMPT, STEPS[0]) == score
+    with TinyLlamaRewardScorer(tiny_gguf, threads=1) as judge:
+        assert judge.context_length == 512  # the file's
+        assert judge.score_step(PROMPT, STEPS[0]) == score
+
+
+# --- the worker
+
+
+def test_a_dead_worker_is_one_error_that_names_the_input(tiny_gguf):
+    def solutions():
+        yield PROMPT, STEPS
+        os.kill(judge._process.pid, signal.SIGKILL)
+        yield "The deadly problem.", ["Step 1: boom"]
+
+    with TinyLlamaRewardScorer(tiny_gguf, threads=1) as judge:
+        kept = []
+        with pytest.raises(JudgeError, match=r"SIGKILL.*step 1 'Step 1: boom' of prompt 'The deadly problem.'") as error:
+            for scores in judge.iter_scores(solutions()):
+                kept.append(scores)
+        assert "\n" not in str(error.value)
+        assert kept == [judge.score_steps([(PROMPT, STEPS)])[0]]  # a new worker, the same scores
+
+
+def test_the_worker_stays_light(judge):
+    maps = Path(f"/proc/{judge._process.pid}/maps").read_text() if Path("/proc").exists() else ""
+    assert "libtorch" not in maps
+
+
+def test_weights_that_are_not_finite(tiny_gguf, tmp_path):
+    from gguf import GGUFReader
+
+    path = tmp_path / "nan.gguf"
+    path.write_bytes(Path(tiny_gguf).read_bytes())
+    reader = GGUFReader(path, "r+")
+    next(tensor for tensor in reader.tensors if tensor.name == "output_norm.weight").data[:] = float("nan")
+    reader.data.flush()
+    with TinyLlamaRewardScorer(path, threads=1) as judge, pytest.raises(JudgeError, match="not finite at step 1 'x'"):
+        judge.score_step(PROMPT, "x")
+
+
+# --- the file
+
+
+def bad_files(good: bytes) -> dict[str, tuple[bytes, str]]:
+    """Name -> (bytes, what the error says)."""
+
+    def changed(old: bytes, new: bytes) -> bytes:
+        assert good.count(old) == 1 and len(old) == len(new)
+        return good.replace(old, new)
+
+    def field(key: bytes, value: bytes) -> bytes:
+        return struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, len(value)) + value
+
+    architecture, model = b"general.architecture", b"tokenizer.ggml.model"
+    return {
+        "empty": (b"", "no GGUF"),
+        "text": (b"hello, this is no model\n" * 50, "no GGUF"),
+        "magic only": (b"GGUF", "ends inside its header"),
+        "garbage": (b"GGUF" + random.Random(0).randbytes(5000), "GGUF version"),
+        "garbage counts": (good[:8] + random.Random(0).randbytes(5000), "garbage"),
+        "version": (good[:4] + struct.pack("<I", 4) + good[8:], "version 4"),
+        "cut header": (good[:900], "ends inside its header"),
+        "cut data": (good[:-64], "cut off"),
+        "architecture": (changed(field(architecture, b"llama"), field(architecture, b"qwen2")), "'qwen2', expected 'llama'"),
+        "gpt2 tokenizer": (changed(field(model, b"llama"), field(model, b"gpt-2")), "tokenizer is 'gpt-2'"),
+        "no tokens": (changed(b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenz"), "tokens, scores and token types"),
+        "no context length": (changed(b"llama.context_length", b"llama.context_lengty"), "llama.context_length"),
+        "no byte token": (changed(b"<0x7F>", b"<0x7f>"), "byte tokens"),
+        "no layer": (changed(b"blk.1.attn_q.weight", b"blk.1.attn_X.weight"), "'blk.1.attn_q.weight' is missing"),
+        "no output": (changed(struct.pack("<Q", 13) + b"output.weight", struct.pack("<Q", 13) + b"output.weighs"), "output.weight"),
+    }
+
+
+def test_a_bad_file_is_one_line_that_names_it(tiny_gguf, tmp_path):
+    for name, (content, expected) in bad_files(Path(tiny_gguf).read_bytes()).items():
+        path = tmp_path / f"{name}.gguf"
+        path.write_bytes(content)
+        with pytest.raises(JudgeError) as error:
+            TinyLlamaRewardScorer(path)
+        assert str(path) in str(error.value) and expected in str(error.value) and "\n" not in str(error.value), name
+
+
+def test_a_file_that_only_the_library_finds_wrong(tiny_gguf, tmp_path):
+    path = tmp_path / "bad.gguf"
+    key = b"llama.feed_forward_length" + struct.pack("<I", 4)
+    data = Path(tiny_gguf).read_bytes()
+    path.write_bytes(data.replace(key + struct.pack("<I", 96), key + struct.pack("<I", 97)))
+    with pytest.raises(JudgeError, match=r"bad\.gguf cannot be loaded"):
+        TinyLlamaRewardScorer(path)
+
+
+def test_a_damaged_header_never_hangs_or_crashes(tiny_gguf, tmp_path):
+    good, rng = Path(tiny_gguf).read_bytes(), random.Random(0)
+    header = good.index(b"blk.1.ffn_down") + 100
+    path = tmp_path / "damaged.gguf"
+    for _ in range(150):
+        data = bytearray(good)
+        for _ in range(rng.choice([1, 4])):
+            data[rng.randrange(4, header)] = rng.randrange(256)
+        path.write_bytes(data[: rng.choice([len(data), rng.randrange(len(data))])])
+        try:
+            assert isinstance(read_gguf(path), GGUFFile)
+        except JudgeError as error:
+            assert str(path) in str(error)
+
+
+def test_a_vocabulary_without_the_words(judge):
+    text = _Text(GGUFFile("x.gguf", judge.file.metadata | {"tokenizer.ggml.tokens": ["a"] * len(judge.file.tokens)}))
+    with pytest.raises(JudgeError, match=r"x\.gguf .* no token Yes or yes"):
+        text.spellings(YES)
+
+
+def test_a_template_of_ones_own(judge, tiny_gguf):
+    own = JudgeTemplate("Q: {prompt} {braces}\n", "OK?")
+    with TinyLlamaRewardScorer(tiny_gguf, own, threads=1) as other:
+        assert other.score_step(PROMPT, STEPS[0]) != judge.score_step(PROMPT, STEPS[0])
