@@ -38,6 +38,7 @@ TELLS = {
 YES, NO = ("Yes", "yes", "YES"), ("No", "no", "NO")
 MAX_CONTEXT = 4096  # tokens; more only if asked for, since the cache grows with it
 BATCH = 512  # tokens evaluated at once; the library crashes above
+SMALL = 50_000_000  # bytes of a file below which one thread is enough
 # Text is tokenized behind this character. It is in no vocabulary and merges with nothing, so what follows is tokenized as the
 # middle of a text (the library would put a space in front of its beginning).
 EDGE = "\U0010ffff"
@@ -72,7 +73,7 @@ class TinyLlamaRewardScorer:
         self.tokens_evaluated = 0
         self._text = _Text(self.file)
         self._settings = {
-            "path": str(self.file.path),
+            "path": os.path.abspath(model_path),
             "context_length": self.context_length,
             "threads": threads,
             "yes": self._text.spellings(YES),
@@ -272,17 +273,17 @@ class _Model:
         has_avx2 = cpu.exists() and " avx2 " in cpu.read_text()  # left to itself ctransformers takes a second to find out
         config = Config(context_length=settings["context_length"], mmap=False)  # mmap crashes on a file that shrinks
         self.llm = LLM(settings["path"], "gguf", config=config, lib="avx2" if has_avx2 else None)
-        self.context_length = settings["context_length"]
+        self.path, self.context_length = settings["path"], settings["context_length"]
         self.yes, self.no = settings["yes"], settings["no"]
         self.edge = len(self._tokenize(EDGE))
         self.held: list[list[int]] = []  # the groups of tokens whose keys and values are in the cache
         self.threads = self._choose_threads(settings["threads"])
 
     def _choose_threads(self, threads: int | None) -> int:
-        """Threads beyond the free cores wait for each other by spinning and can be a hundred times slower, and a small model gains
-        nothing from them: unless told, take all cores only if that is clearly faster now."""
+        """Threads that find no free core wait for each other by spinning, which can be a hundred times slower than one thread, and
+        a small model gains little: unless told, take all cores only if the model is large and that is clearly faster now."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if threads or cores == 1:
+        if threads or cores == 1 or os.path.getsize(self.path) < SMALL:
             return min(threads or 1, cores)
         seconds = {}
         for self.threads in (1, 1, cores):  # the first call warms up

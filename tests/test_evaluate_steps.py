@@ -158,6 +158,23 @@ def test_limit_draws_with_the_seed(evaluate, tmp_path):
     assert drawn(0) == first and drawn(1) != first
 
 
+def test_a_judge_that_dies_keeps_what_was_scored(evaluate, tmp_path, monkeypatch):
+    path, score = write(tmp_path / "pairs.jsonl", ROWS), TinyLlamaRewardScorer.score_continuation
+
+    def deadly(self, prompt, *rest):
+        if prompt == ROWS[2]["prompt"]:
+            os.kill(self._process.pid, signal.SIGKILL)
+        return score(self, prompt, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TinyLlamaRewardScorer, "score_continuation", deadly)
+        code, _, stderr = evaluate("--input", path)
+    assert code == 2 and "SIGKILL" in stderr.splitlines()[-1] and ROWS[2]["prompt"] in stderr.splitlines()[-1]
+    assert not (tmp_path / "rewarded.jsonl").exists()
+    code, stdout, _ = evaluate("--input", path)
+    assert code == 0 and "going on after 2 of 3 pairs" in stdout
+
+
 def test_only_left_out_rows(evaluate, tmp_path):
     code, stdout, _ = evaluate("--input", write(tmp_path / "pairs.jsonl", [LONG]))
     assert code == 0 and "pairs scored      0" in stdout
