@@ -152,7 +152,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         table.add_row(*map(str, row))
     console = Console(markup=False, highlight=False, emoji=False)
     console.width = max(console.width, 110)
-    console.print(title, table, sep="\n\n")
+    console.print(title, "", sep="\n", soft_wrap=True)
+    console.print(table)
 
 
 def print_comparison(title: str, metrics: dict[str, Metric]) -> None:

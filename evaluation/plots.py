@@ -30,7 +30,7 @@ def comparison_plot(path: str | Path, metrics: dict[str, Metric], shown: dict[st
     axes.set_ylabel("share, 0 to 1 (95 % intervals)")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left", ncols=2)
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
     _save(figure, Path(path))
 
 

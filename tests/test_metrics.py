@@ -7,7 +7,16 @@ import math
 import numpy as np
 import pytest
 
-from evaluation.metrics import Metric, accuracy_metric, auroc_metric, compare, mean_metric, print_comparison, rate_metric, write_result
+from evaluation.metrics import (
+    Metric,
+    accuracy_metric,
+    auroc_metric,
+    compare,
+    mean_metric,
+    print_comparison,
+    rate_metric,
+    write_result,
+)
 from evaluation.plots import comparison_plot
 
 

@@ -1,0 +1,138 @@
+"""Real runs of inference.py: one prompt, the loop, a file of prompts."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_eval_reward_scores import export_judge, teach
+
+import inference
+from reasoning.problems import stories
+
+ROOT = Path(__file__).resolve().parents[1]
+PROBLEMS = [story.problem() for story in itertools.islice((story for story in stories("test") if len(story.events) == 2), 4)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("taught") / "model"
+    return teach(tiny_model_dir, folder, [(problem.prompt, problem.steps) for problem in PROBLEMS])
+
+
+@pytest.fixture(scope="module")
+def judge(tiny_model_dir, tmp_path_factory) -> str:
+    return export_judge(tiny_model_dir, tmp_path_factory.mktemp("judge"), context=200)
+
+
+def test_help_is_quick(run_script):
+    start = time.time()
+    assert "--show_scores" in run_script("inference.py", "--help").stdout
+    assert time.time() - start < 2
+
+
+def test_prompt_is_answered_with_scores(run_script, model, judge):
+    plain = run_script("inference.py", "--prompt", PROBLEMS[0].prompt, "--model_name_or_path", model)
+    assert plain.returncode == 0 and plain.stdout.split("\n") == [*PROBLEMS[0].steps, ""], plain.stderr
+    scored = run_script(
+        "inference.py", "--prompt", PROBLEMS[0].prompt, "--model_name_or_path", model, "--show_scores", "--judge_path", judge
+    )
+    assert re.sub(r"   \[[01]\.\d\d\]$", "", scored.stdout, flags=re.MULTILINE) == plain.stdout
+    assert len(re.findall(r"\[[01]\.\d\d\]$", scored.stdout, re.MULTILINE)) == len(PROBLEMS[0].steps)
+
+
+def test_sampling_follows_the_seed(run_script, tiny_model_dir):
+    """Any Unicode is a prompt. In the loop the second question has the next seed, so asking again gives another answer."""
+    prompt = "Mia 🍎 has ٣ äpples\u2028?"
+    arguments = ["--temperature", 1, "--max_new_tokens", 12, "--seed", 1, "--model_name_or_path", tiny_model_dir]
+    single = run_script("inference.py", "--prompt", prompt, *arguments)
+    assert single.returncode == 0, single.stderr
+    loop = run_script("inference.py", *arguments, stdin=None, input=f"{prompt}\n{prompt}\nQUIT\n")
+    _, first, second, _ = loop.stdout.split("> ")
+    assert first == single.stdout != second
+
+
+@pytest.mark.parametrize("end", ["exit\n", ""])
+def test_loop_ends(run_script, model, end):
+    """It answers, asks again after an empty line, and ends on exit or the end of the input."""
+    typed = f"{PROBLEMS[1].prompt}\n\n{PROBLEMS[2].prompt}\n{end}"
+    process = run_script("inference.py", "--model_name_or_path", model, stdin=None, input=typed)
+    assert process.returncode == 0, process.stderr
+    for problem in PROBLEMS[1:3]:
+        assert "\n".join(problem.steps) in process.stdout
+    assert process.stderr.count("the prompt is empty") == 1 and "Traceback" not in process.stderr
+
+
+def test_loop_ends_on_ctrl_c(model, judge, tmp_path):
+    """Ctrl-C reaches the whole process group, the judge's worker as well."""
+    command = [sys.executable, str(ROOT / "inference.py"), "--model_name_or_path", model, "--show_scores", "--judge_path", judge]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert os.read(process.stdout.fileno(), 2) == b"> "
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 0 and b"Traceback" not in stderr, stderr.decode()
+
+
+def test_before_any_training_the_base_answers_and_says_so(tiny_model_dir, tmp_path, monkeypatch, capsys):
+    untrained = str(tmp_path / "untrained")
+    monkeypatch.setattr(inference, "BASE", tiny_model_dir)
+    monkeypatch.setattr(inference.InferenceArgs, "model_name_or_path", untrained)
+    assert inference.choose_model(inference.InferenceArgs(model_name_or_path=untrained)) == tiny_model_dir
+    assert "no trained model yet" in capsys.readouterr().err
+    shutil.copytree(tiny_model_dir, untrained)
+    assert inference.choose_model(inference.InferenceArgs(model_name_or_path=untrained)) == untrained
+    assert not capsys.readouterr().err
+
+
+def test_file_of_prompts(run_script, model, judge, tmp_path):
+    long = PROBLEMS[0].prompt + " She waits." * 40  # too long for the judge, not for the policy
+    prompts = [PROBLEMS[3].prompt, long, PROBLEMS[0].prompt]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    arguments = ["--input", "prompts.jsonl", "--output", "answers.jsonl", "--model_name_or_path", model, "--max_new_tokens", 80]
+    process = run_script("inference.py", *arguments, "--show_scores", "--judge_path", judge)
+    assert process.returncode == 0 and "wrote 3 answers to answers.jsonl, 1 without scores" in process.stdout, process.stderr
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == prompts
+    for row, problem in ((rows[0], PROBLEMS[3]), (rows[2], PROBLEMS[0])):
+        assert row["steps"] == problem.steps and row["finished"] and len(row["scores"]) == len(row["steps"])
+    assert "scores" not in rows[1]
+    again = run_script("inference.py", *arguments)
+    assert again.returncode == 2 and "give --overwrite" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", b"Mia \xff"], "not UTF-8"),
+        (["--prompt", "Mia has 2 cups. " * 100], "context"),
+        (["--prompt", "Mia", "--model_name_or_path", "none"], "model directory none not found"),
+        (["--prompt", "Mia", "--model_name_or_path", "."], "no model directory"),
+        (["--prompt", "Mia", "--show_scores", "--judge_path", "none.gguf"], "none.gguf not found"),
+        (["--prompt", "Mia", "--temperature", "nan"], "--temperature: expected 0 or more"),
+        (["--prompt", "Mia", "--max_new_tokens", "0"], "--max_new_tokens: expected 1 or more"),
+        (["--prompt", "Mia", "--unknown"], "unknown argument --unknown"),
+        (["--prompt", "Mia", "--config", "none.yaml"], "none.yaml not found"),
+        (["--input", "none.jsonl", "--output", "out.jsonl"], "none.jsonl not found"),
+        (["--input", "rows.jsonl"], "--input and --output go together"),
+        (["--input", "rows.jsonl", "--output", "out.jsonl"], "rows.jsonl:2: field 'prompt': expected a text, got an empty one"),
+        (["--input", "rows.jsonl", "--output", "rows.jsonl/out.jsonl"], "cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line(tiny_model_dir, tmp_path, arguments, message):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Mia"}\n{"prompt": ""}\n')
+    command = [sys.executable, str(ROOT / "inference.py"), "--model_name_or_path", tiny_model_dir, *arguments]
+    process = subprocess.run(command, capture_output=True, cwd=tmp_path, stdin=subprocess.DEVNULL, timeout=60)
+    stderr = process.stderr.decode()
+    assert process.returncode == 2 and len(stderr.splitlines()) == 1 and message in stderr, stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
