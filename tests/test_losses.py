@@ -1,0 +1,117 @@
+"""trainer/losses.py against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import tensor
+
+from trainer.losses import AGGREGATES, CREDITS, step_weights, stepwise_loss, sum_per_step
+
+A, B = tensor([[1.0, 0.5, 0.8]]), tensor([[0.9, 0.2, 0.4]])
+D_CHOSEN, D_REJECTED = tensor([[0.5, -0.3, 0.2]]), tensor([[-0.4, 0.6, 0.1]])
+ALL = torch.ones(1, 3, dtype=torch.bool)
+
+WEIGHTS = {  # credit -> (u, v) of A, B
+    "first_error": ([1.0, 0.5, 0.4], [0.1, 0.9 * 0.8, 0.9 * 0.2 * 0.6]),
+    "score": ([1.0, 0.5, 0.8], [0.1, 0.8, 0.6]),
+    "uniform": ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0]),
+    "normalized": ([3.3 / 2.6, 1.8 / 2.6, 2.7 / 2.6], [0.6 / 1.8, 2.7 / 1.8, 2.1 / 1.8]),
+}
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+def loss(*tensors, mask=(ALL, ALL), **options):
+    return stepwise_loss(*(tensors or (D_CHOSEN, D_REJECTED)), A, B, *mask, **options)
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+def test_step_weights(credit):
+    u, v = step_weights(A, B, credit)
+    torch.testing.assert_close(u, tensor([WEIGHTS[credit][0]]))
+    torch.testing.assert_close(v, tensor([WEIGHTS[credit][1]]))
+
+
+def test_three_steps_by_hand():
+    # u D = .5 - .15 + .08 = .43; v D = -.04 + .432 + .0108 = .4028; a relu(-D) = .5 * .3 = .15
+    got = loss(credit="first_error", beta=0.1, agg="sum", margin_gamma=0.4, anchor_lambda=5.0)
+    margin = 0.4 * (2.3 / 3 - 1.5 / 3)
+    assert got.chosen_rewards.item() == pytest.approx(0.043, abs=1e-6)
+    assert got.rejected_rewards.item() == pytest.approx(0.04028, abs=1e-6)
+    assert got.anchor.item() == pytest.approx(0.075, abs=1e-6)
+    assert got.loss.item() == pytest.approx(softplus(-(0.043 - 0.075 - 0.04028 - margin)), abs=1e-6)
+    mean = loss(credit="first_error", beta=0.1, agg="mean", margin_gamma=0.4, anchor_lambda=5.0)
+    assert mean.loss.item() == pytest.approx(softplus(-((0.043 - 0.075 - 0.04028) / 3 - margin)), abs=1e-6)
+
+
+@pytest.mark.parametrize("agg", AGGREGATES)
+@pytest.mark.parametrize("credit", CREDITS)
+def test_every_credit_against_float64(credit, agg):
+    (u, v), count = WEIGHTS[credit], 3 if agg == "mean" else 1
+    chosen = 0.3 * sum(w * d for w, d in zip(u, D_CHOSEN[0].tolist(), strict=True)) / count
+    rejected = 0.3 * sum(w * d for w, d in zip(v, D_REJECTED[0].tolist(), strict=True)) / count
+    got = loss(credit=credit, beta=0.3, agg=agg)
+    assert got.loss.item() == pytest.approx(softplus(rejected - chosen), abs=1e-6)
+
+
+def test_uniform_sum_is_dpo():
+    got = loss(credit="uniform", beta=0.1)
+    assert got.loss.item() == pytest.approx(softplus(-0.1 * (0.4 - 0.3)), abs=1e-6)
+
+
+@pytest.mark.parametrize("credit", CREDITS)
+def test_at_the_reference_only_the_margin_is_left(credit):
+    zero = torch.zeros(1, 3)
+    got = loss(zero, zero, credit=credit, margin_gamma=2.0, anchor_lambda=5.0)
+    assert got.loss.item() == pytest.approx(softplus(2.0 * 0.8 / 3), abs=1e-6)
+    assert loss(zero, zero, credit=credit).loss.item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("agg", AGGREGATES)
+@pytest.mark.parametrize("credit", CREDITS)
+def test_padding_changes_nothing_and_lost_steps_leave_k(credit, agg):
+    options = {"credit": credit, "agg": agg, "margin_gamma": 0.7, "anchor_lambda": 3.0}
+    junk = tensor([[9.0, -9.0]])  # what stands in masked places must not matter
+
+    def padded(values, length):
+        return torch.cat([values[:, :length], junk.expand(1, 2)], 1)
+
+    mask = tensor([[True, True, False, False]])
+    short = [values[:, :2] for values in (D_CHOSEN, D_REJECTED, A, B)]
+    two = torch.ones(1, 2, dtype=torch.bool)
+    want = stepwise_loss(*short, two, two, **options)
+    got = stepwise_loss(*(padded(values, 2) for values in (D_CHOSEN, D_REJECTED, A, B)), mask, mask, **options)
+    for name in want._fields:
+        torch.testing.assert_close(getattr(got, name), getattr(want, name), msg=name)
+    nothing = torch.zeros_like(ALL)  # a response of which truncation left nothing
+    gone = stepwise_loss(D_CHOSEN, D_REJECTED, A, B, nothing, ALL, **options)
+    assert torch.isfinite(gone.loss).all() and gone.chosen_rewards.item() == 0 and gone.anchor.item() == 0
+
+
+def test_gradients_go_where_the_credit_is():
+    chosen, rejected = D_CHOSEN.clone().requires_grad_(), D_REJECTED.clone().requires_grad_()
+    hard = tensor([[1.0, 0.0, 0.0]])  # the second step is the first error
+    stepwise_loss(chosen, rejected, torch.ones(1, 3), hard, ALL, ALL, credit="first_error").loss.sum().backward()
+    assert (chosen.grad < 0).all()
+    assert rejected.grad[0, 0] == 0 and rejected.grad[0, 1] > 0 and rejected.grad[0, 2] == 0
+
+
+def test_anchor_pulls_back_good_steps_that_become_less_likely():
+    chosen = tensor([[-1.0, -1.0, 1.0]], requires_grad=True)
+    stepwise_loss(
+        chosen, D_REJECTED, tensor([[1.0, 0.0, 1.0]]), B, ALL, ALL, credit="score", anchor_lambda=5.0
+    ).loss.sum().backward()
+    assert chosen.grad[0, 0] == pytest.approx(6 * chosen.grad[0, 2].item())  # u + lambda a against u
+    assert chosen.grad[0, 1] == 0  # a wrong step is not held
+
+
+def test_sum_per_step():
+    values = tensor([[1.0, 2.0, 4.0, 8.0, 16.0], [1.0, 2.0, 4.0, 8.0, 16.0]], requires_grad=True)
+    ids = tensor([[-1, 0, 0, 2, -1], [0, 1, -1, 1, 1]])
+    sums = sum_per_step(values, ids, 3)
+    assert sums.tolist() == [[6.0, 0.0, 8.0], [1.0, 26.0, 0.0]]
+    sums.sum().backward()
+    assert values.grad.tolist() == (ids >= 0).float().tolist()

@@ -1,0 +1,400 @@
+"""StepwiseDPOTrainer against TRL's DPOTrainer and against itself in every mode, on a tiny model with random weights."""
+
+import copy
+import itertools
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from reasoning.problems import pretraining_texts
+from reasoning.records import RecordError
+from reasoning.steps import format_prompt, response_pieces
+from trainer.stepwise_dpo_trainer import DataCollatorForSteps, StepwiseDPOConfig, StepwiseDPOTrainer, encode_pair
+
+PLAIN_DPO = {"credit": "uniform", "step_agg": "sum", "margin_gamma": 0.0, "anchor_lambda": 0.0}
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+
+
+def make_rows(count: int) -> list[dict]:
+    """Pairs of a reference solution and a human one, with random scores; every third shares its first step as prefix."""
+    rng, rows = random.Random(0), []
+    for problem, human in pretraining_texts():
+        shared = int(len(rows) % 3 == 2 and human[0] == problem.steps[0])
+        if human != problem.steps:
+            pair = {
+                "prompt": problem.prompt,
+                "prefix": human[:shared],
+                "chosen": problem.steps[shared:],
+                "rejected": human[shared:],
+            }
+            scores = {f"{side}_scores": [round(rng.random(), 3) for _ in pair[side]] for side in ("chosen", "rejected")}
+            rows.append({**pair, **scores})
+        if len(rows) == count:
+            return rows
+
+
+ROWS = make_rows(8)
+ROW = {
+    "prompt": "How many?",
+    "prefix": ["Step 1: 1 + 2 = 3"],
+    "chosen": ["Step 2: 3 * 4 = 12", "Answer: 12"],
+    "rejected": ["Step 2: 3 + 4 = 7"],
+    "chosen_scores": [0.9, 0.8],
+    "rejected_scores": [0.1],
+}
+PROMPT_IDS = [
+    *(1, 419, 284, 410, 380, 289, 13, 421, 284, 13),  # <s> Problem: How many?\n Solution:\n
+    *(358, 353, 275, 284, 353, 275, 371, 353, 276, 355, 353, 277, 13),  # Step 1: 1 + 2 = 3\n
+]
+STEP = [358, 353, 276, 284, 353, 277]  # Step 2: 3
+CHOSEN_IDS = [*STEP, 375, 353, 278, 355, 353, 275, 276, 13, 420, 284, 353, 275, 276, 2]  # * 4 = 12\n Answer: 12</s>
+REJECTED_IDS = [*STEP, 371, 353, 278, 355, 353, 281, 13]  # + 4 = 7\n, and no </s>: the solution is to go on
+
+
+@pytest.fixture
+def make(tiny_model_dir, tmp_path):
+    """make(rows, peft=..., model=..., trl=True, ...config) -> a trainer with small, exact defaults."""
+
+    def make(rows=ROWS, *, model=tiny_model_dir, ref_model=None, peft=False, trl=False, eval_rows=None, tokenizer=None, **config):
+        config = {"per_device_train_batch_size": len(rows), "save_strategy": "no", "logging_steps": 1, **config}
+        config = {
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+            "report_to": "none",
+            "learning_rate": 1e-3,
+            "warmup_steps": 0,
+            **config,
+        }
+        trainer, config_class = (DPOTrainer, DPOConfig) if trl else (StepwiseDPOTrainer, StepwiseDPOConfig)
+        return trainer(
+            model=model,
+            ref_model=ref_model,
+            args=config_class(str(tmp_path / "out"), **config),
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=None if eval_rows is None else Dataset.from_list(eval_rows),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(**LORA) if peft else None,
+        )
+
+    return make
+
+
+def as_text(row: dict, tokenizer) -> dict:
+    """The row as TRL's DPOTrainer wants it: texts. TRL adds EOS itself."""
+    prompt = format_prompt(row["prompt"], tokenizer) + "".join(response_pieces(row["prefix"], finished=False))
+    return {"prompt": prompt} | {side: "".join(response_pieces(row[side], finished=True)) for side in ("chosen", "rejected")}
+
+
+def batch_of(trainer) -> dict:
+    return trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
+
+
+def perturb(model) -> None:
+    """The same small change in every weight that trains, every time: a policy that is not its reference."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad and ".ref." not in name:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+
+
+def loss_of(trainer, moved=True) -> float:
+    if moved:
+        perturb(trainer.model)
+    trainer.model.train()
+    return trainer.compute_loss(trainer.model, batch_of(trainer)).item()
+
+
+def weights(trainer) -> dict:
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+# --- rows to ids ---
+
+
+def test_ids_and_steps_by_hand(tokenizer):
+    got = encode_pair(ROW, tokenizer, max_length=None, truncation_mode="keep_start")
+    assert got == {
+        "prompt_ids": PROMPT_IDS,
+        "chosen_ids": CHOSEN_IDS,
+        "rejected_ids": REJECTED_IDS,
+        "chosen_steps": [0] * 14 + [1] * 6,  # the newline closes step 0, EOS step 1
+        "rejected_steps": [0] * 13,
+        "chosen_scores": [0.9, 0.8],
+        "rejected_scores": [0.1],
+        "truncated_steps": 0,
+    }
+
+
+def test_collator_by_hand(tokenizer):
+    short = {**ROW, "prefix": [], "chosen": ["Answer: 1"], "rejected": ["Answer: 2"], "chosen_scores": [1], "rejected_scores": [0]}
+    rows = [encode_pair(row, tokenizer, 40, "keep_start") for row in (ROW, short)]
+    batch = DataCollatorForSteps(pad_token_id=0, max_length=40)(rows)
+    answer = [420, 284, 353, 275, 2], [420, 284, 353, 276, 2]
+    assert (
+        batch["input_ids"].tolist()
+        == [
+            [*PROMPT_IDS, *CHOSEN_IDS[:17]],  # 23 + 17 = 40: the answer and EOS are cut
+            [*PROMPT_IDS[:10], *answer[0], *[0] * 25],
+            [*PROMPT_IDS, *REJECTED_IDS, *[0] * 4],
+            [*PROMPT_IDS[:10], *answer[1], *[0] * 25],
+        ]
+    )
+    assert batch["step_ids"].tolist() == [
+        [-1] * 23 + [0] * 14 + [1] * 3,
+        [-1] * 10 + [0] * 5 + [-1] * 25,
+        [-1] * 23 + [0] * 13 + [-1] * 4,
+        [-1] * 10 + [0] * 5 + [-1] * 25,
+    ]
+    assert torch.equal(batch["completion_mask"], (batch["step_ids"] >= 0).long())
+    assert batch["step_mask"].tolist() == [[True, True], [True, False], [True, False], [True, False]]
+    torch.testing.assert_close(batch["step_scores"], torch.tensor([[0.9, 0.8], [1.0, 0.0], [0.1, 0.0], [0.0, 0.0]]))
+    assert batch["truncated_steps"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("max_length", "mode", "left", "truncated"),
+    [
+        (36, "keep_start", [[True, False], [True, False]], 2),  # both steps of chosen lose tokens, one all of them
+        (24, "keep_start", [[True, False], [True, False]], 3),
+        (6, "keep_end", [[False, True], [True, False]], 2),
+    ],
+)
+def test_truncation_keeps_steps_and_ids_together(tokenizer, max_length, mode, left, truncated):
+    row = encode_pair(ROW, tokenizer, max_length, mode)
+    batch = DataCollatorForSteps(pad_token_id=0, max_length=max_length, truncation_mode=mode)([row])
+    assert batch["step_ids"].shape == batch["input_ids"].shape == (2, max_length)
+    assert batch["step_mask"].tolist() == left and batch["truncated_steps"].tolist() == [truncated]
+
+
+def test_a_straddling_token_belongs_to_the_earlier_step(tokenizer):
+    """The end of the prompt and the beginning of a response in one token: no step's, so in no loss, and each side keeps its own."""
+    straddling = copy.deepcopy(tokenizer)
+    straddling.add_tokens([AddedToken(text, normalized=False) for text in ("\nStep 2", "\nAns")])
+    pair = encode_pair({**ROW, "rejected": ["Answer: 7"]}, straddling, None, "keep_start")
+    assert straddling.convert_ids_to_tokens(pair["prompt_ids"])[-1] == "3"
+    assert straddling.convert_ids_to_tokens(pair["chosen_ids"])[:2] == ["\nStep 2", "▁"] and pair["chosen_steps"][:2] == [-1, 0]
+    assert straddling.convert_ids_to_tokens(pair["rejected_ids"])[0] == "\nAns" and pair["rejected_steps"][:2] == [-1, 0]
+    ids = straddling.convert_tokens_to_ids(["\nAns"])[0]
+    assert pair["chosen_steps"][pair["chosen_ids"].index(ids)] == 0  # between two steps: the earlier one's
+    mask = DataCollatorForSteps(pad_token_id=0)([pair])["completion_mask"]
+    assert mask.sum(1).tolist() == [len(pair["chosen_ids"]) - 1, len(pair["rejected_ids"]) - 1]
+
+
+def test_offsets_that_leave_white_space_out():
+    """Byte-level tokenizers with trim_offsets: the newline's offsets are empty, and it still closes its step."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({"<e>": 0} | {char: 1 + k for k, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
+    pair = encode_pair(ROW, tokenizer, None, "keep_start")
+    assert tokenizer.decode(pair["prompt_ids"]).endswith("= 3\n")
+    assert pair["chosen_steps"] == [0] * len("Step 2: 3 * 4 = 12\n") + [1] * (len("Answer: 12") + 1)
+
+
+def test_chat_template_gets_no_second_bos(tokenizer, make):
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}<|assistant|>"
+    pair = encode_pair(ROW, chat, None, "keep_start")
+    assert pair["prompt_ids"].count(chat.bos_token_id) == 1 and pair["prompt_ids"][0] == chat.bos_token_id
+    assert chat.decode(pair["prompt_ids"]).endswith("<|assistant|>Step 1: 1 + 2 = 3\n")
+    assert pair["chosen_ids"][-1] == chat.eos_token_id and pair["rejected_ids"][-1] != chat.eos_token_id
+    trainer = make(tokenizer=chat)
+    assert loss_of(trainer, moved=False) == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_rows_without_room_are_dropped_and_said(make, caplog):
+    long = {**ROWS[0], "prompt": "Mia has 2 apples. " * 40}
+    with caplog.at_level("WARNING"):
+        trainer = make([*ROWS, long], max_length=100)
+    truncated = sum(trainer.train_dataset["truncated_steps"])
+    assert len(trainer.train_dataset) == len(ROWS) and truncated > 0
+    assert f"1 of {len(ROWS) + 1} pairs dropped" in caplog.text and f"{truncated} steps" in caplog.text
+    trainer.train()
+    logged = next(log for log in trainer.state.log_history if "steps/truncated" in log)
+    assert logged["steps/truncated"] == pytest.approx(truncated / len(ROWS))
+    with pytest.raises(ValueError, match="none of 1 pairs fits into max_length 100"):
+        make([long], max_length=100)
+
+
+def test_bad_rows_and_tokenizers_are_one_line_errors(make):
+    with pytest.raises(RecordError, match="'chosen_scores': expected one score for each of 2 steps"):
+        encode_pair({**ROW, "chosen_scores": [0.5]}, None, None, "keep_start")
+    with pytest.raises(ValueError, match="no character offsets"):
+        make(tokenizer=SimpleNamespace(is_fast=False))
+
+
+# --- the loss against TRL's ---
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_uniform_sum_equals_trl(make, tiny_model_dir, peft):
+    """Without credit, margin and anchor, the loss and the metrics of a batch are TRL's, EOS included."""
+    ours = make(peft=peft, **PLAIN_DPO)
+    texts = [as_text(row, ours.processing_class) for row in ROWS]
+    theirs = make(texts, peft=peft, trl=True, gradient_checkpointing=False)
+    for side in ("chosen_ids", "rejected_ids"):
+        assert ours.train_dataset[side] == theirs.train_dataset[side]
+    loss = loss_of(ours)
+    assert loss == pytest.approx(loss_of(theirs), abs=1e-5) and abs(loss - 0.6931) > 1e-3
+    mine, trls = ours._metrics["train"], theirs._metrics["train"]
+    for name in trls:
+        assert mine[name] == pytest.approx(trls[name], rel=1e-4, abs=1e-4), name
+    assert mine["logps/chosen_vs_ref"][0] == pytest.approx(trls["rewards/chosen"][0] / 0.1, abs=1e-4)
+    first = [sum(row["chosen_scores"]) / len(row["chosen_scores"]) for row in ROWS]
+    assert mine["scores/chosen"] == [pytest.approx(sum(first) / len(first))]
+
+
+def test_equal_under_truncation(make):
+    ours = make(max_length=90, **PLAIN_DPO)
+    theirs = make([as_text(row, ours.processing_class) for row in ROWS], trl=True, max_length=90, gradient_checkpointing=False)
+    assert sum(ours.train_dataset["truncated_steps"]) and loss_of(ours) == pytest.approx(loss_of(theirs), abs=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", [["sigmoid"], ["ipo", "sft"], ["apo_zero"]])
+def test_trl_lists_are_trl(make, loss_type):
+    ours = make(loss_type=loss_type, precompute_ref_log_probs=loss_type == ["sigmoid"])
+    theirs = make(
+        [as_text(row, ours.processing_class) for row in ROWS], trl=True, loss_type=loss_type, gradient_checkpointing=False
+    )
+    assert loss_of(ours) == pytest.approx(loss_of(theirs), abs=1e-5)
+    assert {"scores/chosen", "steps/truncated"} <= set(ours._metrics["train"])
+
+
+def test_mixed_losses_are_the_weighted_sum(make):
+    mixed = loss_of(make(loss_type=["stepwise", "sigmoid", "sft"], loss_weights=[0.5, 2.0, 0.25]))
+    parts = [loss_of(make(loss_type=[name])) for name in ("stepwise", "sigmoid", "sft")]
+    assert mixed == pytest.approx(0.5 * parts[0] + 2 * parts[1] + 0.25 * parts[2], abs=1e-5)
+
+
+def test_the_loss_uses_scores_credit_margin_and_anchor(make):
+    """Each setting changes the loss of the same batch; at the reference only the margin is left."""
+    losses = [
+        loss_of(make(**settings))
+        for settings in (
+            {"anchor_lambda": 0.0},
+            {"anchor_lambda": 5.0},
+            {"credit": "score"},
+            {"step_agg": "mean"},
+            {"margin_gamma": 1.0},
+        )
+    ]
+    assert all(abs(a - b) > 1e-4 for a, b in itertools.combinations(losses, 2))
+    assert loss_of(make(), moved=False) == pytest.approx(0.693147, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": ["stepwize"]}, "stepwize is no loss; known are stepwise, sigmoid"),
+        ({"loss_type": []}, "an empty list is no loss"),
+        ({"loss_type": ["stepwise", "ipo"]}, "mixes with sigmoid and sft only, not with ipo"),
+        ({"loss_type": ["stepwise", "sft"], "loss_weights": [1.0]}, "same length"),
+        ({"label_smoothing": 0.1}, "label_smoothing: not defined"),
+        ({"credit": "all"}, "credit: expected one of first_error"),
+        ({"step_agg": "max"}, "step_agg: expected one of"),
+        ({"anchor_lambda": -1.0}, "anchor_lambda: expected a number of 0 or more"),
+        ({"beta": 0.0}, "beta: expected a number above 0"),
+        ({"beta": float("nan")}, "beta: expected a number above 0"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        StepwiseDPOConfig(use_cpu=True, **settings)
+    assert "\n" not in str(error.value)
+
+
+# --- every mode ---
+
+
+def test_training_moves_the_policy_and_not_the_reference(make):
+    trainer = make(max_steps=3)
+    policy, reference = weights(trainer), {n: p.clone() for n, p in trainer.ref_model.named_parameters()}
+    trainer.train()
+    assert all(not torch.equal(policy[name], now) for name, now in weights(trainer).items())
+    assert all(torch.equal(reference[name], now) for name, now in trainer.ref_model.named_parameters())
+    first = trainer.state.log_history[0]
+    assert first["grad_norm"] > 0 and {"rewards/margins", "rewards/anchor", "logps/rejected_vs_ref", "scores/rejected"} <= set(
+        first
+    )
+
+
+def test_peft_moves_the_adapter_alone(make):
+    """The same loss as full training at the start, a reference that is the model without adapter, and a base that stays."""
+    trainer = make(peft=True, max_steps=2, learning_rate=1e-2)
+    assert trainer.ref_model is None and loss_of(trainer, moved=False) == pytest.approx(0.693147, abs=1e-5)
+    before = weights(trainer)
+    trainer.train()
+    moved = {name for name, now in weights(trainer).items() if not torch.equal(before[name], now)}
+    assert moved and all("lora_" in name for name in moved)
+    assert loss_of(trainer, moved=False) != pytest.approx(0.693147, abs=1e-4)
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_precomputed_reference_is_the_same(make, peft):
+    live = make(peft=peft)
+    stored = make(peft=peft, precompute_ref_log_probs=True, precompute_ref_batch_size=3)
+    assert stored.ref_model is None
+    assert loss_of(stored) == pytest.approx(loss_of(live), abs=1e-5)
+    stored.train()
+
+
+def test_precomputed_reference_is_not_mixed_up_between_losses(make):
+    """Per response for TRL's losses, per step for ours: neither may be read from the other's cache."""
+    for loss_type in (["sigmoid"], ["stepwise"], ["sigmoid"]):
+        trainer = make(loss_type=loss_type, precompute_ref_log_probs=True)
+        assert loss_of(trainer) == pytest.approx(loss_of(make(loss_type=loss_type)), abs=1e-5)
+
+
+def test_gradient_accumulation_and_checkpointing_change_nothing(make):
+    settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    trainers = [
+        make(**settings),
+        make(**settings, per_device_train_batch_size=2, gradient_accumulation_steps=4),
+        make(**settings, gradient_checkpointing=True),
+    ]
+    for trainer in trainers:
+        perturb(trainer.model)  # at the reference the anchor has no slope
+        trainer.train()
+    once, *others = map(weights, trainers)
+    untouched = dict(AutoModelForCausalLM.from_pretrained(trainers[0].ref_model.config._name_or_path).named_parameters())
+    assert all(not torch.equal(once[name], untouched[name]) for name in once)
+    for other in others:
+        for name in once:
+            torch.testing.assert_close(other[name], once[name], rtol=0, atol=2e-6)
+
+
+def test_eval_dataset(make):
+    trainer = make(eval_rows=ROWS[:4], max_steps=2, eval_strategy="steps", eval_steps=1, precompute_ref_log_probs=True)
+    trainer.train()
+    evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert len(evaluations) == 2 and evaluations[1]["eval_loss"] != evaluations[0]["eval_loss"]
+    assert {"eval_rewards/accuracies", "eval_scores/chosen", "eval_logps/chosen_vs_ref"} <= set(evaluations[0])
+    live = make(eval_rows=ROWS[:4])
+    assert live.evaluate()["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert live.evaluate(Dataset.from_list(ROWS[4:]))["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_a_model_in_memory_and_streamed_rows(tiny_model_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    config = StepwiseDPOConfig(
+        str(tmp_path), use_cpu=True, max_steps=1, per_device_train_batch_size=4, save_strategy="no", disable_tqdm=True
+    )
+    rows = IterableDataset.from_generator(lambda: iter(ROWS))
+    trainer = StepwiseDPOTrainer(
+        model, args=config, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(tiny_model_dir)
+    )
+    trainer.train()
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(0.693147, abs=1e-5)

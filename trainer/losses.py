@@ -1,0 +1,107 @@
+"""Step-level preference losses: pure functions of tensors, no model, no config.
+
+Shapes: B pairs; K steps of the longest response of the batch, padded; L tokens. A mask (B, K) of bools says which steps are there:
+padding and steps lost to truncation are not, and count nowhere.
+Symbols: a, b the judge's scores (0 wrong .. 1 right) of the steps of chosen and rejected; u, v the weights made of them;
+D the log-ratio log pi - log pi_ref of a step, in nats, summed over its tokens.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sum_per_step(per_token: Tensor, step_ids: Tensor, steps: int) -> Tensor:
+    """Sum token values over each step. per_token (N, L) floats; step_ids (N, L), 0 .. steps - 1, or -1 for a token of no step.
+    Returns (N, steps); 0 for a step without tokens."""
+    sums = per_token.new_zeros(per_token.size(0), steps + 1)  # the extra column takes the tokens of no step
+    return sums.scatter_add(1, step_ids.masked_fill(step_ids < 0, steps), per_token)[:, :steps]
+
+
+def _first_error(a: Tensor, b: Tensor, *_) -> tuple[Tensor, Tensor]:
+    """u_k = prod_{j<=k} a_j, all is right so far; v_k = (1 - b_k) prod_{j<k} b_j, step k is the first error. What comes after an
+    error is neither praised nor blamed."""
+    right_before = F.pad(b.cumprod(1), (1, -1), value=1.0)
+    return a.cumprod(1), (1 - b) * right_before
+
+
+def _normalized(a: Tensor, b: Tensor, a_mask: Tensor, b_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """u_k = K (a_k + .1) / sum(a + .1), and v_k likewise from 1 - b: the weights of a response have mean 1."""
+
+    def normalize(scores, mask):
+        return (scores + 0.1) * (mask.sum(1, keepdim=True) / ((scores + 0.1) * mask).sum(1, keepdim=True).clamp(min=0.1))
+
+    return normalize(a, a_mask), normalize(1 - b, b_mask)
+
+
+# credit -> function of (a, b, a_mask, b_mask), each (B, K), that returns the weights (u, v), each (B, K)
+CREDITS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "first_error": _first_error,
+    "score": lambda a, b, *_: (a, 1 - b),
+    "normalized": _normalized,
+    "uniform": lambda a, b, *_: (torch.ones_like(a), torch.ones_like(b)),
+}
+
+# how the weighted steps of a response become one number: (values, mask), each (B, K) -> (B,)
+AGGREGATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": lambda values, mask: (values * mask).sum(1),
+    "mean": lambda values, mask: (values * mask).sum(1) / mask.sum(1).clamp(min=1),
+}
+
+
+def step_weights(
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    credit: str,
+    chosen_mask: Tensor | None = None,
+    rejected_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(u, v), each (B, K): how much every step is praised in chosen and blamed in rejected. Scores (B, K) in 0..1; masks (B, K),
+    all steps if not given; `credit` is a key of CREDITS, which holds the equations."""
+    chosen_mask = torch.ones_like(chosen_scores, dtype=torch.bool) if chosen_mask is None else chosen_mask
+    rejected_mask = torch.ones_like(rejected_scores, dtype=torch.bool) if rejected_mask is None else rejected_mask
+    u, v = CREDITS[credit](chosen_scores, rejected_scores, chosen_mask, rejected_mask)
+    return u * chosen_mask, v * rejected_mask
+
+
+class StepwiseLoss(NamedTuple):
+    """What stepwise_loss returns, each (B,): the loss, R_w without the anchor, R_l, and what the anchor takes from R_w."""
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    anchor: Tensor
+
+
+def stepwise_loss(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    credit: str = "first_error",
+    beta: float = 0.1,
+    agg: str = "sum",
+    margin_gamma: float = 0.0,
+    anchor_lambda: float = 0.0,
+) -> StepwiseLoss:
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) on steps weighted by their scores. All inputs (B, K).
+
+        R_w = beta agg_k(u_k D_k) - lambda beta agg_k(a_k relu(-D_k))        R_l = beta agg_k(v_k D_k)
+        m = gamma (mean(a) - mean(b))                                        loss = -log sigmoid(R_w - R_l - m)
+
+    agg is the sum or the mean over the steps that are there. The second term of R_w is the anchor of DPO-Positive (Pal et al. 2024,
+    arXiv 2402.13228), here per step: good steps are pulled back when they become less likely than under the reference.
+    With `uniform`, sum, gamma 0 and lambda 0 this is DPO; at pi = pi_ref it is -log sigmoid(-m)."""
+    aggregate, mean = AGGREGATES[agg], AGGREGATES["mean"]
+    u, v = step_weights(chosen_scores, rejected_scores, credit, chosen_mask, rejected_mask)
+    chosen_rewards = beta * aggregate(u * chosen_logratios, chosen_mask)
+    rejected_rewards = beta * aggregate(v * rejected_logratios, rejected_mask)
+    anchor = anchor_lambda * beta * aggregate(chosen_scores * F.relu(-chosen_logratios), chosen_mask)
+    margin = margin_gamma * (mean(chosen_scores, chosen_mask) - mean(rejected_scores, rejected_mask))
+    loss = -F.logsigmoid(chosen_rewards - anchor - rejected_rewards - margin)
+    return StepwiseLoss(loss, chosen_rewards, rejected_rewards, anchor)

@@ -1,0 +1,382 @@
+"""Stepwise DPO: TRL's DPOTrainer on pairs whose steps a judge has scored. The equations are in trainer/losses.py.
+
+    config = StepwiseDPOConfig("saved_model/mine", num_train_epochs=1)
+    StepwiseDPOTrainer(model="models/policy-mini", args=config, train_dataset=Dataset.from_list(rows)).train()
+
+The rows are scored pairs (reasoning/records.py). Only TRL's narrow seams are overridden: how rows become ids, the collator, the
+loss and the reference log-probs. A list of TRL's own losses goes to TRL's code, on the same ids.
+"""
+
+import contextlib
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from transformers import AutoTokenizer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
+
+from reasoning.records import ScoredPair
+from reasoning.steps import encode_steps
+from trainer.losses import AGGREGATES, CREDITS, stepwise_loss, sum_per_step
+
+logger = get_logger(__name__)
+
+TRL_LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+STEP_LOSSES = ("stepwise",)
+MIXABLE = (*STEP_LOSSES, "sigmoid", "sft")  # what may stand in one list with a step loss
+
+# what a batch holds besides TRL's keys; none may reach the model, which would swallow it
+STEP_KEYS = ("step_ids", "step_mask", "step_scores", "truncated_steps")
+
+
+@dataclass
+class StepwiseDPOConfig(DPOConfig):
+    """DPOConfig with the step loss; defaults are the embedded miniature's. Raises ValueError for values that make no sense."""
+
+    loss_type: list[str] = field(
+        default_factory=lambda: ["stepwise"],
+        metadata={
+            "help": f"Losses, summed with --loss_weights: stepwise, alone or mixed with sigmoid and sft; or any of TRL's own: "
+            f"{', '.join(TRL_LOSSES)}."
+        },
+    )
+    credit: str = field(
+        default="first_error",
+        metadata={"help": "How step scores become step weights (trainer/losses.py).", "choices": list(CREDITS)},
+    )
+    step_agg: str = field(
+        default="sum", metadata={"help": "How the weighted steps of a response become one number.", "choices": list(AGGREGATES)}
+    )
+    margin_gamma: float = field(
+        default=0.0, metadata={"help": "Margin asked for per unit of difference of the mean scores, in reward units, 0 or more."}
+    )
+    anchor_lambda: float = field(
+        default=5.0,
+        metadata={"help": "Pull on good steps that become less likely than under the reference (DPO-Positive), 0 or more."},
+    )
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: optimizer steps, or below 1 a share of all steps."})
+    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the pairs."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs a device sees at once in training."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Pairs a device sees at once in evaluation."})
+    max_length: int | None = field(default=512, metadata={"help": "Longest prompt + response, in tokens; the rest is cut."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade compute for memory: for large models."})
+    bf16: bool | None = field(default=False, metadata={"help": "bf16 autocast; weights stay as --dtype says."})
+    logging_steps: float = field(default=5, metadata={"help": "Log every so many optimizer steps."})
+    save_steps: float = field(default=0.1, metadata={"help": "A checkpoint every so many steps, or below 1 a share of all."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept; older ones are deleted."})
+
+    def __post_init__(self):
+        self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        unknown = [name for name in self.loss_type if name not in STEP_LOSSES + TRL_LOSSES]
+        if unknown or not self.loss_type:
+            known = ", ".join(STEP_LOSSES + TRL_LOSSES)
+            raise ValueError(f"loss_type: {', '.join(unknown) or 'an empty list'} is no loss; known are {known}")
+        if self.has_step_loss:
+            foreign = [name for name in self.loss_type if name not in MIXABLE]
+            if foreign:
+                raise ValueError(f"loss_type: stepwise mixes with sigmoid and sft only, not with {', '.join(foreign)}")
+            ignored = {"ld_alpha": None, "f_divergence_type": "reverse_kl", "use_weighting": False, "label_smoothing": 0.0}
+            for name, default in ignored.items():
+                if getattr(self, name) != default:
+                    raise ValueError(f"{name}: not defined for the stepwise loss; leave it out")
+        for name, known in (("credit", CREDITS), ("step_agg", AGGREGATES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)}")
+        for name in ("margin_gamma", "anchor_lambda", "learning_rate"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name}: expected a number of 0 or more, got {getattr(self, name)}")
+        for name in (
+            *("beta", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
+            *("gradient_accumulation_steps", "max_length"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: expected a number above 0, got {value}")
+        super().__post_init__()
+
+    @property
+    def has_step_loss(self) -> bool:
+        return any(name in STEP_LOSSES for name in self.loss_type)
+
+
+def encode_pair(row: dict, tokenizer, max_length: int | None, truncation_mode: str) -> dict[str, Any]:
+    """A scored pair as ids. `prompt_ids` (template, prompt, prefix), then for each side `*_ids`, `*_steps` (the step of every id,
+    -1 for one of no step) and `*_scores`; `truncated_steps`: how many steps of the pair lose tokens to max_length."""
+    pair = ScoredPair.from_row(row)
+    chosen, chosen_steps = encode_steps(tokenizer, pair.prompt, pair.prefix, pair.chosen)
+    rejected, rejected_steps = encode_steps(tokenizer, pair.prompt, pair.prefix, pair.rejected)
+    # both sides share the prompt, but for a token that straddles its end: such a one stays in the response, as a token of no step
+    both = zip(chosen, rejected, chosen_steps, rejected_steps, strict=False)
+    cut = sum(1 for _ in itertools.takewhile(lambda t: t[0] == t[1] and t[2] == t[3] == -1, both))
+    lost = slice(0, 0)
+    if max_length is not None:
+        lost = slice(max_length, None) if truncation_mode == "keep_start" else slice(0, -max_length)
+    return {
+        "prompt_ids": chosen[:cut],
+        "chosen_ids": chosen[cut:],
+        "rejected_ids": rejected[cut:],
+        "chosen_steps": chosen_steps[cut:],
+        "rejected_steps": rejected_steps[cut:],
+        "chosen_scores": [float(score) for score in pair.chosen_scores],
+        "rejected_scores": [float(score) for score in pair.rejected_scores],
+        "truncated_steps": sum(len(set(steps[lost]) - {-1}) for steps in (chosen_steps, rejected_steps)),
+    }
+
+
+@dataclass
+class DataCollatorForSteps(DataCollatorForPreference):
+    """TRL's batch (chosen, then rejected: 2B rows) with what belongs to the steps, sliced and padded exactly as the ids:
+
+    `step_ids` (2B, L), -1 for tokens of no step; `step_scores` (2B, K) and `step_mask` (2B, K), False for padding and for steps of
+    which truncation left no token; `truncated_steps` (B,). `completion_mask` covers the tokens of steps. K is at least `min_steps`.
+    """
+
+    min_steps: int = 1
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        like_ids = DataCollatorForPreference(-1, self.max_length, self.truncation_mode, self.pad_to_multiple_of)
+        batch["step_ids"] = like_ids.torch_call(
+            [
+                {
+                    "prompt_ids": [-1] * len(example["prompt_ids"]),
+                    "chosen_ids": example["chosen_steps"],
+                    "rejected_ids": example["rejected_steps"],
+                }
+                for example in examples
+            ]
+        )["input_ids"]
+        batch["completion_mask"] = (batch["step_ids"] >= 0).long()
+        scores = [example[f"{side}_scores"] for side in ("chosen", "rejected") for example in examples]
+        steps = max(self.min_steps, *map(len, scores))
+        batch["step_scores"] = torch.tensor([row + [0.0] * (steps - len(row)) for row in scores])
+        batch["step_mask"] = (batch["step_ids"][:, :, None] == torch.arange(steps)).any(1)
+        batch["truncated_steps"] = torch.tensor([float(example["truncated_steps"]) for example in examples])
+        return batch
+
+
+class StepwiseDPOTrainer(DPOTrainer):
+    """DPOTrainer whose loss is weighted step by step; takes the same arguments, with a StepwiseDPOConfig and scored pairs.
+
+    Logged beside TRL's metrics (rewards are R_w and R_l, without the anchor): `scores/chosen`, `scores/rejected`, mean step scores;
+    `logps/chosen_vs_ref`, `logps/rejected_vs_ref`, log-probs of whole responses against the reference, in nats; `rewards/anchor`;
+    `steps/truncated`, steps a pair that lost tokens to max_length. Raises ValueError for a tokenizer without offsets."""
+
+    _tag_names: list[str] = ["trl", "dpo", "stepwise-dpo"]  # noqa: RUF012 (as in TRL)
+    _name = "Stepwise DPO"
+
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args: StepwiseDPOConfig | None = None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        **kwargs,
+    ):
+        args = StepwiseDPOConfig() if args is None else args
+        if processing_class is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            revision = (args.model_init_kwargs or {}).get("revision") or "main"
+            processing_class = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+        if not getattr(processing_class, "is_fast", False):
+            raise ValueError("the tokenizer gives no character offsets, which steps are cut by: use a fast one (tokenizer.json)")
+        if processing_class.pad_token is None:
+            processing_class.pad_token = processing_class.eos_token
+        if data_collator is None:
+            data_collator = DataCollatorForSteps(
+                processing_class.pad_token_id, args.max_length, args.truncation_mode, args.pad_to_multiple_of
+            )
+        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+
+    # --- data ---
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        """Rows to ids (encode_pair). Pairs whose prompt leaves no room for a response are dropped; what is lost is said."""
+        first = next(iter(dataset))
+        if "prompt_ids" in first:
+            return dataset
+        settings = {"tokenizer": processing_class, "max_length": args.max_length, "truncation_mode": args.truncation_mode}
+        # the fingerprint of the result names cached reference log-probs, which are per step or per response
+        settings = {"row_kind": "steps" if args.has_step_loss else "responses", **settings}
+        streaming = isinstance(dataset, IterableDataset)
+        options = {} if streaming else {"num_proc": args.dataset_num_proc}
+        describe = {} if streaming else {"desc": f"Tokenizing {dataset_name} dataset"}
+        with global_then_local_main_first():
+            dataset = dataset.map(_encode_row, fn_kwargs=settings, remove_columns=list(first), **options, **describe)
+            rows = None if streaming else len(dataset)
+            if args.max_length is not None and args.truncation_mode == "keep_start":
+                dataset = dataset.filter(_leaves_room, fn_kwargs={"max_length": args.max_length}, **options)
+        if not streaming:
+            if not len(dataset):
+                raise ValueError(f"{dataset_name}: none of {rows} pairs fits into max_length {args.max_length}; give a larger one")
+            truncated = sum(dataset["truncated_steps"])
+            if truncated or len(dataset) < rows:
+                logger.warning(
+                    f"{dataset_name}: {rows - len(dataset)} of {rows} pairs dropped (their prompts alone fill max_length "
+                    f"{args.max_length}), {truncated} steps of the others cut or lost; a larger --max_length keeps them"
+                )
+        return dataset
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            of_steps = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("steps", "scores")]
+            self._signature_columns += [*of_steps, "truncated_steps"]
+
+    # --- reference ---
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        # the batches are concatenated: all need the same number of steps
+        self.data_collator.min_steps = max(len(scores) for side in ("chosen", "rejected") for scores in dataset[f"{side}_scores"])
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self.data_collator.min_steps = 1
+
+    def compute_ref_log_probs(self, model, inputs):
+        """Reference log-probs of chosen and of rejected: (B, K) per step, in nats; (B,) per response for TRL's own losses."""
+        inputs, steps = _split_batch(inputs)
+        if not self.args.has_step_loss:
+            return super().compute_ref_log_probs(model, inputs)
+        adapter = contextlib.nullcontext()
+        if self.ref_model is None and is_peft_model(
+            self.model
+        ):  # the reference is the model without its adapter, or its first copy
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+        checkpointing_off = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), checkpointing_off, adapter, self.accelerator.autocast():
+            outputs = model(**_model_inputs(inputs), fused_lm_head=True)
+        return _step_logps(outputs.log_probs, steps).chunk(2)
+
+    # --- loss ---
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        inputs, steps = _split_batch(inputs)
+        chosen_scores, rejected_scores = steps["step_scores"].chunk(2)  # (B, K) each, and so on: the batch is [chosen, rejected]
+        chosen_mask, rejected_mask = steps["step_mask"].chunk(2)
+        mean = AGGREGATES["mean"]
+        self._log_means(
+            {
+                "scores/chosen": mean(chosen_scores, chosen_mask),
+                "scores/rejected": mean(rejected_scores, rejected_mask),
+                "steps/truncated": steps["truncated_steps"],
+            }
+        )
+        if not self.args.has_step_loss:
+            return super()._compute_loss(model, inputs, return_outputs)
+
+        model_inputs = _model_inputs(inputs)
+        if self.aux_loss_enabled:
+            model_inputs["output_router_logits"] = True
+        outputs = model(**model_inputs, fused_lm_head=True)
+        chosen_logps, rejected_logps = _step_logps(outputs.log_probs, steps).chunk(2)
+        if self.precompute_ref_logps:
+            count = chosen_logps.size(1)
+            ref_chosen, ref_rejected = inputs["ref_chosen_logps"][:, :count], inputs["ref_rejected_logps"][:, :count]
+        else:
+            ref_chosen, ref_rejected = self.compute_ref_log_probs(self.ref_model or self.model, {**inputs, **steps})
+        chosen_logratios, rejected_logratios = chosen_logps - ref_chosen, rejected_logps - ref_rejected
+        stepwise = stepwise_loss(
+            *(chosen_logratios, rejected_logratios, chosen_scores, rejected_scores, chosen_mask, rejected_mask),
+            credit=self.args.credit,
+            beta=self.beta,
+            agg=self.args.step_agg,
+            margin_gamma=self.args.margin_gamma,
+            anchor_lambda=self.args.anchor_lambda,
+        )
+        chosen_tokens = inputs["completion_mask"][:, 1:].chunk(2)[0].sum()
+        losses = {  # as TRL has them, but for `stepwise`
+            "stepwise": lambda: stepwise.loss.mean(),
+            "sigmoid": lambda: -F.logsigmoid(self.beta * (chosen_logratios.sum(1) - rejected_logratios.sum(1))).mean(),
+            "sft": lambda: -chosen_logps.sum() / chosen_tokens.clamp(min=1),
+        }
+        loss = sum(weight * losses[name]() for name, weight in zip(self.loss_types, self.loss_weights, strict=True))
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+
+        self._log_tokens(inputs, outputs)
+        self._log_means(
+            {
+                "rewards/chosen": stepwise.chosen_rewards,
+                "rewards/rejected": stepwise.rejected_rewards,
+                "rewards/margins": stepwise.chosen_rewards - stepwise.rejected_rewards,
+                "rewards/accuracies": (stepwise.chosen_rewards > stepwise.rejected_rewards).float(),
+                "rewards/anchor": stepwise.anchor,
+                "logps/chosen": chosen_logps.sum(1),
+                "logps/rejected": rejected_logps.sum(1),
+                "logps/chosen_vs_ref": chosen_logratios.sum(1),
+                "logps/rejected_vs_ref": rejected_logratios.sum(1),
+            }
+        )
+        if return_outputs:  # the logits, for compute_metrics: the fused head does not build them
+            with torch.no_grad():
+                return loss, model(**model_inputs)
+        return loss
+
+    def _log_means(self, values: dict[str, Tensor]) -> None:
+        """Log means over all pairs of all processes; each tensor is (B,)."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, value in values.items():
+            metrics[name].append(self.accelerator.gather(value.detach().float()).mean().item())
+
+    def _log_tokens(self, inputs, outputs) -> None:
+        """TRL's metrics of tokens, under its names: entropy, logits, accuracy of the greedy token, tokens seen."""
+        mask = inputs["completion_mask"][:, 1:].bool()  # (2B, L - 1)
+        chosen, rejected = mask.clone(), mask.clone()
+        chosen[len(mask) // 2 :], rejected[: len(mask) // 2] = False, False
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, values, where in (
+            ("entropy", outputs.entropy, mask),
+            ("logits/chosen", outputs.mean_logits, chosen),
+            ("logits/rejected", outputs.mean_logits, rejected),
+            ("mean_token_accuracy", outputs.is_top1, chosen),
+        ):
+            values = values[:, -mask.size(1) :].detach().float()
+            total, tokens = self.accelerator.gather(torch.stack([(values * where).sum(), where.sum().float()])).view(-1, 2).sum(0)
+            metrics[name].append((total / tokens.clamp(min=1)).item())
+        if self.model.training:
+            seen = self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
+            self._total_train_tokens += seen // self._tp_size
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+
+def _encode_row(row: dict, row_kind: str, **settings) -> dict[str, Any]:
+    return encode_pair(dict(row), **settings)
+
+
+def _leaves_room(row: dict, max_length: int) -> bool:
+    return len(row["prompt_ids"]) < max_length
+
+
+def _split_batch(inputs: dict) -> tuple[dict, dict]:
+    """(what TRL's code expects, what belongs to the steps)."""
+    return {k: v for k, v in inputs.items() if k not in STEP_KEYS}, {k: v for k, v in inputs.items() if k in STEP_KEYS}
+
+
+def _model_inputs(inputs: dict) -> dict:
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels, "use_cache": False}
+
+
+def _step_logps(log_probs: Tensor, steps: dict) -> Tensor:
+    """(2B, K) from the per-token log-probs (2B, L - 1) of the fused head. Prompt-learning adapters put virtual tokens in front."""
+    step_ids = steps["step_ids"][:, 1:]
+    return sum_per_step(log_probs[:, -step_ids.size(1) :].float(), step_ids, steps["step_mask"].size(1))
