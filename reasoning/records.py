@@ -87,10 +87,10 @@ class ScoredPair(PreferencePair):
 
     @classmethod
     def from_row(cls, row: Any) -> "ScoredPair":
-        for name in ("chosen_scores", "rejected_scores"):
-            if _object(row).get(name) is None:
-                raise RecordError(f"field '{name}' is missing: score the pairs first (python reward_model/evaluate_steps.py)")
-        return super().from_row(row)
+        pair = super().from_row(row)
+        if pair.chosen_scores is None:
+            raise RecordError("field 'chosen_scores' is missing: score the pairs first (python reward_model/evaluate_steps.py)")
+        return pair
 
 
 @dataclass(frozen=True)
@@ -253,26 +253,33 @@ class ResumableRows:
     The first line says what job it is, so that another job's rows are never continued. Opening it again gives the rows that are
     there (`rows`, a torn last line dropped) and goes on behind them. `unit` rows belong together (a batch that is only
     reproducible as a whole): an incomplete group at the end is dropped and done again, so the result is the undisturbed run's.
+    Raises RecordError if the rows of another job are there, unless `overwrite`.
     """
 
-    def __init__(self, output: str | Path, job: dict, unit: int = 1, fresh: bool = False):
+    def __init__(self, output: str | Path, job: dict, unit: int = 1, overwrite: bool = False):
         self.path = Path(f"{output}.partial")
-        header = to_line({"job": job})
-        lines = []
-        if self.path.exists() and not fresh:
-            lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn
-            if not lines or lines[0] + b"\n" != header.encode():
-                raise RecordError(
-                    f"{self.path}: holds the rows of another job (other arguments or other input); "
-                    "finish that job, remove the file, or give --overwrite"
-                )
-        done = max(0, len(lines) - 1) // unit * unit
-        self.rows: list[dict] = [json.loads(line) for line in lines[1 : 1 + done]]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = header.encode() + b"".join(line + b"\n" for line in lines[1 : 1 + done])
-        if not self.path.exists() or self.path.read_bytes() != kept:
-            write_text(self.path, [kept.decode()])
+        header = to_line({"job": job}).encode()
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.pending(output, job) else []
+        if self.path.exists() and not lines and not overwrite:
+            raise RecordError(
+                f"{self.path}: holds the rows of another job (other arguments or other input); "
+                "finish that job, remove the file, or give --overwrite"
+            )
+        whole = [line for line in lines[1:] if line.endswith(b"\n")]  # a line without its newline is torn
+        kept = whole[: len(whole) // unit * unit]
+        self.rows: list[dict] = [json.loads(line) for line in kept]
+        write_text(self.path, [(header + b"".join(kept)).decode()])
         self._file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (open as long as the job runs)
+
+    @staticmethod
+    def pending(output: str | Path, job: dict) -> bool:
+        """True if this very job was begun and not finished: running it again resumes it."""
+        path = Path(f"{output}.partial")
+        header = to_line({"job": job}).encode()
+        if not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            return file.readline() == header
 
     def append(self, row: dict) -> None:
         self.rows.append(row)

@@ -53,7 +53,11 @@ def encode_steps(tokenizer, prompt: str, prefix: list[str], steps: list[str]) ->
     # a chat template writes the special tokens itself
     encoded = tokenizer("".join(pieces), return_offsets_mapping=True, add_special_tokens=not tokenizer.chat_template)
     ends = list(itertools.accumulate(map(len, pieces)))
-    step_of = [min(bisect.bisect_right(ends, start), len(steps)) - 1 for start, _ in encoded["offset_mapping"]]
+    step_of, reached = [], 0
+    for start, end in encoded["offset_mapping"]:
+        begin = min(start, reached)  # offsets may leave white space out (trim_offsets): a newline belongs to the step it closes
+        step_of.append(min(bisect.bisect_right(ends, begin), len(steps)) - 1)
+        reached = max(reached, end)
     ids = list(encoded["input_ids"])
     return ([*ids, tokenizer.eos_token_id], [*step_of, len(steps) - 1]) if finished else (ids, step_of)
 

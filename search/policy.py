@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -53,7 +54,7 @@ class Policy:
             tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
             dtype = torch.float32 if device == "cpu" else "auto"
             model = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=dtype).to(device)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise RecordError(f"{model_name_or_path}: no model can be loaded from it ({reason})") from None
         return cls(model, tokenizer)
@@ -95,10 +96,11 @@ class Policy:
             if not longer.endswith("�"):  # half of a character: wait for the rest
                 yield longer[len(text) :]
                 text = longer
+        yield self.tokenizer.decode(ids, skip_special_tokens=True)[len(text) :]
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         text = format_prompt(prompt, self.tokenizer)
-        ids = self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template, verbose=False)["input_ids"]
         if len(ids) >= self.context:
             raise PromptTooLong(f"the prompt has {len(ids)} tokens, the policy's context holds {self.context}: {prompt[:60]!r} ...")
         return ids

@@ -1,0 +1,104 @@
+import pytest
+
+from reasoning.answers import extract_answer, same_answer
+from reasoning.grading import grade_steps, is_correct, step_accuracy, step_value
+from reasoning.records import Problem
+from reasoning.steps import encode_steps, ends_solution, format_prompt, response_pieces, shared_prefix, split_steps
+
+PROBLEM = Problem("?", "52", ["Step 1: 12 + 14 = 26", "Step 2: 26 * 2 = 52", "Answer: 52"])
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Answer: 52", "52"), ("The answer is 52.", "52"), ("so\nFinal answer: $1,200", "1,200"), ("#### 72", "72"),
+        (r"Thus \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), ("Step 1: 2 + 2 = 4", None), ("", None), ("Answer:", None),
+        ("Answer: 1\nAnswer: 2", "2"), ("answer = x", "x"),
+    ],
+)  # fmt: skip
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("52", "52", True), ("52.0", "52", True), ("1,200", "1200", True), ("52", "53", False), (None, "52", False),
+        ("3/8", "0.375", True), (r"\frac{1}{2}", "0.5", True), ("yes", "yes", True), ("yes", "no", False), ("nan", "52", False),
+    ],
+)  # fmt: skip
+def test_same_answer(first, second, same):
+    assert same_answer(first, second) is same
+
+
+@pytest.mark.parametrize(
+    ("step", "value", "true"),
+    [
+        ("Step 1: 12 + 14 = 26", 26, True), ("42 - 17 = 35", 35, False), ("3 * 4 = 12, 26 + 12 = 38", 38, True),
+        ("3 + 4 * 2 = 11", 11, True), ("7 / 2 = 3.5", 3.5, True), ("1 / 0 = 0", 0, False), ("5 - 9 = -4", -4, True),
+        ("no", None, True), ("3 * 4 = 13, 26 + 12 = 38", 38, False),
+    ],
+)  # fmt: skip
+def test_step_value(step, value, true):
+    assert step_value(step) == (value, true)
+
+
+@pytest.mark.parametrize(
+    ("steps", "scores"),
+    [
+        (PROBLEM.steps, [1, 1, 1]),
+        (["Step 1: 14 + 12 = 26", "Step 2: 2 * 26 = 52", "The answer is 52."], [1, 1, 1]),
+        (["Step 1: 12 + 14 = 25", "Step 2: 26 * 2 = 52", "Answer: 52"], [0, 0, 0]),  # what comes after an error is 0
+        (["Step 1: 12 + 14 = 26", "Step 2: 26 + 2 = 28", "Answer: 28"], [1, 0, 0]),  # true, and not what was asked
+        (["Step 1: 12 + 14 = 26", "Answer: 52"], [1, 0]),  # a step left out
+        (["Step 1: 12 + 14 = 26", "Step 2: 26 * 2 = 52", "Answer: 52", "Answer: 52"], [1, 1, 1, 0]),  # one too many
+        (["twenty-six"], [0]),
+        ([], []),
+    ],
+)
+def test_grade_steps(steps, scores):
+    assert grade_steps(steps, PROBLEM) == scores
+    assert step_accuracy(steps, PROBLEM) == sum(scores) / max(3, len(steps))
+
+
+def test_is_correct_looks_at_the_last_step_alone():
+    assert (
+        is_correct(["Answer: 52"], PROBLEM) and not is_correct(["Answer: 52", "Answer: 5"], PROBLEM) and not is_correct([], PROBLEM)
+    )
+    with pytest.raises(ValueError, match="no reference steps"):
+        grade_steps(["x"], Problem("?", "1"))
+
+
+def test_steps_and_text():
+    assert split_steps(" Step 1: a\n\nAnswer: 5 \n") == ["Step 1: a", "Answer: 5"]
+    assert response_pieces(["a", "Answer: 5"], finished=True) == ["a\n", "Answer: 5"]
+    assert response_pieces(["a"], finished=False) == ["a\n"]
+    assert ends_solution(["a", "Answer: 5"]) and not ends_solution(["a"]) and not ends_solution([])
+    assert shared_prefix(["a", "b"], ["a", "c"]) == 1
+
+
+def test_encode_steps_by_hand(tokenizer):
+    """A step holds its closing newline, the last holds EOS; template, prompt and prefix belong to no step."""
+    ids, step_of = encode_steps(tokenizer, "Mia has 2 apples.", ["Step 1: 2 + 3 = 5"], ["Step 2: 5 * 2 = 10", "Answer: 10"])
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert tokens[step_of.index(0) :] == [
+        *("Step", "▁", "2", ":", "▁", "5", "▁*", "▁", "2", "▁=", "▁", "1", "0", "<0x0A>"),
+        *("Answer", ":", "▁", "1", "0", "</s>"),
+    ]
+    assert step_of == [-1] * 26 + [0] * 14 + [1] * 6
+    assert tokenizer.decode(ids[:26], skip_special_tokens=True) == "Problem: Mia has 2 apples.\nSolution:\nStep 1: 2 + 3 = 5\n"
+
+
+def test_a_step_pair_gets_no_eos(tokenizer):
+    ids, step_of = encode_steps(tokenizer, "Mia 🍎", [], ["Step 1: 2 + 3 = 5"])
+    assert tokenizer.convert_ids_to_tokens(ids)[-1] == "<0x0A>" and step_of[-1] == 0
+
+
+def test_chat_template_is_used_and_adds_no_second_bos(tokenizer):
+    import copy
+
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}<|assistant|>"
+    assert format_prompt("2 + 2?", chat).endswith("2 + 2?\n<|assistant|>") and "step by step" in format_prompt("2 + 2?", chat)
+    ids, _ = encode_steps(chat, "2 + 2?", [], ["Answer: 4"])
+    assert ids.count(chat.bos_token_id) == 1

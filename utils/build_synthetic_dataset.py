@@ -1,0 +1,173 @@
+"""Policy samples -> preference pairs (data/synthetic_dataset.jsonl).
+
+    python utils/build_synthetic_dataset.py --overwrite
+
+Every problem is answered several times; a right answer against a wrong one makes a pair (`--pair_by answer`, rejection sampling),
+or the sample a judge likes best against the one it likes least (`--pair_by judge`, no answer needed). Steps that both begin with
+go to `prefix`. Held-out problems are refused. Killed, it resumes.
+"""
+
+import hashlib
+import itertools
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from reasoning.grading import is_correct
+from reasoning.problems import HELD_OUT, problems
+from reasoning.records import PreferencePair, Problem, Prompt, ResumableRows, read_records, write_records
+from reasoning.steps import shared_prefix
+from reward_model.base import aggregate
+from utils.cli import ROOT, UserError, at_root, check_input, check_model, check_output, parse_args, run
+
+UNIT = 64  # problems sampled together: with the same seed a group always gives the same samples
+
+
+@dataclass
+class PairArguments:
+    model_name_or_path: str = field(
+        default_factory=lambda: at_root("models/policy-mini"), metadata={"help": "the policy that is sampled: any causal LM"}
+    )
+    input: str | None = field(
+        default=None, metadata={"help": "problems (JSONL with prompt and answer); default: the generated train problems"}
+    )
+    output: str = field(default_factory=lambda: at_root("data/synthetic_dataset.jsonl"), metadata={"help": "the pairs"})
+    pair_by: str = field(
+        default="answer",
+        metadata={"help": "answer: right against wrong; judge: best against worst mean step score", "choices": ["answer", "judge"]},
+    )
+    judge_path: str = field(
+        default_factory=lambda: at_root("models/judge-mini/judge-mini.Q8_0.gguf"),
+        metadata={"help": "GGUF judge of --pair_by judge"},
+    )
+    limit: int | None = field(
+        default=None, metadata={"help": "use the first N problems; default: 2000 of the train problems, all of --input"}
+    )
+    samples: int = field(default=8, metadata={"help": "samples a problem"})
+    temperature: float = field(default=1.0, metadata={"help": "sampling temperature, above 0"})
+    max_new_tokens: int = field(default=256, metadata={"help": "tokens a sample may have"})
+    seed: int = field(default=0, metadata={"help": "seed of the samples"})
+    overwrite: bool = field(default=False, metadata={"help": "replace the output"})
+
+    def __post_init__(self):
+        for name in ("samples", "max_new_tokens", "limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"argument --{name}: expected 1 or more, got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise UserError(f"argument --temperature: expected above 0, got {self.temperature}")
+
+
+def held_out_prompts() -> set[str]:
+    files = [ROOT / f"data/problems_{split}.jsonl" for split in HELD_OUT]
+    return {problem.prompt for file in files if file.is_file() for problem in read_records(file, Problem)}
+
+
+def load_problems(args: PairArguments) -> list[Problem] | list[Prompt]:
+    """Raises UserError if one of them is held out."""
+    if args.input is None:
+        return list(itertools.islice(problems("train"), args.limit or 2000))
+    check_input(args.input)
+    kind = Problem if args.pair_by == "answer" else Prompt
+    tasks = list(itertools.islice({problem.prompt: problem for problem in read_records(args.input, kind)}.values(), args.limit))
+    held_out = held_out_prompts()
+    for task in tasks:
+        if task.prompt in held_out:
+            raise UserError(f"{args.input}: holds a held-out problem, pairs are never made of those: {task.prompt[:60]!r} ...")
+    return tasks
+
+
+def make_pair(task: Prompt, better: list[str], worse: list[str]) -> PreferencePair:
+    k = min(shared_prefix(better, worse), len(better) - 1, len(worse) - 1)
+    return PreferencePair(task.prompt, better[k:], worse[k:], prefix=better[:k])
+
+
+def pair_by_answer(task: Problem, samples: list[list[str]]) -> tuple[PreferencePair | None, str]:
+    """(pair, why not): the first right sample against the first wrong one."""
+    right = [steps for steps in samples if is_correct(steps, task)]
+    wrong = [steps for steps in samples if steps not in right]
+    if not right or not wrong:
+        return None, "none right" if wrong else "none wrong"
+    return make_pair(task, right[0], wrong[0]), ""
+
+
+def pair_by_judge(task: Prompt, samples: list[list[str]], scores: list[list[float]]) -> tuple[PreferencePair | None, str]:
+    """(pair, why not): the highest mean step score against the lowest."""
+    ranked = sorted(zip(map(aggregate, scores), samples, strict=True), key=lambda scored: scored[0])
+    (low, worse), (high, better) = ranked[0], ranked[-1]
+    if high == low:
+        return None, "all scored alike"
+    return make_pair(task, better, worse), ""
+
+
+def main() -> None:
+    (args,) = parse_args(PairArguments, description=__doc__.split("\n\n")[0])
+    tasks = load_problems(args)
+    check_model(args.model_name_or_path, "make models" if args.model_name_or_path == at_root("models/policy-mini") else None)
+    if args.pair_by == "judge":
+        check_input(args.judge_path, "make models")
+    job = {name: value for name, value in vars(args).items() if name not in ("output", "overwrite")}
+    job["problems"] = hashlib.sha256(json.dumps([vars(task) for task in tasks]).encode()).hexdigest()
+    check_output(args.output, args.overwrite or ResumableRows.pending(args.output, job))
+
+    from search.policy import Policy
+
+    policy = Policy.load(args.model_name_or_path)
+    judge = None
+    if args.pair_by == "judge":
+        from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer
+
+        judge = TinyLlamaRewardScorer(args.judge_path)
+    rows = ResumableRows(args.output, job, UNIT, args.overwrite)
+    if rows.rows:
+        print(f"resuming: {len(rows.rows)} of {len(tasks)} problems are done")
+    sample_problems(args, tasks, policy, judge, rows)
+    pairs = list({json.dumps(row["pair"]): row["pair"] for row in rows.rows if row["pair"]}.values())
+    summary(tasks, rows.rows, pairs)
+    if not pairs:
+        rows.finish()
+        raise UserError("no pairs came out (see above), nothing was written")
+    write_records(args.output, pairs)
+    rows.finish()
+    print(f"wrote {len(pairs)} pairs to {args.output}")
+
+
+def sample_problems(args: PairArguments, tasks: list, policy, judge, rows: ResumableRows) -> None:
+    """Append one row a problem: its pair or why there is none, and counts."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(tasks), initial=len(rows.rows), desc="sampling", unit="problem") as bar:
+        for start in range(len(rows.rows), len(tasks), UNIT):
+            group = tasks[start : start + UNIT]
+            options = {"n": args.samples, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
+            answers = policy.generate([task.prompt for task in group], seed=args.seed * 1_000_003 + start, **options)
+            for task, responses in zip(group, answers, strict=True):
+                samples = [response.steps for response in responses if response.finished and response.steps]
+                right = sum(is_correct(steps, task) for steps in samples) if isinstance(task, Problem) else None
+                if not samples:
+                    pair, why_not = None, "no sample ended"
+                elif judge is None:
+                    pair, why_not = pair_by_answer(task, samples)
+                else:
+                    pair, why_not = pair_by_judge(task, samples, judge.score_steps([(task.prompt, steps) for steps in samples]))
+                counts = {"samples": len(responses), "ended": len(samples), "right": right, "why_not": why_not}
+                rows.append({**counts, "pair": vars(pair) if pair else False})
+                bar.update()
+
+
+def summary(tasks: list, rows: list[dict], pairs: list[dict]) -> None:
+    samples = sum(row["samples"] for row in rows)
+    print(f"{len(tasks)} problems, {samples} samples, {sum(row['ended'] for row in rows)} ended by themselves")
+    if isinstance(tasks[0], Problem):
+        right = sum(row["right"] for row in rows)
+        print(f"{right} samples right ({right / samples:.3f})")
+    why_not = Counter(row["why_not"] for row in rows if row["why_not"])
+    dropped = ", ".join(f"{why}: {count}" for why, count in why_not.most_common())
+    print(f"{len(pairs)} pairs" + (f"; problems without a pair: {dropped}" if dropped else ""))
+
+
+if __name__ == "__main__":
+    run(main)
