@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from evaluation.controls import shuffle_scores
 from reasoning.records import PreferencePair, ResumableRows, read_records, write_records
 from reward_model.base import PromptTooLong, mean
 from utils.cli import UserError, at_root, check_input, check_output, parse_args, run
@@ -31,7 +32,8 @@ class EvaluateArguments:
     )
     threads: int | None = field(default=None, metadata={"help": "threads of the judge (default: as many as pay off)"})
     limit: int | None = field(default=None, metadata={"help": "score only so many pairs, drawn at random with --seed"})
-    seed: int = field(default=0, metadata={"help": "seed of the draw of --limit; nothing else is random"})
+    shuffle_scores: bool = field(default=False, metadata={"help": "a control: permute the scores over all steps of the file"})
+    seed: int = field(default=0, metadata={"help": "seed of the draw of --limit and of --shuffle_scores"})
     overwrite: bool = field(default=False, metadata={"help": "replace an existing output"})
 
 
@@ -63,6 +65,7 @@ def main() -> None:
         "judge": file_hash(args.judge_path),
         "template": args.judge_template,
         "limit": args.limit,
+        "shuffled": args.shuffle_scores,
         "seed": args.seed,
     }
     if not ResumableRows.pending(args.output, job):
@@ -87,6 +90,9 @@ def main() -> None:
     results = [PreferencePair.from_row(row) for row in rows.rows]
     scored = [pair for pair in results if pair.chosen_scores is not None]
     left_out = [pair for pair in results if pair.chosen_scores is None]
+    if args.shuffle_scores:
+        scores = iter(shuffle_scores([side for pair in scored for side in (pair.chosen_scores, pair.rejected_scores)], args.seed))
+        scored = [replace(pair, chosen_scores=next(scores), rejected_scores=next(scores)) for pair in scored]
     left_out_path.unlink(missing_ok=True)
     if left_out:
         write_records(left_out_path, left_out)

@@ -29,8 +29,8 @@ TOKENS_PER_BATCH = 2000  # padded tokens an optimizer step
 class BuildArguments:
     output: str = field(default_factory=lambda: at_root("models"), metadata={"help": "folder of policy-mini/ and judge-mini/"})
     policy_examples: int = field(default=130_000, metadata={"help": "pretraining texts, each problem once (about 116 tokens each)"})
-    judge_examples: int = field(default=40_000, metadata={"help": "solutions written for the judge, right and wrong"})
-    judge_samples: int = field(default=20_000, metadata={"help": "policy samples for the judge, one a train problem"})
+    judge_examples: int = field(default=24_000, metadata={"help": "solutions written for the judge, right and wrong"})
+    judge_samples: int = field(default=12_000, metadata={"help": "policy samples for the judge, one a train problem"})
     learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate of policy-mini, decayed linearly to 0"})
     judge_learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of judge-mini, decayed linearly to 0"})
     validation: int = field(default=2000, metadata={"help": "validation problems for the figures in the model cards"})
@@ -211,54 +211,51 @@ def judge_question(tokenizer) -> tuple[list[int], int, int]:
 # --- figures for the model cards ---
 
 
-def policy_figures(policy, split: str = "validation", limit: int | None = None) -> dict:
-    """Greedy accuracy, and how often a step is right after a right beginning, at traps and elsewhere."""
+def policy_figures(policy, limit: int | None = None) -> dict:
+    """Greedy accuracy on validation, and how often a step is right after a right beginning, at traps and elsewhere: Metrics."""
+    from evaluation.metrics import rate_metric
     from reasoning.grading import grade_steps, is_correct
     from reasoning.problems import problems
 
-    tasks = list(itertools.islice(problems(split), limit))
-    answers = policy.generate([problem.prompt for problem in tasks], progress=f"answering {split}")
-    seen, right = {True: 0, False: 0}, {True: 0, False: 0}
-    for problem, (answer,) in zip(tasks, answers, strict=True):
-        scores = [1.0, *grade_steps(answer.steps, problem)]
-        for k, trap in enumerate(problem.traps):
-            if k < len(scores) and scores[k]:
-                seen[trap] += 1
-                right[trap] += k + 1 < len(scores) and bool(scores[k + 1])
-    correct = sum(is_correct(answer.steps, problem) for problem, (answer,) in zip(tasks, answers, strict=True))
+    tasks = list(itertools.islice(problems("validation"), limit))
+    answers = [answer for (answer,) in policy.generate([task.prompt for task in tasks], progress="answering validation problems")]
+    right: dict[bool, list[float]] = {True: [], False: []}
+    for task, answer in zip(tasks, answers, strict=True):
+        scores = [*grade_steps(answer.steps, task), *[0.0] * len(task.steps)]
+        for k, trap in enumerate(task.traps):
+            if all(scores[:k]):
+                right[trap].append(scores[k])
+    correct = [float(is_correct(answer.steps, task)) for task, answer in zip(tasks, answers, strict=True)]
     return {
-        "n": len(tasks),
-        "accuracy": correct / len(tasks),
-        "right at traps after a right beginning": right[True] / seen[True],
-        "right at other steps after a right beginning": right[False] / seen[False],
-        "steps at traps": seen[True],
-        "other steps": seen[False],
+        "greedy accuracy": rate_metric(correct),
+        "step right after a right beginning, at traps": rate_metric(right[True]),
+        "step right after a right beginning, elsewhere": rate_metric(right[False]),
     }
 
 
-def judge_figures(judge, tokenizer, policy, samples: int = 1, limit: int | None = None, seed: int = 1) -> dict:
-    """AUROC and accuracy at .5 over the steps of fresh policy samples (temperature 1) of validation problems."""
+def judge_figures(judge, tokenizer, policy, limit: int | None = None, seed: int = 1) -> dict:
+    """AUROC and accuracy at .5 over the steps of fresh policy samples (temperature 1) of validation problems: Metrics."""
     import torch
-    from sklearn.metrics import roc_auc_score
 
+    from evaluation.metrics import accuracy_metric, auroc_metric
     from reasoning.problems import problems
 
     question, yes, no = judge_question(tokenizer)
     tasks = list(itertools.islice(problems("validation"), limit))
-    answers = policy.generate([task.prompt for task in tasks], n=samples, temperature=1.0, seed=seed, progress="sampling")
-    solutions = [(task, answer.steps) for task, group in zip(tasks, answers, strict=True) for answer in group if answer.steps]
-    examples = list(judge_data(tokenizer, solutions))
-    scores, labels = [], []
+    answers = policy.generate([task.prompt for task in tasks], temperature=1.0, seed=seed, progress="sampling validation problems")
+    examples = list(judge_data(tokenizer, [(task, a.steps) for task, (a,) in zip(tasks, answers, strict=True) if a.steps]))
+    scores, labels, clusters = [], [], []
     for batch in bucketed([len(example["ids"]) for example in examples], random.Random(0)):
         inputs = collate_judge([[examples[i] for i in batch]], question, yes, no)
-        answers, _ = inputs.pop("answers"), inputs.pop("trunk_labels")
+        verdicts, _ = inputs.pop("answers"), inputs.pop("trunk_labels")
         with torch.inference_mode():
             logits = judge(**{name: value.to(judge.device) for name, value in inputs.items()}).logits.float().cpu()
-        asked = answers >= 0
+        asked = verdicts >= 0  # (B, L), row by row in the order of the steps
         scores += (logits[asked][:, yes] - logits[asked][:, no]).sigmoid().tolist()
-        labels += (answers[asked] == yes).tolist()
-    agreement = sum((score > 0.5) == label for score, label in zip(scores, labels, strict=True)) / len(labels)
-    return {"solutions": len(solutions), "n": len(labels), "step_auroc": roc_auc_score(labels, scores), "accuracy at .5": agreement}
+        labels += (verdicts[asked] == yes).tolist()
+        clusters += [i for i in batch for _ in examples[i]["labels"]]
+    auroc = auroc_metric(labels, scores, clusters)
+    return {"step AUROC": auroc, "step accuracy at .5": accuracy_metric(labels, scores, clusters)}
 
 
 # --- the build ---
@@ -275,9 +272,10 @@ def finish(model, tokenizer, folder: Path) -> None:
 def card(folder: Path, title: str, text: str, figures: dict) -> None:
     from reasoning.records import write_text
 
-    cells = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in figures.items()}
-    rows = "".join(f"| {name} | {cell} |\n" for name, cell in cells.items())
-    write_text(folder / "README.md", [f"# {title}\n\n{text}\n\n| on validation problems | |\n|---|---|\n{rows}"])
+    rows = "".join(f"| {name} | {metric} | {metric.n} |\n" for name, metric in figures.items() if metric)
+    table = f"| on validation problems | value and 95 % interval | n |\n|---|---|---|\n{rows}"
+    write_text(folder / "README.md", [f"# {title}\n\n{text}\n\n{table}"])
+    print(table, flush=True)
 
 
 def sample_train(policy, count: int, path: Path, job: dict, seed: int) -> list[tuple]:
@@ -341,18 +339,21 @@ def main() -> None:
     figures = judge_figures(judge, tokenizer, policy, limit=args.validation)
     card(work / "judge-mini", "judge-mini", JUDGE_CARD.format(**job), figures)
 
-    for folder in (policy_dir, judge_dir):
+    for folder in (policy_dir, judge_dir):  # copied, so that a build killed here still has what it made
+        arriving = work / "arriving"
+        shutil.rmtree(arriving, ignore_errors=True)
+        shutil.copytree(work / folder.name, arriving)
         shutil.rmtree(folder, ignore_errors=True)
-        (work / folder.name).rename(folder)
+        arriving.rename(folder)
     shutil.rmtree(work)
     print(f"wrote {policy_dir} and {judge_dir} (with {JUDGE_FILE})")
 
 
 POLICY_CARD = """A LLaMA of 1.9M parameters (hidden 192, 4 layers) made by `python utils/build_embedded_models.py` from random
 weights: {policy_examples} solved word problems of `reasoning/problems.py`, each once, about 2,000 tokens a step, AdamW, peak
-learning rate {learning_rate} decayed linearly to 0, seed {seed}. Its text has mistakes, as human text has: at stated traps the writer is wrong
-60 % of the time, elsewhere 3 %. So it is greedily wrong at traps, by design. Weights in half precision. Licence: as the
-repository."""
+learning rate {learning_rate} decayed linearly to 0, seed {seed}. Its text has mistakes, as human text has: at stated traps the
+writer is wrong 60 % of the time, elsewhere 3 %. So it is greedily wrong at traps, by design. Weights in half precision. Licence:
+as the repository."""
 
 JUDGE_CARD = """Answers "Right?" with Yes or No after every step of a solution, made by `python utils/build_embedded_models.py`. It
 starts from policy-mini's weights and learns, with exact labels, from {judge_examples} solutions of pretraining problems (a quarter

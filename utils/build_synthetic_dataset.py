@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from evaluation.controls import shuffle_scores
 from reasoning.grading import is_correct
 from reasoning.problems import HELD_OUT, problems
 from reasoning.records import PreferencePair, Problem, Prompt, ResumableRows, read_records, write_records
@@ -50,6 +51,9 @@ class PairArguments:
     samples: int = field(default=8, metadata={"help": "samples a problem"})
     temperature: float = field(default=1.0, metadata={"help": "sampling temperature, above 0"})
     max_new_tokens: int = field(default=256, metadata={"help": "tokens a sample may have"})
+    shuffle_scores: bool = field(
+        default=False, metadata={"help": "a control: permute the judge's scores over the steps of 64 problems at a time"}
+    )
     seed: int = field(default=0, metadata={"help": "seed of the samples"})
     overwrite: bool = field(default=False, metadata={"help": "replace the output"})
 
@@ -144,18 +148,29 @@ def sample_problems(args: PairArguments, tasks: list, policy, judge, rows: Resum
             group = tasks[start : start + UNIT]
             options = {"n": args.samples, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
             answers = policy.generate([task.prompt for task in group], seed=args.seed * 1_000_003 + start, **options)
-            for task, responses in zip(group, answers, strict=True):
-                samples = [response.steps for response in responses if response.finished and response.steps]
+            ended = [[response.steps for response in responses if response.finished and response.steps] for responses in answers]
+            scores = score_group(args, judge, group, ended, seed=start) if judge else ended
+            for task, samples, their_scores in zip(group, ended, scores, strict=True):
                 right = sum(is_correct(steps, task) for steps in samples) if isinstance(task, Problem) else None
                 if not samples:
                     pair, why_not = None, "no sample ended"
                 elif judge is None:
                     pair, why_not = pair_by_answer(task, samples)
                 else:
-                    pair, why_not = pair_by_judge(task, samples, judge.score_steps([(task.prompt, steps) for steps in samples]))
-                counts = {"samples": len(responses), "ended": len(samples), "right": right, "why_not": why_not}
+                    pair, why_not = pair_by_judge(task, samples, their_scores)
+                counts = {"samples": args.samples, "ended": len(samples), "right": right, "why_not": why_not}
                 rows.append({**counts, "pair": vars(pair) if pair else False})
                 bar.update()
+
+
+def score_group(args: PairArguments, judge, group: list, ended: list[list[list[str]]], seed: int) -> list[list[list[float]]]:
+    """For each problem of the group the step scores of each of its samples."""
+    solutions = [(task.prompt, steps) for task, samples in zip(group, ended, strict=True) for steps in samples]
+    scores = judge.score_steps(solutions)
+    if args.shuffle_scores:
+        scores = shuffle_scores(scores, seed)
+    drawn = iter(scores)
+    return [[next(drawn) for _ in samples] for samples in ended]
 
 
 def summary(tasks: list, rows: list[dict], pairs: list[dict]) -> None:

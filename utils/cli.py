@@ -27,8 +27,11 @@ def fail(message: object) -> NoReturn:
     raise SystemExit(2)
 
 
-def parse_args(*dataclasses: type, description: str, args: list[str] | None = None) -> tuple[Any, ...]:
+def parse_args(
+    *dataclasses: type, description: str, args: list[str] | None = None, defaults: dict[str, Any] | None = None
+) -> tuple[Any, ...]:
     """Fill dataclasses from flags and `--config file.yaml` by TRL's TrlParser (flags beat YAML, an unknown key is an error).
+    `defaults` replace the dataclasses' own: for what depends on the machine or on where the user is.
 
     Its faults are hidden here: an unknown flag or a bad value is one line, `--config=x.yaml` works, YAML values are type-checked.
     Raises SystemExit(2) for a user's mistake."""
@@ -42,6 +45,7 @@ def parse_args(*dataclasses: type, description: str, args: list[str] | None = No
             fail(f"{message} (see --help)")
 
     parser = Parser(dataclasses, description=description, allow_abbrev=False, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.set_defaults_with_config(**(defaults or {}))
     parser.epilog = "--config FILE.yaml gives any of these flags as keys; flags beat the file."
     args = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
     try:
@@ -119,7 +123,7 @@ def check_input(path: str, made_by: str | None = None) -> None:
 def check_output(path: str, overwrite: bool = False) -> None:
     """Raises UserError if an output exists and may not be overwritten, or if it cannot be written where it should go."""
     target = Path(path)
-    if target.is_dir() and any(target.iterdir()) and not overwrite or target.is_file() and not overwrite:
+    if (target.is_dir() and any(target.iterdir()) and not overwrite) or (target.is_file() and not overwrite):
         raise UserError(f"{path} exists: give --overwrite to replace it, or another output")
     parent = target.absolute().parent
     while not parent.exists():
