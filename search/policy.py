@@ -53,11 +53,15 @@ class Policy:
         try:
             tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
             dtype = torch.float32 if device == "cpu" else "auto"
-            model = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=dtype).to(device)
-        except (OSError, ValueError, SafetensorError) as error:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                model_name_or_path, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise RecordError(f"{model_name_or_path}: no model can be loaded from it ({reason})") from None
-        return cls(model, tokenizer)
+        if loading["missing_keys"]:  # transformers fills them with random numbers
+            raise RecordError(f"{model_name_or_path}: weights are missing, {sorted(loading['missing_keys'])[0]} for one")
+        return cls(model.to(device), tokenizer)
 
     def generate(
         self,
@@ -148,15 +152,16 @@ class Policy:
 
     @torch.inference_mode()
     def logps(self, rows: Sequence[tuple[str, list[str], list[str]]], batch_size: int = 32) -> list[float]:
-        """Mean token log-prob of the steps of (prompt, prefix, steps), given prompt and prefix. Over-long rows are cut at the
-        context's end."""
-        results = []
+        """Mean token log-prob of the steps of (prompt, prefix, steps), given prompt and prefix. Rows longer than the context are
+        cut at its end, and how many is said."""
+        results, cut = [], 0
         for start in range(0, len(rows), batch_size):
             encoded = [encode_steps(self.tokenizer, *row) for row in rows[start : start + batch_size]]
             longest = min(self.context, max(len(ids) for ids, _ in encoded))
             ids = torch.zeros(len(encoded), longest, dtype=torch.long)  # right-padded: later tokens never reach earlier ones
             scored = torch.zeros(len(encoded), longest, dtype=torch.bool)
             for b, (row_ids, step_of) in enumerate(encoded):
+                cut += len(row_ids) > longest
                 row_ids, step_of = row_ids[:longest], step_of[:longest]
                 ids[b, : len(row_ids)] = torch.tensor(row_ids)
                 scored[b, : len(row_ids)] = torch.tensor(step_of) >= 0
@@ -164,4 +169,8 @@ class Policy:
             logps = self.model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)  # (B, T-1, V)
             logps = logps.gather(-1, ids[:, 1:, None])[..., 0] * scored[:, 1:]
             results += (logps.sum(1) / scored[:, 1:].sum(1).clamp(min=1)).tolist()
+        if cut:
+            print(
+                f"log-probs: {cut} of {len(rows)} rows are longer than the policy's context of {self.context} tokens and were cut"
+            )
         return results

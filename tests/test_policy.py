@@ -76,3 +76,23 @@ def test_what_cannot_be_done_is_one_line(policy, tmp_path):
         policy.generate(["apple " * 600])
     with pytest.raises(RecordError, match="no model can be loaded"):
         Policy.load(str(tmp_path))
+
+
+def test_missing_or_unfitting_weights_are_no_model(tiny_model_dir, tmp_path):
+    """transformers would fill what is missing with random numbers, and go on."""
+    import json
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RecordError, match="weights are missing, model.layers.0.mlp"):
+        Policy.load(str(folder))
+    shutil.copy(f"{tiny_model_dir}/model.safetensors", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
+    with pytest.raises(RecordError, match="no model can be loaded"):
+        Policy.load(str(folder))

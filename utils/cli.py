@@ -104,6 +104,9 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (UserError, RecordError, JudgeError) as error:
         fail(error)
+    except BrokenPipeError:  # whoever read the output has enough (`... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except OSError as error:
         if error.filename is None:
             raise
