@@ -158,6 +158,16 @@ def test_limit_draws_with_the_seed(evaluate, tmp_path):
     assert drawn(0) == first and drawn(1) != first
 
 
+def test_the_control_permutes_the_scores_over_the_file(evaluate, tmp_path):
+    pairs = write(tmp_path / "pairs.jsonl", ROWS)
+    scores = []
+    for control in ([], ["--shuffle_scores"]):
+        assert evaluate("--input", pairs, "--overwrite", *control)[0] == 0
+        read = list(read_records(tmp_path / "rewarded.jsonl", ScoredPair))
+        scores.append([score for pair in read for score in (*pair.chosen_scores, *pair.rejected_scores)])
+    assert sorted(scores[0]) == sorted(scores[1]) and scores[0] != scores[1]
+
+
 def test_a_judge_that_dies_keeps_what_was_scored(evaluate, tmp_path, monkeypatch):
     path, score = write(tmp_path / "pairs.jsonl", ROWS), TinyLlamaRewardScorer.score_continuation
 
