@@ -25,7 +25,8 @@ class EvaluateArguments:
     input: str = field(default_factory=lambda: at_root("data/synthetic_dataset.jsonl"), metadata={"help": "preference pairs"})
     output: str = field(default_factory=lambda: at_root("data/rewarded.jsonl"), metadata={"help": "the pairs with their scores"})
     judge_path: str = field(
-        default_factory=lambda: at_root("models/judge-mini/judge-mini.Q8_0.gguf"), metadata={"help": "GGUF file of the judge"}
+        default_factory=lambda: at_root("models/judge-mini/judge-mini.Q8_0.gguf"),
+        metadata={"help": "GGUF file of the judge, the model of this script", "aliases": ["--model_name_or_path"]},
     )
     judge_template: str | None = field(
         default=None, metadata={"help": "plain, zephyr, llama-2 or chatml (default: what the file says of itself)"}
