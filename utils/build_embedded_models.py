@@ -7,7 +7,6 @@ rate decayed to 0. judge-mini starts from policy-mini's weights and learns to an
 solutions, on solutions with mistakes, and on policy-mini's own samples, with exact labels. Interrupted, it resumes.
 """
 
-import copy
 import itertools
 import json
 import random
@@ -30,10 +29,10 @@ TOKENS_PER_BATCH = 2000  # padded tokens an optimizer step
 class BuildArguments:
     output: str = field(default_factory=lambda: at_root("models"), metadata={"help": "folder of policy-mini/ and judge-mini/"})
     policy_examples: int = field(default=130_000, metadata={"help": "pretraining texts, each problem once (about 116 tokens each)"})
-    judge_examples: int = field(default=36_000, metadata={"help": "solutions written for the judge, right and wrong"})
+    judge_examples: int = field(default=24_000, metadata={"help": "solutions written for the judge, right and wrong"})
     judge_samples: int = field(default=12_000, metadata={"help": "policy samples for the judge, one a train problem"})
     learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate of policy-mini, decayed linearly to 0"})
-    judge_learning_rate: float = field(default=1.5e-3, metadata={"help": "peak learning rate of judge-mini, decayed linearly to 0"})
+    judge_learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of judge-mini, decayed linearly to 0"})
     validation: int = field(default=2000, metadata={"help": "validation problems for the figures in the model cards"})
     seed: int = field(default=0, metadata={"help": "seed of initial weights, mistakes and order"})
     overwrite: bool = field(default=False, metadata={"help": "replace finished models"})
@@ -123,17 +122,17 @@ def policy_data(tokenizer, count: int, seed: int) -> Iterator[dict]:
 
 
 def judge_solutions(count: int, seed: int) -> Iterator[tuple]:
-    """(problem, steps) for the judge, from the pretraining stream: a fifth of them reference solutions, three tenths as the writer
-    of the pretraining text writes them, half with an error put in."""
+    """(problem, steps) for the judge, from the pretraining stream: a quarter of them reference solutions, half as the writer of
+    the pretraining text writes them, a quarter with an error put in."""
     from reasoning.problems import corrupted, stories
 
     rng = random.Random(f"judge {seed}")
     for story in itertools.islice(stories("pretrain"), count):
         problem = story.problem()
         kind = rng.random()
-        if kind < 0.2:
+        if kind < 0.25:
             yield problem, problem.steps
-        elif kind < 0.5:
+        elif kind < 0.75:
             yield problem, story.human_solution(rng)[0]
         else:
             yield problem, corrupted(story, rng)
@@ -207,22 +206,6 @@ def judge_question(tokenizer) -> tuple[list[int], int, int]:
     question = tokenizer("\n" + PLAIN.question, add_special_tokens=False)["input_ids"][len(newline) :]
     yes, no = (tokenizer(f"? {word}", add_special_tokens=False)["input_ids"][-1] for word in ("Yes", "No"))
     return question, yes, no
-
-
-def new_judge(policy):
-    """The policy with one more layer on top, which changes nothing at first. What the policy expects next stands in its last
-    layer; to compare that with what was written takes a layer more."""
-    import torch
-    from transformers import LlamaForCausalLM
-
-    config = copy.deepcopy(policy.config)
-    config.num_hidden_layers += 1
-    judge = LlamaForCausalLM(config).to(torch.float32)
-    judge.load_state_dict(policy.state_dict(), strict=False)
-    added = judge.model.layers[-1]
-    torch.nn.init.zeros_(added.self_attn.o_proj.weight)
-    torch.nn.init.zeros_(added.mlp.down_proj.weight)
-    return judge
 
 
 # --- figures for the model cards ---
@@ -345,7 +328,7 @@ def main() -> None:
         question, yes, no = judge_question(tokenizer)
         examples = list(judge_data(tokenizer, [*judge_solutions(args.judge_examples, args.seed), *samples]))
         random.Random(args.seed).shuffle(examples)
-        start = new_judge(policy.model.cpu())
+        start = AutoModelForCausalLM.from_pretrained(work / "policy-mini", dtype="float32")
         collate = partial(collate_judge, question=question, yes=yes, no=no)
         model = train(start, examples, collate, work / "judge", args.judge_learning_rate, args.seed)
         finish(model, tokenizer, work / "judge-mini")
@@ -373,11 +356,10 @@ writer is wrong 60 % of the time, elsewhere 3 %. So it is greedily wrong at trap
 as the repository."""
 
 JUDGE_CARD = """Answers "Right?" with Yes or No after every step of a solution, made by `python utils/build_embedded_models.py`. It
-starts from policy-mini's weights with a fifth layer on top and learns, with exact labels, from {judge_examples} solutions of
-pretraining problems (a fifth right, the others with the writer's mistakes or an error put in) and {judge_samples} policy-mini
-samples of train problems; AdamW, peak learning rate {judge_learning_rate} decayed linearly to 0, seed {seed}. It stands in for a
-pretrained model that can do arithmetic. Weights in half precision; `judge-mini.Q8_0.gguf` is the same model for llama.cpp and
-ctransformers. Licence: as the repository."""
+starts from policy-mini's weights and learns, with exact labels, from {judge_examples} solutions of pretraining problems (a quarter
+right, the others with mistakes) and {judge_samples} policy-mini samples of train problems; AdamW, peak learning rate
+{judge_learning_rate} decayed linearly to 0, seed {seed}. It stands in for a pretrained model that can do arithmetic. Weights in
+half precision; `judge-mini.Q8_0.gguf` is the same model for llama.cpp and ctransformers. Licence: as the repository."""
 
 if __name__ == "__main__":
     run(main)
