@@ -202,6 +202,9 @@ def quiet() -> None:
 
 def train_dpo(argv: list[str]) -> None:
     """Stepwise DPO, or any other loss of StepwiseDPOTrainer: scored pairs -> tuned policy."""
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' notes to each other, before `quiet` below
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from trl import ModelConfig
 
@@ -244,7 +247,7 @@ def train_dpo(argv: list[str]) -> None:
     quiet()
     from datasets import Dataset
     from safetensors import SafetensorError
-    from transformers import ProgressCallback
+    from transformers import AutoModelForCausalLM, ProgressCallback
     from trl import get_peft_config, get_quantization_config
 
     from trainer.stepwise_dpo_trainer import StepwiseDPOTrainer
@@ -257,6 +260,10 @@ def train_dpo(argv: list[str]) -> None:
     }
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(log_file.parent))
     try:
+        hub = {"revision": model_args.model_revision, "trust_remote_code": config.trust_remote_code}
+        _, loading = AutoModelForCausalLM.from_pretrained(model, **hub, device_map="meta", output_loading_info=True)
+        if loading["missing_keys"]:  # transformers would fill them with random numbers
+            raise ValueError(f"weights are missing, {min(loading['missing_keys'])} for one")
         trainer = StepwiseDPOTrainer(
             model=model,
             args=config,
@@ -265,7 +272,7 @@ def train_dpo(argv: list[str]) -> None:
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{model_args.model_name_or_path}: cannot be trained so: {error}") from None
 
     main_process = trainer.is_world_process_zero()

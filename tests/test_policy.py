@@ -89,7 +89,7 @@ def test_missing_or_unfitting_weights_are_no_model(tiny_model_dir, tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RecordError, match="weights are missing, model.layers.0.mlp"):
+    with pytest.raises(RecordError, match="weights are missing"):
         Policy.load(str(folder))
     shutil.copy(f"{tiny_model_dir}/model.safetensors", folder)
     config = json.loads((folder / "config.json").read_text())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_stepwise_dpo_trainer import make_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -171,6 +171,8 @@ def test_bad_rows(tmp_path, tiny_model_dir, monkeypatch, capsys, name):
         (["--model_name_or_path", "empty"], "empty is no model directory"),
         (["--model_name_or_path", "pairs.jsonl"], "is a file, expected a model directory"),
         (["--model_name_or_path", "hollow"], "hollow: cannot be trained so"),
+        (["--model_name_or_path", "torn"], "torn: cannot be trained so"),
+        (["--model_name_or_path", "partial"], "weights are missing, model.norm.weight for one"),
         (["--output_dir", "pairs.jsonl"], "is a file, expected a folder"),
         (["--output_dir", "pairs.jsonl/out"], "cannot be written"),
         (["--output_dir", "model"], "is the model that training starts from"),
@@ -191,6 +193,13 @@ def test_bad_arguments(tmp_path, tiny_model_dir, monkeypatch, capsys, args, mess
     (tmp_path / "full/letter.txt").touch()
     shutil.copy(tmp_path / "model/config.json", tmp_path / "hollow")
     shutil.copy(tmp_path / "model/config.json", tmp_path / "other")
+    shutil.copytree(tmp_path / "model", tmp_path / "torn")
+    (tmp_path / "torn/model.safetensors").write_bytes((tmp_path / "model/model.safetensors").read_bytes()[:5000])
+    shutil.copytree(tmp_path / "model", tmp_path / "partial")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if k != "model.norm.weight"}, tmp_path / "partial/model.safetensors", {"format": "pt"}
+    )
     (tmp_path / "bad.yaml").write_text("learning_rat: 1\n")
     given = flags(dataset_name="pairs.jsonl", model_name_or_path="model", output_dir="out", logs_dir="logs")
     command = [args.pop(0)] if not args[0].startswith("-") else []
