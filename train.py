@@ -13,9 +13,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from reasoning.problems import HELD_OUT
-from reasoning.records import RecordError, ScoredPair, is_kept_out, read_records, read_rows, to_line, write_text
-from utils.cli import ROOT, UserError, at_root, check_input, check_model, check_output, parse_args, run
+from reasoning.records import RecordError, ScoredPair, is_kept_out, read_records, to_line, write_text
+from utils.cli import UserError, at_root, check_input, check_model, check_output, held_out_prompts, parse_args, run
 
 HELP = """usage: python train.py [COMMAND] [ARGUMENTS]
 
@@ -77,14 +76,11 @@ def read_pairs(args: DataArgs) -> list[ScoredPair]:
                 pairs.append(ScoredPair.from_row(dict(row)))
             except RecordError as error:
                 raise RecordError(f"{name}, row {number}: {error}") from None
-    for split in HELD_OUT:
-        path = ROOT / "data" / f"problems_{split}.jsonl"
-        held_out = {row["prompt"] for _, row in read_rows(path)} if path.is_file() else set()
-        for number, pair in enumerate(pairs, 1):
-            if pair.prompt in held_out:
-                raise UserError(
-                    f"{name}, row {number}: a held-out problem ({path.name}); training on it would spoil every comparison"
-                )
+    held_out = held_out_prompts()
+    for number, pair in enumerate(pairs, 1):
+        if pair.prompt in held_out:
+            where = f"{name}, row {number}: a held-out problem ({held_out[pair.prompt]})"
+            raise UserError(f"{where}; training on it would spoil every comparison")
     return pairs
 
 

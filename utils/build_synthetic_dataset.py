@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.controls import shuffle_scores
 from reasoning.grading import is_correct
-from reasoning.problems import HELD_OUT, problems
+from reasoning.problems import problems
 from reasoning.records import PreferencePair, Problem, Prompt, ResumableRows, read_records, write_records
 from reasoning.steps import shared_prefix
 from reward_model.base import aggregate
-from utils.cli import ROOT, UserError, at_root, check_input, check_model, check_output, parse_args, run
+from utils.cli import UserError, at_root, check_input, check_model, check_output, held_out_prompts, parse_args, run
 
 UNIT = 64  # problems sampled together: with the same seed a group always gives the same samples
 
@@ -63,11 +63,6 @@ class PairArguments:
                 raise UserError(f"argument --{name}: expected 1 or more, got {getattr(self, name)}")
         if self.temperature <= 0:
             raise UserError(f"argument --temperature: expected above 0, got {self.temperature}")
-
-
-def held_out_prompts() -> set[str]:
-    files = [ROOT / f"data/problems_{split}.jsonl" for split in HELD_OUT]
-    return {problem.prompt for file in files if file.is_file() for problem in read_records(file, Problem)}
 
 
 def load_problems(args: PairArguments) -> list[Problem] | list[Prompt]:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from reasoning.records import RecordError
+from reasoning.problems import HELD_OUT
+from reasoning.records import Problem, RecordError, read_records
 from reward_model.base import JudgeError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +52,7 @@ def parse_args(
     try:
         if "--config" in args:
             position = args.index("--config") + 1
-            if position == len(args):
+            if position == len(args) or args[position].startswith("--"):
                 fail("argument --config: expected a YAML file")
             _check_config(parser, args[position], yaml)
         _, unknown = parser.parse_known_args([arg for arg in _without_config(args)])
@@ -145,3 +146,9 @@ def check_model(path: str, made_by: str | None = None) -> None:
         raise UserError(f"{path} is a file, expected a model directory")
     elif made_by or path.count("/") != 1 or path.startswith((".", "models/", "saved_model/")):
         raise UserError(f"model directory {path} not found" + (f": run `{made_by}` first" if made_by else ""))
+
+
+def held_out_prompts() -> dict[str, str]:
+    """Prompt -> file name of every held-out problem: no pair is made of one, and none is trained on."""
+    files = [ROOT / "data" / f"problems_{split}.jsonl" for split in HELD_OUT]
+    return {problem.prompt: file.name for file in files if file.is_file() for problem in read_records(file, Problem)}

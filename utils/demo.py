@@ -3,6 +3,7 @@
 Writes data/demo/, saved_model/stepwise_dpo_tinyllama/ and evaluation/results/, and starts each of them afresh.
 """
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ class DemoArguments:
 
 def step(title: str, why: str, *command: object) -> None:
     """Run one script of the repository with its output shown. Raises SystemExit with its exit code if it fails."""
-    print(f"\n=== {title}\n    {why}\n    $ python {' '.join(map(str, command))}\n", flush=True)
+    print(f"\n=== {title}\n    {why}\n    $ python {shlex.join(map(str, command))}\n", flush=True)
     start = time.monotonic()
     code = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode
     if code:
