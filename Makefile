@@ -21,7 +21,7 @@ lint: $(VENV)/.installed
 	$(BIN) -m ruff check .
 	$(BIN) -m ruff format --check .
 
-models: $(VENV)/.installed  ## rebuild policy-mini and judge-mini (about an hour on 2 cores); resumes when interrupted
+models: $(VENV)/.installed  ## rebuild policy-mini and judge-mini (about 45 minutes on 2 cores); resumes when interrupted
 	$(BIN) utils/build_embedded_models.py --overwrite
 
 data: $(VENV)/.installed  ## rebuild the held-out problems, the pairs and their scores
