@@ -137,6 +137,7 @@ def write_model(trainer, folder: Path, card: str) -> None:
     trainer.save_model(str(staging))
     if trainer.is_world_process_zero():
         (staging / "README.md").write_text(card, encoding="utf-8")
+        (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; JOB says the same in JSON
         for path in sorted(staging.iterdir(), key=lambda path: path.name in FINISHED):
             os.replace(path, folder / path.name)
         staging.rmdir()
