@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from reasoning.records import PreferencePair, Problem, read_records, write_records
-from utils.build_synthetic_dataset import pair_by_answer, pair_by_judge
+from reward_model.base import FixedJudge, PromptTooLong
+from utils.build_synthetic_dataset import PairArguments, pair_by_answer, pair_by_judge, score_group
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "utils/build_synthetic_dataset.py"
@@ -38,6 +39,21 @@ def test_best_against_worst_mean_score():
     pair, _ = pair_by_judge(TASK, [WRONG, RIGHT, ["Answer: 3"]], [[1, 0.2, 0.1], [1, 0.9, 0.8], [0.5]])
     assert pair.chosen == RIGHT[1:] and pair.rejected == WRONG[1:]
     assert pair_by_judge(TASK, [RIGHT, RIGHT], [[1, 1, 1]] * 2) == (None, "all scored alike")
+
+
+def test_samples_that_outgrow_the_judge_are_dropped_and_the_control_permutes():
+    def score(prompt, step, previous):
+        if "long" in step:
+            raise PromptTooLong("too long")
+        return int(step) / 10
+
+    group, ended = [TASK, TASK], [[["1", "2"], ["long"], ["3"]], [["4", "5"]]]
+    args = PairArguments(pair_by="judge", model_name_or_path="m")
+    fitting, scores = score_group(args, FixedJudge(score), group, ended, seed=0)
+    assert fitting == [[["1", "2"], ["3"]], [["4", "5"]]] and scores == [[[0.1, 0.2], [0.3]], [[0.4, 0.5]]]
+    args.shuffle_scores = True
+    fitting, shuffled = score_group(args, FixedJudge(score), group, ended, seed=0)
+    assert [[len(steps) for steps in of] for of in shuffled] == [[2, 1], [2]] and shuffled != scores
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +149,7 @@ def test_held_out_problems_are_refused(run_script, tmp_path, tiny_model_dir):
         (["--samples", "many"], "--samples"),
         (["--temperature", "0"], "--temperature: expected above 0"),
         (["--pair_by", "taste"], "--pair_by"),
+        (["--shuffle_scores"], "with --pair_by judge only"),
         (["--sampels", "3"], "unknown argument --sampels"),
         (["--config", "nowhere.yaml"], "config file nowhere.yaml not found"),
         (["--config"], "expected a YAML file"),

@@ -22,7 +22,7 @@ from reasoning.grading import is_correct
 from reasoning.problems import problems
 from reasoning.records import PreferencePair, Problem, Prompt, ResumableRows, read_records, write_records
 from reasoning.steps import shared_prefix
-from reward_model.base import aggregate
+from reward_model.base import PromptTooLong, aggregate
 from utils.cli import UserError, at_root, check_input, check_model, check_output, held_out_prompts, parse_args, run
 
 UNIT = 64  # problems sampled together: with the same seed a group always gives the same samples
@@ -63,6 +63,8 @@ class PairArguments:
                 raise UserError(f"argument --{name}: expected 1 or more, got {getattr(self, name)}")
         if self.temperature <= 0:
             raise UserError(f"argument --temperature: expected above 0, got {self.temperature}")
+        if self.shuffle_scores and self.pair_by != "judge":
+            raise UserError("argument --shuffle_scores: there are scores with --pair_by judge only")
 
 
 def load_problems(args: PairArguments) -> list[Problem] | list[Prompt]:
@@ -144,11 +146,13 @@ def sample_problems(args: PairArguments, tasks: list, policy, judge, rows: Resum
             options = {"n": args.samples, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
             answers = policy.generate([task.prompt for task in group], seed=args.seed * 1_000_003 + start, **options)
             ended = [[response.steps for response in responses if response.finished and response.steps] for responses in answers]
-            scores = score_group(args, judge, group, ended, seed=start) if judge else ended
+            scores = ended
+            if judge:
+                ended, scores = score_group(args, judge, group, ended, seed=args.seed * 1_000_003 + start)
             for task, samples, their_scores in zip(group, ended, scores, strict=True):
                 right = sum(is_correct(steps, task) for steps in samples) if isinstance(task, Problem) else None
                 if not samples:
-                    pair, why_not = None, "no sample ended"
+                    pair, why_not = None, "no sample ended" if judge is None else "no sample ended and fitted the judge's context"
                 elif judge is None:
                     pair, why_not = pair_by_answer(task, samples)
                 else:
@@ -158,14 +162,24 @@ def sample_problems(args: PairArguments, tasks: list, policy, judge, rows: Resum
                 bar.update()
 
 
-def score_group(args: PairArguments, judge, group: list, ended: list[list[list[str]]], seed: int) -> list[list[list[float]]]:
-    """For each problem of the group the step scores of each of its samples."""
-    solutions = [(task.prompt, steps) for task, samples in zip(group, ended, strict=True) for steps in samples]
-    scores = judge.score_steps(solutions)
+def score_group(args: PairArguments, judge, group: list, ended: list[list[list[str]]], seed: int) -> tuple[list, list]:
+    """(samples, scores): for each problem its samples that fit the judge's context, and their step scores."""
+    fitting, scores = [], []
+    for task, samples in zip(group, ended, strict=True):
+        scored = [(steps, score_or_none(judge, task.prompt, steps)) for steps in samples]
+        fitting.append([steps for steps, of_steps in scored if of_steps is not None])
+        scores.append([of_steps for _, of_steps in scored if of_steps is not None])
     if args.shuffle_scores:
-        scores = shuffle_scores(scores, seed)
-    drawn = iter(scores)
-    return [[next(drawn) for _ in samples] for samples in ended]
+        drawn = iter(shuffle_scores([of_steps for of_samples in scores for of_steps in of_samples], seed))
+        scores = [[next(drawn) for _ in of_samples] for of_samples in scores]
+    return fitting, scores
+
+
+def score_or_none(judge, prompt: str, steps: list[str]) -> list[float] | None:
+    try:
+        return judge.score_steps([(prompt, steps)])[0]
+    except PromptTooLong:
+        return None
 
 
 def summary(tasks: list, rows: list[dict], pairs: list[dict]) -> None:

@@ -1,5 +1,6 @@
 """What every script shares: arguments, one-line errors with exit code 2, paths, and what may be overwritten."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -55,7 +56,7 @@ def parse_args(
             if position == len(args) or args[position].startswith("--"):
                 fail("argument --config: expected a YAML file")
             _check_config(parser, args[position], yaml)
-        _, unknown = parser.parse_known_args([arg for arg in _without_config(args)])
+        _, unknown = parser.parse_known_args(_without_config(args))
         if unknown:
             fail(f"unknown argument {' '.join(unknown)} (see --help)")
         return parser.parse_args_and_config(args)
@@ -93,8 +94,6 @@ def _check_config(parser, path: str, yaml) -> None:
         if isinstance(value, list) and actions[key].nargs in (None, "?"):
             fail(f"config file {path}: key '{key}' takes one value, got a list")
         if isinstance(value, dict):
-            import json
-
             value = json.dumps(value)
         parser.parse_known_args([f"--{key}", *[str(item) for item in (value if isinstance(value, list) else [value])]])
 
