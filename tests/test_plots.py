@@ -1,0 +1,65 @@
+"""Pictures: what is drawn is what the history holds, and files are whole."""
+
+import pytest
+
+from evaluation import plots
+from evaluation.plots import training_picture
+
+TRAIN = [
+    {
+        "step": step,
+        "epoch": step / 10,
+        "loss": 1 / step,
+        "rewards/margins": 0.1 * step,
+        "rewards/accuracies": 0.5 + 0.01 * step,
+        "logps/chosen_vs_ref": 0.2 * step,
+        "logps/rejected_vs_ref": -1.0 * step,
+        "drift/good_steps_less_likely": 0.3,
+    }
+    for step in range(1, 21)
+]
+EVAL = [{"step": 10, "eval_loss": 0.4, "eval_rewards/margins": 0.5}, {"step": 20, "eval_loss": 0.3, "eval_rewards/margins": 0.9}]
+END = {"step": 20, "train_runtime": 3.0, "train_loss": 0.2}
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The panels of the figures that are saved: (title, {label: (x, y)} of its lines)."""
+    panels, save = [], plots._save
+
+    def keep(figure, path):
+        for axes in figure.axes:
+            lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+            panels.append((axes.get_title(), {label: line for label, line in lines.items() if not label.startswith("_")}))
+        save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", keep)
+    return panels
+
+
+def test_a_run_has_four_panels_and_a_twin_axis(tmp_path, drawn):
+    path = tmp_path / "logs" / "run" / "training.png"
+    assert training_picture([*TRAIN, *EVAL, END], path, "stepwise, lr 1e-4")
+    assert path.read_bytes().startswith(b"\x89PNG") and [file.name for file in path.parent.iterdir()] == ["training.png"]
+    lines = {title: labels for title, labels in drawn if title}
+    assert list(lines) == list(plots.PANELS)
+    steps = list(range(1, 21))
+    assert lines["loss"] == {"loss": (steps, [1 / k for k in steps]), "loss, held out": ([10, 20], [0.4, 0.3])}
+    assert set(lines["margin between chosen and rejected"]) == {"margin", "margin, held out"}
+    assert lines["log-prob against the reference (nats)"]["rejected"] == (steps, [-1.0 * k for k in steps])
+    (twin,) = [labels for title, labels in drawn if not title]
+    assert list(twin.values()) == [(steps, [0.3] * 20)]
+
+
+def test_what_the_history_lacks_is_left_out(tmp_path, drawn):
+    assert training_picture([{"step": 1, "loss": 0.7}], tmp_path / "one.png", "one row")
+    assert drawn == [("loss", {"loss": ([1], [0.7])})]
+    drawn.clear()
+    assert training_picture([{"step": 1, "drift/good_steps_less_likely": 0.5}, EVAL[0]], tmp_path / "odd.png", "odd")
+    assert [title for title, _ in drawn if title] == [
+        "loss",
+        "margin between chosen and rejected",
+        "log-prob against the reference (nats)",
+    ]
+    assert training_picture([END], tmp_path / "none.png", "nothing") is False
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["odd.png", "one.png"]
