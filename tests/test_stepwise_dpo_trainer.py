@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import random
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from trl import DPOConfig, DPOTrainer
 from reasoning.problems import pretraining_texts
 from reasoning.records import RecordError
 from reasoning.steps import format_prompt, response_pieces
-from trainer.stepwise_dpo_trainer import DataCollatorForSteps, StepwiseDPOConfig, StepwiseDPOTrainer, encode_pair
+from trainer.stepwise_dpo_trainer import STEP_LOSSES, DataCollatorForSteps, StepwiseDPOConfig, StepwiseDPOTrainer, encode_pair
 
 PLAIN_DPO = {"credit": "uniform", "step_agg": "sum", "margin_gamma": 0.0, "anchor_lambda": 0.0}
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -273,9 +274,10 @@ def test_trl_lists_are_trl(make, loss_type):
     assert {"scores/chosen", "steps/truncated"} <= set(ours._metrics["train"])
 
 
-def test_mixed_losses_are_the_weighted_sum(make):
-    mixed = loss_of(make(loss_type=["stepwise", "sigmoid", "sft"], loss_weights=[0.5, 2.0, 0.25]))
-    parts = [loss_of(make(loss_type=[name])) for name in ("stepwise", "sigmoid", "sft")]
+@pytest.mark.parametrize("name", STEP_LOSSES)
+def test_mixed_losses_are_the_weighted_sum(make, name):
+    mixed = loss_of(make(loss_type=[name, "sigmoid", "sft"], loss_weights=[0.5, 2.0, 0.25]))
+    parts = [loss_of(make(loss_type=[one])) for one in (name, "sigmoid", "sft")]
     assert mixed == pytest.approx(0.5 * parts[0] + 2 * parts[1] + 0.25 * parts[2], abs=1e-5)
 
 
@@ -295,12 +297,50 @@ def test_the_loss_uses_scores_credit_margin_and_anchor(make):
     assert loss_of(make(), moved=False) == pytest.approx(0.693147, abs=1e-5)
 
 
+def test_step_dpo_is_dpo_on_the_first_step(make, tiny_model_dir):
+    """TRL's loss on pairs of one step each: what follows the first step of a side changes nothing."""
+    ours = make(loss_type=["step_dpo"], anchor_lambda=0.0)
+    first = [{**row, **{side: row[side][:1] for side in ("chosen", "rejected")}} for row in ROWS]
+    cut = [{**row, **{f"{side}_scores": row[f"{side}_scores"][:1] for side in ("chosen", "rejected")}} for row in first]
+    assert loss_of(ours) == pytest.approx(loss_of(make(cut, **PLAIN_DPO)), abs=1e-5)
+
+
+def test_what_is_logged_per_position(make):
+    """Means over the pairs that have the step; of a moved policy, computed again from the logged tensors' definition."""
+    trainer = make()
+    perturb(trainer.model)
+    batch = batch_of(trainer)
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, dict(batch))
+    logged = {name: values[0] for name, values in trainer._metrics["train"].items()}
+
+    inputs, labels = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}, batch["input_ids"][:, 1:, None]
+    with torch.no_grad():
+        log_ratio = trainer.model(**inputs).logits[:, :-1].log_softmax(-1).gather(2, labels)[:, :, 0]
+        log_ratio -= trainer.ref_model(**inputs).logits[:, :-1].log_softmax(-1).gather(2, labels)[:, :, 0]
+    of_step = {
+        (row, k): log_ratio[row][batch["step_ids"][row, 1:] == k].sum().item()
+        for row in range(len(batch["step_ids"]))
+        for k in range(int(batch["step_ids"][row].max()) + 1)
+    }
+    pairs = len(ROWS)
+    for side, rows in (("chosen", range(pairs)), ("rejected", range(pairs, 2 * pairs))):
+        for k in range(max(k for _, k in of_step) + 1):
+            values = [of_step[row, k] for row in rows if (row, k) in of_step]
+            name = f"logps/{side}_vs_ref/step_{k + 1}"
+            assert logged[name] == pytest.approx(sum(values) / len(values), abs=1e-4) if values else name not in logged
+    good = [of_step[row, k] < 0 for row in range(pairs) for k, score in enumerate(ROWS[row]["chosen_scores"]) if score >= 0.5]
+    assert logged["drift/good_steps_less_likely"] == pytest.approx(sum(good) / len(good))
+    weights = [math.prod(row["chosen_scores"][: k + 1]) for row in ROWS for k in range(len(row["chosen_scores"]))]
+    assert logged["weights/chosen"] == pytest.approx(sum(weights) / pairs, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_type": ["stepwize"]}, "stepwize is no loss; known are stepwise, sigmoid"),
+        ({"loss_type": ["stepwize"]}, "stepwize is no loss; known are stepwise, step_dpo, full_step_dpo, sigmoid"),
         ({"loss_type": []}, "an empty list is no loss"),
-        ({"loss_type": ["stepwise", "ipo"]}, "mixes with sigmoid and sft only, not with ipo"),
+        ({"loss_type": ["stepwise", "ipo"]}, "mix with sigmoid and sft only, not with ipo"),
         ({"loss_type": ["stepwise", "sft"], "loss_weights": [1.0]}, "same length"),
         ({"label_smoothing": 0.1}, "label_smoothing: not defined"),
         ({"credit": "all"}, "credit: expected one of first_error"),
@@ -319,8 +359,9 @@ def test_settings_that_make_no_sense(settings, message):
 # --- every mode ---
 
 
-def test_training_moves_the_policy_and_not_the_reference(make):
-    trainer = make(max_steps=3)
+@pytest.mark.parametrize("name", STEP_LOSSES)
+def test_training_moves_the_policy_and_not_the_reference(make, name):
+    trainer = make(max_steps=3, loss_type=[name])
     policy, reference = weights(trainer), {n: p.clone() for n, p in trainer.ref_model.named_parameters()}
     trainer.train()
     assert all(not torch.equal(policy[name], now) for name, now in weights(trainer).items())

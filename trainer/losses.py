@@ -67,13 +67,16 @@ def step_weights(
     return u * chosen_mask, v * rejected_mask
 
 
-class StepwiseLoss(NamedTuple):
-    """What stepwise_loss returns, each (B,): the loss, R_w without the anchor, R_l, and what the anchor takes from R_w."""
+class StepLoss(NamedTuple):
+    """What a step loss returns. (B,): the loss, R_w without the anchor, R_l, and what the anchor takes from R_w. (B, K): the
+    weights u and v with which the log-ratios of the steps of chosen and rejected enter the loss."""
 
     loss: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
     anchor: Tensor
+    chosen_weights: Tensor
+    rejected_weights: Tensor
 
 
 def stepwise_loss(
@@ -88,7 +91,7 @@ def stepwise_loss(
     agg: str = "sum",
     margin_gamma: float = 0.0,
     anchor_lambda: float = 0.0,
-) -> StepwiseLoss:
+) -> StepLoss:
     """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) on steps weighted by their scores. All inputs (B, K).
 
         R_w = beta agg_k(u_k D_k) - lambda beta agg_k(a_k relu(-D_k))        R_l = beta agg_k(v_k D_k)
@@ -104,4 +107,64 @@ def stepwise_loss(
     anchor = anchor_lambda * beta * aggregate(chosen_scores * F.relu(-chosen_logratios), chosen_mask)
     margin = margin_gamma * (mean(chosen_scores, chosen_mask) - mean(rejected_scores, rejected_mask))
     loss = -F.logsigmoid(chosen_rewards - anchor - rejected_rewards - margin)
-    return StepwiseLoss(loss, chosen_rewards, rejected_rewards, anchor)
+    return StepLoss(loss, chosen_rewards, rejected_rewards, anchor, u, v)
+
+
+def step_dpo_loss(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    beta: float = 0.1,
+    anchor_lambda: float = 0.0,
+) -> StepLoss:
+    """Step-DPO (Lai et al. 2024, arXiv 2406.18629, eq. 3): after the shared prefix only the first step of each side counts.
+
+        loss = -log sigmoid(beta D_1(chosen) - beta D_1(rejected))
+
+    All inputs (B, K). The scores serve the anchor alone, which is that of stepwise_loss with agg sum; the paper has none."""
+    first = torch.zeros_like(chosen_logratios)
+    first[:, 0] = 1
+    u, v = first * chosen_mask, first * rejected_mask
+    chosen_rewards = beta * (u * chosen_logratios).sum(1)
+    rejected_rewards = beta * (v * rejected_logratios).sum(1)
+    anchor = anchor_lambda * beta * AGGREGATES["sum"](chosen_scores * F.relu(-chosen_logratios), chosen_mask)
+    loss = -F.logsigmoid(chosen_rewards - anchor - rejected_rewards)
+    return StepLoss(loss, chosen_rewards, rejected_rewards, anchor, u, v)
+
+
+def full_step_dpo_loss(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    beta: float = 0.1,
+    anchor_lambda: float = 0.0,
+    tau: float = 0.5,
+) -> StepLoss:
+    """Full-Step-DPO (Xu et al. 2025, arXiv 2502.14356; weights as in the authors' code). All inputs (B, K).
+
+        u_k = sigmoid(-D_k) softmax_k(tau a_k)        v_k = sigmoid(D_k) softmax_k(-tau b_k)
+        loss = -sigmoid(-(R_w - R_l)) (sum_k u_k D_k - sum_k v_k D_k),        R = beta sum_k D_k
+
+    where neither u, v nor the first factor pass a gradient: this is the gradient of DPO with its two sides weighted step by step,
+    and the value of the loss means nothing (0 at pi = pi_ref). The authors write log pi for the D outside of the factors: the same
+    gradient. beta stands in the first factor only. The anchor is that of stepwise_loss with agg sum, taken from R_w (with beta)
+    and from sum u D (without); the paper has none."""
+
+    def softmax(values, mask):  # over the steps that are there; a response without any gives 0
+        return torch.softmax(values.masked_fill(~mask, torch.finfo(values.dtype).min), 1) * mask
+
+    with torch.no_grad():
+        u = torch.sigmoid(-chosen_logratios) * softmax(tau * chosen_scores, chosen_mask)
+        v = torch.sigmoid(rejected_logratios) * softmax(-tau * rejected_scores, rejected_mask)
+    total = AGGREGATES["sum"]
+    chosen_rewards, rejected_rewards = beta * total(chosen_logratios, chosen_mask), beta * total(rejected_logratios, rejected_mask)
+    pull = anchor_lambda * total(chosen_scores * F.relu(-chosen_logratios), chosen_mask)
+    gate = torch.sigmoid(rejected_rewards - chosen_rewards + beta * pull).detach()
+    loss = -gate * (total(u * chosen_logratios, chosen_mask) - total(v * rejected_logratios, rejected_mask) - pull)
+    return StepLoss(loss, chosen_rewards, rejected_rewards, beta * pull, u, v)

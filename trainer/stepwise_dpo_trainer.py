@@ -27,7 +27,7 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first,
 
 from reasoning.records import ScoredPair
 from reasoning.steps import encode_steps
-from trainer.losses import AGGREGATES, CREDITS, stepwise_loss, sum_per_step
+from trainer.losses import AGGREGATES, CREDITS, full_step_dpo_loss, step_dpo_loss, stepwise_loss, sum_per_step
 
 logger = get_logger(__name__)
 
@@ -35,8 +35,10 @@ TRL_LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
-STEP_LOSSES = ("stepwise",)
+STEP_LOSSES = {"stepwise": stepwise_loss, "step_dpo": step_dpo_loss, "full_step_dpo": full_step_dpo_loss}
 MIXABLE = (*STEP_LOSSES, "sigmoid", "sft")  # what may stand in one list with a step loss
+
+LOGGED_POSITIONS = 8  # steps whose log-probs are logged each by itself
 
 # what a batch holds besides TRL's keys; none may reach the model, which would swallow it
 STEP_KEYS = ("step_ids", "step_mask", "step_scores", "truncated_steps")
@@ -49,16 +51,17 @@ class StepwiseDPOConfig(DPOConfig):
     loss_type: list[str] = field(
         default_factory=lambda: ["stepwise"],
         metadata={
-            "help": f"Losses, summed with --loss_weights: stepwise, alone or mixed with sigmoid and sft; or any of TRL's own: "
-            f"{', '.join(TRL_LOSSES)}."
+            "help": f"Losses, summed with --loss_weights: {', '.join(STEP_LOSSES)}, alone or mixed with sigmoid and sft; or any of "
+            f"TRL's own: {', '.join(TRL_LOSSES)}."
         },
     )
     credit: str = field(
         default="first_error",
-        metadata={"help": "How step scores become step weights (trainer/losses.py).", "choices": list(CREDITS)},
+        metadata={"help": "How step scores become step weights in `stepwise` (trainer/losses.py).", "choices": list(CREDITS)},
     )
     step_agg: str = field(
-        default="sum", metadata={"help": "How the weighted steps of a response become one number.", "choices": list(AGGREGATES)}
+        default="sum",
+        metadata={"help": "How the weighted steps of a response become one number in `stepwise`.", "choices": list(AGGREGATES)},
     )
     margin_gamma: float = field(
         default=0.0, metadata={"help": "Margin asked for per unit of difference of the mean scores, in reward units, 0 or more."}
@@ -81,18 +84,19 @@ class StepwiseDPOConfig(DPOConfig):
 
     def __post_init__(self):
         self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
-        unknown = [name for name in self.loss_type if name not in STEP_LOSSES + TRL_LOSSES]
+        known = (*STEP_LOSSES, *TRL_LOSSES)
+        unknown = [name for name in self.loss_type if name not in known]
         if unknown or not self.loss_type:
-            known = ", ".join(STEP_LOSSES + TRL_LOSSES)
-            raise ValueError(f"loss_type: {', '.join(unknown) or 'an empty list'} is no loss; known are {known}")
+            raise ValueError(f"loss_type: {', '.join(unknown) or 'an empty list'} is no loss; known are {', '.join(known)}")
         if self.has_step_loss:
             foreign = [name for name in self.loss_type if name not in MIXABLE]
             if foreign:
-                raise ValueError(f"loss_type: stepwise mixes with sigmoid and sft only, not with {', '.join(foreign)}")
+                ours = ", ".join(STEP_LOSSES)
+                raise ValueError(f"loss_type: {ours} mix with sigmoid and sft only, not with {', '.join(foreign)}")
             ignored = {"ld_alpha": None, "f_divergence_type": "reverse_kl", "use_weighting": False, "label_smoothing": 0.0}
             for name, default in ignored.items():
                 if getattr(self, name) != default:
-                    raise ValueError(f"{name}: not defined for the stepwise loss; leave it out")
+                    raise ValueError(f"{name}: not defined for step losses; leave it out")
         for name, known in (("credit", CREDITS), ("step_agg", AGGREGATES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)}")
@@ -172,9 +176,12 @@ class DataCollatorForSteps(DataCollatorForPreference):
 class StepwiseDPOTrainer(DPOTrainer):
     """DPOTrainer whose loss is weighted step by step; takes the same arguments, with a StepwiseDPOConfig and scored pairs.
 
-    Logged beside TRL's metrics (rewards are R_w and R_l, without the anchor): `scores/chosen`, `scores/rejected`, mean step scores;
-    `logps/chosen_vs_ref`, `logps/rejected_vs_ref`, log-probs of whole responses against the reference, in nats; `rewards/anchor`;
-    `steps/truncated`, steps a pair that lost tokens to max_length. Raises ValueError for a tokenizer without offsets."""
+    Logged beside TRL's metrics (rewards are R_w and R_l of the first step loss, without the anchor): `scores/chosen`,
+    `scores/rejected`, mean step scores; `logps/chosen_vs_ref`, `logps/rejected_vs_ref`, log-probs of whole responses against the
+    reference, in nats, and with `/step_1`, `/step_2` ... those of single steps; `drift/good_steps_less_likely`, the share of
+    chosen steps with a score of .5 or more that are less likely than under the reference; `weights/chosen`, `weights/rejected`,
+    sums of the step weights; `rewards/anchor`; `steps/truncated`, steps a pair that lost tokens to max_length. Raises ValueError
+    for a tokenizer without offsets."""
 
     _tag_names: list[str] = ["trl", "dpo", "stepwise-dpo"]  # noqa: RUF012 (as in TRL)
     _name = "Stepwise DPO"
@@ -294,38 +301,46 @@ class StepwiseDPOTrainer(DPOTrainer):
         else:
             ref_chosen, ref_rejected = self.compute_ref_log_probs(self.ref_model or self.model, {**inputs, **steps})
         chosen_logratios, rejected_logratios = chosen_logps - ref_chosen, rejected_logps - ref_rejected
-        stepwise = stepwise_loss(
-            *(chosen_logratios, rejected_logratios, chosen_scores, rejected_scores, chosen_mask, rejected_mask),
-            credit=self.args.credit,
-            beta=self.beta,
-            agg=self.args.step_agg,
-            margin_gamma=self.args.margin_gamma,
-            anchor_lambda=self.args.anchor_lambda,
-        )
-        chosen_tokens = inputs["completion_mask"][:, 1:].chunk(2)[0].sum()
-        losses = {  # as TRL has them, but for `stepwise`
-            "stepwise": lambda: stepwise.loss.mean(),
-            "sigmoid": lambda: -F.logsigmoid(self.beta * (chosen_logratios.sum(1) - rejected_logratios.sum(1))).mean(),
-            "sft": lambda: -chosen_logps.sum() / chosen_tokens.clamp(min=1),
+        pair = (chosen_logratios, rejected_logratios, chosen_scores, rejected_scores, chosen_mask, rejected_mask)
+        options = {"beta": self.beta, "anchor_lambda": self.args.anchor_lambda}
+        of_stepwise = {"credit": self.args.credit, "agg": self.args.step_agg, "margin_gamma": self.args.margin_gamma}
+        step_losses = {
+            name: STEP_LOSSES[name](*pair, **options, **(of_stepwise if name == "stepwise" else {}))
+            for name in self.loss_types
+            if name in STEP_LOSSES
         }
-        loss = sum(weight * losses[name]() for name, weight in zip(self.loss_types, self.loss_weights, strict=True))
+        chosen_tokens = inputs["completion_mask"][:, 1:].chunk(2)[0].sum()
+        losses = {  # sigmoid and sft as TRL has them
+            "sigmoid": -F.logsigmoid(self.beta * (chosen_logratios.sum(1) - rejected_logratios.sum(1))).mean(),
+            "sft": -chosen_logps.sum() / chosen_tokens.clamp(min=1),
+            **{name: step_loss.loss.mean() for name, step_loss in step_losses.items()},
+        }
+        loss = sum(weight * losses[name] for name, weight in zip(self.loss_types, self.loss_weights, strict=True))
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
 
+        shown = next(iter(step_losses.values()))  # the rewards of the first step loss
         self._log_tokens(inputs, outputs)
         self._log_means(
             {
-                "rewards/chosen": stepwise.chosen_rewards,
-                "rewards/rejected": stepwise.rejected_rewards,
-                "rewards/margins": stepwise.chosen_rewards - stepwise.rejected_rewards,
-                "rewards/accuracies": (stepwise.chosen_rewards > stepwise.rejected_rewards).float(),
-                "rewards/anchor": stepwise.anchor,
+                "rewards/chosen": shown.chosen_rewards,
+                "rewards/rejected": shown.rejected_rewards,
+                "rewards/margins": shown.chosen_rewards - shown.rejected_rewards,
+                "rewards/accuracies": (shown.chosen_rewards > shown.rejected_rewards).float(),
+                "rewards/anchor": shown.anchor,
                 "logps/chosen": chosen_logps.sum(1),
                 "logps/rejected": rejected_logps.sum(1),
                 "logps/chosen_vs_ref": chosen_logratios.sum(1),
                 "logps/rejected_vs_ref": rejected_logratios.sum(1),
+                "weights/chosen": shown.chosen_weights.sum(1),
+                "weights/rejected": shown.rejected_weights.sum(1),
             }
         )
+        for k in range(LOGGED_POSITIONS):
+            for side, ratios, mask in (("chosen", chosen_logratios, chosen_mask), ("rejected", rejected_logratios, rejected_mask)):
+                self._log_ratio(f"logps/{side}_vs_ref/step_{k + 1}", ratios[:, k : k + 1], mask[:, k : k + 1])
+        good = chosen_mask & (chosen_scores >= 0.5)
+        self._log_ratio("drift/good_steps_less_likely", (chosen_logratios < 0).float(), good)
         if return_outputs:  # the logits, for compute_metrics: the fused head does not build them
             with torch.no_grad():
                 return loss, model(**model_inputs)
@@ -337,25 +352,29 @@ class StepwiseDPOTrainer(DPOTrainer):
         for name, value in values.items():
             metrics[name].append(self.accelerator.gather(value.detach().float()).mean().item())
 
+    def _log_ratio(self, name: str, values: Tensor, where: Tensor) -> None:
+        """Log the mean of values where `where` holds, over all processes; nothing if it holds nowhere. Tensors of one shape."""
+        sums = torch.stack([(values.detach().float() * where).sum(), where.sum().float()])
+        total, count = self.accelerator.gather(sums).view(-1, 2).sum(0).tolist()
+        if count:
+            self._metrics["train" if self.model.training else "eval"][name].append(total / count)
+
     def _log_tokens(self, inputs, outputs) -> None:
         """TRL's metrics of tokens, under its names: entropy, logits, accuracy of the greedy token, tokens seen."""
         mask = inputs["completion_mask"][:, 1:].bool()  # (2B, L - 1)
         chosen, rejected = mask.clone(), mask.clone()
         chosen[len(mask) // 2 :], rejected[: len(mask) // 2] = False, False
-        metrics = self._metrics["train" if self.model.training else "eval"]
         for name, values, where in (
             ("entropy", outputs.entropy, mask),
             ("logits/chosen", outputs.mean_logits, chosen),
             ("logits/rejected", outputs.mean_logits, rejected),
             ("mean_token_accuracy", outputs.is_top1, chosen),
         ):
-            values = values[:, -mask.size(1) :].detach().float()
-            total, tokens = self.accelerator.gather(torch.stack([(values * where).sum(), where.sum().float()])).view(-1, 2).sum(0)
-            metrics[name].append((total / tokens.clamp(min=1)).item())
+            self._log_ratio(name, values[:, -mask.size(1) :], where)
         if self.model.training:
             seen = self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
             self._total_train_tokens += seen // self._tp_size
-        metrics["num_tokens"] = [self._total_train_tokens]
+        self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self._total_train_tokens]
 
 
 def _encode_row(row: dict, row_kind: str, **settings) -> dict[str, Any]:
