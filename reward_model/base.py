@@ -1,5 +1,6 @@
 """What every judge looks like to the rest of the house."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -64,3 +65,22 @@ class JudgeTemplate:
 
 
 PLAIN = JudgeTemplate(before=PLAIN_TEMPLATE, question="Right?")
+ASK = "Is the last step of this solution right? Answer Yes or No."
+TEMPLATES: dict[str, JudgeTemplate] = {
+    "plain": PLAIN,
+    "zephyr": JudgeTemplate("<|user|>\nProblem: {prompt}\nSolution:\n", f"\n{ASK}</s>\n<|assistant|>\n"),
+    "llama-2": JudgeTemplate("[INST] Problem: {prompt}\nSolution:\n", f"\n{ASK} [/INST]"),
+    "chatml": JudgeTemplate("<|im_start|>user\nProblem: {prompt}\nSolution:\n", f"\n{ASK}<|im_end|>\n<|im_start|>assistant\n"),
+}
+# What a model says of itself (its chat template, its name) when it wants a template other than plain; the first that fits is taken.
+TELLS = {
+    "chatml": r"<\|im_start\|>|chatml",
+    "zephyr": r"<\|user\|>|zephyr|tinyllama.*chat",
+    "llama-2": r"\[INST\]|llama[-_ ]?2.*chat|mistral.*instruct",
+}
+YES, NO = ("Yes", "yes", "YES"), ("No", "no", "NO")
+
+
+def fitting_template(says: str) -> str:
+    """The name in TEMPLATES that fits what a model says of itself: its chat template, its name."""
+    return next((name for name, tell in TELLS.items() if re.search(tell, says, re.IGNORECASE)), "plain")

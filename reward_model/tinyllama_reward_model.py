@@ -19,23 +19,9 @@ from itertools import pairwise
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-from reward_model.base import PLAIN, JudgeError, JudgeTemplate, PromptTooLong, Solution
+from reward_model.base import NO, TEMPLATES, YES, JudgeError, JudgeTemplate, PromptTooLong, Solution, fitting_template
 from reward_model.gguf_file import GGUFFile, TokenType, read_gguf
 
-_ASK = "Is the last step of this solution right? Answer Yes or No."
-TEMPLATES: dict[str, JudgeTemplate] = {
-    "plain": PLAIN,
-    "zephyr": JudgeTemplate("<|user|>\nProblem: {prompt}\nSolution:\n", f"\n{_ASK}</s>\n<|assistant|>\n"),
-    "llama-2": JudgeTemplate("[INST] Problem: {prompt}\nSolution:\n", f"\n{_ASK} [/INST]"),
-    "chatml": JudgeTemplate("<|im_start|>user\nProblem: {prompt}\nSolution:\n", f"\n{_ASK}<|im_end|>\n<|im_start|>assistant\n"),
-}
-# What a file says of itself (its chat template, its name) when it wants a template other than plain; the first that fits is taken.
-TELLS = {
-    "chatml": r"<\|im_start\|>|chatml",
-    "zephyr": r"<\|user\|>|zephyr|tinyllama.*chat",
-    "llama-2": r"\[INST\]|llama[-_ ]?2.*chat|mistral.*instruct",
-}
-YES, NO = ("Yes", "yes", "YES"), ("No", "no", "NO")
 MAX_CONTEXT = 4096  # tokens; more only if asked for, since the cache grows with it
 BATCH = 512  # tokens evaluated at once; the library crashes above
 SMALL = 50_000_000  # bytes of a file below which one thread is enough
@@ -183,8 +169,7 @@ class TinyLlamaRewardScorer:
 
 def choose_template(file: GGUFFile) -> str:
     """The name in TEMPLATES that fits what the file says of itself."""
-    says = f"{file.metadata.get('tokenizer.chat_template', '')}\n{file.metadata.get('general.name', '')}"
-    return next((name for name, tell in TELLS.items() if re.search(tell, says, re.IGNORECASE)), "plain")
+    return fitting_template(f"{file.metadata.get('tokenizer.chat_template', '')}\n{file.metadata.get('general.name', '')}")
 
 
 def _short(text: str) -> str:
