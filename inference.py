@@ -10,12 +10,13 @@ from pathlib import Path
 from reasoning.records import Prompt, read_records, write_records
 from reward_model.base import PromptTooLong
 from utils.cli import UserError, at_root, check_input, check_model, check_output, parse_args, run
+from utils.judges import JudgeArgs, check_judge, open_judge, score_all
 
 BASE = at_root("models/policy-mini")
 
 
 @dataclass
-class InferenceArgs:
+class InferenceArgs(JudgeArgs):
     prompt: str | None = field(default=None, metadata={"help": "the problem; without it and --input: a loop"})
     model_name_or_path: str = field(
         default=at_root("saved_model/stepwise_dpo_tinyllama"),
@@ -24,13 +25,10 @@ class InferenceArgs:
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy; above, answers are sampled"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer, in tokens"})
     show_scores: bool = field(default=False, metadata={"help": "the judge's score beside each step, 0 (wrong) to 1 (right)"})
-    judge_path: str = field(
-        default=at_root("models/judge-mini/judge-mini.Q8_0.gguf"), metadata={"help": "GGUF file of the step judge"}
-    )
     input: str | None = field(default=None, metadata={"help": "JSONL with a field 'prompt' a row; needs --output"})
     output: str | None = field(default=None, metadata={"help": "JSONL of the answers to --input, one row a prompt in its order"})
     overwrite: bool = field(default=False, metadata={"help": "replace --output if it is there"})
-    seed: int = field(default=0, metadata={"help": "seed of sampled answers"})
+    seed: int = field(default=0, metadata={"help": "seed of sampled answers and of --judge shuffled"})
 
     def __post_init__(self):
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
@@ -42,6 +40,10 @@ class InferenceArgs:
             raise ValueError("--input and --output go together")
         if self.input is not None and self.prompt is not None:
             raise ValueError("give --prompt or --input, not both")
+        if self.judge != JudgeArgs.judge and not self.show_scores:
+            raise ValueError("argument --judge: goes with --show_scores")
+        if self.judge == "shuffled" and self.input is None:
+            raise ValueError("argument --judge: shuffled permutes the scores of many answers, it needs --input")
 
 
 def check_prompt(prompt: str) -> None:
@@ -83,10 +85,8 @@ def answer(policy, judge, prompt: str, args: InferenceArgs, seed: int) -> None:
 
 
 def _score(judge, prompt: str, step: str, previous: list[str]) -> str:
-    try:
-        return f"{judge.score_step(prompt, step, previous):.2f}"
-    except PromptTooLong:
-        return "too long for the judge"
+    scores = judge.score_steps([(prompt, [*previous, step])], skip=[len(previous)])[0]
+    return judge.left_out if scores is None else f"{scores[0]:.2f}"
 
 
 def ask(policy, judge, args: InferenceArgs) -> None:
@@ -110,24 +110,19 @@ def ask(policy, judge, args: InferenceArgs) -> None:
 #   {"prompt": "Mia has 12 apples. ...",
 #    "steps": ["Step 1: 12 + 14 = 26", ...],
 #    "finished": true,                         the answer ended by itself, within --max_new_tokens
-#    "scores": [0.98, ...]}                    with --show_scores; missing where the answer outgrows the judge's context
+#    "scores": [0.98, ...]}                    with --show_scores; missing where the judge cannot score the answer
 def answer_file(policy, judge, prompts: list[str], args: InferenceArgs) -> None:
-    from tqdm import tqdm
-
     replies = policy.generate(
         prompts, temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed, progress="answers"
     )
-    rows, too_long = [], 0
-    for prompt, (reply,) in zip(tqdm(prompts, desc="scores", unit="answer", disable=judge is None), replies, strict=True):
-        row = {"prompt": prompt, "steps": reply.steps, "finished": reply.finished}
-        if judge:
-            try:
-                row["scores"] = judge.score_steps([(prompt, reply.steps)])[0] if reply.steps else []
-            except PromptTooLong:
-                too_long += 1
-        rows.append(row)
+    answers = [(prompt, reply.steps) for prompt, (reply,) in zip(prompts, replies, strict=True)]
+    scores = score_all(judge, answers, "scores") if judge else [None] * len(answers)
+    rows = [
+        {"prompt": prompt, "steps": steps, "finished": reply.finished, "scores": of_steps}
+        for (prompt, steps), (reply,), of_steps in zip(answers, replies, scores, strict=True)
+    ]
     write_records(args.output, rows)
-    unscored = f", {too_long} without scores (they outgrow the judge's context)" if too_long else ""
+    unscored = f", {scores.count(None)} without scores ({judge.left_out})" if judge and None in scores else ""
     print(f"wrote {len(rows)} answers to {args.output}{unscored}")
 
 
@@ -141,8 +136,7 @@ def main() -> None:
         check_output(args.output, args.overwrite)
         prompts = [row.prompt for row in read_records(args.input, Prompt)]
     if args.show_scores:
-        is_default = args.judge_path == InferenceArgs.judge_path
-        check_input(args.judge_path, "python utils/build_embedded_models.py" if is_default else None)
+        check_judge(args)
     model = choose_model(args)
 
     from transformers.utils import logging
@@ -150,14 +144,8 @@ def main() -> None:
     from search.policy import Policy
 
     logging.disable_progress_bar()  # of loading weights: it would stand in front of the answer
-    if args.show_scores:
-        from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer
-
-        judging = TinyLlamaRewardScorer(args.judge_path)
-    else:
-        judging = nullcontext()
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
-    with judging as judge:
+    with open_judge(args) if args.show_scores else nullcontext() as judge:
         policy = Policy.load(model)
         if args.input is not None:
             answer_file(policy, judge, prompts, args)

@@ -11,22 +11,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reasoning.records import PreferencePair, Problem, is_kept_out, read_records, write_records
 from utils.cli import UserError, at_root, check_input, check_model, check_output, parse_args, run
+from utils.judges import JudgeArgs, check_judge, open_judge, score_all
 
 NAME = "reward_score_comparison"
 RATES = ("accuracy", "unfinished")
 
 
 @dataclass
-class EvalArgs:
+class EvalArgs(JudgeArgs):
     base_model: str = field(
         default=at_root("models/policy-mini"), metadata={"help": "policy before training: a model directory or a hub name"}
     )
     tuned_model: str = field(
         default=at_root("saved_model/stepwise_dpo_tinyllama"),
         metadata={"help": "policy after training", "aliases": ["--model_name_or_path", "--model-name-or-path"]},
-    )
-    judge_path: str = field(
-        default=at_root("models/judge-mini/judge-mini.Q8_0.gguf"), metadata={"help": "GGUF file of the step judge"}
     )
     input: str = field(default=at_root("data/problems_test.jsonl"), metadata={"help": "JSONL of held-out problems"})
     pairs: str = field(
@@ -39,7 +37,7 @@ class EvalArgs:
     )
     limit: int | None = field(default=None, metadata={"help": "use the first LIMIT problems; all if not given"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer, in tokens"})
-    seed: int = field(default=0, metadata={"help": "seed of the bootstrap (the answers are greedy)"})
+    seed: int = field(default=0, metadata={"help": "seed of the bootstrap and of --judge shuffled (the answers are greedy)"})
 
     def __post_init__(self):
         for name in ("limit", "max_new_tokens"):
@@ -58,7 +56,7 @@ def check(args: EvalArgs) -> tuple[list[Problem], list[PreferencePair], dict[str
 
     check_model(args.base_model, made_by("base_model", "python utils/build_embedded_models.py"))
     check_model(args.tuned_model, made_by("tuned_model", "python train.py"))
-    check_input(args.judge_path, made_by("judge_path", "python utils/build_embedded_models.py"))
+    check_judge(args)
     check_input(args.input, made_by("input", "make data"))
     check_input(args.pairs, made_by("pairs", "python reward_model/evaluate_steps.py"))
     problems = list(read_records(args.input, Problem))[: args.limit]
@@ -72,21 +70,6 @@ def check(args: EvalArgs) -> tuple[list[Problem], list[PreferencePair], dict[str
     for path in outputs.values():
         check_output(str(path), overwrite=True)
     return problems, pairs, outputs
-
-
-def score_answers(judge, problems: list[Problem], answers: list, label: str) -> list[list[float] | None]:
-    """The judge's scores of every answer's steps; None where the answer outgrows the judge's context."""
-    from tqdm import tqdm
-
-    from reward_model.base import PromptTooLong
-
-    scores = []
-    for problem, answer in zip(tqdm(problems, desc=label, unit="answer"), answers, strict=True):
-        try:
-            scores.append(judge.score_steps([(problem.prompt, answer.steps)])[0] if answer.steps else [])
-        except PromptTooLong:
-            scores.append(None)
-    return scores
 
 
 def measure(problem: Problem, answer, scores: list[float]) -> dict[str, float]:
@@ -110,11 +93,11 @@ def main() -> None:
 
     from evaluation.metrics import compare, print_comparison, write_result
     from evaluation.plots import comparison_plot
-    from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer
-    from search.policy import Policy
 
-    answers, scores, margins = {}, {}, {}
-    with TinyLlamaRewardScorer(args.judge_path) as judge:
+    answers, margins = {}, {}
+    with open_judge(args) as judge:
+        from search.policy import Policy
+
         for side, model in (("base", args.base_model), ("tuned", args.tuned_model)):
             policy = Policy.load(model)
             replies = policy.generate(
@@ -125,12 +108,14 @@ def main() -> None:
             rejected = policy.logps([(pair.prompt, pair.prefix, pair.rejected) for pair in pairs])
             margins[side] = [better - worse for better, worse in zip(chosen, rejected, strict=True)]
             del policy  # one model in memory at a time
-            scores[side] = score_answers(judge, problems, answers[side], f"{side} scores")
+        both = [(problem.prompt, answers[side][k].steps) for k, problem in enumerate(problems) for side in answers]
+        of_both = score_all(judge, both, "scores")  # side by side: the judge reads a problem once, `shuffled` permutes over both
+        scores = {"base": of_both[::2], "tuned": of_both[1::2]}
 
     scored = [k for k in range(len(problems)) if scores["base"][k] is not None and scores["tuned"][k] is not None]
     left_out = len(problems) - len(scored)
     if not scored:
-        raise UserError(f"none of the {left_out} problems fits the judge's context with its answers: nothing to compare")
+        raise UserError(f"nothing to compare: an answer to each of the {left_out} problems is {judge.left_out}")
     measures = {side: [measure(problems[k], answers[side][k], scores[side][k]) for k in scored] for side in answers}
     metrics = {}
     for name in ("reward", "reward_min", "accuracy", "step_accuracy", "unfinished", "steps"):
@@ -154,15 +139,15 @@ def main() -> None:
         num_examples=len(scored),
         left_out=left_out,
     )
-    print_comparison(f"{title}\nbase: {args.base_model}\ntuned: {args.tuned_model}\njudge: {args.judge_path}", metrics)
+    print_comparison(f"{title}\nbase: {args.base_model}\ntuned: {args.tuned_model}\njudge: {judge}", metrics)
     if left_out:
-        print(f"{left_out} of {len(problems)} problems left out for both: an answer outgrows the judge's context")
+        print(f"{left_out} of {len(problems)} problems left out for both: an answer is {judge.left_out}")
     if not pairs:
         print(f"{args.pairs} holds none of the pairs kept out of training: no logp_margin")
     print(f"wrote {outputs['result']}, {outputs['answers']} (every answer with its scores) and {outputs['plot']}")
 
 
-# One row of reward_score_comparison.jsonl; base_scores and tuned_scores are missing where the answer outgrows the judge's context:
+# One row of reward_score_comparison.jsonl; base_scores and tuned_scores are missing where the judge cannot score the answer:
 #   {"prompt": "Mia has 12 apples. ...", "answer": "52",
 #    "base_steps": ["Step 1: 12 + 14 = 26", ...], "base_scores": [0.98, ...], "base_finished": true,    ended by itself
 #    "tuned_steps": [...], "tuned_scores": [...], "tuned_finished": true}

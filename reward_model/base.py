@@ -3,7 +3,8 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from math import prod
+from typing import Protocol, Self
 
 from reasoning.steps import PLAIN_TEMPLATE
 
@@ -15,15 +16,31 @@ class JudgeError(RuntimeError):
 
 
 class PromptTooLong(JudgeError):
-    """A solution outgrows the judge's context: it is left out and counted, never scored wrong."""
+    """A prompt that leaves no room in a model's context."""
 
 
 class StepJudge(Protocol):
-    def score_steps(self, solutions: Sequence[Solution]) -> list[list[float]]:
-        """Scores of every step of every solution, 0 (wrong) to 1 (right), each given the problem and all earlier steps.
+    """What gives every step of a solution a score. It is a context manager: `with open_judge(args) as judge` (utils/judges.py)."""
 
-        Raises PromptTooLong if a solution outgrows the context, JudgeError if the judge itself fails."""
+    left_out = "longer than the judge's context"  # what solutions that get None are
+
+    def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
+        """For every solution the scores of its steps, 0 (wrong) to 1 (right), each given the problem and all earlier steps.
+
+        The first skip[i] steps of solution i (default none) are context and get no score; where nothing is to be scored the list is
+        empty. None stands for a solution that cannot be scored, usually because it outgrows the judge's context: the caller
+        leaves it out and counts it. Many solutions at once are cheaper than one by one. Raises JudgeError, one line, if the judge
+        itself fails; scores returned before stay valid."""
         ...
+
+    def close(self) -> None:
+        """Give back what the judge holds: processes, connections, memory."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 def mean(scores: Sequence[float]) -> float:
@@ -33,6 +50,8 @@ def mean(scores: Sequence[float]) -> float:
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": mean,
     "min": lambda scores: min(scores, default=0.0),
+    "prod": lambda scores: prod(scores) if scores else 0.0,
+    "last": lambda scores: scores[-1] if scores else 0.0,
 }
 
 
@@ -41,14 +60,18 @@ def aggregate(scores: Sequence[float], how: str = "mean") -> float:
     return AGGREGATES[how](scores)
 
 
-class FixedJudge:
-    """A judge for tests: scores given by a plain function of (prompt, step, earlier steps)."""
+class FixedJudge(StepJudge):
+    """A judge for tests: scores given by a plain function of (prompt, step, earlier steps); a None leaves the solution out."""
 
-    def __init__(self, score: Callable[[str, str, Sequence[str]], float]):
+    def __init__(self, score: Callable[[str, str, Sequence[str]], float | None]):
         self.score = score
 
-    def score_steps(self, solutions: Sequence[Solution]) -> list[list[float]]:
-        return [[self.score(prompt, step, steps[:k]) for k, step in enumerate(steps)] for prompt, steps in solutions]
+    def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
+        scored = []
+        for (prompt, steps), first in zip(solutions, skip or [0] * len(solutions), strict=True):
+            scores = [self.score(prompt, steps[k], steps[:k]) for k in range(first, len(steps))]
+            scored.append(None if None in scores else scores)
+        return scored
 
 
 @dataclass(frozen=True)

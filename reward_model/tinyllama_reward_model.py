@@ -14,12 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-from reward_model.base import NO, TEMPLATES, YES, JudgeError, JudgeTemplate, PromptTooLong, Solution, fitting_template
+from reward_model.base import NO, TEMPLATES, YES, JudgeError, JudgeTemplate, Solution, StepJudge, fitting_template
 from reward_model.gguf_file import GGUFFile, TokenType, read_gguf
 
 MAX_CONTEXT = 4096  # tokens; more only if asked for, since the cache grows with it
@@ -32,7 +32,7 @@ EDGE = "\U0010ffff"
 Item = int | str  # a token id, or text to be tokenized
 
 
-class TinyLlamaRewardScorer:
+class TinyLlamaRewardScorer(StepJudge):
     """A StepJudge on a GGUF file of the LLaMA architecture.
 
     template: a name in TEMPLATES or a JudgeTemplate; by default what the file says of itself. threads: at most the cores this
@@ -70,46 +70,38 @@ class TinyLlamaRewardScorer:
 
     # --- scoring
 
-    def score_steps(self, solutions: Iterable[Solution]) -> list[list[float]]:
-        return list(self.iter_scores(solutions))
+    def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
+        """As in StepJudge. A solution that outgrows the context is found before anything is evaluated; a judge that failed can be
+        used again: it starts afresh."""
+        skip = skip or [0] * len(solutions)
+        return [self._score(prompt, steps, first) for (prompt, steps), first in zip(solutions, skip, strict=True)]
 
-    def iter_scores(self, solutions: Iterable[Solution]) -> Iterator[list[float]]:
-        """The scores of one solution after the other, so that a caller keeps what came before an error."""
-        for prompt, steps in solutions:
-            yield self.score_continuation(prompt, [], steps)
-
-    def score_step(self, prompt: str, step: str, previous_steps: Sequence[str] = ()) -> float:
-        """The score of one step, 0 (wrong) to 1 (right), given the problem and the steps before it."""
-        return self.score_continuation(prompt, previous_steps, [step])[0]
-
-    def score_continuation(self, prompt: str, prefix: Sequence[str], steps: Sequence[str]) -> list[float]:
-        """The scores of `steps` that follow the unscored steps of `prefix`. Raises PromptTooLong before anything is evaluated if
-        the solution outgrows the context, JudgeError if the judge fails (it can be used again: it starts afresh)."""
+    def _score(self, prompt: str, steps: Sequence[str], skip: int) -> list[float] | None:
+        if skip >= len(steps):
+            return []
         try:
             before = self._text.control(self.template.before, prompt, begins=True)
-            lines = [self._text.plain(step + "\n") for step in [*prefix, *steps]]
+            lines = [self._text.plain(step + "\n") for step in steps]
             question = self._text.control(self.template.question, begins=False)
         except UnicodeEncodeError:
             raise JudgeError(f"prompt {_short(prompt)}: half of a Unicode surrogate pair cannot be scored") from None
         scores: list[float] = []
         try:
             self._start()
-            self._connection.send(([before, *lines], question, len(prefix)))
+            self._connection.send(([before, *lines], question, skip))
             while (reply := self._connection.recv())[0] == "score":
                 scores.append(round(reply[1], 6))
         except (EOFError, OSError):
-            where = _where(prompt, [*prefix, *steps], len(prefix) + len(scores))
+            where = _where(prompt, steps, skip + len(scores))
             raise JudgeError(f"{self._obituary()} while it scored {where}") from None
         except BaseException:
             self.close()  # replies to an interrupted question would be taken for those of the next one
             raise
         kind, value = reply
         if kind == "too long":
-            raise PromptTooLong(
-                f"prompt {_short(prompt)}: with its steps {value} tokens, the judge's context is {self.context_length}"
-            )
+            return None
         if kind == "not finite":
-            where = _where(prompt, [*prefix, *steps], len(prefix) + len(scores))
+            where = _where(prompt, steps, skip + len(scores))
             raise JudgeError(f"judge {self.file.path}: the model's logits are not finite at {where}")
         self.tokens_evaluated += value
         return scores
@@ -160,11 +152,8 @@ class TinyLlamaRewardScorer:
             self._output.close()
             self._process = None
 
-    def __enter__(self) -> "TinyLlamaRewardScorer":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __str__(self) -> str:
+        return f"{self.file.path}: template {self.template_name}, context {self.context_length}, threads {self.threads}"
 
 
 def choose_template(file: GGUFFile) -> str:

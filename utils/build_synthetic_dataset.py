@@ -12,24 +12,25 @@ import itertools
 import json
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.controls import shuffle_scores
 from reasoning.grading import is_correct
 from reasoning.problems import problems
 from reasoning.records import PreferencePair, Problem, Prompt, ResumableRows, read_records, write_records
 from reasoning.steps import shared_prefix
-from reward_model.base import PromptTooLong, aggregate
+from reward_model.base import StepJudge, aggregate
 from utils.cli import UserError, at_root, check_input, check_model, check_output, held_out_prompts, parse_args, run
+from utils.judges import JudgeArgs, check_judge, content_hash, judge_identity, open_judge
 
 UNIT = 64  # problems sampled together: with the same seed a group always gives the same samples
 
 
 @dataclass
-class PairArguments:
+class PairArguments(JudgeArgs):
     model_name_or_path: str = field(
         default_factory=lambda: at_root("models/policy-mini"), metadata={"help": "the policy that is sampled: any causal LM"}
     )
@@ -41,20 +42,13 @@ class PairArguments:
         default="answer",
         metadata={"help": "answer: right against wrong; judge: best against worst mean step score", "choices": ["answer", "judge"]},
     )
-    judge_path: str = field(
-        default_factory=lambda: at_root("models/judge-mini/judge-mini.Q8_0.gguf"),
-        metadata={"help": "GGUF judge of --pair_by judge"},
-    )
     limit: int | None = field(
         default=None, metadata={"help": "use the first N problems; default: 2000 of the train problems, all of --input"}
     )
     samples: int = field(default=8, metadata={"help": "samples a problem"})
     temperature: float = field(default=1.0, metadata={"help": "sampling temperature, above 0"})
     max_new_tokens: int = field(default=256, metadata={"help": "tokens a sample may have"})
-    shuffle_scores: bool = field(
-        default=False, metadata={"help": "a control: permute the judge's scores over the steps of 64 problems at a time"}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of the samples"})
+    seed: int = field(default=0, metadata={"help": "seed of the samples and of --judge shuffled"})
     overwrite: bool = field(default=False, metadata={"help": "replace the output"})
 
     def __post_init__(self):
@@ -63,8 +57,8 @@ class PairArguments:
                 raise UserError(f"argument --{name}: expected 1 or more, got {getattr(self, name)}")
         if self.temperature <= 0:
             raise UserError(f"argument --temperature: expected above 0, got {self.temperature}")
-        if self.shuffle_scores and self.pair_by != "judge":
-            raise UserError("argument --shuffle_scores: there are scores with --pair_by judge only")
+        if self.judge != JudgeArgs.judge and self.pair_by != "judge":
+            raise UserError("argument --judge: samples are judged with --pair_by judge only")
 
 
 def load_problems(args: PairArguments) -> list[Problem] | list[Prompt]:
@@ -109,23 +103,22 @@ def main() -> None:
     tasks = load_problems(args)
     check_model(args.model_name_or_path, "make models" if args.model_name_or_path == at_root("models/policy-mini") else None)
     if args.pair_by == "judge":
-        check_input(args.judge_path, "make models")
-    job = {name: value for name, value in vars(args).items() if name not in ("output", "overwrite")}
+        check_judge(args)
+    job = {name: getattr(args, name) for name in ("pair_by", "samples", "temperature", "max_new_tokens", "seed")}
+    job["model"] = content_hash(args.model_name_or_path) or args.model_name_or_path
     job["problems"] = hashlib.sha256(json.dumps([vars(task) for task in tasks]).encode()).hexdigest()
+    if args.pair_by == "judge":
+        job |= judge_identity(args)
     check_output(args.output, args.overwrite or ResumableRows.pending(args.output, job))
 
-    from search.policy import Policy
+    with open_judge(args) if args.pair_by == "judge" else nullcontext() as judge:
+        from search.policy import Policy
 
-    policy = Policy.load(args.model_name_or_path)
-    judge = None
-    if args.pair_by == "judge":
-        from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer
-
-        judge = TinyLlamaRewardScorer(args.judge_path)
-    rows = ResumableRows(args.output, job, UNIT, args.overwrite)
-    if rows.rows:
-        print(f"resuming: {len(rows.rows)} of {len(tasks)} problems are done")
-    sample_problems(args, tasks, policy, judge, rows)
+        policy = Policy.load(args.model_name_or_path)
+        rows = ResumableRows(args.output, job, UNIT, args.overwrite)
+        if rows.rows:
+            print(f"resuming: {len(rows.rows)} of {len(tasks)} problems are done")
+        sample_problems(args, tasks, policy, judge, rows)
     pairs = list({json.dumps(row["pair"]): row["pair"] for row in rows.rows if row["pair"]}.values())
     summary(tasks, rows.rows, pairs)
     if not pairs:
@@ -148,11 +141,11 @@ def sample_problems(args: PairArguments, tasks: list, policy, judge, rows: Resum
             ended = [[response.steps for response in responses if response.finished and response.steps] for responses in answers]
             scores = ended
             if judge:
-                ended, scores = score_group(args, judge, group, ended, seed=args.seed * 1_000_003 + start)
+                ended, scores = score_group(judge, group, ended)
             for task, samples, their_scores in zip(group, ended, scores, strict=True):
                 right = sum(is_correct(steps, task) for steps in samples) if isinstance(task, Problem) else None
                 if not samples:
-                    pair, why_not = None, "no sample ended" if judge is None else "no sample ended and fitted the judge's context"
+                    pair, why_not = None, "no sample ended" + (f", or all were {judge.left_out}" if judge else "")
                 elif judge is None:
                     pair, why_not = pair_by_answer(task, samples)
                 else:
@@ -162,24 +155,14 @@ def sample_problems(args: PairArguments, tasks: list, policy, judge, rows: Resum
                 bar.update()
 
 
-def score_group(args: PairArguments, judge, group: list, ended: list[list[list[str]]], seed: int) -> tuple[list, list]:
-    """(samples, scores): for each problem its samples that fit the judge's context, and their step scores."""
-    fitting, scores = [], []
-    for task, samples in zip(group, ended, strict=True):
-        scored = [(steps, score_or_none(judge, task.prompt, steps)) for steps in samples]
-        fitting.append([steps for steps, of_steps in scored if of_steps is not None])
-        scores.append([of_steps for _, of_steps in scored if of_steps is not None])
-    if args.shuffle_scores:
-        drawn = iter(shuffle_scores([of_steps for of_samples in scores for of_steps in of_samples], seed))
-        scores = [[next(drawn) for _ in of_samples] for of_samples in scores]
-    return fitting, scores
-
-
-def score_or_none(judge, prompt: str, steps: list[str]) -> list[float] | None:
-    try:
-        return judge.score_steps([(prompt, steps)])[0]
-    except PromptTooLong:
-        return None
+def score_group(judge: StepJudge, group: list, ended: list[list[list[str]]]) -> tuple[list, list]:
+    """(samples, scores): for each problem its samples that the judge can score, and their step scores."""
+    tasks = list(zip(group, ended, strict=True))
+    solutions = list(dict.fromkeys((task.prompt, tuple(steps)) for task, samples in tasks for steps in samples))
+    scores = dict(zip(solutions, judge.score_steps(solutions), strict=True))
+    scored = [[(steps, scores[task.prompt, tuple(steps)]) for steps in samples] for task, samples in tasks]
+    fitting = [[(steps, of_steps) for steps, of_steps in samples if of_steps is not None] for samples in scored]
+    return [[steps for steps, _ in samples] for samples in fitting], [[of_steps for _, of_steps in samples] for samples in fitting]
 
 
 def summary(tasks: list, rows: list[dict], pairs: list[dict]) -> None:

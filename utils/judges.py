@@ -1,0 +1,173 @@
+"""The judges a script can use, by the one flag `--judge`, and the arguments they take.
+
+A script mixes `JudgeArgs` into its own arguments, calls `check_judge` before any work and then `with open_judge(args) as judge`.
+A new judge is one function and one line in `JUDGES` and in `USES`.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from reasoning.problems import HELD_OUT, problems
+from reasoning.records import Problem, read_records
+from reward_model.base import TEMPLATES, Solution, StepJudge
+from utils.cli import ROOT, UserError, at_root, check_input, check_model
+
+CHUNK = 64  # solutions a judge is given at once
+
+
+def _gguf(args: "JudgeArgs") -> StepJudge:
+    from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer
+
+    return TinyLlamaRewardScorer(args.judge_path, args.judge_template, args.threads)
+
+
+def _hf(args: "JudgeArgs") -> StepJudge:
+    from reward_model.hf_judge import HFJudge
+
+    return HFJudge(args.judge_path, args.judge_template)
+
+
+def _openai(args: "JudgeArgs") -> StepJudge:
+    from reward_model.openai_judge import OpenAIJudge
+
+    return OpenAIJudge(args.judge_base_url, args.judge_model)
+
+
+def _exact(args: "JudgeArgs") -> StepJudge:
+    from evaluation.controls import ExactJudge
+
+    if args.judge_problems is not None:
+        return ExactJudge(read_records(args.judge_problems, Problem))
+    held_out = [ROOT / "data" / f"problems_{split}.jsonl" for split in HELD_OUT]  # quicker to read than to make again
+    return ExactJudge(itertools.chain(*(read_records(path, Problem) for path in held_out if path.is_file()), problems("train")))
+
+
+def _shuffled(args: "JudgeArgs") -> StepJudge:
+    from evaluation.controls import ShuffledJudge
+
+    return ShuffledJudge(JUDGES[args.shuffled_judge](args), args.seed)
+
+
+def _human(args: "JudgeArgs") -> StepJudge:
+    from reward_model.human_judge import HumanJudge
+
+    return HumanJudge(args.judge_labels)
+
+
+JUDGES = {"gguf": _gguf, "hf": _hf, "openai": _openai, "exact": _exact, "shuffled": _shuffled, "human": _human}
+USES = {  # judge -> its own arguments, all of which change its scores
+    "gguf": ("judge_path", "judge_template"),
+    "hf": ("judge_path", "judge_template"),
+    "openai": ("judge_base_url", "judge_model"),
+    "exact": ("judge_problems",),
+    "human": ("judge_labels",),
+}
+
+
+@dataclass
+class JudgeArgs:
+    """The arguments of all judges, mixed into those of a script."""
+
+    judge: str = field(
+        default="gguf",
+        metadata={
+            "help": "gguf: a GGUF file of the LLaMA architecture; hf: any causal LM through transformers; openai: any "
+            "OpenAI-compatible server (key from OPENAI_API_KEY); exact: the checker, for ceilings; shuffled: another judge's "
+            "scores permuted over steps, a control; human: labels that people made",
+            "choices": list(JUDGES),
+        },
+    )
+    judge_path: str = field(
+        default=at_root("models/judge-mini/judge-mini.Q8_0.gguf"),
+        metadata={"help": "gguf: its file; hf: a model directory, a GGUF file or a hub name"},
+    )
+    judge_template: str | None = field(
+        default=None,
+        metadata={"help": f"gguf, hf: {', '.join(TEMPLATES)} (default: what the model says of itself)", "choices": [*TEMPLATES]},
+    )
+    threads: int | None = field(default=None, metadata={"help": "gguf: threads (default: as many as pay off)"})
+    judge_base_url: str | None = field(default=None, metadata={"help": "openai: URL of the server, http://localhost:8000/v1"})
+    judge_model: str | None = field(default=None, metadata={"help": "openai: name of the model"})
+    judge_problems: str | None = field(
+        default=None, metadata={"help": "exact: JSONL of problems with reference steps (default: the embedded world's)"}
+    )
+    judge_labels: str | None = field(default=None, metadata={"help": "human: JSONL of step labels"})
+    shuffled_judge: str = field(default="gguf", metadata={"help": "shuffled: whose scores are permuted", "choices": [*USES]})
+    seed: int = field(default=0, metadata={"help": "shuffled: seed of the permutation"})
+
+
+def _used(args: JudgeArgs) -> tuple[str, tuple[str, ...]]:
+    """(the judge that scores in the end, the arguments that it uses)."""
+    inner = args.shuffled_judge if args.judge == "shuffled" else args.judge
+    return inner, USES[inner]
+
+
+def check_judge(args: JudgeArgs) -> None:
+    """Raises UserError for a mistake in the judge's arguments, before anything heavy is imported."""
+    inner, used = _used(args)
+    own = {name for names in USES.values() for name in names} | {"threads", "shuffled_judge"}
+    used = {*used, "threads" if inner == "gguf" else "", "shuffled_judge" if args.judge == "shuffled" else ""}
+    for argument in fields(JudgeArgs):
+        if argument.name in own - used and getattr(args, argument.name) != argument.default:
+            raise UserError(f"argument --{argument.name}: --judge {args.judge} does not use it")
+    made_by = "make models" if args.judge_path == JudgeArgs.judge_path else None
+    if inner == "gguf" or (inner == "hf" and (made_by or args.judge_path.endswith(".gguf"))):
+        check_input(args.judge_path, made_by)
+    elif inner == "hf":
+        check_model(args.judge_path)
+    for name, what in (("judge_base_url", "the URL of its server"), ("judge_model", "the name of its model")):
+        if name in used and not getattr(args, name):
+            raise UserError(f"argument --{name}: --judge {args.judge} needs {what}")
+    if inner == "human" and args.judge_labels is None:
+        raise UserError("argument --judge_labels: --judge human needs a JSONL of step labels")
+    for path in (args.judge_problems, args.judge_labels):
+        if path is not None:
+            check_input(path)
+
+
+def open_judge(args: JudgeArgs) -> StepJudge:
+    """The judge that the arguments name. Raises JudgeError, RecordError or OSError if it cannot be had."""
+    return JUDGES[args.judge](args)
+
+
+def judge_identity(args: JudgeArgs) -> dict:
+    """All that changes a judge's scores, for the `job` of ResumableRows: its name, its arguments, what its files hold."""
+    values = {name: getattr(args, name) for name in _used(args)[1] if getattr(args, name) is not None}
+    identity = {"judge": args.judge} | {name: content_hash(value) or value for name, value in values.items()}
+    return identity | ({"shuffled": args.shuffled_judge, "seed": args.seed} if args.judge == "shuffled" else {})
+
+
+def judge_name(args: JudgeArgs) -> str:
+    """A short name for titles and file names, such as `judge-mini.Q8_0` or `shuffled-exact`."""
+    inner, used = _used(args)
+    named = Path(getattr(args, used[-1] if inner == "openai" else used[0]) or inner)
+    name = (named.stem if named.is_file() else named.name) or inner
+    return f"shuffled-{name}" if args.judge == "shuffled" else name
+
+
+def score_all(judge: StepJudge, solutions: Sequence[Solution], label: str) -> list[list[float] | None]:
+    """The judge's scores of many solutions, with a progress bar."""
+    from tqdm import tqdm
+
+    scores: list[list[float] | None] = []
+    with tqdm(total=len(solutions), desc=label, unit="solution") as bar:
+        for start in range(0, len(solutions), CHUNK):
+            scores += judge.score_steps(solutions[start : start + CHUNK])
+            bar.update(len(scores) - start)
+    return scores
+
+
+def content_hash(path: str) -> str | None:
+    """SHA-256 of a file, or of the configuration, weights and tokenizer of a model directory; None for what is neither."""
+    if Path(path).is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(file for file in Path(path).glob("*") if file.suffix in (".json", ".safetensors", ".bin", ".model", ".gguf"))
+    return (
+        hashlib.sha256("".join(f"{file.name} {content_hash(str(file))}\n" for file in files).encode()).hexdigest()
+        if files
+        else None
+    )
