@@ -93,6 +93,66 @@ class ScoredPair(PreferencePair):
         return pair
 
 
+# One row of a file of searched steps (and what utils/prepare_dataset.py makes of step labels and Monte Carlo values):
+#   {"prompt": "Mia has 12 apples. ...",            the question, plain text
+#    "prefix": ["Step 1: 12 + 14 = 26"],            the steps before it (optional, default none)
+#    "step": "Step 2: 26 * 2 = 52",                 the step that is valued
+#    "score": 0.75,                                 0..1: share of rollouts from here that end right, or a label (1 right, 0 wrong)
+#    "rollouts": 8, "visits": 3}                    how many rollouts that was, how often the search came by (both optional)
+@dataclass(frozen=True)
+class StepValue:
+    prompt: str
+    step: str
+    score: float
+    prefix: list[str] = field(default_factory=list)
+    rollouts: int | None = None
+    visits: int | None = None
+
+    @classmethod
+    def from_row(cls, row: Any) -> "StepValue":
+        row = _object(row)
+        value = cls(
+            prompt=_text(row, "prompt"),
+            prefix=_steps(row, "prefix", optional=True),
+            step=_text(row, "step"),
+            score=row.get("score"),
+            rollouts=_count(row, "rollouts"),
+            visits=_count(row, "visits"),
+        )
+        if not _is_score(value.score):
+            raise RecordError(f"field 'score': expected a score from 0 to 1, got {_kind(value.score)}")
+        return value
+
+
+# One row of a file of step labels (made by people, or read from PRM800K, Math-Shepherd, ProcessBench by reasoning/loaders.py):
+#   {"prompt": "Mia has 12 apples. ...",                                      the question, plain text
+#    "steps": ["Step 1: 12 + 14 = 26", "Step 2: 26 + 2 = 28", "Answer: 28"],  a solution
+#    "labels": [1, 0, null],                                                  1 right, 0 wrong, null: nobody said
+#    "final_correct": false}                                                  is its final answer right (optional)
+@dataclass(frozen=True)
+class LabelledSolution:
+    prompt: str
+    steps: list[str]
+    labels: list[float | None]
+    final_correct: bool | None = None
+
+    @classmethod
+    def from_row(cls, row: Any) -> "LabelledSolution":
+        row = _object(row)
+        solution = cls(
+            prompt=_text(row, "prompt"),
+            steps=_steps(row, "steps"),
+            labels=_list(row, "labels", lambda value: value is None or _is_score(value), "a label from 0 to 1 or null"),
+            final_correct=row.get("final_correct"),
+        )
+        if len(solution.labels) != len(solution.steps):
+            expected = f"expected one label for each of {len(solution.steps)} steps, got {len(solution.labels)}"
+            raise RecordError(f"field 'labels': {expected}")
+        if not isinstance(solution.final_correct, bool | None):
+            raise RecordError(f"field 'final_correct': expected true or false, got {_kind(solution.final_correct)}")
+        return solution
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A row of any file that holds prompts; its other fields are not read."""
@@ -104,7 +164,7 @@ class Prompt:
         return cls(_text(_object(row), "prompt"))
 
 
-Record = TypeVar("Record", Problem, PreferencePair, ScoredPair, Prompt)
+Record = TypeVar("Record", Problem, PreferencePair, ScoredPair, StepValue, LabelledSolution, Prompt)
 
 
 def is_kept_out(prompt: str) -> bool:
@@ -162,11 +222,19 @@ def _steps(row: dict, name: str, optional: bool = False) -> list[str]:
     return [_check_text(step, f"field '{name}', step {k + 1}") for k, step in enumerate(steps)]
 
 
-def _scores(row: dict, name: str) -> list[float] | None:
-    def is_score(value):
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value <= 1
+def _is_score(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value <= 1
 
-    return None if row.get(name) is None else _list(row, name, is_score, "a score from 0 to 1")
+
+def _scores(row: dict, name: str) -> list[float] | None:
+    return None if row.get(name) is None else _list(row, name, _is_score, "a score from 0 to 1")
+
+
+def _count(row: dict, name: str) -> int | None:
+    value = row.get(name)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise RecordError(f"field '{name}': expected a whole number from 0 on, got {_kind(value)}")
+    return value
 
 
 # --- files -----------------------------------------------------------------------------------------------------------------------

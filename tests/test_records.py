@@ -4,11 +4,13 @@ from pathlib import Path
 import pytest
 
 from reasoning.records import (
+    LabelledSolution,
     PreferencePair,
     Problem,
     RecordError,
     ResumableRows,
     ScoredPair,
+    StepValue,
     read_records,
     to_line,
     write_records,
@@ -78,6 +80,23 @@ def test_problem_rows():
         Problem.from_row({**row, "traps": [True]})
     with pytest.raises(RecordError, match="field 'answer': expected a text, got the number 4"):
         Problem.from_row({**row, "answer": 4})
+
+
+def test_step_values_and_labelled_solutions():
+    value = {"prompt": "x", "prefix": ["a"], "step": "b", "score": 0.25, "rollouts": 8, "visits": 3}
+    assert StepValue.from_row(value) == StepValue(**value) and StepValue.from_row({**value, "prefix": None}).prefix == []
+    solution = {"prompt": "x", "steps": ["a", "b"], "labels": [1, None], "final_correct": False}
+    assert LabelledSolution.from_row(json.loads(to_line(LabelledSolution(**solution)))) == LabelledSolution(**solution)
+    for kind, row, message in [
+        (StepValue, {**value, "score": None}, "field 'score': expected a score from 0 to 1, got null"),
+        (StepValue, {**value, "score": 1.5}, "field 'score': expected a score from 0 to 1, got the number 1.5"),
+        (StepValue, {**value, "rollouts": -1}, "field 'rollouts': expected a whole number from 0 on"),
+        (LabelledSolution, {**solution, "labels": [1]}, "field 'labels': expected one label for each of 2 steps, got 1"),
+        (LabelledSolution, {**solution, "labels": [1, 2]}, "field 'labels', item 2: expected a label from 0 to 1 or null"),
+        (LabelledSolution, {**solution, "final_correct": "no"}, "field 'final_correct': expected true or false, got a text"),
+    ]:
+        with pytest.raises(RecordError, match=message):
+            kind.from_row(row)
 
 
 def test_written_whole_or_not_at_all(tmp_path):
