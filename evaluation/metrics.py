@@ -15,6 +15,7 @@ from reasoning.records import write_text
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "trl", "peft", "ctransformers", "numpy", "scipy", "scikit-learn")
 LEVEL = (2.5, 97.5)  # percentiles of a 95 % interval
+BINS = 10  # of scores, all of the same width
 
 
 # One metric of evaluation/results/*.json:
@@ -90,7 +91,126 @@ def auroc_metric(labels: Sequence[float], scores: Sequence[float], clusters: Seq
 def accuracy_metric(labels: Sequence[float], scores: Sequence[float], clusters: Sequence[int], seed: int = 0) -> Metric:
     """Share of steps that a threshold of 0.5 decides as the label does; clusters as in `auroc_metric`."""
     right = (np.asarray(scores) >= 0.5) == (np.asarray(labels) == 1)
-    return _clustered(lambda weights: float(np.average(right, weights=weights)), clusters, seed)
+    return clustered_mean_metric(right, clusters, seed)
+
+
+def clustered_mean_metric(values: Sequence[float], clusters: Sequence[int], seed: int = 0) -> Metric:
+    """The mean of values of which those in one cluster, such as the steps of one problem, are not independent."""
+    values = np.asarray(values, dtype=float)
+    return _clustered(lambda weights: float(np.average(values, weights=weights)), clusters, seed)
+
+
+def brier_metric(labels: Sequence[float], scores: Sequence[float], clusters: Sequence[int], seed: int = 0) -> Metric:
+    """Brier score: the mean squared distance of a score from its label, 0 (best) to 1; clusters as in `auroc_metric`."""
+    return clustered_mean_metric((np.asarray(scores) - np.asarray(labels)) ** 2, clusters, seed)
+
+
+def calibration_metric(labels: Sequence[float], scores: Sequence[float], clusters: Sequence[int], seed: int = 0) -> Metric:
+    """Expected calibration error, 0 (best) to 1: the distance between mean score and share of right steps within a bin, averaged
+    over the steps (Naeini et al. 2015; Guo et al. 2017, eq. 3). Ten bins of equal width, so that equal scores share a bin.
+
+    Noise adds to it, and in a resample once more. So the interval is the reversed one (2 ECE - percentiles), which takes that out
+    but is still too short below 0.02 or so. Clusters as in `auroc_metric`."""
+    scores = np.asarray(scores, dtype=float)
+    gaps, bins = scores - np.asarray(labels), _bins(scores)
+
+    def error(weights: np.ndarray) -> float:
+        return float(np.abs(np.bincount(bins, weights=weights * gaps)).sum() / weights.sum())
+
+    metric = _clustered(error, clusters, seed)
+    if not metric.ci95:
+        return metric
+    return _metric(metric.value, *(max(0.0, 2 * metric.value - end) for end in reversed(metric.ci95)), metric.n)
+
+
+def reliability(labels: Sequence[float], scores: Sequence[float], clusters: Sequence[int], seed: int = 0) -> list[dict]:
+    """The bins of `calibration_metric` that hold a step: `low` and `high` (bounds), `score` (the mean of its scores) and `right`
+    (a Metric: the share of right ones among its steps)."""
+    labels, scores, clusters = np.asarray(labels), np.asarray(scores, dtype=float), np.asarray(clusters)
+    bins = _bins(scores)
+    rows = []
+    for k in np.unique(bins):
+        right = clustered_mean_metric(labels[bins == k], clusters[bins == k], seed)
+        rows.append({"low": k / BINS, "high": (k + 1) / BINS, "score": float(scores[bins == k].mean()), "right": right})
+    return rows
+
+
+def _bins(scores: np.ndarray) -> np.ndarray:
+    return np.minimum((scores * BINS).astype(int), BINS - 1)  # a score of 1 belongs to the last bin
+
+
+def first_error(labels: Sequence[float | None]) -> int | None:
+    """The index of the first step labelled wrong (0), -1 if all are right, as ProcessBench writes it. None if it cannot be known
+    because a step before it, or of a solution without one, has no label."""
+    for k, label in enumerate(labels):
+        if label is None:
+            return None
+        if label == 0:
+            return k
+    return -1
+
+
+def processbench_metrics(
+    labels: Sequence[Sequence[float | None]],
+    scores: Sequence[Sequence[float]],
+    clusters: Sequence[int],
+    seed: int = 0,
+) -> dict[str, Metric]:
+    """What ProcessBench measures (Zheng et al. 2024, arXiv 2412.06559), of labels and scores of the steps of whole solutions; the
+    judge reports the first step that it scores below 0.5. Clusters: the problem of each solution.
+
+    `processbench_error_accuracy`: share of the solutions with an error whose first one is reported exactly;
+    `processbench_correct_accuracy`: share of those without in which none is; `processbench_f1`: their harmonic mean, 0 to 1. A part
+    that has no solutions is left out, and F1 with it; solutions whose first error is not known (`first_error`) do not count."""
+    known = [(first_error(row), row_scores, cluster) for row, row_scores, cluster in zip(labels, scores, clusters, strict=True)]
+    known = [row for row in known if row[0] is not None]
+    truth = np.array([row[0] for row in known])
+    reported = np.array([next((k for k, score in enumerate(row[1]) if score < 0.5), -1) for row in known])
+    problems = np.array([row[2] for row in known])
+    found, wrong = (truth == reported).astype(float), truth >= 0
+
+    def f1(weights: np.ndarray) -> float | None:
+        if not weights[wrong].any() or not weights[~wrong].any():
+            return None
+        both = np.average(found[wrong], weights=weights[wrong]), np.average(found[~wrong], weights=weights[~wrong])
+        return float(2 * both[0] * both[1] / sum(both)) if sum(both) else 0.0
+
+    metrics = {}
+    for name, part in (("error", wrong), ("correct", ~wrong)):
+        if part.any():
+            metrics[f"processbench_{name}_accuracy"] = clustered_mean_metric(found[part], problems[part], seed)
+    if len(metrics) == 2:
+        metrics["processbench_f1"] = _clustered(f1, problems, seed)
+    return metrics
+
+
+def best_of_n(scores: Sequence[Sequence[float]], correct: Sequence[Sequence[float]]) -> list[float]:
+    """For every problem the exact accuracy, 0 to 1, of the sample with the highest score; of several equally high ones their mean.
+
+    `scores` and `correct` (0 or 1) have one list a problem, one value a sample. With scores that are all the same it is the mean
+    of the samples (chance), with `correct` as the scores it is 1 where any is right (the oracle)."""
+    accuracies = []
+    for values, right in zip(scores, correct, strict=True):
+        best = [r for value, r in zip(values, right, strict=True) if value == max(values)]
+        accuracies.append(sum(best) / len(best))
+    return accuracies
+
+
+def spearman_metric(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], seed: int = 0) -> Metric | None:
+    """Spearman's rank correlation, -1 to 1, between the means of two measures of the same models, (models, problems) each; the
+    interval is over problems, n their number. None for fewer than three models, or if a measure is the same for all of them."""
+    from scipy.stats import spearmanr
+
+    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+
+    def correlation(weights: np.ndarray) -> float | None:
+        ends = (first * weights).sum(1), (second * weights).sum(1)
+        return float(spearmanr(*ends).statistic) if all(np.ptp(end) > 0 for end in ends) else None
+
+    count = first.shape[1]
+    if len(first) < 3 or correlation(np.ones(count)) is None:
+        return None
+    return _clustered(correlation, np.arange(count), seed)
 
 
 def _clustered(statistic: Callable[[np.ndarray], float | None], clusters: Sequence[int], seed: int) -> Metric:

@@ -11,10 +11,18 @@ from evaluation.metrics import (
     Metric,
     accuracy_metric,
     auroc_metric,
+    best_of_n,
+    brier_metric,
+    calibration_metric,
+    clustered_mean_metric,
     compare,
+    first_error,
     mean_metric,
     print_comparison,
+    processbench_metrics,
     rate_metric,
+    reliability,
+    spearman_metric,
     write_result,
 )
 from evaluation.plots import comparison_plot
@@ -78,6 +86,99 @@ def test_repeating_the_steps_of_a_cluster_adds_no_certainty():
         tenfold = metric(labels.repeat(10), scores.repeat(10), np.arange(60).repeat(10))
         assert tenfold.ci95 == pytest.approx(once.ci95, abs=1e-9) and tenfold.n == 600
     assert accuracy_metric([1, 0, 1, 0], [0.5, 0.4, 0.1, 0.9], [0, 1, 2, 3]).value == 0.5
+
+
+def test_calibration_on_bins_worked_out_by_hand():
+    """Bin .2-.3: scores .2 and .28, one of two right. Bin .9-1: scores .9, 1, 1, 1, three of four right."""
+    labels, scores, clusters = [0, 1, 1, 1, 0, 1], [0.2, 0.28, 0.9, 1.0, 1.0, 1.0], [0, 1, 2, 3, 4, 5]
+    metric = calibration_metric(labels, scores, clusters)
+    assert metric.value == pytest.approx((2 * 0.26 + 4 * 0.225) / 6) and metric.n == 6
+    assert 0 <= metric.ci95[0] <= metric.value <= metric.ci95[1]
+    low, high = reliability(labels, scores, clusters)
+    assert (low["low"], low["high"], low["right"].n, low["right"].value) == (0.2, 0.3, 2, 0.5)
+    assert (high["low"], high["high"], high["right"].n, high["right"].value) == (0.9, 1.0, 4, 0.75)
+    assert [low["score"], high["score"]] == pytest.approx([0.24, 0.975])
+    squares = 0.2**2 + 0.72**2 + 0.1**2 + 1
+    assert brier_metric(labels, scores, clusters).value == pytest.approx(squares / 6)
+    assert calibration_metric([1], [0.7], [0]) == Metric(pytest.approx(0.3), None, 1)
+    assert calibration_metric([1, 1], [1.0, 1.0], [0, 1]) == Metric(0.0, [0.0, 0.0], 2)
+
+
+def test_brier_and_calibration_against_other_code():
+    from sklearn.metrics import brier_score_loss
+
+    rng = np.random.default_rng(4)
+    scores = rng.random(500)
+    labels = (rng.random(500) < scores**2).astype(float)  # too sure of itself
+    assert brier_metric(labels, scores, np.arange(500)).value == pytest.approx(brier_score_loss(labels, scores))
+    expected = 0
+    for k in range(10):
+        inside = [(s, y) for s, y in zip(scores, labels, strict=True) if k / 10 <= s < (k + 1) / 10]
+        expected += len(inside) / 500 * abs(np.mean([s for s, _ in inside]) - np.mean([y for _, y in inside]))
+    metric = calibration_metric(labels, scores, np.arange(500))
+    assert metric.value == pytest.approx(expected)
+    assert metric.ci95[0] < 1 / 6 < metric.ci95[1]  # the integral of s - s^2: what it is without noise
+
+
+def test_a_mean_over_clusters_knows_how_many_there_are():
+    values = np.random.default_rng(5).normal(0.4, 0.2, 300)
+    metric = clustered_mean_metric(values.repeat(4), np.arange(300).repeat(4))
+    half = 1.96 * values.std() / math.sqrt(300)
+    assert metric.value == pytest.approx(values.mean()) and metric.n == 1200
+    assert metric.ci95 == pytest.approx([values.mean() - half, values.mean() + half], abs=0.15 * half)
+    assert clustered_mean_metric([0.2, 0.4], [7, 7]) == Metric(pytest.approx(0.3), None, 2)
+
+
+def test_first_error_is_as_processbench_writes_it():
+    assert first_error([1, 1, 1]) == -1 and first_error([]) == -1
+    assert first_error([1, 0, 0]) == first_error([1, 0, None]) == first_error([1, 0, 1]) == 1
+    assert first_error([1, None, 0]) is None and first_error([1, None]) is None
+
+
+def test_processbench_with_both_parts_by_hand():
+    """Three with an error: found, reported one early, not reported. Two without: one clean, one accused."""
+    labels = [[1, 0, None], [1, 0, 0], [1, 1, 0], [1, 1], [1], [1, None]]
+    scores = [[0.9, 0.4, 0.9], [0.2, 0.1, 0.9], [0.9, 0.9, 0.5], [0.5, 0.9], [0.49], [0.0, 0.0]]
+    metrics = processbench_metrics(labels, scores, clusters=[0, 1, 2, 3, 4, 5])
+    values = {name: (metric.value, metric.n) for name, metric in metrics.items()}
+    assert values == {
+        "processbench_error_accuracy": (pytest.approx(1 / 3), 3),
+        "processbench_correct_accuracy": (0.5, 2),
+        "processbench_f1": (pytest.approx(2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2)), 5),
+    }
+    low, high = metrics["processbench_f1"].ci95
+    assert 0 <= low < values["processbench_f1"][0] < high <= 1
+
+
+def test_processbench_without_one_of_its_parts():
+    no_error = processbench_metrics([[1, 1], [1]], [[0.9, 0.9], [0.1]], [0, 1])
+    assert {name: metric.value for name, metric in no_error.items()} == {"processbench_correct_accuracy": 0.5}
+    assert list(processbench_metrics([[0]], [[0.1]], [0])) == ["processbench_error_accuracy"]
+    assert processbench_metrics([[1, None]], [[0.1, 0.2]], [0]) == processbench_metrics([], [], []) == {}
+    nothing_found = processbench_metrics([[0], [1]], [[0.9], [0.1]], [0, 1])
+    assert nothing_found["processbench_f1"].value == 0
+    assert processbench_metrics([[0], [1]], [[0.1], [0.9]], [3, 3])["processbench_f1"] == Metric(1.0, None, 2)
+
+
+def test_best_of_n_shares_ties():
+    correct = [[1, 0, 0], [0, 1], [0, 0], [1]]
+    assert best_of_n([[0.9, 0.1, 0.2], [0.9, 0.1], [0.3, 0.3], [0.0]], correct) == [1, 0, 0, 1]
+    assert best_of_n([[0.9, 0.9, 0.2], [0.1, 0.1], [0.3, 0.3], [0.0]], correct) == [0.5, 0.5, 0, 1]
+    assert best_of_n([[0] * len(row) for row in correct], correct) == pytest.approx([1 / 3, 0.5, 0, 1])  # chance
+    assert best_of_n(correct, correct) == [1, 1, 0, 1]  # the oracle
+    assert best_of_n([[-math.inf, -2.0]], [[0, 1]]) == [1]
+
+
+def test_spearman_of_policies_by_hand():
+    """Mean rewards .1, .4, .6, .9 rank 1 2 3 4; accuracies 0, .5, .25, 1 rank 1 3 2 4: rho = 1 - 6 * (1 + 1) / (4 * 15)."""
+    rewards = [[0.1] * 4, [0.3, 0.5, 0.4, 0.4], [0.6] * 4, [0.8, 1.0, 0.9, 0.9]]
+    accuracies = [[0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1]]
+    metric = spearman_metric(rewards, accuracies)
+    assert metric.value == pytest.approx(0.8) and metric.n == 4
+    assert metric.ci95[0] <= 0.8 <= metric.ci95[1] <= 1
+    assert spearman_metric(rewards[:2], accuracies[:2]) is None  # two say nothing
+    assert spearman_metric(rewards, [[1, 0, 0, 1]] * 4) is None  # all equally good
+    assert spearman_metric([[0.1], [0.2], [0.3]], [[0], [0], [1]]).ci95 is None  # one problem
 
 
 def test_a_result_file_holds_all_or_nothing(tmp_path):
