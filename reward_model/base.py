@@ -89,6 +89,7 @@ class JudgeTemplate:
 
 PLAIN = JudgeTemplate(before=PLAIN_TEMPLATE, question="Right?")
 ASK = "Is the last step of this solution right? Answer Yes or No."
+CHAT = JudgeTemplate(before=PLAIN_TEMPLATE, question=f"\n{ASK}")  # what a chat model's own template makes a user's message of
 TEMPLATES: dict[str, JudgeTemplate] = {
     "plain": PLAIN,
     "zephyr": JudgeTemplate("<|user|>\nProblem: {prompt}\nSolution:\n", f"\n{ASK}</s>\n<|assistant|>\n"),
@@ -107,3 +108,14 @@ YES, NO = ("Yes", "yes", "YES"), ("No", "no", "NO")
 def fitting_template(says: str) -> str:
     """The name in TEMPLATES that fits what a model says of itself: its chat template, its name."""
     return next((name for name, tell in TELLS.items() if re.search(tell, says, re.IGNORECASE)), "plain")
+
+
+def short(text: str) -> str:
+    """A text as an error message shows it."""
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+def where(prompt: str, steps: Sequence[str], k: int) -> str:
+    """Step k of a solution, for an error message."""
+    step = f"step {k + 1} {short(steps[k])} of " if k < len(steps) else ""
+    return f"{step}prompt {short(prompt)}"

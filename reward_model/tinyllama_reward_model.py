@@ -19,7 +19,7 @@ from itertools import pairwise
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-from reward_model.base import NO, TEMPLATES, YES, JudgeError, JudgeTemplate, Solution, StepJudge, fitting_template
+from reward_model.base import NO, TEMPLATES, YES, JudgeError, JudgeTemplate, Solution, StepJudge, fitting_template, short, where
 from reward_model.gguf_file import GGUFFile, TokenType, read_gguf
 
 MAX_CONTEXT = 4096  # tokens; more only if asked for, since the cache grows with it
@@ -84,7 +84,7 @@ class TinyLlamaRewardScorer(StepJudge):
             lines = [self._text.plain(step + "\n") for step in steps]
             question = self._text.control(self.template.question, begins=False)
         except UnicodeEncodeError:
-            raise JudgeError(f"prompt {_short(prompt)}: half of a Unicode surrogate pair cannot be scored") from None
+            raise JudgeError(f"prompt {short(prompt)}: half of a Unicode surrogate pair cannot be scored") from None
         scores: list[float] = []
         try:
             self._start()
@@ -92,8 +92,8 @@ class TinyLlamaRewardScorer(StepJudge):
             while (reply := self._connection.recv())[0] == "score":
                 scores.append(round(reply[1], 6))
         except (EOFError, OSError):
-            where = _where(prompt, steps, skip + len(scores))
-            raise JudgeError(f"{self._obituary()} while it scored {where}") from None
+            place = where(prompt, steps, skip + len(scores))
+            raise JudgeError(f"{self._obituary()} while it scored {place}") from None
         except BaseException:
             self.close()  # replies to an interrupted question would be taken for those of the next one
             raise
@@ -101,8 +101,8 @@ class TinyLlamaRewardScorer(StepJudge):
         if kind == "too long":
             return None
         if kind == "not finite":
-            where = _where(prompt, steps, skip + len(scores))
-            raise JudgeError(f"judge {self.file.path}: the model's logits are not finite at {where}")
+            place = where(prompt, steps, skip + len(scores))
+            raise JudgeError(f"judge {self.file.path}: the model's logits are not finite at {place}")
         self.tokens_evaluated += value
         return scores
 
@@ -159,15 +159,6 @@ class TinyLlamaRewardScorer(StepJudge):
 def choose_template(file: GGUFFile) -> str:
     """The name in TEMPLATES that fits what the file says of itself."""
     return fitting_template(f"{file.metadata.get('tokenizer.chat_template', '')}\n{file.metadata.get('general.name', '')}")
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "...")
-
-
-def _where(prompt: str, steps: Sequence[str], k: int) -> str:
-    step = f"step {k + 1} {_short(steps[k])} of " if k < len(steps) else ""
-    return f"{step}prompt {_short(prompt)}"
 
 
 class _Text:
