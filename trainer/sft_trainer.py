@@ -1,0 +1,118 @@
+"""Supervised training on step-by-step solutions: TRL's SFTTrainer, with the loss on the tokens of the steps alone.
+
+    config = StepSFTConfig("saved_model/mine", num_train_epochs=1)
+    StepSFTTrainer(model="models/policy-mini", args=config, train_dataset=Dataset.from_list(rows)).train()
+
+loss = -mean log pi(t) over the tokens of all steps of the global batch, EOS included where a solution is finished; the template,
+the prompt and a pair's shared prefix are context. Rows become ids in reasoning/steps.py, as for all training and sampling.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import IterableDataset
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import global_then_local_main_first
+
+from reasoning.records import PreferencePair, Problem, RecordError
+from reasoning.steps import encode_steps, ends_solution
+
+logger = get_logger(__name__)
+
+IGNORED = -100  # the label of a token without loss
+
+
+# A row is a problem with its reference solution (`prompt`, `answer`, `steps`), or a preference pair, whose `chosen` is the solution
+# (its scores and `rejected` are not read):
+@dataclass(frozen=True)
+class Solution:
+    prompt: str
+    steps: list[str]
+    prefix: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_row(cls, row: Any) -> "Solution":
+        """Raises RecordError if the row is neither, or a problem without `steps`."""
+        if isinstance(row, dict) and "chosen" in row:
+            pair = PreferencePair.from_row(row)
+            return cls(pair.prompt, pair.chosen, pair.prefix)
+        problem = Problem.from_row(row)
+        if not problem.steps:
+            raise RecordError("field 'steps' is missing: expected a solution to learn from (or a pair, with 'chosen')")
+        return cls(problem.prompt, problem.steps)
+
+
+@dataclass
+class StepSFTConfig(SFTConfig):
+    """SFTConfig whose defaults are the embedded miniature's. Raises ValueError for values that make no sense."""
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: optimizer steps, or below 1 a share of all steps."})
+    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the solutions."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Solutions a device sees at once in training."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Solutions a device sees at once in evaluation."})
+    max_length: int | None = field(default=512, metadata={"help": "Longest prompt + solution, in tokens; the rest is cut."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade compute for memory: for large models."})
+    bf16: bool | None = field(default=False, metadata={"help": "bf16 autocast; weights stay as --dtype says."})
+    logging_steps: float = field(default=5, metadata={"help": "Log every so many optimizer steps."})
+    save_steps: float = field(default=0.1, metadata={"help": "A checkpoint every so many steps, or below 1 a share of all."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept; older ones are deleted."})
+
+    def __post_init__(self):
+        if self.assistant_only_loss or self.completion_only_loss is False:
+            raise ValueError("assistant_only_loss, completion_only_loss: the loss is on the steps' tokens, always; leave them out")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise ValueError(f"learning_rate: expected a number of 0 or more, got {self.learning_rate}")
+        for name in (
+            *("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
+            *("gradient_accumulation_steps", "max_length"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: expected a number above 0, got {value}")
+        super().__post_init__()
+
+
+def encode_solution(row: dict, tokenizer) -> dict[str, list[int]]:
+    """A solution as `input_ids` and `labels`: the ids of the steps and of the EOS that ends them, IGNORED (-100) elsewhere."""
+    ids, step_of = encode_steps(tokenizer, row["prompt"], row["prefix"], row["steps"])
+    return {"input_ids": ids, "labels": [token if step >= 0 else IGNORED for token, step in zip(ids, step_of, strict=True)]}
+
+
+class StepSFTTrainer(SFTTrainer):
+    """SFTTrainer on rows of Solution; takes the same arguments, with a StepSFTConfig. Ids and labels of one's own pass through.
+
+    Raises ValueError for a tokenizer without offsets, or if no solution fits into max_length."""
+
+    _tag_names: list[str] = ["trl", "sft", "reasoning"]  # noqa: RUF012 (as in TRL)
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        first = next(iter(dataset))
+        if "input_ids" in first:
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if not getattr(processing_class, "is_fast", False):
+            raise ValueError("the tokenizer gives no character offsets, which steps are cut by: use a fast one (tokenizer.json)")
+        streaming = isinstance(dataset, IterableDataset)
+        options = {} if streaming else {"num_proc": args.dataset_num_proc}
+        unfinished = 0 if streaming else sum(not ends_solution(steps) for steps in dataset["steps"])
+        with global_then_local_main_first():
+            encode = {"fn_kwargs": {"tokenizer": processing_class}, "remove_columns": list(first)}
+            dataset = dataset.map(encode_solution, **encode, **options)
+        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
+        if unfinished:
+            logger.warning(
+                f"{dataset_name}: {unfinished} of {len(dataset)} solutions state no final answer ('Answer: ...'): "
+                "they get no end-of-text token, and teach the model not to stop"
+            )
+        if not streaming and not packing:  # packing cuts nothing
+            if not len(prepared):
+                raise ValueError(f"{dataset_name}: none of {len(dataset)} solutions fits into max_length {args.max_length}")
+            cut = sum(len(ids) > (args.max_length or len(ids)) for ids in dataset["input_ids"])
+            if cut:
+                logger.warning(
+                    f"{dataset_name}: {cut} of {len(dataset)} solutions are longer than max_length {args.max_length} and lose "
+                    f"their end, {len(dataset) - len(prepared)} of them all they had; a larger --max_length keeps them"
+                )
+        return prepared
