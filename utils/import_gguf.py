@@ -15,11 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from reward_model.base import JudgeError
+from reward_model.gguf_file import read_gguf
 from utils.cli import UserError, check_input, check_output, parse_args, run
 
 PROBE = (
     "Mia has 12 apples. She buys 3 boxes of 4 apples.\nStep 1: 3 * 4 = 12, 12 + 12 = 24\nAnswer: 24"  # what the copy is checked on
 )
+SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}  # tokenizer -> GGUF
 
 CARD = """---
 library_name: transformers{license}
@@ -54,6 +57,10 @@ def import_gguf(source: Path, output: Path, dtype: str = "bfloat16", sha256: str
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    try:
+        header = read_gguf(source, any_kind=True).metadata  # the library would take a damaged length as it stands
+    except JudgeError as error:
+        raise UserError(str(error).removeprefix("judge ")) from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -61,6 +68,10 @@ def import_gguf(source: Path, output: Path, dtype: str = "bfloat16", sha256: str
         model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=getattr(torch, dtype)).eval()
     except (OSError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
         raise UserError(f"{source}: transformers cannot read this GGUF file ({type(error).__name__}: {error})") from None
+    for name, key in SPECIAL.items():  # transformers leaves them out for some vocabularies
+        index = header.get(f"tokenizer.ggml.{key}_token_id")
+        if index is not None and getattr(tokenizer, name) is None:
+            setattr(tokenizer, name, header["tokenizer.ggml.tokens"][index])
     model.hf_quantizer = None  # the weights are plain numbers now, and save_pretrained refuses a quantizer
     del model.config.quantization_config
     vars(model.config).pop("_model_name_or_path", None)  # what the file calls itself is no place to load from
@@ -73,7 +84,7 @@ def import_gguf(source: Path, output: Path, dtype: str = "bfloat16", sha256: str
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         _check_copy(model, tokenizer, staging, dtype)
-        (staging / "README.md").write_text(_card(model, tokenizer, source, output, dtype, sha256), encoding="utf-8")
+        (staging / "README.md").write_text(_card(model, tokenizer, header, source, output, dtype, sha256), encoding="utf-8")
         shutil.rmtree(output, ignore_errors=True)
         os.replace(staging, output)
     finally:
@@ -96,18 +107,12 @@ def _check_copy(model, tokenizer, folder: Path, dtype: str) -> None:
         raise UserError(f"{folder}: the saved model does not give the file's logits; try --dtype float32")
 
 
-def _card(model, tokenizer, source: Path, output: Path, dtype: str, sha256: str) -> str:
-    from gguf import GGUFReader
-
-    def said(key: str) -> str:
-        field = reader.get_field(f"general.{key}")
-        return str(field.contents()).strip() if field else ""
-
-    reader = GGUFReader(source)
+def _card(model, tokenizer, header: dict, source: Path, output: Path, dtype: str, sha256: str) -> str:
+    licence = header.get("general.license")
     return CARD.format(
-        license=f"\nlicense: {said('license')}" if said("license") else "",
+        license=f"\nlicense: {licence}" if licence else "",
         name=output.name,
-        title=said("name") or source.stem,
+        title=header.get("general.name", source.stem),
         file=source.name,
         sha256=sha256,
         dtype=dtype,
@@ -125,13 +130,9 @@ def main() -> None:
     if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file()):
         raise UserError(f"{output} is no model directory: it is not replaced, give another --output")
     with open(source, "rb") as file:
-        magic = file.read(4)
-        file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if args.sha256 and sha256 != args.sha256.lower():
         raise UserError(f"{source}: its SHA-256 is {sha256}, expected {args.sha256.lower()}; the file is damaged or another one")
-    if magic != b"GGUF":
-        raise UserError(f"{source} is no GGUF file")
     output.parent.mkdir(parents=True, exist_ok=True)
     import_gguf(source, output, args.dtype, sha256)
     size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
