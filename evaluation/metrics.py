@@ -289,14 +289,11 @@ def print_comparison(title: str, metrics: dict[str, Metric]) -> None:
 def kappa_metric(labels: Sequence[float], scores: Sequence[float], clusters: Sequence[int], seed: int = 0) -> Metric | None:
     """Cohen's kappa (1960), -1 to 1 (0 is what chance gives): do two raters of the same steps, labels of 0 or 1 and scores cut at
     0.5, agree? n is the number of steps; clusters as in `auroc_metric`. None if both say the same of every step."""
-    from sklearn.metrics import cohen_kappa_score
-
     labels, decided = np.asarray(labels) == 1, np.asarray(scores) >= 0.5
 
     def kappa(weights: np.ndarray) -> float | None:
-        drawn = weights > 0
-        if len({*labels[drawn], *decided[drawn]}) < 2:
-            return None
-        return cohen_kappa_score(labels[drawn], decided[drawn], sample_weight=weights[drawn])
+        agree, a, b = (np.average(values, weights=weights) for values in (labels == decided, labels, decided))
+        by_chance = a * b + (1 - a) * (1 - b)
+        return (agree - by_chance) / (1 - by_chance) if by_chance < 1 else None
 
     return _clustered(kappa, clusters, seed) if len({*labels, *decided}) == 2 else None
