@@ -1,23 +1,30 @@
 """Final answers: find one in a text, compare two. Knows no reference solution, so anyone may import it."""
 
+import contextlib
+import logging
 import re
-from decimal import Decimal, InvalidOperation
+import signal
+import threading
+from collections.abc import Iterator
+from fractions import Fraction
 
 # The ways a line states its final answer: "Answer: 52", "The answer is 52.", "#### 52", "\boxed{52}".
 _STATED = re.compile(r"(?:^|\b)(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*(?P<answer>\S.*)|^\s*####\s*(?P<hashes>\S.*)", re.IGNORECASE)
 
 
 def _boxed(text: str) -> str | None:
-    """The content of the last \\boxed{...}, braces balanced."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
+    """The content of the last \\boxed{...} or \\fbox{...}, braces balanced; of `\\boxed 2`, the 2."""
+    boxes = list(re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text))
+    if not boxes:
         return None
-    begin = start + len("\\boxed{")
-    depth = 1
-    for end in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
+    content = text[boxes[-1].end() :]
+    if not content.startswith("{"):
+        return re.match(r"[^\s$.,]*", content)[0] or None
+    depth = 0
+    for end, character in enumerate(content):
+        depth += {"{": 1, "}": -1}.get(character, 0)
         if depth == 0:
-            return text[begin:end].strip()
+            return content[1:end].strip()
     return None
 
 
@@ -34,26 +41,118 @@ def extract_answer(text: str) -> str | None:
     return None
 
 
-def _number(text: str) -> Decimal | None:
-    try:
-        number = Decimal(text.replace(",", "").replace("$", "").strip())
-    except InvalidOperation:
+# --- comparing -------------------------------------------------------------------------------------------------------------------
+
+LONGEST = 300  # characters; what is longer is compared as text only
+SECONDS = 5.0  # of processor time for one comparison by math-verify
+
+_LAYOUT = re.compile(r"\\[!,;:]|\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[()\[\]]|\*\*|\\?[$£€]|\^\{?\\circ\}?|°")
+_TEXT = re.compile(r"\\(?:text|textbf|textit|mbox|mathrm|mathbf)\s*\{([^{}]*)\}")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_FRACTION = re.compile(r"(-?)\s*(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")  # 3/4 and 2 3/4
+_AMOUNT = re.compile(r"(?:^[-+]\s*|(?<![\d.])[-+])?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,2}(?!\d))?", re.IGNORECASE)
+_SHORT_WORDS = re.compile(r"cm|mm|km|kg|mg|ml|ft|in|lb|oz|hr|am|pm|mi|yd|is|he|an|at|by")  # others of two letters are variables
+_NO_UNITS = re.compile(
+    r"and|or|half|halves|of|to|times|plus|minus|negative|dozens?|hundreds?|thousands?|[mb]illions?|sqrt|pi|sin|cos|tan|log|exp"
+)
+_FUNCTIONS = re.compile(r"(?<![a-zA-Z\\])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![a-zA-Z])")  # as a programming language writes them
+
+
+def _tidy(text: str) -> str:
+    """Without the signs that only lay it out: dollars of money and of LaTeX, bold, thin spaces, degrees, a closing full stop."""
+    text = _LAYOUT.sub("", text.replace("\u00a0", " ").replace("{,}", ",").replace("\\%", "%").replace("−", "-"))
+    return text.strip().rstrip(".").strip()
+
+
+def _number(text: str) -> Fraction | None:
+    """The value of a text that holds one number, units allowed (`18 dollars`, `1,234`, `-3/4`, `2 1/2`); else None."""
+    fraction = _FRACTION.fullmatch(text)
+    if fraction:
+        sign, whole, over, under = fraction.groups()
+        value = int(whole or 0) + Fraction(int(over), int(under)) if int(under) else None
+        return -value if sign and value is not None else value
+    text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    text = re.sub(r"(?<=[a-z]{2})\^\{?[23]\}?", "", text)  # square and cubic units
+    amounts = _AMOUNT.findall(text)
+    rest = _AMOUNT.sub(" ", text)
+    words = re.findall(r"[^\W\d_]+", rest)
+    if len(amounts) != 1 or re.search(r"[^\w\s.,;:'\"/-]|_", rest):
         return None
-    return number if number.is_finite() else None
+    if any(_NO_UNITS.fullmatch(word.lower()) or (len(word) < 3 and not _SHORT_WORDS.fullmatch(word.lower())) for word in words):
+        return None  # `half of 18`, `3xy`
+    return Fraction(re.sub(r"\s|\.$|\.(?=e)", "", amounts[0].lower()))
+
+
+def _is_prose(text: str) -> bool:
+    """True for words, which are no product of one-letter variables, and for times and ratios."""
+    text = re.sub(r"\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+", " ", text)
+    words = re.findall(r"[^\W\d_]+", text)
+    if re.fullmatch(r"[^\W\d_]{2,}", text.strip()) or re.search(r"\d\s*:\s*\d", text):
+        return True
+    return any(len(word) > 2 and word != "and" and not _FUNCTIONS.fullmatch(word) for word in words)
 
 
 def same_answer(answer: str | None, reference: str) -> bool:
-    """True if two answers mean the same: as numbers where both are plain numbers, else by math-verify (LaTeX, fractions, sets)."""
+    """True if two answers mean the same: word for word, as numbers where both are plain ones (units, `$` and thousands separators
+    aside), else by math-verify (LaTeX, fractions, intervals, sets, equations).
+
+    A comparison that takes math-verify over SECONDS of processor time counts as different. That limit needs signals, which
+    Python has in the main thread only: in another thread there is none."""
     if answer is None:
         return False
-    if answer.strip() == reference.strip():
+    pair = [_tidy(answer), _tidy(reference)]
+    worded = [_TEXT.sub(r"\1", text) for text in pair]
+    texts = [re.sub(r"^\((\w)\)$", r"\1", "".join(text.split())) for text in worded]
+    if min(map(len, texts)) > 1:  # a letter of its own is a variable or a choice: case counts
+        texts = [text.casefold() for text in texts]
+    if texts[0] == texts[1]:
         return True
-    first, second = _number(answer), _number(reference)
-    if first is not None and second is not None:
-        return first == second
+    if not all(texts) or max(map(len, pair)) > LONGEST:
+        return False
+    numbers = [_number(text) for text in worded]
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    if any(number is None and _is_prose(text) for number, text in zip(numbers, worded, strict=True)):
+        return False
+    # a number has lost its unit here, which math-verify would read as a product of variables
+    return _same_expression(*(text if number is None else str(number) for number, text in zip(numbers, pair, strict=True)))
+
+
+class _TooLong(BaseException):
+    """Not an Exception: math-verify catches those."""
+
+
+@contextlib.contextmanager
+def _processor_limit(seconds: float) -> Iterator[None]:
+    """Raises _TooLong after so much processor time. By the wall clock, as math-verify's own limit is, a busy machine would decide
+    which answers are right."""
+
+    def stop(*_):
+        raise _TooLong
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _same_expression(answer: str, reference: str) -> bool:
     from math_verify import parse, verify  # sympy takes a second to import, and plain numbers never need it
 
-    def parsed(text):
-        return parse(text if "\\" not in text else f"${text}$")
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns when its own limit is off
 
-    return bool(verify(parsed(reference), parsed(answer)))
+    def parsed(text):
+        latex = re.sub(r"\bsqrt\(([^()]*)\)", r"\\sqrt{\1}", text)
+        return parse("$" + _FUNCTIONS.sub(r"\\\1", latex) + "$", parsing_timeout=None)
+
+    try:
+        with _processor_limit(SECONDS):
+            return bool(verify(parsed(reference), parsed(answer), timeout_seconds=None))
+    except _TooLong:
+        return False

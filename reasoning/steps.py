@@ -29,6 +29,11 @@ def split_steps(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
+def one_line(text: str) -> str:
+    """A step as it has to be: one line (runs of white space become a space), so that K steps, written out, split into K again."""
+    return " ".join(text.split())
+
+
 def ends_solution(steps: list[str]) -> bool:
     """True if the last step states a final answer: nothing is to follow but EOS."""
     return bool(steps) and extract_answer(steps[-1]) is not None
