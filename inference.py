@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reasoning.records import Prompt, read_records, write_records
-from reward_model.base import PromptTooLong
+from reward_model.base import JudgeError
 from utils.cli import UserError, at_root, check_input, check_model, check_output, parse_args, run
 from utils.judges import JudgeArgs, check_judge, open_judge, score_all
 
@@ -100,7 +100,7 @@ def ask(policy, judge, args: InferenceArgs) -> None:
                 return
             try:
                 answer(policy, judge, prompt, args, seed)
-            except (UserError, PromptTooLong) as error:
+            except (UserError, JudgeError) as error:
                 print(error, file=sys.stderr)
     except (EOFError, KeyboardInterrupt):
         print()

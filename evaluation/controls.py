@@ -33,6 +33,9 @@ class ExactJudge(StepJudge):
             raise JudgeError(f"judge exact: the problem {prompt[:60]!r} ... has no reference steps to check against")
         return self._known[prompt]
 
+    def __str__(self) -> str:
+        return "exact: the checker"
+
 
 class ShuffledJudge(StepJudge):
     """Another judge's scores, permuted over all scored steps of a call: give it many solutions at once. The permutation depends on

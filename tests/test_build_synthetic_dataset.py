@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from reasoning.records import PreferencePair, Problem, read_records, write_records
-from reward_model.base import FixedJudge, PromptTooLong
-from utils.build_synthetic_dataset import PairArguments, pair_by_answer, pair_by_judge, score_group
+from reward_model.base import FixedJudge
+from utils.build_synthetic_dataset import pair_by_answer, pair_by_judge, score_group
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "utils/build_synthetic_dataset.py"
@@ -41,19 +41,11 @@ def test_best_against_worst_mean_score():
     assert pair_by_judge(TASK, [RIGHT, RIGHT], [[1, 1, 1]] * 2) == (None, "all scored alike")
 
 
-def test_samples_that_outgrow_the_judge_are_dropped_and_the_control_permutes():
-    def score(prompt, step, previous):
-        if "long" in step:
-            raise PromptTooLong("too long")
-        return int(step) / 10
-
-    group, ended = [TASK, TASK], [[["1", "2"], ["long"], ["3"]], [["4", "5"]]]
-    args = PairArguments(pair_by="judge", model_name_or_path="m")
-    fitting, scores = score_group(args, FixedJudge(score), group, ended, seed=0)
-    assert fitting == [[["1", "2"], ["3"]], [["4", "5"]]] and scores == [[[0.1, 0.2], [0.3]], [[0.4, 0.5]]]
-    args.shuffle_scores = True
-    fitting, shuffled = score_group(args, FixedJudge(score), group, ended, seed=0)
-    assert [[len(steps) for steps in of] for of in shuffled] == [[2, 1], [2]] and shuffled != scores
+def test_samples_that_outgrow_the_judge_are_dropped():
+    judge = FixedJudge(lambda prompt, step, previous: None if step == "long" else int(step) / 10)
+    group, ended = [TASK, TASK], [[["1", "2"], ["long"], ["3"], ["3"]], [["4", "5"]]]
+    fitting, scores = score_group(judge, group, ended)
+    assert fitting == [[["1", "2"], ["3"], ["3"]], [["4", "5"]]] and scores == [[[0.1, 0.2], [0.3], [0.3]], [[0.4, 0.5]]]
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +92,22 @@ def test_the_script(half_right, run_script, tmp_path):
     assert again.returncode == 2 and "--overwrite" in again.stderr
 
 
+def test_pairs_by_a_judge_that_knows_and_by_one_that_does_not(half_right, run_script, tmp_path):
+    """The checker's best sample is a right one. With its scores permuted over all samples it need not be."""
+    model, _ = half_right
+    tasks = [Problem(f"Mia has {k} apples.", str(k), [f"Answer: {k}"]) for k in range(1, 9)]
+    write_records(tmp_path / "problems.jsonl", tasks)
+    args = ("--model_name_or_path", model, "--input", "problems.jsonl", "--max_new_tokens", 30, "--pair_by", "judge")
+    right = {}
+    for judge in (["exact"], ["shuffled", "--shuffled_judge", "exact"]):
+        output = tmp_path / f"{judge[0]}.jsonl"
+        done = run_script(SCRIPT, *args, "--judge", *judge, "--judge_problems", "problems.jsonl", "--output", output)
+        assert done.returncode == 0, done.stderr
+        answers = {task.prompt: task.steps[-1] for task in tasks}
+        right[judge[0]] = [pair.chosen[-1] == answers[pair.prompt] for pair in read_records(output, PreferencePair)]
+    assert len(right["exact"]) >= 4 and all(right["exact"]) and not all(right["shuffled"])
+
+
 def test_killed_and_started_again_it_ends_with_the_same_file(half_right, tmp_path):
     """Killed after its first group of problems; a torn row is added to what it left."""
     model, _ = half_right
@@ -126,6 +134,12 @@ def test_killed_and_started_again_it_ends_with_the_same_file(half_right, tmp_pat
     assert not (tmp_path / "killed.jsonl").exists() and partial.exists()
     with open(partial, "ab") as file:
         file.write(b'{"samples": 8, "en')
+    weights = Path(model) / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # another model at the same place
+    other = subprocess.run([*command, "--output", "killed.jsonl"], cwd=tmp_path, capture_output=True, text=True)
+    assert other.returncode == 2 and "another job" in other.stderr.splitlines()[-1]
+    weights.write_bytes(data)
     resumed = subprocess.run([*command, "--output", "killed.jsonl"], cwd=tmp_path, capture_output=True, text=True)
     assert resumed.returncode == 0 and "resuming" in resumed.stdout
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -149,7 +163,9 @@ def test_held_out_problems_are_refused(run_script, tmp_path, tiny_model_dir):
         (["--samples", "many"], "--samples"),
         (["--temperature", "0"], "--temperature: expected above 0"),
         (["--pair_by", "taste"], "--pair_by"),
-        (["--shuffle_scores"], "with --pair_by judge only"),
+        (["--judge", "shuffled"], "with --pair_by judge only"),
+        (["--pair_by", "judge", "--judge_path", "none.gguf"], "none.gguf not found"),
+        (["--pair_by", "judge", "--judge_path", "empty.jsonl"], "no GGUF file"),
         (["--sampels", "3"], "unknown argument --sampels"),
         (["--config", "nowhere.yaml"], "config file nowhere.yaml not found"),
         (["--config"], "expected a YAML file"),

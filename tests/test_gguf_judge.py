@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reward_model.base import PLAIN, JudgeError, JudgeTemplate, PromptTooLong
+from reward_model.base import PLAIN, JudgeError, JudgeTemplate
 from reward_model.gguf_file import GGUFFile, read_gguf
 from reward_model.tinyllama_reward_model import NO, TEMPLATES, YES, TinyLlamaRewardScorer, _Model, _Text, choose_template
 
@@ -61,6 +61,10 @@ def parent_score(parent, tokenizer, prompt, steps, template=PLAIN):
         for words in (YES, NO)
     )
     return float(yes / (yes + no))
+
+
+def score_step(judge, prompt, step, previous=()):
+    return judge.score_steps([(prompt, [*previous, step])], skip=[len(previous)])[0][0]
 
 
 # --- text
@@ -128,10 +132,10 @@ def test_a_score_depends_on_nothing_but_its_solution(judge, tiny_gguf):
     alone = judge.score_steps([(PROMPT, STEPS)])[0]
     judge.score_steps([("Another problem.", ["Step 1: 1 + 1 = 2"]), (PROMPT, [STEPS[0], "Step 2: 1"]), (PROMPT, [PLAIN.question])])
     assert judge.score_steps([(PROMPT, STEPS), (PROMPT, STEPS)]) == [alone, alone]
-    assert [judge.score_step(PROMPT, STEPS[k], STEPS[:k]) for k in (2, 0, 1)] == [alone[2], alone[0], alone[1]]
+    assert [score_step(judge, PROMPT, STEPS[k], STEPS[:k]) for k in (2, 0, 1)] == [alone[2], alone[0], alone[1]]
+    assert judge.score_steps([(PROMPT, STEPS), (PROMPT, []), (PROMPT, STEPS)], skip=[1, 0, 3]) == [alone[1:], [], []]
     with TinyLlamaRewardScorer(tiny_gguf, threads=2) as other:
-        assert other.score_step(PROMPT, STEPS[2], STEPS[:2]) == alone[2]
-        assert other.score_continuation(PROMPT, STEPS[:1], STEPS[1:]) == alone[1:]
+        assert score_step(other, PROMPT, STEPS[2], STEPS[:2]) == alone[2]
     assert len(set(alone)) == 3
 
 
@@ -144,7 +148,7 @@ def test_what_steps_share_is_evaluated_once(tiny_gguf, tokenizer):
     with TinyLlamaRewardScorer(tiny_gguf, threads=1) as judge:
         judge.score_steps([(PROMPT, STEPS)])
         assert judge.tokens_evaluated == whole + 3 * question
-        judge.score_continuation(PROMPT, STEPS[:2], STEPS[2:])  # all in the cache but the question
+        judge.score_steps([(PROMPT, STEPS)], skip=[2])  # all in the cache but the question
         assert judge.tokens_evaluated == whole + 4 * question
 
 
@@ -152,48 +156,42 @@ def test_what_steps_share_is_evaluated_once(tiny_gguf, tokenizer):
 def test_any_unicode_is_scored(judge, text):
     scores = judge.score_steps([(text, [text, "Answer: 1"])])[0]
     assert len(scores) == 2 and all(0 < score < 1 for score in scores)
-    assert judge.score_step(PROMPT, text) != judge.score_step(PROMPT, STEPS[0])
+    assert score_step(judge, PROMPT, text) != score_step(judge, PROMPT, STEPS[0])
 
 
 def test_what_cannot_be_scored_is_an_error_of_one_line(judge, tiny_gguf):
     with pytest.raises(JudgeError, match="surrogate"):
-        judge.score_step("\ud800", "Answer: 1")
+        score_step(judge, "\ud800", "Answer: 1")
     for arguments in ({"template": "none"}, {"threads": 0}, {"context_length": 0}):
         with pytest.raises(JudgeError, match=r"expected one of plain|at least 1"):
             TinyLlamaRewardScorer(tiny_gguf, **arguments)
 
 
-def test_a_solution_longer_than_the_context_is_refused_before_anything_is_evaluated(tiny_gguf, tokenizer):
+def test_a_solution_longer_than_the_context_gets_none_before_anything_is_evaluated(tiny_gguf, tokenizer):
     text = PLAIN.before.format(prompt=PROMPT) + STEPS[0] + "\n" + PLAIN.question
     length = len(tokenizer(text)["input_ids"])
     with TinyLlamaRewardScorer(tiny_gguf, threads=1, context_length=length) as judge:
-        score = judge.score_step(PROMPT, STEPS[0])  # fits to the last token
+        score = score_step(judge, PROMPT, STEPS[0])  # fits to the last token
         evaluated = judge.tokens_evaluated
-        with pytest.raises(PromptTooLong, match=f"context is {length}"):
-            judge.score_steps([(PROMPT, STEPS)])
+        assert judge.score_steps([(PROMPT, STEPS)]) == [None]
         assert judge.tokens_evaluated == evaluated
-        assert judge.score_step(PROMPT, STEPS[0]) == score
+        assert judge.score_steps([(PROMPT, STEPS), (PROMPT, STEPS[:1])]) == [None, [score]]
     with TinyLlamaRewardScorer(tiny_gguf, threads=1) as judge:
         assert judge.context_length == 512  # the file's
-        assert judge.score_step(PROMPT, STEPS[0]) == score
+        assert score_step(judge, PROMPT, STEPS[0]) == score
 
 
 # --- the worker
 
 
 def test_a_dead_worker_is_one_error_that_names_the_input(tiny_gguf):
-    def solutions():
-        yield PROMPT, STEPS
-        os.kill(judge._process.pid, signal.SIGKILL)
-        yield "The deadly problem.", ["Step 1: boom"]
-
     with TinyLlamaRewardScorer(tiny_gguf, threads=1) as judge:
-        kept = []
+        scores = judge.score_steps([(PROMPT, STEPS)])
+        os.kill(judge._process.pid, signal.SIGKILL)
         with pytest.raises(JudgeError, match=r"SIGKILL.*step 1 'Step 1: boom' of prompt 'The deadly problem.'") as error:
-            for scores in judge.iter_scores(solutions()):
-                kept.append(scores)
+            judge.score_steps([("The deadly problem.", ["Step 1: boom"])])
         assert "\n" not in str(error.value)
-        assert kept == [judge.score_steps([(PROMPT, STEPS)])[0]]  # a new worker, the same scores
+        assert judge.score_steps([(PROMPT, STEPS)]) == scores  # a new worker, the same scores
 
 
 def test_the_worker_stays_light(judge):
@@ -210,7 +208,7 @@ def test_weights_that_are_not_finite(tiny_gguf, tmp_path):
     next(tensor for tensor in reader.tensors if tensor.name == "output_norm.weight").data[:] = float("nan")
     reader.data.flush()
     with TinyLlamaRewardScorer(path, threads=1) as judge, pytest.raises(JudgeError, match="not finite at step 1 'x'"):
-        judge.score_step(PROMPT, "x")
+        score_step(judge, PROMPT, "x")
 
 
 # --- the file
@@ -288,4 +286,4 @@ def test_a_vocabulary_without_the_words(judge):
 def test_a_template_of_ones_own(judge, tiny_gguf):
     own = JudgeTemplate("Q: {prompt} {braces}\n", "OK?")
     with TinyLlamaRewardScorer(tiny_gguf, own, threads=1) as other:
-        assert other.score_step(PROMPT, STEPS[0]) != judge.score_step(PROMPT, STEPS[0])
+        assert score_step(other, PROMPT, STEPS[0]) != score_step(judge, PROMPT, STEPS[0])

@@ -33,7 +33,16 @@ def _hf(args: "JudgeArgs") -> StepJudge:
 def _openai(args: "JudgeArgs") -> StepJudge:
     from reward_model.openai_judge import OpenAIJudge
 
-    return OpenAIJudge(args.judge_base_url, args.judge_model)
+    judge = OpenAIJudge(
+        args.judge_base_url,
+        args.judge_model,
+        args.judge_template,
+        samples=args.judge_samples,
+        in_flight=args.judge_requests,
+        cache=args.judge_cache,
+    )
+    judge.score_steps([("2 + 3 = ?", ["Step 1: 2 + 3 = 5"])])  # a server that cannot be used is found before the work begins
+    return judge
 
 
 def _exact(args: "JudgeArgs") -> StepJudge:
@@ -58,12 +67,19 @@ def _human(args: "JudgeArgs") -> StepJudge:
 
 
 JUDGES = {"gguf": _gguf, "hf": _hf, "openai": _openai, "exact": _exact, "shuffled": _shuffled, "human": _human}
-USES = {  # judge -> its own arguments, all of which change its scores
-    "gguf": ("judge_path", "judge_template"),
+USES = {  # judge -> its own arguments, first what it is called by
+    "gguf": ("judge_path", "judge_template", "threads"),
     "hf": ("judge_path", "judge_template"),
-    "openai": ("judge_base_url", "judge_model"),
+    "openai": ("judge_model", "judge_base_url", "judge_template", "judge_samples", "judge_requests", "judge_cache"),
     "exact": ("judge_problems",),
     "human": ("judge_labels",),
+}
+CHANGE_NO_SCORE = {"threads", "judge_requests", "judge_cache"}
+FILES = ("judge_path", "judge_problems", "judge_labels")
+NEEDED = {  # without a default
+    "judge_model": "the name of its model",
+    "judge_base_url": "the URL of its server",
+    "judge_labels": "a JSONL of step labels",
 }
 
 
@@ -86,11 +102,19 @@ class JudgeArgs:
     )
     judge_template: str | None = field(
         default=None,
-        metadata={"help": f"gguf, hf: {', '.join(TEMPLATES)} (default: what the model says of itself)", "choices": [*TEMPLATES]},
+        metadata={
+            "help": "gguf, hf, openai: how it is asked (default: what the model says of itself; openai: as a chat model)",
+            "choices": [*TEMPLATES],
+        },
     )
     threads: int | None = field(default=None, metadata={"help": "gguf: threads (default: as many as pay off)"})
     judge_base_url: str | None = field(default=None, metadata={"help": "openai: URL of the server, http://localhost:8000/v1"})
     judge_model: str | None = field(default=None, metadata={"help": "openai: name of the model"})
+    judge_samples: int = field(default=5, metadata={"help": "openai: verdicts a step from a server that gives no logprobs"})
+    judge_requests: int = field(default=16, metadata={"help": "openai: most requests at once"})
+    judge_cache: str = field(
+        default=at_root("logs/judge_answers.jsonl"), metadata={"help": "openai: every answer, so that none is paid for twice"}
+    )
     judge_problems: str | None = field(
         default=None, metadata={"help": "exact: JSONL of problems with reference steps (default: the embedded world's)"}
     )
@@ -99,30 +123,26 @@ class JudgeArgs:
     seed: int = field(default=0, metadata={"help": "shuffled: seed of the permutation"})
 
 
-def _used(args: JudgeArgs) -> tuple[str, tuple[str, ...]]:
-    """(the judge that scores in the end, the arguments that it uses)."""
-    inner = args.shuffled_judge if args.judge == "shuffled" else args.judge
-    return inner, USES[inner]
+def _inner(args: JudgeArgs) -> str:
+    """The judge whose scores they are in the end."""
+    return args.shuffled_judge if args.judge == "shuffled" else args.judge
 
 
 def check_judge(args: JudgeArgs) -> None:
     """Raises UserError for a mistake in the judge's arguments, before anything heavy is imported."""
-    inner, used = _used(args)
-    own = {name for names in USES.values() for name in names} | {"threads", "shuffled_judge"}
-    used = {*used, "threads" if inner == "gguf" else "", "shuffled_judge" if args.judge == "shuffled" else ""}
+    inner = _inner(args)
+    used = {*USES[inner], "judge", "seed", *(["shuffled_judge"] if args.judge == "shuffled" else [])}
     for argument in fields(JudgeArgs):
-        if argument.name in own - used and getattr(args, argument.name) != argument.default:
+        if argument.name not in used and getattr(args, argument.name) != argument.default:
             raise UserError(f"argument --{argument.name}: --judge {args.judge} does not use it")
+    for name, what in NEEDED.items():
+        if name in used and not getattr(args, name):
+            raise UserError(f"argument --{name}: --judge {inner} needs {what}")
     made_by = "make models" if args.judge_path == JudgeArgs.judge_path else None
-    if inner == "gguf" or (inner == "hf" and (made_by or args.judge_path.endswith(".gguf"))):
+    if inner == "gguf" or (inner == "hf" and args.judge_path.endswith(".gguf")):
         check_input(args.judge_path, made_by)
     elif inner == "hf":
         check_model(args.judge_path)
-    for name, what in (("judge_base_url", "the URL of its server"), ("judge_model", "the name of its model")):
-        if name in used and not getattr(args, name):
-            raise UserError(f"argument --{name}: --judge {args.judge} needs {what}")
-    if inner == "human" and args.judge_labels is None:
-        raise UserError("argument --judge_labels: --judge human needs a JSONL of step labels")
     for path in (args.judge_problems, args.judge_labels):
         if path is not None:
             check_input(path)
@@ -135,17 +155,18 @@ def open_judge(args: JudgeArgs) -> StepJudge:
 
 def judge_identity(args: JudgeArgs) -> dict:
     """All that changes a judge's scores, for the `job` of ResumableRows: its name, its arguments, what its files hold."""
-    values = {name: getattr(args, name) for name in _used(args)[1] if getattr(args, name) is not None}
-    identity = {"judge": args.judge} | {name: content_hash(value) or value for name, value in values.items()}
-    return identity | ({"shuffled": args.shuffled_judge, "seed": args.seed} if args.judge == "shuffled" else {})
+    values = {name: getattr(args, name) for name in USES[_inner(args)] if name not in CHANGE_NO_SCORE}
+    values |= {name: content_hash(values[name]) or values[name] for name in FILES if values.get(name)}
+    shuffled = {"shuffled_judge": args.shuffled_judge, "seed": args.seed} if args.judge == "shuffled" else {}
+    return {"judge": args.judge, **values, **shuffled}
 
 
 def judge_name(args: JudgeArgs) -> str:
-    """A short name for titles and file names, such as `judge-mini.Q8_0` or `shuffled-exact`."""
-    inner, used = _used(args)
-    named = Path(getattr(args, used[-1] if inner == "openai" else used[0]) or inner)
-    name = (named.stem if named.is_file() else named.name) or inner
-    return f"shuffled-{name}" if args.judge == "shuffled" else name
+    """A short name for titles and files: `judge-mini.Q8_0`, `hf-SmolLM2`, `openai-gpt-4o`, `shuffled-exact`."""
+    inner = _inner(args)
+    called = Path(getattr(args, USES[inner][0]) or "")
+    kinds = dict.fromkeys(kind for kind in (args.judge, inner) if kind != "gguf")
+    return "-".join(filter(None, [*kinds, called.stem if called.is_file() else called.name]))
 
 
 def score_all(judge: StepJudge, solutions: Sequence[Solution], label: str) -> list[list[float] | None]:
@@ -160,14 +181,11 @@ def score_all(judge: StepJudge, solutions: Sequence[Solution], label: str) -> li
     return scores
 
 
-def content_hash(path: str) -> str | None:
+def content_hash(path: str | Path) -> str | None:
     """SHA-256 of a file, or of the configuration, weights and tokenizer of a model directory; None for what is neither."""
     if Path(path).is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     files = sorted(file for file in Path(path).glob("*") if file.suffix in (".json", ".safetensors", ".bin", ".model", ".gguf"))
-    return (
-        hashlib.sha256("".join(f"{file.name} {content_hash(str(file))}\n" for file in files).encode()).hexdigest()
-        if files
-        else None
-    )
+    lines = "".join(f"{file.name} {content_hash(file)}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest() if files else None
