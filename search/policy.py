@@ -1,12 +1,16 @@
 """The policy: all sampling of the project, batched over prompts with a KV cache, and the log-probs of given solutions."""
 
+import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils import find_adapter_config_file
 
 from reasoning.records import RecordError
 from reasoning.steps import encode_steps, format_prompt, split_steps
@@ -23,6 +27,66 @@ def pick_device() -> tuple[str, bool]:
         return "cuda", torch.cuda.is_bf16_supported()
     capabilities = torch.cpu.get_capabilities()
     return "cpu", bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def base_of(model_name_or_path: str, **hub) -> tuple[str, bool]:
+    """(what holds the weights, True) for a PEFT adapter: the base it names; (the same name, False) for any other model."""
+    adapter = find_adapter_config_file(model_name_or_path, **hub)
+    if adapter is None:
+        return model_name_or_path, False
+    base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError("its adapter_config.json names no base_model_name_or_path")
+    return base, True
+
+
+def load_model(model_name_or_path: str, dtype: torch.dtype | str, trainable: bool = False, **hub):
+    """(model, tokenizer) of a directory or a hub name: a causal LM, or a PEFT adapter (LoRA and its kin) on its base.
+
+    An adapter is a PeftModel and stays beside its base: small updates would be lost in the rounding if they were added to weights
+    of 16 bits (`model.merge_and_unload()` does it, best in float32). A tokenizer that the adapter lacks is its base's.
+    trainable: the adapter is loaded to be trained. hub: what both `from_pretrained` take, as `revision`.
+    Raises RecordError if nothing can be loaded, or not all of it."""
+    name = base = model_name_or_path
+    try:
+        base, adapter = base_of(name, **hub)
+        of_base = {key: value for key, value in hub.items() if not adapter or key != "revision"}
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, use_safetensors=True, output_loading_info=True, **of_base
+        )
+        if loading["missing_keys"]:  # transformers fills them with random numbers
+            raise ValueError(f"weights are missing, {min(loading['missing_keys'])} for one")
+        if not adapter:
+            return model, AutoTokenizer.from_pretrained(name, **hub)
+        return _add_adapter(model, name, trainable, hub), _tokenizer_of_adapter(name, base, hub)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        place = "it" if base == name else f"it and its base {base}"
+        reason = str(error).strip().replace(":\n", ": ").splitlines()[0]
+        raise RecordError(f"{name}: no model can be loaded from {place} ({reason})") from None
+
+
+def _add_adapter(model, name: str, trainable: bool, hub: dict):
+    from peft import PeftModel
+
+    if Path(name).is_dir() and not (Path(name) / "adapter_model.safetensors").is_file():
+        raise ValueError("adapter_model.safetensors is missing")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # peft would start them anew
+        try:
+            model = PeftModel.from_pretrained(model, name, is_trainable=trainable, **hub)
+        except UserWarning as warning:
+            raise ValueError(str(warning)) from None
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError(f"its adapter is of the type {model.active_peft_config.peft_type.value}, expected LoRA or its kin")
+    return model
+
+
+def _tokenizer_of_adapter(name: str, base: str, hub: dict):
+    try:
+        return AutoTokenizer.from_pretrained(name, **hub)
+    except (OSError, ValueError):
+        return AutoTokenizer.from_pretrained(base)
 
 
 @dataclass(frozen=True)
@@ -48,19 +112,9 @@ class Policy:
 
     @classmethod
     def load(cls, model_name_or_path: str) -> "Policy":
-        """Any causal LM, a directory or a hub name; in float32 on a CPU, as it is stored on a GPU."""
+        """Any causal LM or adapter, a directory or a hub name; in float32 on a CPU, as it is stored on a GPU."""
         device, _ = pick_device()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
-            dtype = torch.float32 if device == "cpu" else "auto"
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                model_name_or_path, dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RecordError(f"{model_name_or_path}: no model can be loaded from it ({reason})") from None
-        if loading["missing_keys"]:  # transformers fills them with random numbers
-            raise RecordError(f"{model_name_or_path}: weights are missing, {sorted(loading['missing_keys'])[0]} for one")
+        model, tokenizer = load_model(model_name_or_path, torch.float32 if device == "cpu" else "auto")
         return cls(model.to(device), tokenizer)
 
     def generate(

@@ -2,10 +2,12 @@
 
     python utils/export_gguf.py --model_name_or_path models/judge-mini --output models/judge-mini/judge-mini.Q8_0.gguf --overwrite
 
-Any Hugging Face directory of the LLaMA architecture with a SentencePiece-style tokenizer (BPE with byte fallback) will do.
+Any Hugging Face directory of the LLaMA architecture with a SentencePiece-style tokenizer (BPE with byte fallback) will do; an
+adapter is merged into its base first.
 """
 
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -21,7 +23,8 @@ QUANTIZATIONS = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0", "
 @dataclass
 class ExportArguments:
     model_name_or_path: str = field(
-        default_factory=lambda: at_root("models/judge-mini"), metadata={"help": "LLaMA model directory (or hub name) to export"}
+        default_factory=lambda: at_root("models/judge-mini"),
+        metadata={"help": "LLaMA model directory, adapter directory or hub name to export"},
     )
     output: str | None = field(
         default=None, metadata={"help": "GGUF file to write (default: in that directory, <its name>.<quantization>.gguf)"}
@@ -37,11 +40,14 @@ def export_gguf(model_dir: str | Path, output: str | Path, quantization: str = "
     """Write `model_dir` to the GGUF file `output`, whole or not at all.
 
     Matrices get the quantization ("F32", "F16", "Q8_0" or "Q4_0"), or F16 where a row is no multiple of 32 numbers; norms stay F32,
-    which llama.cpp asks for. Raises UserError if the model is no LLaMA or its tokenizer is not SentencePiece-style."""
+    which llama.cpp asks for. One matrix at a time is converted and written: the memory needed is the model's, as it is stored.
+    Raises UserError or RecordError if the model is no LLaMA or its tokenizer is not SentencePiece-style."""
     import gguf
     import numpy as np
+    from tqdm import tqdm
 
-    config, weights = _load(model_dir)
+    model, tokenizer = _load(str(model_dir))
+    config, weights = model.config, model.state_dict()
     writer = gguf.GGUFWriter(None, "llama")
     writer.add_name(Path(model_dir).resolve().name)
     writer.add_file_type(gguf.LlamaFileType[QUANTIZATIONS[quantization]])
@@ -54,20 +60,18 @@ def export_gguf(model_dir: str | Path, output: str | Path, quantization: str = "
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    _add_vocabulary(writer, model_dir, config.vocab_size)
+    _add_vocabulary(writer, model_dir, tokenizer, config.vocab_size)
 
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])  # tied embeddings: llama.cpp wants both
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    kinds = {}
     for name, weight in weights.items():
-        array = weight.float().numpy()
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            array = _permute(array, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
-        kind = "F32" if array.ndim == 1 else quantization
-        if kind.startswith("Q") and array.shape[-1] % 32:
+        kind = "F32" if weight.ndim == 1 else quantization
+        if kind.startswith("Q") and weight.shape[-1] % 32:
             kind = "F16"
-        kind = gguf.GGMLQuantizationType[kind]
-        data = gguf.quants.quantize(np.ascontiguousarray(array), kind)
-        writer.add_tensor(names.get_name(name, (".weight",)), data, raw_dtype=kind)
+        kinds[name] = kind = gguf.GGMLQuantizationType[kind]
+        size = math.prod(gguf.quants.quant_shape_to_byte_shape(tuple(weight.shape), kind))
+        writer.add_tensor_info(names.get_name(name, (".weight",)), weight.shape, np.float32, size, raw_dtype=kind)
 
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -75,35 +79,42 @@ def export_gguf(model_dir: str | Path, output: str | Path, quantization: str = "
     try:
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        for name, weight in tqdm(weights.items(), desc="writing", unit="tensor"):
+            array = weight.float().numpy()
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                array = _permute(array, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+            writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(array), kinds[name]))
         writer.close()
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _load(model_dir: str | Path):
-    """(config, weights by Hugging Face name), checked to be a LLaMA that the GGUF keys can describe."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _load(model_dir: str):
+    """(model, tokenizer), checked to be a LLaMA that the GGUF keys can describe; an adapter is merged, in float32."""
+    from transformers import AutoConfig
+
+    from search.policy import base_of, load_model
 
     try:
-        config = AutoConfig.from_pretrained(model_dir)
-        if config.model_type != "llama":
-            raise UserError(f"{model_dir} is a '{config.model_type}' model, expected the LLaMA architecture")
-        model, report = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto", output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        base, is_adapter = base_of(model_dir)
+        config = AutoConfig.from_pretrained(base)
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{model_dir} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    if config.model_type != "llama":
+        raise UserError(f"{model_dir} is a '{config.model_type}' model, expected the LLaMA architecture")
     unsupported = {
         "scaled rotary positions": config.rope_parameters.get("rope_type", "default") != "default",
         "biases": config.attention_bias or config.mlp_bias,
         f"activation '{config.hidden_act}'": config.hidden_act != "silu",
         "heads of a size that is not hidden / heads": config.head_dim != config.hidden_size // config.num_attention_heads,
-        "missing weights": bool(report["missing_keys"]),
     }
     for what, present in unsupported.items():
         if present:
             raise UserError(f"{model_dir} has {what}, which this export does not write")
-    return config, model.state_dict()
+    model, tokenizer = load_model(model_dir, "float32" if is_adapter else "auto")
+    return (model.merge_and_unload() if is_adapter else model), tokenizer
 
 
 def _permute(weight, heads: int):
@@ -111,13 +122,11 @@ def _permute(weight, heads: int):
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def _add_vocabulary(writer, model_dir: str | Path, size: int) -> None:
+def _add_vocabulary(writer, model_dir: str | Path, tokenizer, size: int) -> None:
     """Tokens, scores and types. llama.cpp joins the two neighbours whose joined text scores highest, so a token's score is minus
     the rank of the first merge that makes it. Rows of the embedding without a token become unused `[PAD<id>]`."""
     from gguf import TokenType
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
     spec = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {}}
     vocab = tokenizer.get_vocab()
     byte_tokens = {f"<0x{byte:02X}>" for byte in range(256)}

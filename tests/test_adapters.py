@@ -1,0 +1,148 @@
+"""PEFT adapter directories stand wherever a model directory does, and give what the merged model gives."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from reasoning.records import RecordError, read_rows, write_records
+from search.policy import Policy, load_model
+
+BASE = str(ROOT / "models/policy-mini")
+PROMPTS = [
+    "Mia has 12 apples. She buys 3 boxes with 4 apples each. How many apples does Mia have now?",
+    "Tom has 40 books. He loses 17 books. He finds 5 books. How many books does Tom have now?",
+]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> str:
+    """A LoRA on every matrix of policy-mini, not zero; only what PEFT itself writes, so without a tokenizer."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(BASE, torch.float32)[0], LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.15)
+    folder = tmp_path_factory.mktemp("adapter") / "model"
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def merged(adapter, tmp_path_factory) -> str:
+    """The same as a plain model directory, by PEFT's own means."""
+    from peft import AutoPeftModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("merged") / "model"
+    AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).merge_and_unload().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{BASE}/{name}", folder)
+    return str(folder)
+
+
+def test_a_policy_is_its_merged_model(adapter, merged):
+    first, second, base = map(Policy.load, (adapter, merged, BASE))
+    answers = first.generate(PROMPTS, max_new_tokens=60)
+    assert answers == second.generate(PROMPTS, max_new_tokens=60) != base.generate(PROMPTS, max_new_tokens=60)
+    sampling = {"n": 4, "temperature": 1.0, "max_new_tokens": 40, "seed": 3}
+    assert first.generate(PROMPTS, **sampling) == second.generate(PROMPTS, **sampling)
+    assert "".join(first.stream(PROMPTS[0], max_new_tokens=60)) == "".join(second.stream(PROMPTS[0], max_new_tokens=60))
+    rows = [(PROMPTS[0], [], ["Step 1: 3 * 4 = 12, 12 + 12 = 24", "Answer: 24"]), (PROMPTS[1], ["Step 1: 40 - 17 = 23"], ["x"])]
+    assert first.logps(rows) == pytest.approx(second.logps(rows), abs=1e-4)
+    assert first.logps(rows) != pytest.approx(base.logps(rows), abs=0.01)
+
+
+def test_an_adapters_own_tokenizer_comes_before_its_bases(adapter, tmp_path):
+    folder = Path(shutil.copytree(adapter, tmp_path / "model"))
+    tokenizer = Policy.load(adapter).tokenizer
+    assert tokenizer.chat_template is None
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(folder)
+    assert Policy.load(str(folder)).tokenizer.chat_template == tokenizer.chat_template
+
+
+def test_a_gguf_of_an_adapter_is_that_of_its_merged_model(adapter, merged, tmp_path):
+    """Byte for byte: it is merged in float32, although its base is stored in 16 bits."""
+    from utils.export_gguf import export_gguf
+
+    export_gguf(adapter, tmp_path / "adapter.gguf")
+    export_gguf(merged, tmp_path / "merged.gguf")
+    assert (tmp_path / "adapter.gguf").read_bytes() == (tmp_path / "merged.gguf").read_bytes()
+
+
+def without_weights(folder: Path):
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def without_a_matrix(folder: Path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights.pop(min(weights))
+    save_file(weights, folder / "adapter_model.safetensors")
+
+
+def with_base(base: str | None):
+    def change(folder: Path):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+
+    return change
+
+
+def with_half_a_base(folder: Path):
+    base = Path(shutil.copytree(BASE, folder.parent / "half"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    with_base(str(base))(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (without_weights, "adapter_model.safetensors is missing"),
+        (without_a_matrix, "missing adapter keys"),
+        (with_base(None), "names no base_model_name_or_path"),
+        (with_base("models/gone/away"), "its base models/gone/away"),
+        (with_half_a_base, r"its base \S+half \(weights are missing"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "no model can be loaded"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"rubbish" * 9), "deserializing"),
+    ],
+)
+def test_half_an_adapter_is_one_line_that_names_it(adapter, tmp_path, change, expected):
+    folder = Path(shutil.copytree(adapter, tmp_path / "model"))
+    change(folder)
+    with pytest.raises(RecordError, match=expected) as error:
+        Policy.load(str(folder))
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_the_scripts_take_an_adapter(adapter, merged, run_script, tmp_path):
+    """Answers, pairs and the comparison are those of the merged model, file by file."""
+    write_records(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    for name, model in (("adapter", adapter), ("merged", merged)):
+        out = tmp_path / name
+        commands = {
+            "inference.py": [
+                *("--model_name_or_path", model, "--input", tmp_path / "prompts.jsonl"),
+                *("--output", out / "answers.jsonl", "--max_new_tokens", 60),
+            ],
+            "utils/build_synthetic_dataset.py": [
+                *("--model_name_or_path", model, "--limit", 12, "--samples", 4, "--output", out / "pairs.jsonl"),
+            ],
+            "evaluation/eval_reward_scores.py": [
+                *("--base_model", BASE, "--tuned_model", model, "--limit", 6, "--output_dir", out / "results"),
+            ],
+        }
+        for script, arguments in commands.items():
+            result = run_script(script, *arguments)
+            assert result.returncode == 0, result.stderr
+    for name in ("answers.jsonl", "pairs.jsonl", "results/reward_score_comparison.jsonl"):
+        first, second = ([row for _, row in read_rows(tmp_path / kind / name)] for kind in ("adapter", "merged"))
+        assert first == second and first, name
