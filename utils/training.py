@@ -24,7 +24,9 @@ NOT_THE_JOB = ("logging", "log_", "hub_", "push_", "save_", "report_to", "run_na
 class DataArgs:
     dataset_name: str = field(
         default=at_root("data/rewarded.jsonl"),
-        metadata={"help": "scored pairs: a JSONL file, or the name of a data set on the hub"},
+        metadata={
+            "help": "a JSONL file (dpo: scored pairs; sft: problems with steps, or pairs), or the name of a data set on the hub"
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of a hub data set"})
     dataset_train_split: str = field(default="train", metadata={"help": "split of a hub data set"})
