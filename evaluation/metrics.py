@@ -29,7 +29,7 @@ class Metric:
     n: int
 
     def __str__(self) -> str:
-        return f"{self.value:.3f}" + (f" [{self.ci95[0]:.3f}, {self.ci95[1]:.3f}]" if self.ci95 else "")
+        return f"{self.value:z.3f}" + (f" [{self.ci95[0]:z.3f}, {self.ci95[1]:z.3f}]" if self.ci95 else "")  # z: no -0.000
 
 
 def _metric(value: float, low: float, high: float, n: int) -> Metric:
@@ -75,15 +75,16 @@ def compare(name: str, base: Sequence[float], tuned: Sequence[float], is_rate: b
 def auroc_metric(labels: Sequence[float], scores: Sequence[float], clusters: Sequence[int], seed: int = 0) -> Metric | None:
     """Area under the ROC curve, 0 to 1 (0.5 is chance), of scores against labels of 0 or 1; n is the number of steps.
 
-    Steps of one solution are not independent, so the bootstrap draws whole clusters. None if all labels are the same."""
-    from sklearn.metrics import roc_auc_score
-
-    labels, scores = np.asarray(labels), np.asarray(scores)
+    It is the share of pairs of a 1 and a 0 in which the 1 scores higher, ties half (sklearn's roc_auc_score, which takes 4 ms a
+    resample where this takes 0.1). Steps of one solution are not independent, so the bootstrap draws whole clusters. None if all
+    labels are the same."""
+    labels = np.asarray(labels) == 1
+    levels = np.unique(scores, return_inverse=True)[1]  # the rank of each score; equal ones share it
 
     def auroc(weights: np.ndarray) -> float | None:
-        drawn = weights > 0
-        both = len(np.unique(labels[drawn])) == 2
-        return roc_auc_score(labels[drawn], scores[drawn], sample_weight=weights[drawn]) if both else None
+        ones, zeros = np.bincount(levels, weights * labels), np.bincount(levels, weights * ~labels)  # weight at each level
+        pairs = ones.sum() * zeros.sum()
+        return float(ones @ (zeros.cumsum() - zeros / 2) / pairs) if pairs else None
 
     return _clustered(auroc, clusters, seed) if len(np.unique(labels)) == 2 else None
 
@@ -219,10 +220,12 @@ def _clustered(statistic: Callable[[np.ndarray], float | None], clusters: Sequen
     clusters = np.unique(clusters, return_inverse=True)[1]
     count = int(clusters.max()) + 1
     value = statistic(np.ones(len(clusters)))
+    if count == 1:
+        return Metric(float(value), None, len(clusters))
     rng = np.random.default_rng(seed)
     weights = (np.bincount(rng.integers(count, size=count), minlength=count)[clusters] for _ in range(1000))
     drawn = [resampled for weight in weights if (resampled := statistic(weight)) is not None]
-    if count == 1 or not drawn:
+    if not drawn:
         return Metric(float(value), None, len(clusters))
     return _metric(value, *np.percentile(drawn, LEVEL), len(clusters))
 
@@ -271,7 +274,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     for row in rows:
         table.add_row(*map(str, row))
     console = Console(markup=False, highlight=False, emoji=False)
-    console.width = max(console.width, 110)
+    console.width = max(console.width, 160)  # a row is a line, also where nobody looks at a terminal
     console.print(title, "", sep="\n", soft_wrap=True)
     console.print(table)
 

@@ -34,6 +34,83 @@ def comparison_plot(path: str | Path, metrics: dict[str, Metric], shown: dict[st
     _save(figure, Path(path))
 
 
+def judge_picture(path: str | Path, title: str, card: dict, policies: Sequence[dict]) -> None:
+    """The report card of a judge, as evaluation/eval_judge.py makes it: reliability, distribution of the scores, score by position
+    and, where there are, best of n and the ranked policies."""
+    panels = [_reliability, _distribution, _by_position]
+    panels += [_best_of_n] if "best_of_n" in card["selection"].get("chance", {}) else []
+    panels += [_policies] if policies else []
+    down = -(-len(panels) // 2)
+    figure, grid = plt.subplots(down, 2, figsize=(10.4, 3.8 * down), layout="constrained")
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        panel(axes, policies if panel is _policies else card)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.remove()
+    figure.suptitle(title, fontsize=10)
+    _save(figure, Path(path))
+
+
+def _reliability(axes: plt.Axes, card: dict) -> None:
+    rows = card["reliability"]
+    rights = [row["right"] for row in rows]
+    axes.plot([0, 1], [0, 1], "--", color=BASE, linewidth=1)
+    values = [right.value for right in rights]
+    axes.errorbar([row["score"] for row in rows], values, _whiskers(rights), fmt="o-", color=TUNED, capsize=3)
+    for row, right in zip(rows, rights, strict=True):
+        axes.annotate(f"{right.n:,}", (row["score"], right.value), (5, 4), textcoords="offset points", fontsize=7)
+    axes.set(xlim=(-0.02, 1.08), ylim=(-0.02, 1.02), xlabel="mean score of the steps in a bin", ylabel="share of right steps")
+    error = card["metrics"]["calibration_error"]
+    axes.set_title(f"reliability (calibration error {error}; numbers: steps)", fontsize=9)
+
+
+def _distribution(axes: plt.Axes, card: dict) -> None:
+    for name, of_side, color in (("right", 1, TUNED), ("wrong", 0, WARNING)):
+        scores = [score for label, score, _ in card["steps"] if label == of_side]
+        axes.hist(scores, bins=20, range=(0, 1), color=color, alpha=0.6, label=f"{name} steps ({len(scores):,})")
+    auroc = card["metrics"].get("step_auroc")
+    axes.set(xlabel="score", ylabel="steps")
+    axes.set_title("scores" + (f" (AUROC {auroc})" if auroc else ""), fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _by_position(axes: plt.Axes, card: dict) -> None:
+    for name, side, color in (("right", 1, TUNED), ("wrong", 2, WARNING)):
+        there = [(k, row[side]) for k, row in enumerate(card["by_position"]) if row[side]]
+        means = [metric for _, metric in there]
+        places = [k for k, _ in there]
+        axes.errorbar(places, [metric.value for metric in means], _whiskers(means), fmt="o-", color=color, capsize=3, label=name)
+    axes.set_xticks(range(len(card["by_position"])), [row[0] for row in card["by_position"]])
+    axes.set(ylim=(-0.02, 1.02), xlabel="position of the step", ylabel="mean score")
+    axes.set_title("score by position", fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _best_of_n(axes: plt.Axes, card: dict) -> None:
+    metrics = {name: row["best_of_n"] for name, row in card["selection"].items()}
+    others = ("chance", "log-prob", "oracle")
+    colors = [BASE if name in others else TUNED for name in metrics]
+    values = [metric.value for metric in metrics.values()]
+    axes.tick_params(axis="x", labelsize=8)
+    axes.bar(list(metrics), values, 0.7, color=colors, yerr=_whiskers(list(metrics.values())), capsize=4)
+    for k, metric in enumerate(metrics.values()):
+        top = metric.ci95[1] if metric.ci95 else metric.value
+        axes.annotate(f"{metric.value:.3f}", (k, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+    axes.set(ylim=(0, 1.08), ylabel="exact accuracy of the picked sample")
+    axes.set_title(f"best of {card['samples']:.3g} ({metrics['chance'].n:,} problems)", fontsize=9)
+
+
+def _policies(axes: plt.Axes, policies: Sequence[dict]) -> None:
+    rewards, accuracies = ([row[name] for row in policies] for name in ("reward", "accuracy"))
+    places = [[metric.value for metric in metrics] for metrics in (rewards, accuracies)]
+    axes.errorbar(*places, _whiskers(accuracies), _whiskers(rewards), fmt="o", color=TUNED, capsize=3)
+    for row, x, y in zip(policies, *places, strict=True):
+        axes.annotate(Path(row["policy"]).name, (x, y), (5, 4), textcoords="offset points", fontsize=7)
+    axes.margins(0.15)  # room for the names
+    axes.set(xlabel="mean reward by the judge", ylabel="exact accuracy")
+    axes.set_title("policies, greedy answers", fontsize=9)
+
+
 # What a picture of training shows: panel -> its keys in the trainer's log, each with the label of its line.
 PANELS = {
     "loss": {"loss": "loss"},
@@ -93,6 +170,33 @@ def training_picture(history: Sequence[dict], path: str | Path, title: str) -> b
     figure.suptitle(title, fontsize=11)
     _save(figure, Path(path))
     return True
+
+
+def credit_plot(path: str | Path, metrics: dict[str, Metric], models: Sequence[str], kinds: dict[str, str]) -> None:
+    """Left: change of log-prob of each kind of step, a bar a model (`models` but the first, which is the base). Right: share of
+    right next steps at traps and elsewhere. `kinds`: name in the metrics -> label."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=[len(kinds), 3])
+    colors = dict(zip(models, [BASE, *plt.get_cmap("tab10").colors], strict=False))
+    for axes, group, names, labels in (
+        (left, "logp_change", models[1:], kinds),
+        (right, "next_step_accuracy", models, {"trap": "at traps", "elsewhere": "elsewhere"}),
+    ):
+        width = 0.8 / len(names)
+        for m, name in enumerate(names):
+            found = [(k, metrics[f"{name}/{group}/{kind}"]) for k, kind in enumerate(labels) if f"{name}/{group}/{kind}" in metrics]
+            values = [metric for _, metric in found]
+            places = [k + (m - (len(names) - 1) / 2) * width for k, _ in found]
+            label = name if axes is right else None
+            axes.bar(places, [v.value for v in values], width, yerr=_whiskers(values), color=colors[name], label=label, capsize=2)
+        axes.set_xticks(range(len(labels)), labels.values(), fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.axhline(0, color="black", linewidth=0.8)
+    left.set(ylabel="nats a step (95 % intervals)")
+    left.set_title("log-prob of steps, tuned minus base, pairs kept out of training", fontsize=10)
+    right.set(ylim=(0, 1.02), ylabel="share right")
+    right.set_title("greedy next step after a right beginning", fontsize=10)
+    figure.legend(frameon=False, loc="outside lower center", ncols=len(models))
+    _save(figure, Path(path))
 
 
 def _whiskers(metrics: Sequence[Metric]) -> list[list[float]]:

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from evaluation.metrics import (
     Metric,
@@ -73,6 +74,9 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order():
     metric = auroc_metric(labels, scores, [0, 0, 1, 1, 2, 2, 3, 3])
     assert metric.value == pytest.approx(by_hand) and metric.n == 8
     assert metric.ci95[0] <= by_hand <= metric.ci95[1]
+    rng = np.random.default_rng(8)
+    labels, scores = rng.integers(0, 2, 300), rng.integers(0, 20, 300) / 20  # many ties
+    assert auroc_metric(labels, scores, np.arange(300)).value == pytest.approx(roc_auc_score(labels, scores))
     assert auroc_metric([1, 1], [0.1, 0.9], [0, 1]) is None
     assert auroc_metric([1, 0], [0.9, 0.1], [0, 0]) == Metric(1.0, None, 2)
 
@@ -105,8 +109,6 @@ def test_calibration_on_bins_worked_out_by_hand():
 
 
 def test_brier_and_calibration_against_other_code():
-    from sklearn.metrics import brier_score_loss
-
     rng = np.random.default_rng(4)
     scores = rng.random(500)
     labels = (rng.random(500) < scores**2).astype(float)  # too sure of itself

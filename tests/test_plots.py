@@ -3,7 +3,8 @@
 import pytest
 
 from evaluation import plots
-from evaluation.plots import training_picture
+from evaluation.metrics import Metric
+from evaluation.plots import judge_picture, training_picture
 
 TRAIN = [
     {
@@ -63,3 +64,25 @@ def test_what_the_history_lacks_is_left_out(tmp_path, drawn):
     ]
     assert training_picture([END], tmp_path / "none.png", "nothing") is False
     assert sorted(file.name for file in tmp_path.iterdir()) == ["odd.png", "one.png"]
+
+
+def test_the_card_of_a_judge_draws_what_it_holds(tmp_path, drawn):
+    half = Metric(0.5, [0.4, 0.6], 4)
+    card = {
+        "metrics": {"calibration_error": half},
+        "steps": [(1, 0.9, 1), (0, 0.2, 2)],
+        "reliability": [
+            {"low": 0.2, "high": 0.3, "score": 0.2, "right": half},
+            {"low": 0.9, "high": 1.0, "score": 0.9, "right": half},
+        ],
+        "by_position": [("1", half, None), ("2", Metric(0.7, None, 1), half)],
+        "selection": {"min": {"answer_auroc": half}},
+    }
+    judge_picture(tmp_path / "few.png", "a judge", card, [])
+    assert [title.split(" (")[0] for title, _ in drawn] == ["reliability", "scores", "score by position"]
+    drawn.clear()
+    card["selection"] = {"min": {"best_of_n": half}, "chance": {"best_of_n": half}}
+    policies = [{"policy": f"runs/{name}", "reward": half, "accuracy": half} for name in "abc"]
+    judge_picture(tmp_path / "all.png", "a judge", card | {"samples": 4.0}, policies)
+    assert [title for title, _ in drawn][3:] == ["best of 4 (4 problems)", "policies, greedy answers"]
+    assert {file.name for file in tmp_path.iterdir()} == {"few.png", "all.png"}
