@@ -52,9 +52,11 @@ _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _FRACTION = re.compile(r"(-?)\s*(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")  # 3/4 and 2 3/4
 _AMOUNT = re.compile(r"(?:^[-+]\s*|(?<![\d.])[-+])?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,2}(?!\d))?", re.IGNORECASE)
 _SHORT_WORDS = re.compile(r"cm|mm|km|kg|mg|ml|ft|in|lb|oz|hr|am|pm|mi|yd|is|he|an|at|by")  # others of two letters are variables
-_NO_UNITS = re.compile(
-    r"and|or|half|halves|of|to|times|plus|minus|negative|dozens?|hundreds?|thousands?|[mb]illions?|sqrt|pi|sin|cos|tan|log|exp"
+_NO_UNITS = re.compile(  # words that make another number of one
+    r"\b(?:and|or|half|halves|of|to|times|plus|minus|negative|dozens?|hundreds?|thousands?|[mb]illions?|sqrt|sin|cos|tan|log|exp)\b",
+    re.IGNORECASE,
 )
+_WORD = re.compile(r"[^\W\d_]+")
 _FUNCTIONS = re.compile(r"(?<![a-zA-Z\\])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![a-zA-Z])")  # as a programming language writes them
 
 
@@ -71,22 +73,25 @@ def _number(text: str) -> Fraction | None:
         sign, whole, over, under = fraction.groups()
         value = int(whole or 0) + Fraction(int(over), int(under)) if int(under) else None
         return -value if sign and value is not None else value
-    text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    before, _, text = text.rpartition("=")  # `9 eggs * $2 = $18` states 18
+    text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text.strip())
     text = re.sub(r"(?<=[a-z]{2})\^\{?[23]\}?", "", text)  # square and cubic units
     amounts = _AMOUNT.findall(text)
     rest = _AMOUNT.sub(" ", text)
-    words = re.findall(r"[^\W\d_]+", rest)
-    if len(amounts) != 1 or re.search(r"[^\w\s.,;:'\"/-]|_", rest):
+    if len(amounts) != 1 or re.search(r"[^\w\s.,;:'\"/-]|_", rest) or _has_variables(f"{before} {rest}") or _NO_UNITS.search(rest):
         return None
-    if any(_NO_UNITS.fullmatch(word.lower()) or (len(word) < 3 and not _SHORT_WORDS.fullmatch(word.lower())) for word in words):
-        return None  # `half of 18`, `3xy`
     return Fraction(re.sub(r"\s|\.$|\.(?=e)", "", amounts[0].lower()))
+
+
+def _has_variables(text: str) -> bool:
+    """Whether there is a letter or two that are no short word: `3xy`."""
+    return any(len(word) < 3 and not _SHORT_WORDS.fullmatch(word.lower()) for word in _WORD.findall(text))
 
 
 def _is_prose(text: str) -> bool:
     """True for words, which are no product of one-letter variables, and for times and ratios."""
     text = re.sub(r"\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+", " ", text)
-    words = re.findall(r"[^\W\d_]+", text)
+    words = _WORD.findall(text)
     if re.fullmatch(r"[^\W\d_]{2,}", text.strip()) or re.search(r"\d\s*:\s*\d", text):
         return True
     return any(len(word) > 2 and word != "and" and not _FUNCTIONS.fullmatch(word) for word in words)
