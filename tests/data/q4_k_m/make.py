@@ -12,9 +12,9 @@ ROOT = HERE.parents[2]
 
 
 def write_parent(folder: str | Path) -> None:
-    """The fp32 parent as a model directory: LLaMA, hidden 256 (K-quants need rows of 256 numbers), 2 layers, GQA 4/2, and the tokenizer
-    beside this file. Its weights come from numpy's RandomState(0), whose numbers are the same everywhere and for good; values and embeddings are
-    large enough that scores differ from step to step."""
+    """The fp32 parent as a model directory: LLaMA, hidden 256 (K-quants need rows of 256 numbers), 2 layers, GQA 4/2, and the
+    tokenizer beside this file. Its weights come from numpy's RandomState(0), whose numbers are the same everywhere and for good;
+    values and embeddings are large enough that scores differ from step to step."""
     import numpy as np
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
