@@ -208,6 +208,22 @@ def test_limit_seed_and_no_references(world, comparison, run_script, tmp_path):
     assert "none of the pairs kept out" in process.stdout
 
 
+def test_another_judge_and_the_control(world, run_script, tmp_path):
+    """The checker gives tuned full marks and base fewer; with its scores permuted over both, little of the difference is left."""
+    folder = {"input": world["input"], "pairs": world["pairs"], "base_model": world["base"], "tuned_model": world["tuned"]}
+    exact = folder | {"judge_problems": world["input"], "limit": COUNT, "max_new_tokens": 80}
+    found = {}
+    for judge in ({"judge": "exact"}, {"judge": "shuffled", "shuffled_judge": "exact"}):
+        changes = exact | judge | {"output_dir": judge["judge"]}
+        process = run_script(SCRIPT, *(part for name, value in changes.items() for part in (f"--{name}", value)))
+        assert process.returncode == 0, process.stderr
+        found[judge["judge"]] = json.loads((tmp_path / judge["judge"] / "reward_score_comparison.json").read_text())["metrics"]
+    assert found["exact"]["tuned_reward"]["value"] == 1 > found["exact"]["base_reward"]["value"]
+    improvement = {name: metrics["reward_improvement"]["value"] for name, metrics in found.items()}
+    assert abs(improvement["shuffled"]) < improvement["exact"] / 2
+    assert found["shuffled"]["accuracy_improvement"] == found["exact"]["accuracy_improvement"]
+
+
 ROW = '{"prompt": "Mia has 2 cups.", "answer": "2", "steps": ["Answer: 2"]}\n'
 BROKEN = {
     "empty.jsonl": ("", "no rows"),

@@ -1,6 +1,10 @@
 """The flag --judge: what each judge needs, what identifies it, the human judge and how its agreement is measured."""
 
+import hashlib
 import json
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -182,3 +186,74 @@ def test_kappa_is_agreement_beyond_chance():
     assert kappa_metric(labels, labels, range(50)).value == 1
     assert kappa_metric([1, 1], [0.9, 0.8], [0, 1]) is None
     assert kappa_metric([1, 1], [0.1, 0.2], [0, 1]).value == 0
+
+
+# --- a server that fails
+
+
+class Server(ThreadingHTTPServer):
+    """An OpenAI-compatible server: answers `allowed` requests from recorded log-probs, then refuses the key."""
+
+    allowed, answered = 0, 0
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        refused = self.server.answered >= self.server.allowed
+        self.server.answered += not refused
+        yes = 0.1 + 0.8 * (int(hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest(), 16) % 100) / 100
+        top = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in (("Yes", yes), ("No", 1 - yes))]
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Yes"}}
+        choice["logprobs"] = {"content": [top[0] | {"top_logprobs": top}]}
+        error = {"error": {"message": "invalid key", "type": "invalid_request_error"}}
+        answer = json.dumps(
+            error if refused else {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+        )
+        self.send_response(401 if refused else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_that_fails_costs_no_scored_row_and_no_answer_twice(run_script, tmp_path):
+    pairs = [{"prompt": f"p {k}", "chosen": ["a", "b"], "rejected": ["c"]} for k in range(40)]  # 3 questions each, 32 pairs a chunk
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    with Server() as server:
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+
+        def script(output, allowed, cache="answers.jsonl"):
+            server.allowed, server.answered = allowed, 0
+            judge = (
+                "--judge",
+                "openai",
+                "--judge_base_url",
+                url,
+                "--judge_model",
+                "m",
+                "--judge_cache",
+                cache,
+                "--judge_requests",
+                2,
+            )
+            return run_script("reward_model/evaluate_steps.py", "--input", "pairs.jsonl", "--output", output, *judge)
+
+        refused = script("rewarded.jsonl", 0)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "OPENAI_API_KEY" in refused.stderr
+        assert {path.name for path in tmp_path.iterdir()} <= {"pairs.jsonl", "answers.jsonl"}, "found before anything is begun"
+        failed = script("rewarded.jsonl", 110)
+        assert failed.returncode == 2 and "OPENAI_API_KEY" in failed.stderr.splitlines()[-1]
+        resumed = script("rewarded.jsonl", 1000)
+        assert resumed.returncode == 0 and "going on after 32 of 40 pairs" in resumed.stdout, resumed.stderr
+        assert server.answered == 3 * 40 + 1 - 110  # one question more, to try the server
+        assert script("whole.jsonl", 1000, "other.jsonl").returncode == 0
+        server.shutdown()
+    assert (tmp_path / "rewarded.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
