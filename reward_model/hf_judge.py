@@ -1,0 +1,309 @@
+"""The same question to any Hugging Face causal language model: a directory, an adapter, a hub name, a GGUF file; on CPU or GPU.
+
+Many solutions are read in one forward pass, and what the questions after the steps of one solution share is read once:
+
+    row = text up to the last step's question | what the text of step 1 has of its own | ... of step 2 | ...
+
+Every such branch is attended to the beginning it shares with the row's first text and to itself, at the positions that follow that
+beginning, so the model reads what it would read if the text stood alone. The beginnings are compared as token ids after
+each whole text was tokenized, so it does not matter how a tokenizer treats the boundary between a step and the question.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from tokenizers import normalizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from reward_model.base import (
+    CHAT,
+    NO,
+    TEMPLATES,
+    YES,
+    JudgeError,
+    JudgeTemplate,
+    Solution,
+    StepJudge,
+    fitting_template,
+    short,
+    where,
+)
+from reward_model.gguf_file import read_gguf
+
+STEPS_HERE = "<<steps>>"
+EDGE = "\U0010ffff"  # in no vocabulary, merges with nothing: what follows is tokenized as the middle of a text
+CUT = "\ud800"  # put into text that reads like a control token, so that it stays text; a user's text cannot hold it
+TRIAL = ("2 + 3 = ?", ["Step 1: 2 + 3 = 5", "Step 2: 5 is 6", "Answer: 6"])  # a solution to try a model with
+
+
+@dataclass
+class _Row:
+    """What is read together: the texts (as ids) of some steps of one solution, the longest last."""
+
+    solution: int
+    first: int  # which of the solution's scores is that of texts[0]
+    texts: list[list[int]]
+    shared: list[int] = field(default_factory=list)  # how many first ids texts[k] has in common with the last text
+
+    def __post_init__(self):
+        trunk = self.texts[-1]
+        for text in self.texts[:-1]:
+            most = min(len(text), len(trunk)) - 1  # each text keeps its last token, where the answer is read, to itself
+            self.shared.append(next((i for i in range(most) if text[i] != trunk[i]), most))
+
+    def __len__(self) -> int:
+        return len(self.texts[-1]) + sum(len(text) - n for text, n in zip(self.texts, self.shared, strict=False))
+
+
+class HFJudge(StepJudge):
+    """A StepJudge on any causal language model that transformers can load.
+
+    model_path: a model directory, a PEFT adapter directory, a GGUF file, or a hub name. template: a name in TEMPLATES or a
+    JudgeTemplate; by default a directory's own chat template if it has one, else what the model says of itself, as `gguf` does.
+    batch_tokens: padded tokens of one forward pass (a longer solution is read alone). device: by default the GPU if there is one;
+    the weights are in float32 on a CPU and as stored on a GPU. Code that comes with a model is never run.
+    Raises JudgeError if the model cannot be used. Scores are rounded to 6 decimals; what is batched together moves them by
+    rounding errors only. A user's text that reads like a control token stays text."""
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        template: str | JudgeTemplate | None = None,
+        batch_tokens: int = 8192,
+        device: str | None = None,
+    ):
+        self.path, self.batch_tokens = str(model_path), batch_tokens
+        if batch_tokens < 1:
+            raise JudgeError(f"batch_tokens must be at least 1, got {batch_tokens}")
+        if isinstance(template, str) and template not in TEMPLATES:
+            raise JudgeError(f"unknown judge template {template!r}: expected one of {', '.join(TEMPLATES)}")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer, self.model, name = _load(self.path, device)
+        config = self.model.config.get_text_config()
+        self.context_length = getattr(config, "max_position_embeddings", None)  # tokens; None: without limit
+        self.window = getattr(config, "sliding_window", None)  # a row's mask knows nothing of it
+        own = template is None and not self.path.endswith(".gguf") and self.tokenizer.chat_template
+        if isinstance(template, JudgeTemplate):
+            self.template, self.template_name = template, "given"
+        elif own:
+            self.template, self.template_name = self._chat_template(), "chat"
+        else:
+            self.template_name = template or fitting_template(f"{self.tokenizer.chat_template or ''}\n{name}")
+            self.template = TEMPLATES[self.template_name]
+        begins = self.tokenizer("a")["input_ids"][:1]  # a chat template writes the token that begins a text itself
+        self._bos = begins if begins == [self.tokenizer.bos_token_id] and not own else []
+        control = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        control = "|".join(re.escape(text) for text in control if len(text) > 1)
+        self._control = re.compile(f"(?={control})(.)" if control else "(?!)()", re.DOTALL)
+        self._yes, self._no = self._spellings(YES), self._spellings(NO)
+        self.packed = self._reads_rows()
+
+    # --- text
+
+    def _chat_template(self) -> JudgeTemplate:
+        """The model's own chat template around the question; a model that can think first is told not to."""
+        message = {"role": "user", "content": CHAT.before + STEPS_HERE + CHAT.question}
+        try:
+            text = self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True, enable_thinking=False)
+            before, question = text.split(STEPS_HERE)
+        except Exception as error:  # templates are programs of their own
+            raise JudgeError(f"judge {self.path}: its chat template fails ({_line(error)}): name a judge template") from None
+        return JudgeTemplate(before, question)
+
+    def _spellings(self, words: Sequence[str]) -> torch.Tensor:
+        """Ids of the tokens that are one of the words, alone or after a space (SentencePiece or byte-level)."""
+        vocabulary = self.tokenizer.get_vocab()
+        ids = [vocabulary[piece] for word in words for piece in (word, f"▁{word}", f"Ġ{word}") if piece in vocabulary]
+        if not ids:
+            raise JudgeError(f"judge {self.path} cannot be used: its vocabulary has no token {' or '.join(words)}")
+        return torch.tensor(ids, device=self.model.device)
+
+    def _texts(self, prompt: str, steps: Sequence[str], first: int) -> list[list[int]]:
+        """For every step from `first` on, the ids of the text that ends with the question about it."""
+        try:
+            "".join((prompt, *steps)).encode()
+        except UnicodeEncodeError:
+            raise JudgeError(f"prompt {short(prompt)}: half of a Unicode surrogate pair cannot be scored") from None
+        prompt, *steps = (self._control.sub(lambda match: match[1] + CUT, text) for text in (prompt, *steps))
+        before = self.template.before.replace("{prompt}", prompt)
+        lines = [f"{step}\n" for step in steps]
+        texts = [before + "".join(lines[: k + 1]) + self.template.question for k in range(first, len(steps))]
+        if any(CUT in text for text in texts):
+            return [self._bos + self._cut_ids(text) for text in texts]
+        return [self._bos + ids for ids in self._ids(texts)]
+
+    def _cut_ids(self, text: str) -> list[int]:
+        """Ids of a text in pieces, each but the first tokenized as the middle of a text."""
+        first, *rest = text.split(CUT)
+        edge = len(self._ids(EDGE))
+        return self._ids(first) + [index for piece in rest for index in self._ids(EDGE + piece)[edge:]]
+
+    def _ids(self, texts):
+        """Ids of a text, or of each of several."""
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    # --- scoring
+
+    def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
+        """As in StepJudge."""
+        results: list[list[float] | None] = []
+        packed, alone = [], []
+        for i, ((prompt, steps), first) in enumerate(zip(solutions, skip or [0] * len(solutions), strict=True)):
+            texts = self._texts(prompt, steps, first) if first < len(steps) else []
+            if texts and self.context_length and len(texts[-1]) > self.context_length:
+                results.append(None)
+                continue
+            results.append([0.0] * len(texts))
+            if self.packed and texts and not (self.window and len(texts[-1]) > self.window):
+                packed.append(_Row(i, 0, texts))
+            else:
+                alone += [_Row(i, k, [text]) for k, text in enumerate(texts)]
+        for rows, read in ((packed, self._read_rows), (alone, self._read_texts)):
+            for batch in self._batches(rows):
+                scores = iter(self._score(read, batch))
+                for row in batch:
+                    for k, score in zip(range(row.first, row.first + len(row.texts)), scores, strict=False):
+                        if score != score:
+                            prompt, steps = solutions[row.solution]
+                            place = where(prompt, steps, len(steps) - len(results[row.solution]) + k)
+                            raise JudgeError(f"judge {self.path}: the model's logits are not finite at {place}")
+                        results[row.solution][k] = round(score, 6)
+        return results
+
+    def _batches(self, rows: list[_Row]) -> Iterator[list[_Row]]:
+        """Rows of like length together, at most `batch_tokens` padded tokens."""
+        batch: list[_Row] = []
+        for row in sorted(rows, key=len):
+            if batch and len(row) * (len(batch) + 1) > self.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+    def _score(self, read: Callable[[list[_Row]], torch.Tensor], batch: list[_Row]) -> list[float]:
+        try:
+            return self._log_odds(read(batch)).sigmoid().tolist()
+        except torch.OutOfMemoryError:
+            tokens = len(batch) * max(map(len, batch))
+            raise JudgeError(f"judge {self.path}: {tokens} tokens at once do not fit on the GPU: lower batch_tokens") from None
+
+    def _log_odds(self, logits: torch.Tensor) -> torch.Tensor:
+        """log P(yes) - log P(no), each summed over its spellings: (N, V) -> (N,)."""
+        logits = logits.float()
+        return logits[:, self._yes].logsumexp(-1) - logits[:, self._no].logsumexp(-1)
+
+    @torch.inference_mode()
+    def _read_rows(self, batch: list[_Row]) -> torch.Tensor:
+        """Logits (N, V) at the end of every text, row by row, each row read in one piece."""
+        longest = max(map(len, batch))
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)  # (B, L)
+        positions = torch.zeros_like(ids)
+        seen = torch.eye(longest, dtype=torch.bool).repeat(len(batch), 1, 1)  # (B, L, L); padding sees itself: no empty softmax
+        asked: list[tuple[int, int]] = []
+        for b, row in enumerate(batch):
+            trunk = row.texts[-1]
+            end = len(trunk)
+            ids[b, :end], positions[b, :end] = torch.tensor(trunk), torch.arange(end)
+            seen[b, :end, :end] = torch.ones(end, end, dtype=torch.bool).tril()
+            for text, n in zip(row.texts, row.shared, strict=False):
+                start, end = end, end + len(text) - n
+                ids[b, start:end], positions[b, start:end] = torch.tensor(text[n:]), torch.arange(n, len(text))
+                seen[b, start:end, :n] = True
+                seen[b, start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+                asked.append((b, end - 1))
+            asked.append((b, len(trunk) - 1))
+        device, dtype = self.model.device, self.model.dtype
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]  # added to the scores
+        hidden = self.model.base_model(
+            input_ids=ids.to(device), position_ids=positions.to(device), attention_mask=mask.to(device), use_cache=False
+        ).last_hidden_state  # (B, L, H)
+        rows, columns = torch.tensor(asked, device=device).T
+        return self.model.get_output_embeddings()(hidden[rows, columns])  # the vocabulary only where it is asked
+
+    @torch.inference_mode()
+    def _read_texts(self, batch: list[_Row]) -> torch.Tensor:
+        """Logits (N, V) at the end of every text, each text read on its own: for rows of one text."""
+        texts = [row.texts[0] for row in batch]
+        longest = max(map(len, texts))
+        ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts])  # (B, L), left-padded
+        mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        return self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+
+    def _reads_rows(self) -> bool:
+        """Whether this model reads a row as it reads the texts alone. Tried, since a model whose attention takes no mask of this
+        kind, or that does more to its logits, would be silently wrong."""
+        texts = self._texts(*TRIAL, 0)
+        try:
+            rows = self._log_odds(self._read_rows([_Row(0, 0, texts)]))
+        except (TypeError, ValueError, RuntimeError, AttributeError):
+            rows = None
+        texts_alone = [self._log_odds(self._read_texts([_Row(0, k, [text])])) for k, text in enumerate(texts)]
+        alone = torch.cat(texts_alone)
+        tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.3  # half precision: a few of its last bits
+        agrees = rows is not None and not (rows - alone).abs().max() > tolerance  # NaN is found where it is scored
+        if not agrees:
+            print(f"judge {self.path}: this architecture cannot share a solution's beginning between questions; slower without")
+        return agrees
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self.model = None
+
+    def __str__(self) -> str:
+        context = self.context_length or "without limit"
+        return f"{self.path}: template {self.template_name}, context {context}, on {self.model.device}"
+
+
+def _load(path: str, device: str):
+    """(tokenizer, model, what it is called). Raises JudgeError."""
+    if path.endswith(".gguf"):
+        metadata = read_gguf(path, any_kind=True).metadata  # a damaged file is found before it is loaded
+        with TemporaryDirectory() as folder:  # beside other files transformers would mix them in
+            os.symlink(os.path.abspath(path), f"{folder}/model.gguf")
+            tokenizer, model = _from_pretrained(path, device, folder, folder, gguf_file="model.gguf")
+        if metadata.get("tokenizer.ggml.model") == "llama" and metadata.get("tokenizer.ggml.add_space_prefix", True):
+            # as in LLaMA's own tokenizer and in llama.cpp, what follows a control token begins with a space too
+            space = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(space)
+            tokenizer.backend_tokenizer.pre_tokenizer = None
+        return tokenizer, model, str(metadata.get("general.name", ""))
+    return *_from_pretrained(path, device, _tokenizer_of(path), path), Path(path).name
+
+
+def _from_pretrained(path: str, device: str, tokenizer_path: str, model_path: str, **extra: str):
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, **extra)
+        dtype = torch.float32 if device == "cpu" else "auto"
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=dtype, use_safetensors=True, output_loading_info=True, **extra
+        )
+    except Exception as error:  # what a file that is no model makes of the libraries is beyond a list
+        raise JudgeError(f"judge {path} cannot be loaded: {_line(error)}") from None
+    if loading["missing_keys"]:  # transformers fills them with random numbers
+        raise JudgeError(f"judge {path}: weights are missing, {min(loading['missing_keys'])} for one")
+    if not tokenizer.is_fast:
+        raise JudgeError(f"judge {path}: it has no fast tokenizer (tokenizer.json)")
+    return tokenizer, model.to(device).eval()
+
+
+def _tokenizer_of(path: str) -> str:
+    """Where a model's tokenizer is: an adapter that has none uses its base's."""
+    adapter = Path(path) / "adapter_config.json"
+    if adapter.is_file() and not (Path(path) / "tokenizer_config.json").is_file():
+        return json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or path
+    return path
+
+
+def _line(error: Exception) -> str:
+    """The first line of what a library says."""
+    said = str(error).strip().replace(":\n", ": ") or type(error).__name__
+    return said.splitlines()[0]
