@@ -97,7 +97,7 @@ def comparison(world, tmp_path_factory) -> dict:
     root = Path(__file__).resolve().parents[1]
     folder = tmp_path_factory.mktemp("comparison")
     command = [sys.executable, str(root / SCRIPT), *flags(world)]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ | {"COLUMNS": "80"}, timeout=120)
+    process = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ | {"COLUMNS": "80"}, timeout=600)
     assert process.returncode == 0, process.stderr
     results = folder / "results"
     return {
