@@ -21,6 +21,7 @@ commands:
 main arguments of dpo (all of them: python train.py dpo --help):
   --dataset_name FILE_OR_NAME    scored pairs: a JSONL file or a hub name      [data/rewarded.jsonl]
   --model_name_or_path MODEL     the policy to start from, and the reference   [models/policy-mini]
+                                 (an adapter goes on with --use_peft, else it is merged into its base)
   --output_dir FOLDER            where the tuned model goes                    [saved_model/stepwise_dpo_tinyllama]
   --config FILE.yaml             arguments from a file; flags beat it
   --loss_type LOSS [LOSS ...]    stepwise, mixed with sigmoid or sft; or TRL's own
@@ -82,7 +83,8 @@ def train_dpo(argv: list[str]) -> None:
     from trainer.stepwise_dpo_trainer import StepwiseDPOTrainer
 
     config = training.config
-    trainer = training.build(lambda **given: StepwiseDPOTrainer(**given, **peft_and_quantization(training.model_args)))
+    with_peft = peft_and_quantization(training.model_args)
+    trainer = training.build(lambda **given: StepwiseDPOTrainer(**with_peft | given), needs_reference=True)
     loss = " + ".join(config.loss_type) + (f", credit {config.credit}" if config.has_step_loss else "")
     what = f"stepwise DPO ({loss}), steps scored by a judge, on"
     in_bar = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
@@ -95,7 +97,7 @@ def train_sft(argv: list[str]) -> None:
 
     description = "Supervised training on step-by-step solutions."
     training = start("sft", StepSFTConfig, Solution, "solutions", argv, "saved_model/sft", description)
-    trainer = training.build(lambda **given: StepSFTTrainer(**given, **peft_and_quantization(training.model_args)))
+    trainer = training.build(lambda **given: StepSFTTrainer(**peft_and_quantization(training.model_args) | given))
     in_bar = {"loss": "loss", "mean_token_accuracy": "tokens right"}
     training.run(trainer, "supervised training (SFT) on", "trl, sft, reasoning", SHOWN_SFT, in_bar)
 

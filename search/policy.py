@@ -29,9 +29,9 @@ def pick_device() -> tuple[str, bool]:
     return "cpu", bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def base_of(model_name_or_path: str, **hub) -> tuple[str, bool]:
+def base_of(model_name_or_path: str, revision: str | None = None) -> tuple[str, bool]:
     """(what holds the weights, True) for a PEFT adapter: the base it names; (the same name, False) for any other model."""
-    adapter = find_adapter_config_file(model_name_or_path, **hub)
+    adapter = find_adapter_config_file(model_name_or_path, revision=revision)
     if adapter is None:
         return model_name_or_path, False
     base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -40,32 +40,38 @@ def base_of(model_name_or_path: str, **hub) -> tuple[str, bool]:
     return base, True
 
 
-def load_model(model_name_or_path: str, dtype: torch.dtype | str, trainable: bool = False, **hub):
+def load_model(
+    model_name_or_path: str,
+    dtype: torch.dtype | str,
+    trainable: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+):
     """(model, tokenizer) of a directory or a hub name: a causal LM, or a PEFT adapter (LoRA and its kin) on its base.
 
     An adapter is a PeftModel and stays beside its base: small updates would be lost in the rounding if they were added to weights
     of 16 bits (`model.merge_and_unload()` does it, best in float32). A tokenizer that the adapter lacks is its base's.
-    trainable: the adapter is loaded to be trained. hub: what both `from_pretrained` take, as `revision`.
+    trainable: the adapter is loaded to be trained. revision: of what is named, not of an adapter's base.
     Raises RecordError if nothing can be loaded, or not all of it."""
     name = base = model_name_or_path
     try:
-        base, adapter = base_of(name, **hub)
-        of_base = {key: value for key, value in hub.items() if not adapter or key != "revision"}
+        base, is_adapter = base_of(name, revision)
+        hub = {"revision": None if is_adapter else revision, "trust_remote_code": trust_remote_code}
         model, loading = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, use_safetensors=True, output_loading_info=True, **of_base
+            base, dtype=dtype, use_safetensors=True, output_loading_info=True, **hub
         )
         if loading["missing_keys"]:  # transformers fills them with random numbers
             raise ValueError(f"weights are missing, {min(loading['missing_keys'])} for one")
-        if not adapter:
+        if not is_adapter:
             return model, AutoTokenizer.from_pretrained(name, **hub)
-        return _add_adapter(model, name, trainable, hub), _tokenizer_of_adapter(name, base, hub)
+        return _add_adapter(model, name, trainable, revision), _tokenizer_of_adapter(name, base, revision)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         place = "it" if base == name else f"it and its base {base}"
         reason = str(error).strip().replace(":\n", ": ").splitlines()[0]
         raise RecordError(f"{name}: no model can be loaded from {place} ({reason})") from None
 
 
-def _add_adapter(model, name: str, trainable: bool, hub: dict):
+def _add_adapter(model, name: str, trainable: bool, revision: str | None):
     from peft import PeftModel
 
     if Path(name).is_dir() and not (Path(name) / "adapter_model.safetensors").is_file():
@@ -74,7 +80,7 @@ def _add_adapter(model, name: str, trainable: bool, hub: dict):
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("error", message="Found missing adapter keys")  # peft would start them anew
         try:
-            model = PeftModel.from_pretrained(model, name, is_trainable=trainable, **hub)
+            model = PeftModel.from_pretrained(model, name, is_trainable=trainable, revision=revision)
         except UserWarning as warning:
             raise ValueError(str(warning)) from None
     if model.active_peft_config.is_prompt_learning:
@@ -82,9 +88,9 @@ def _add_adapter(model, name: str, trainable: bool, hub: dict):
     return model
 
 
-def _tokenizer_of_adapter(name: str, base: str, hub: dict):
+def _tokenizer_of_adapter(name: str, base: str, revision: str | None):
     try:
-        return AutoTokenizer.from_pretrained(name, **hub)
+        return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError):
         return AutoTokenizer.from_pretrained(base)
 

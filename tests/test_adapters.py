@@ -75,6 +75,69 @@ def test_a_gguf_of_an_adapter_is_that_of_its_merged_model(adapter, merged, tmp_p
     assert (tmp_path / "adapter.gguf").read_bytes() == (tmp_path / "merged.gguf").read_bytes()
 
 
+def train_from(model: str, folder: Path, *more: object, command: str = "dpo") -> list[dict]:
+    """A short training in this process. Returns what it logged, step by step."""
+    import train
+
+    flags = {
+        "model_name_or_path": model, "dataset_name": ROOT / "data/rewarded.jsonl", "limit": 8, "output_dir": folder / "out",
+        "logs_dir": folder / "logs", "per_device_train_batch_size": 2, "num_train_epochs": 1, "logging_steps": 1, "save_steps": 2,
+        "save_total_limit": 9, "learning_rate": 1e-3, "bf16": "false", "disable_tqdm": "true",
+    }  # fmt: skip
+    train.COMMANDS[command]([str(part) for name, value in flags.items() for part in (f"--{name}", value)] + [*map(str, more)])
+    history = json.loads((folder / "logs/out/log.json").read_text())["history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+def weights_of(path: str | Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def test_training_goes_on_with_an_adapter(adapter, tmp_path, capsys):
+    """The reference is the adapter as it was: the first loss is ln 2. What comes out is an adapter on the same base."""
+    history = train_from(adapter, tmp_path, "--use_peft", "--lora_r", 32)
+    assert "going on with the adapter" in capsys.readouterr().out
+    assert history[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and history[0]["logps/chosen_vs_ref"] == pytest.approx(0, abs=1e-4)
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"]) == (BASE, 4)
+    assert not (tmp_path / "out/ref").exists() and not (tmp_path / "out/config.json").exists()
+    before, after = (weights_of(f"{folder}/adapter_model.safetensors") for folder in (adapter, tmp_path / "out"))
+    assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
+    policy = Policy.load(str(tmp_path / "out"))
+    assert policy.generate(PROMPTS[:1], max_new_tokens=10) and policy.tokenizer.eos_token == "</s>"
+
+
+def test_a_stopped_training_of_an_adapter_goes_on(adapter, tmp_path):
+    whole = train_from(adapter, tmp_path, "--use_peft")
+    expected = weights_of(tmp_path / "out/adapter_model.safetensors")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+        (tmp_path / "out" / name).unlink()
+    shutil.rmtree(tmp_path / "out/checkpoint-4")
+    again = train_from(adapter, tmp_path, "--use_peft")
+    assert [entry["loss"] for entry in again] == [entry["loss"] for entry in whole] and len(whole) == 4
+    weights = weights_of(tmp_path / "out/adapter_model.safetensors")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("precomputed", ["false", "true"])
+def test_without_use_peft_an_adapter_is_merged_first(adapter, merged, tmp_path, precomputed):
+    """All weights are trained, and the reference is the merged model, not the base on disk."""
+    history = train_from(adapter, tmp_path, "--precompute_ref_log_probs", precomputed)
+    assert history[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and history[0]["logps/chosen_vs_ref"] == pytest.approx(0, abs=1e-3)
+    assert (tmp_path / "out/config.json").exists() and not (tmp_path / "out/adapter_config.json").exists()
+    start, after = (weights_of(f"{folder}/model.safetensors") for folder in (merged, tmp_path / "out"))
+    distance = {name: (after[name] - start[name]).abs().max().item() for name in start}
+    assert start.keys() == after.keys() and all(0 < far < 0.05 for far in distance.values())
+
+
+def test_supervised_training_goes_on_with_an_adapter(adapter, tmp_path):
+    history = train_from(adapter, tmp_path, "--use_peft", command="sft")
+    before, after = (weights_of(f"{folder}/adapter_model.safetensors") for folder in (adapter, tmp_path / "out"))
+    assert history and before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
+
+
 def without_weights(folder: Path):
     (folder / "adapter_model.safetensors").unlink()
 

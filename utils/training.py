@@ -1,5 +1,6 @@
 """What every training of train.py shares: its data, where it writes, how it resumes, what it leaves behind."""
 
+import copy
 import hashlib
 import json
 import os
@@ -121,6 +122,7 @@ def write_model(trainer, folder: Path, card: str) -> None:
     if trainer.is_world_process_zero():
         (staging / "README.md").write_text(card, encoding="utf-8")
         (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; JOB says the same in JSON
+        shutil.rmtree(staging / "ref", ignore_errors=True)  # TRL's copy of the adapter that training started from
         for path in sorted(staging.iterdir(), key=lambda path: path.name in FINISHED):
             os.replace(path, folder / path.name)
         staging.rmdir()
@@ -199,13 +201,16 @@ class Training:
         self.checkpoint = where_to_begin(self.folder, self.job, args.overwrite, config.resume_from_checkpoint)
         check_output(str(self.log_file), overwrite=True)
 
-    def build(self, make_trainer):
-        """make_trainer(model=..., args=..., train_dataset=..., eval_dataset=...), on a model whose weights are all there. Raises
-        UserError if it cannot be loaded, or not be trained as the arguments say."""
+    def build(self, make_trainer, needs_reference: bool = False):
+        """make_trainer(model=..., args=..., train_dataset=..., eval_dataset=...), on a model whose weights are all there; more is
+        given, and None for peft_config, where training starts from an adapter. Raises UserError if the model cannot be loaded, or
+        not be trained as the arguments say."""
         quiet()
         from datasets import Dataset
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
+
+        from search.policy import base_of
 
         config, model_args = self.config, self.model_args
         config.model_init_kwargs = {
@@ -217,17 +222,42 @@ class Training:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(self.log_file.parent))
         try:
             hub = {"revision": model_args.model_revision, "trust_remote_code": config.trust_remote_code}
-            _, loading = AutoModelForCausalLM.from_pretrained(self.model, **hub, device_map="meta", output_loading_info=True)
-            if loading["missing_keys"]:  # transformers would fill them with random numbers
-                raise ValueError(f"weights are missing, {min(loading['missing_keys'])} for one")
+            start = {"model": self.model}
+            if base_of(self.model, model_args.model_revision)[1]:
+                start = self._adapter(needs_reference, hub)
+            else:
+                _, loading = AutoModelForCausalLM.from_pretrained(self.model, **hub, device_map="meta", output_loading_info=True)
+                if loading["missing_keys"]:  # transformers would fill them with random numbers
+                    raise ValueError(f"weights are missing, {min(loading['missing_keys'])} for one")
             return make_trainer(
-                model=self.model,
+                **start,
                 args=config,
                 train_dataset=Dataset.from_list(list(map(asdict, self.rows))),
                 eval_dataset=Dataset.from_list(list(map(asdict, self.kept_out))) if config.eval_strategy != "no" else None,
             )
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(f"{model_args.model_name_or_path}: cannot be trained so: {error}") from None
+
+    def _adapter(self, needs_reference: bool, hub: dict) -> dict:
+        """What a trainer is given to start from an adapter. With --use_peft the adapter goes on, and TRL keeps a copy of it as the
+        reference. Else it is merged into its base (in float32: in 16 bits much of it would be rounded away), and its reference is
+        a copy too: TRL would load one from disk, which is the base without the adapter."""
+        import torch
+
+        from search.policy import load_model
+
+        config, model_args = self.config, self.model_args
+        config.model_init_kwargs = None  # TRL's, for a model that it loads by name
+        dtype = "float32" if model_args.dtype in (None, "auto") else model_args.dtype
+        if model_args.use_peft:
+            model, tokenizer = load_model(self.model, dtype, trainable=True, **hub)
+        else:
+            merging, tokenizer = load_model(self.model, "float32", **hub)
+            model = merging.merge_and_unload().to(getattr(torch, dtype)).requires_grad_(True)  # PEFT had frozen the base
+        if model_args.attn_implementation:
+            model.set_attn_implementation(model_args.attn_implementation)
+        reference = {"ref_model": copy.deepcopy(model)} if needs_reference and not model_args.use_peft else {}
+        return {"model": model, "processing_class": tokenizer, "peft_config": None, **reference}
 
     def run(self, trainer, what: str, tags: str, shown: dict[str, str], in_bar: dict[str, str]) -> None:
         """Train, write model, card and log, and print the closing table. `what` and `tags` are the card's; `shown` and `in_bar` say
@@ -244,6 +274,8 @@ class Training:
         kept_out = f"{len(self.kept_out)} more are kept out of all training (a tenth of all prompts)"
         say(f"{len(self.rows)} {self.noun} of {self.args.dataset_name}; {kept_out}")
         say(f"{config.device.type}, {'bf16 autocast' if config.bf16 else 'fp16 autocast' if config.fp16 else model_args.dtype}")
+        if "ref" in getattr(trainer.model, "peft_config", {}):
+            say(f"going on with the adapter {self.model}, at its own rank and matrices: --lora_* are not used")
         if self.checkpoint is not None:
             say(f"going on from {self.checkpoint}")
         elif config.save_strategy != "no":
