@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.runs import base_run, run_all
+from benchmarks.runs import base_run, bits, run_all
 from utils.cli import at_root, check_input, parse_args, run
 
 FOLDER = Path(at_root("data/demo"))  # ignored by git
@@ -76,13 +76,13 @@ def main() -> None:
     ]  # fmt: skip
     output = Path(args.output_dir)
     done = run_all(runs, output / "main_table.jsonl", args.workers)
-    base = run_all([base_run(PAIRS["by answer"][0], "test", args.test)], output / "main_table.jsonl", 1)[0]["correct"]
+    base = bits(run_all([base_run(PAIRS["by answer"][0], "test", args.test)], output / "main_table.jsonl", 1)[0]["correct"])
     metrics = {"base_accuracy": rate_metric(base)}
     table = [("base", "", metrics["base_accuracy"], "", "")]
     for name in rows:
         of_seeds: dict[int, list[int]] = {}
         for row in sorted((row for row in done if row["name"] == name), key=lambda row: row["epoch"]):
-            of_seeds[row["seed"]] = row["correct"]  # the last epoch's
+            of_seeds[row["seed"]] = bits(row["correct"])  # the last epoch's
         problem_of = [k for correct in of_seeds.values() for k in range(len(correct))]
         right = [c for correct in of_seeds.values() for c in correct]
         gain = [c - before for correct in of_seeds.values() for c, before in zip(correct, base, strict=True)]

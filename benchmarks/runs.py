@@ -16,7 +16,7 @@ BASE = str(Path(__file__).resolve().parents[1] / "models/policy-mini")
 
 
 def train_and_measure(run: dict) -> list[dict]:
-    """One training of policy-mini; a row after each epoch: the run, `epoch`, `correct` (bool a problem), `logged` (last log)."""
+    """One training of policy-mini, a row after each epoch: the run, `epoch`, `correct` (a 0 or 1 a problem), `logged`, last."""
     import logging
     import tempfile
     import warnings
@@ -55,7 +55,7 @@ def train_and_measure(run: dict) -> list[dict]:
             answers = policy.generate([task.prompt for task in tasks])
             model.train()
             correct = [is_correct(answer.steps, task) for task, (answer,) in zip(tasks, answers, strict=True)]
-            rows.append({**run, "epoch": round(state.epoch), "correct": [int(c) for c in correct]})
+            rows.append({**run, "epoch": round(state.epoch), "correct": "".join(str(int(c)) for c in correct)})
 
     with tempfile.TemporaryDirectory() as folder:
         config = StepwiseDPOConfig(
@@ -71,6 +71,10 @@ def train_and_measure(run: dict) -> list[dict]:
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     kept = ("loss", "logps/chosen_vs_ref", "logps/rejected_vs_ref", "drift/good_steps_less_likely", "rewards/accuracies")
     return [{**row, "pairs_trained": len(pairs), "logged": {key: log[-1][key] for key in kept if key in log[-1]}} for row in rows]
+
+
+def bits(correct: str) -> list[float]:
+    return [float(c) for c in correct]
 
 
 def base_run(pairs: str, split: str, problems: int) -> dict:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.runs import base_run, run_all
+from benchmarks.runs import base_run, bits, run_all
 from utils.cli import at_root, check_input, parse_args, run
 
 RATES = (1 / 3, 1.0, 3.0)  # times the default
@@ -57,14 +57,14 @@ def main() -> None:
     ]  # fmt: skip
     rows = run_all(grid, output / "stability_grid.jsonl", args.workers)
     base = run_all([base_run(args.pairs, "validation", args.validation)], output / "stability_grid.jsonl", 1)[0]
-    metrics: dict[str, Metric] = {"validation/base/accuracy": rate_metric(base["correct"])}
+    metrics: dict[str, Metric] = {"validation/base/accuracy": rate_metric(bits(base["correct"]))}
     table, best = [("base", "", *[str(metrics["validation/base/accuracy"])], "", "")], {}
     for run_ in grid:
         name, rate = run_["name"], run_["settings"]["learning_rate"]
         of_run = sorted(
             (row for row in rows if (row["name"], row["settings"]) == (name, run_["settings"])), key=lambda r: r["epoch"]
         )
-        measured = [rate_metric(row["correct"]) for row in of_run]
+        measured = [rate_metric(bits(row["correct"])) for row in of_run]
         for row, metric in zip(of_run, measured, strict=True):
             metrics[f"validation/{name}/lr {rate:.1e}/epoch {row['epoch']}/accuracy"] = metric
             if name not in best or metric.value > best[name][0]:
@@ -83,10 +83,10 @@ def main() -> None:
     ]  # fmt: skip
     rows = run_all(final, output / "stability_seeds.jsonl", args.workers)
     base = run_all([base_run(args.pairs, "test", args.test)], output / "stability_seeds.jsonl", 1)[0]
-    metrics["test/base/accuracy"] = rate_metric(base["correct"])
+    metrics["test/base/accuracy"] = rate_metric(bits(base["correct"]))
     table = [("base", "", "", metrics["test/base/accuracy"], "")]
     for name, (_, rate, epochs) in best.items():
-        last = [row["correct"] for row in rows if row["name"] == name and row["epoch"] == epochs]
+        last = [bits(row["correct"]) for row in rows if row["name"] == name and row["epoch"] == epochs]
         problem_of = [k for correct in last for k in range(len(correct))]  # a problem's answers are not independent
         pooled = clustered_mean_metric([c for correct in last for c in correct], problem_of)
         metrics[f"test/{name}/accuracy"] = pooled
