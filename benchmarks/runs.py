@@ -30,7 +30,7 @@ def train_and_measure(run: dict) -> list[dict]:
     import datasets
     import transformers
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
 
     from reasoning.grading import is_correct
     from reasoning.problems import problems
@@ -63,6 +63,7 @@ def train_and_measure(run: dict) -> list[dict]:
             logging_steps=1, **run["settings"],
         )  # fmt: skip
         trainer = StepwiseDPOTrainer(model=run.get("base") or BASE, args=config, train_dataset=Dataset.from_list(pairs))
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Look())
         trainer.train()
         if run["save"]:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.runs import base_run, bits, run_all
 from utils.cli import at_root, check_input, parse_args, run
 
-RATES = (1 / 3, 1.0, 3.0)  # times the default
+RATES = (1.0, 3.0, 1 / 3)  # times the default
 EPOCHS = 3
 LOSSES = {
     **{f"stepwise {credit}": {"credit": credit} for credit in ("first_error", "score", "normalized", "uniform")},
