@@ -3,11 +3,12 @@
     python benchmarks/tinyllama_shape.py                    # random weights at the real shape, Q4_0: 3 GB of disk for a while
     python benchmarks/tinyllama_shape.py --judge_path FILE  # any GGUF file, such as tinyllama-1.1b-chat-v1.0.Q4_K_M.gguf
 
-Makes the model directory (bf16), exports it with utils/export_gguf.py, and scores problems of the validation split. Memory is the
-most a process ever held. Nothing is kept.
+Makes the model directory (bf16), exports it with utils/export_gguf.py, and scores solutions of validation problems. Memory is the
+most a process ever held; tokens a CPU second is the figure that means something on a machine that others use too. Nothing is kept.
 """
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -86,10 +87,15 @@ def write_tinyllama(folder: str | Path, layers: int = LAYERS) -> None:
 
 
 def most_memory(pid: int) -> float:
-    """The most memory that a running process has held, in GB; 0 where the system does not say."""
-    status = Path(f"/proc/{pid}/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmHWM:")), 0.0)
+    """The most memory that a running process has held, in GB (Linux)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmHWM:"))
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a running process has used of all cores together (Linux)."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def make_file(folder: Path, layers: int, quantization: str) -> tuple[Path, dict[str, float]]:
@@ -120,9 +126,9 @@ def measure(path: str | Path, count: int, threads: int | None) -> tuple[dict[str
     solutions = [(problem.prompt, problem.steps) for problem in islice(problems("validation"), count)]
     start = time.perf_counter()
     with TinyLlamaRewardScorer(path, threads=threads) as judge:
-        loaded = time.perf_counter()
+        loaded, used = time.perf_counter(), cpu_seconds(judge._process.pid)
         scores = judge.score_steps(solutions)
-        seconds = time.perf_counter() - loaded
+        seconds, used = time.perf_counter() - loaded, cpu_seconds(judge._process.pid) - used
         steps = sum(map(len, scores))
         figures = {
             "file, MB": Path(path).stat().st_size / 1e6,
@@ -131,6 +137,7 @@ def measure(path: str | Path, count: int, threads: int | None) -> tuple[dict[str
             "steps scored": steps,
             "tokens evaluated": judge.tokens_evaluated,
             "prompt tokens a second": judge.tokens_evaluated / seconds,
+            "prompt tokens a CPU second": judge.tokens_evaluated / used,
             "steps a second": steps / seconds,
             "worker, most memory, GB": most_memory(judge._process.pid),
         }
@@ -146,9 +153,9 @@ def main() -> None:
         path, took = (args.judge_path, {}) if args.judge_path else make_file(Path(folder), args.layers, args.quantization)
         figures, scores = measure(path, args.solutions, args.threads)
     for name, value in (took | figures).items():
-        print(f"{name:26}{value:10.2f}" if isinstance(value, float) else f"{name:26}{value:7}")
+        print(f"{name:28}{value:10.2f}" if isinstance(value, float) else f"{name:28}{value:7}")
     flat = [score for of_steps in scores for score in of_steps]
-    print(f"{'scores':26}{min(flat):10.3f} to {max(flat):.3f}")
+    print(f"{'scores':28}{min(flat):10.3f} to {max(flat):.3f}")
 
 
 if __name__ == "__main__":
