@@ -96,8 +96,9 @@ class HFJudge(StepJudge):
         else:
             self.template_name = template or fitting_template(f"{self.tokenizer.chat_template or ''}\n{name}")
             self.template = TEMPLATES[self.template_name]
-        begins = self.tokenizer("a")["input_ids"][:1]  # a chat template writes the token that begins a text itself
-        self._bos = begins if begins == [self.tokenizer.bos_token_id] and not own else []
+        first = self._ids("a")[0]
+        whole = self.tokenizer("a")["input_ids"]
+        self._begins = [] if own else whole[: whole.index(first)]  # a chat template writes what begins a text itself
         control = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         control = "|".join(re.escape(text) for text in control if len(text) > 1)
         self._control = re.compile(f"(?={control})(.)" if control else "(?!)()", re.DOTALL)
@@ -135,8 +136,8 @@ class HFJudge(StepJudge):
         lines = [f"{step}\n" for step in steps]
         texts = [before + "".join(lines[: k + 1]) + self.template.question for k in range(first, len(steps))]
         if any(CUT in text for text in texts):
-            return [self._bos + self._cut_ids(text) for text in texts]
-        return [self._bos + ids for ids in self._ids(texts)]
+            return [self._begins + self._cut_ids(text) for text in texts]
+        return [self._begins + ids for ids in self._ids(texts)]
 
     def _cut_ids(self, text: str) -> list[int]:
         """Ids of a text in pieces, each but the first tokenized as the middle of a text."""

@@ -81,7 +81,7 @@ def test_scores_are_those_of_the_gguf_judge_on_the_same_file(quantization, real,
         assert max(apart) < 5e-3
         assert max(differences(scores, HFJudge(JUDGE, device="cpu").score_steps(real))) < 1e-5  # the directory it was made from
     else:  # the library of the GGUF judge rounds the activations to 8 bits as well, transformers the weights alone
-        assert max(apart) < 0.15 and sum(apart) / len(apart) < 0.02
+        assert max(apart) < 0.1 and sum(apart) / len(apart) < 5e-3
 
 
 STRANGE = ["🙂🙂 a🙂b", "e\u0301 x\u0301", "كم تفاحة؟ 12", "\ufffd", "\0", "</s>", "a</s> b<s></s>", "<unk>", "\U0010ffff", "▁"]

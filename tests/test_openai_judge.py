@@ -1,0 +1,362 @@
+"""The judge on a server: against a server of recorded answers on loopback, and against a real one."""
+
+import json
+import math
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from reward_model.base import CHAT, PLAIN, JudgeError
+from reward_model.openai_judge import OpenAIJudge
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = "Mia has 12 apples. She buys 3 times as many. How many apples does Mia have now?"
+STEPS = ["Step 1: 12 * 3 = 36", "Step 2: 12 + 36 = 48", "Answer: 48"]
+FOUR = [(f"Problem {k}", ["Answer: 1"]) for k in range(4)]
+
+
+def chat(text: str | None, *places: dict[str, float]) -> dict:
+    """An answer as /v1/chat/completions gives it; places: for every token of it the probabilities that are listed."""
+    listed = [[{"token": token, "logprob": math.log(p), "bytes": None} for token, p in place.items()] for place in places]
+    content = [{**top[0], "top_logprobs": top} for top in listed]
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    return {"id": "1", "object": "chat.completion", "choices": [{**choice, "logprobs": {"content": content} if places else None}]}
+
+
+def completion(text: str, *places: dict[str, float]) -> dict:
+    """An answer as /v1/completions gives it."""
+    logprobs = {"tokens": [], "top_logprobs": [{token: math.log(p) for token, p in place.items()} for place in places]}
+    choice = {"index": 0, "text": text, "finish_reason": "length", "logprobs": logprobs if places else None}
+    return {"id": "1", "object": "text_completion", "choices": [choice]}
+
+
+SURE = chat("Yes", {"Yes": 0.9, "No": 0.1})
+
+
+class Server:
+    """Plays answers: `answer(number of the request, its body)` gives a JSON object, (status, headers, bytes), or None to drop the
+    connection. What was asked is in `requests`."""
+
+    def __init__(self):
+        self.requests: list[dict] = []
+        self.answer, self.now, self.most, self.lock = (lambda number, body: SURE), 0, 0, threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with server.lock:
+                    server.requests.append({"path": self.path, "key": self.headers["Authorization"], **body})
+                    number = len(server.requests) - 1
+                    server.now += 1
+                    server.most = max(server.most, server.now)
+                try:
+                    reply = server.answer(number, body)
+                finally:
+                    with server.lock:
+                        server.now -= 1
+                if reply is None:
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                json_type = {"Content-Type": "application/json"}
+                status, headers, content = (200, json_type, json.dumps(reply).encode()) if isinstance(reply, dict) else reply
+                self.send_response(status)
+                for name, value in (json_type | headers | {"Content-Length": str(len(content))}).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, args=[0.01], daemon=True).start()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def error(status: int, message: str, **headers: str) -> tuple[int, dict, bytes]:
+    return status, headers, json.dumps({"error": {"message": message, "type": "error", "code": None}}).encode()
+
+
+def judge(server: Server, **arguments) -> OpenAIJudge:
+    return OpenAIJudge(server.url, "some-model", **{"max_retries": 0, "timeout": 10.0, **arguments})
+
+
+# --- log-probs
+
+
+def test_probabilities_over_all_spellings(server):
+    places = {"Yes": 0.5, " yes": 0.1, "No": 0.15, "NO": 0.05, "Maybe": 0.2}
+    server.answer = lambda number, body: chat("Yes", places)
+    assert judge(server).score_steps([(PROMPT, STEPS[:1])]) == [[0.75]]
+    (request,) = server.requests
+    assert request["path"] == "/v1/chat/completions" and request["model"] == "some-model" and request["key"] == "Bearer none"
+    content = f"Problem: {PROMPT}\nSolution:\n{STEPS[0]}\n{CHAT.question}"
+    assert request["messages"] == [{"role": "user", "content": content}]
+    assert (request["temperature"], request["logprobs"], request["top_logprobs"]) == (0, True, 20) and request["max_tokens"] < 10
+
+
+def test_a_base_model_completes_the_plain_text(server):
+    server.answer = lambda number, body: completion(" Yes", {" Yes": 0.6, " No": 0.2})
+    assert judge(server, template="plain").score_steps([(PROMPT, STEPS)]) == [[0.75, 0.75, 0.75]]
+    texts = {PLAIN.before.format(prompt=PROMPT) + "".join(f"{step}\n" for step in STEPS[: k + 1]) + "Right?" for k in range(3)}
+    assert {request["prompt"] for request in server.requests} == texts
+    assert {request["path"] for request in server.requests} == {"/v1/completions"}
+
+
+def test_the_answer_may_begin_with_something_else(server):
+    server.answer = lambda number, body: chat('"No"', {'"': 0.9, "`": 0.1}, {"No": 0.8, "Yes": 0.2}, {'"': 1.0})
+    assert judge(server).score_steps([(PROMPT, STEPS[:1])]) == [[0.2]]
+
+
+def test_skipped_steps_are_not_asked_about_and_equal_beginnings_once(server):
+    server.answer = lambda number, body: chat("Yes", {"Yes": 0.6, "No": 0.4 if "48" in body["messages"][0]["content"] else 0.2})
+    other = [*STEPS[:2], "Answer: 47"]
+    scores = judge(server).score_steps([(PROMPT, STEPS), (PROMPT, other), (PROMPT, []), (PROMPT, STEPS)], skip=[0, 1, 0, 3])
+    assert scores == [[0.75, 0.6, 0.6], [0.6, 0.6], [], []]
+    assert len(server.requests) == 4
+
+
+# --- sampled verdicts
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_without_logprobs_verdicts_are_sampled(server, refused, capsys):
+    said = ["Yes.", "**No**", "I think", "yes, it is", "\nYES", "", None]
+
+    def answer(number, body):
+        if "logprobs" in body:
+            return error(400, "logprobs are not supported by this model") if refused else chat("Yes")
+        return chat(said[body["seed"]])
+
+    server.answer = answer
+    assert judge(server, samples=7).score_steps([(PROMPT, STEPS[:2])]) == [[0.75, 0.75]]
+    assert len(server.requests) == 1 + 2 * 7  # log-probs are asked for once
+    sampled = [request for request in server.requests if "logprobs" not in request]
+    assert {request["temperature"] for request in sampled} == {1}
+    assert sorted(request["seed"] for request in sampled) == sorted([*range(7), *range(7)])
+    assert "gives no logprobs" in capsys.readouterr().out
+
+
+def test_an_answer_without_the_words_among_its_logprobs_is_sampled(server):
+    server.answer = lambda number, body: chat("Sure", {"Sure": 1.0}) if "logprobs" in body else chat("No")
+    assert judge(server, samples=2).score_steps([(PROMPT, STEPS[:1])]) == [[0.0]]
+
+
+def test_no_verdict_at_all_is_an_error_that_says_what_came(server):
+    server.answer = lambda number, body: chat("There is no way to tell")
+    with pytest.raises(JudgeError, match="asked for Yes or No 3 times and answered neither, but 'There is no way to tell'"):
+        judge(server, samples=3).score_steps([(PROMPT, STEPS[:1])])
+    assert len(server.requests) == 4
+
+
+# --- a server that fails
+
+
+def test_a_rate_limit_is_waited_for(server):
+    server.answer = lambda number, body: error(429, "slow down", **{"Retry-After": "0.01"}) if number < 2 else SURE
+    assert judge(server, max_retries=2).score_steps([(PROMPT, STEPS[:1])]) == [[0.9]]
+    assert len(server.requests) == 3
+
+
+FAILURES = {
+    "rate limit": (error(429, "quota used up"), "429.*quota used up.*wait"),
+    "its fault": (error(500, "out of memory"), "500.*out of memory.*log"),
+    "key": (error(401, "bad key"), "401.*bad key.*OPENAI_API_KEY"),
+    "model": (error(404, "no such model"), "404.*some-model.*end in /v1"),
+    "request": (error(400, "Unsupported parameter: 'max_tokens'"), "400.*max_tokens"),
+    "dropped connection": (None, "cannot be reached"),
+    "web page": ((200, {"Content-Type": "text/html"}, b"<html>\n<b>Welcome</b>\n</html>"), "no completion: '<html> <b>Welcome"),
+    "not JSON": ((200, {}, b'{"choices": ['), "no completion"),
+    "not UTF-8": ((200, {}, b"\xff\xfe\x00"), "no completion"),
+    "empty": ((200, {}, b""), "no completion"),
+    "a list": ((200, {}, b"[]"), "no completion"),
+    "nested": ((200, {}, b"[" * 100_000), "no completion"),
+    "no choices": ({"choices": []}, "no completion"),
+    "null": ({"choices": [{"message": None}]}, "no completion"),
+    "other schema": ({"choices": [{"message": {"content": ["Yes"]}}]}, "no completion"),
+    "bad log-probs": ({"choices": [{"message": {"content": "Yes"}, "logprobs": {"content": [1]}}]}, "no completion"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failing_server_is_one_line_and_costs_no_answer(server, name, tmp_path):
+    failure, expected = FAILURES[name]
+    server.answer = lambda number, body: SURE if number < 2 else failure
+    with judge(server, in_flight=1, cache=tmp_path / "cache.jsonl") as first:
+        with pytest.raises(JudgeError, match=expected) as raised:
+            first.score_steps(FOUR)
+        assert server.url in str(raised.value) and "\n" not in str(raised.value)
+        assert len(server.requests) == 3  # nothing is begun after a failure
+    server.answer = lambda number, body: SURE
+    with judge(server, cache=tmp_path / "cache.jsonl") as second:
+        assert second.score_steps(FOUR) == [[0.9]] * 4
+    assert len(server.requests) == 3 + 2
+
+
+def test_a_slow_server(server):
+    server.answer = lambda number, body: time.sleep(1) or SURE
+    with pytest.raises(JudgeError, match=r"127.0.0.1.* did not answer within 0\.1 s, 2 times"):
+        judge(server, timeout=0.1, max_retries=1).score_steps([(PROMPT, STEPS[:1])])
+    assert len(server.requests) == 2
+
+
+def test_a_server_that_is_down():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(JudgeError, match=f"judge {url} cannot be reached .*is the server running") as raised:
+        OpenAIJudge(url, "m", max_retries=0).score_steps(FOUR)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "This model's maximum context length is 8192 tokens. However, you requested 9000 tokens",
+        "the request exceeds the available context size, try increasing it",
+        "prompt is too long: 9000 tokens > 8192 maximum",
+    ],
+)
+def test_a_solution_that_outgrows_the_context_gets_none(server, message):
+    server.answer = lambda number, body: error(400, message) if "long" in body["messages"][0]["content"] else SURE
+    solutions = [(PROMPT, STEPS[:2]), (PROMPT, ["Step 1: 1", "a long step"]), (PROMPT, STEPS[:1])]
+    assert judge(server).score_steps(solutions) == [[0.9, 0.9], None, [0.9]]
+
+
+# --- many requests, kept answers
+
+
+def test_requests_in_flight_are_many_and_bounded(server):
+    server.answer = lambda number, body: time.sleep(0.05) or SURE
+    judge(server, in_flight=4).score_steps([(PROMPT, [f"Step {k}: 1" for k in range(17)])])
+    assert server.most == 4 and len(server.requests) == 17
+
+
+def test_a_killed_run_asks_for_nothing_twice(server, tmp_path):
+    cache = tmp_path / "new/cache.jsonl"
+    server.answer = lambda number, body: chat("Yes", {"Yes": 0.5 + 0.01 * len(body["messages"][0]["content"]) % 0.4, "No": 0.1})
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from reward_model.openai_judge import OpenAIJudge\n"
+        "import os, signal\n"
+        f"judge = OpenAIJudge({server.url!r}, 'some-model', cache={str(cache)!r})\n"
+        f"judge.score_steps({FOUR[:2]!r})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == -9
+    assert len(server.requests) == 2
+    expected = judge(server).score_steps(FOUR)
+    server.requests.clear()
+    with cache.open("a") as file:
+        file.write('{"key": "torn')
+    for asked in (2, 0):
+        with judge(server, cache=cache) as again:
+            assert again.score_steps(FOUR) == expected
+        assert len(server.requests) == asked
+        server.requests.clear()
+    with judge(server, cache=cache) as other:
+        other.model = "another"
+        other.score_steps(FOUR[:1])
+    assert len(server.requests) == 1
+
+
+def test_sampled_verdicts_are_kept_too(server, tmp_path):
+    server.answer = lambda number, body: chat("No" if body.get("seed") else "Yes")
+    for asked in (1 + 4 * 3, 0):
+        with judge(server, samples=3, cache=tmp_path / "cache") as again:
+            assert again.score_steps(FOUR) == [[round(1 / 3, 6)]] * 4
+        assert len(server.requests) == asked
+        server.requests.clear()
+
+
+def test_the_key_comes_from_the_environment_and_is_written_nowhere(server, monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with judge(server, cache=tmp_path / "cache") as ours:
+        ours.score_steps(FOUR[:1])
+    assert server.requests[0]["key"] == "Bearer sk-secret"
+    server.answer = lambda number, body: error(401, "bad key")
+    with pytest.raises(JudgeError) as raised:
+        judge(server).score_steps(FOUR[:1])
+    printed = capfd.readouterr()
+    assert "secret" not in f"{raised.value}{ours}{printed.out}{printed.err}{(tmp_path / 'cache').read_text()}"
+
+
+def test_bad_arguments_are_one_line(monkeypatch, tmp_path):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for arguments, expected in [
+        ({"base_url": "localhost:8000"}, "no URL"),
+        ({"base_url": "http://[half"}, "no URL"),
+        ({"base_url": "https://api.example.com/v1"}, "set OPENAI_API_KEY"),
+        ({"template": "none"}, "expected one of plain"),
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"cache": tmp_path}, "cannot be written"),
+    ]:
+        with pytest.raises(JudgeError, match=expected):
+            OpenAIJudge(**{"base_url": "http://localhost:1/v1", "model": "m", **arguments})
+    with pytest.raises(JudgeError, match="surrogate"):
+        OpenAIJudge("http://localhost:1/v1", "m").score_steps([("\ud800", ["Answer: 1"])])
+
+
+# --- a real server
+
+
+@pytest.mark.slow
+def test_transformers_serve(tmp_path):
+    """It ignores `logprobs`, so verdicts are sampled; where the judge is sure they are those of the same model read here."""
+    from reward_model.hf_judge import HFJudge
+
+    model = str(ROOT / "models/judge-mini")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = "from transformers.cli.transformers import main; main()"
+    command = [sys.executable, "-c", serve, "serve", model, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                break
+            except OSError:
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+        url = f"http://127.0.0.1:{port}/v1"
+        wrong = [STEPS[0], "Step 2: 12 + 36 = 49", "Answer: 49"]
+        solutions = [(PROMPT, STEPS), (PROMPT, wrong)]
+        with OpenAIJudge(url, model, "plain", samples=5, cache=tmp_path / "cache") as judge:
+            scores = judge.score_steps(solutions)
+            assert judge._gives_logprobs is False
+        expected = HFJudge(model, device="cpu").score_steps(solutions)
+        for ours, theirs in zip(scores, expected, strict=True):
+            assert all(0 <= score <= 1 and score * 5 == pytest.approx(round(score * 5)) for score in ours)
+            for a, b in zip(ours, theirs, strict=True):
+                assert abs(a - b) < 0.75, (scores, expected)  # 5 samples
+                assert 0.02 < b < 0.98 or abs(a - b) < 0.25, (scores, expected)
+        process.kill()
+        process.wait()
+        with OpenAIJudge(url, model, "plain", samples=5, cache=tmp_path / "cache", max_retries=0) as judge:
+            assert judge.score_steps(solutions) == scores  # every answer is kept: the server is not needed
+            with pytest.raises(JudgeError, match="cannot be reached"):
+                judge.score_steps([("Another problem", ["Answer: 1"])])
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
