@@ -49,8 +49,11 @@ SHOWN_DPO = {
 SHOWN_SFT = {"loss": "loss", "mean_token_accuracy": "tokens told right"}
 
 
-def start(command: str, config_class: type, kind: type, noun: str, argv: list[str], output_dir: str, description: str) -> Training:
-    """The training that the arguments ask for, `kind` being its record. Defaults are those of this repository and this machine."""
+def start(
+    command: str, config_class: type, kinds: list[str], record: type, noun: str, argv: list[str], output_dir: str, description: str
+) -> Training:
+    """The training that the arguments ask for, on records of one class, made of these kinds of the loaders. Defaults are those of
+    this repository and this machine."""
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' notes to each other, before they are told off
@@ -64,7 +67,7 @@ def start(command: str, config_class: type, kind: type, noun: str, argv: list[st
     args, config, model_args = parse_args(
         *(DataArgs, config_class, ModelConfig), description=description, args=argv, defaults=defaults
     )
-    rows = read_dataset(args, kind, MAKES_DEFAULT_DATA if args.dataset_name == DEFAULT_DATA else None)
+    rows = read_dataset(args, kinds, record, MAKES_DEFAULT_DATA if args.dataset_name == DEFAULT_DATA else None)
     return Training(command, args, config, model_args, rows, noun, DEFAULT_MODEL)
 
 
@@ -79,7 +82,7 @@ def train_dpo(argv: list[str]) -> None:
     from trainer.stepwise_dpo_trainer import StepwiseDPOConfig
 
     output_dir, description = "saved_model/stepwise_dpo_tinyllama", "Stepwise DPO on scored pairs."
-    training = start("dpo", StepwiseDPOConfig, ScoredPair, "pairs", argv, output_dir, description)
+    training = start("dpo", StepwiseDPOConfig, ["pairs"], ScoredPair, "pairs", argv, output_dir, description)
     from trainer.stepwise_dpo_trainer import StepwiseDPOTrainer
 
     config = training.config
@@ -96,7 +99,7 @@ def train_sft(argv: list[str]) -> None:
     from trainer.sft_trainer import Solution, StepSFTConfig, StepSFTTrainer
 
     description = "Supervised training on step-by-step solutions."
-    training = start("sft", StepSFTConfig, Solution, "solutions", argv, "saved_model/sft", description)
+    training = start("sft", StepSFTConfig, ["problems", "pairs"], Solution, "solutions", argv, "saved_model/sft", description)
     trainer = training.build(lambda **given: StepSFTTrainer(**peft_and_quantization(training.model_args) | given))
     in_bar = {"loss": "loss", "mean_token_accuracy": "tokens right"}
     training.run(trainer, "supervised training (SFT) on", "trl, sft, reasoning", SHOWN_SFT, in_bar)

@@ -104,6 +104,15 @@ class Response:
     tokens: int
 
 
+@dataclass(frozen=True)
+class StepLogp:
+    """A step under a policy: the sum of its tokens' log-probs in nats, how many they are, and whether each is the greedy choice."""
+
+    logp: float
+    tokens: int
+    greedy: bool
+
+
 class Policy:
     """A causal language model and its tokenizer.
 
@@ -210,25 +219,39 @@ class Policy:
             output = self.model(input_ids=tokens[:, None], attention_mask=mask, position_ids=position, past_key_values=cache)
             logits = output.logits[:, -1].float()
 
-    @torch.inference_mode()
     def logps(self, rows: Sequence[tuple[str, list[str], list[str]]], batch_size: int = 32) -> list[float]:
         """Mean token log-prob of the steps of (prompt, prefix, steps), given prompt and prefix. Rows longer than the context are
         cut at its end, and how many is said."""
+        return [
+            sum(step.logp for step in steps) / max(1, sum(step.tokens for step in steps))
+            for steps in self.step_logps(rows, batch_size)
+        ]
+
+    @torch.inference_mode()
+    def step_logps(self, rows: Sequence[tuple[str, list[str], list[str]]], batch_size: int = 32) -> list[list[StepLogp]]:
+        """One StepLogp for every step of (prompt, prefix, steps), each given all that stands before it. Rows longer than the
+        context are cut at its end, and how many is said; a step of which nothing is left has no tokens."""
         results, cut = [], 0
         for start in range(0, len(rows), batch_size):
-            encoded = [encode_steps(self.tokenizer, *row) for row in rows[start : start + batch_size]]
+            batch = rows[start : start + batch_size]
+            encoded = [encode_steps(self.tokenizer, *row) for row in batch]
             longest = min(self.context, max(len(ids) for ids, _ in encoded))
             ids = torch.zeros(len(encoded), longest, dtype=torch.long)  # right-padded: later tokens never reach earlier ones
-            scored = torch.zeros(len(encoded), longest, dtype=torch.bool)
-            for b, (row_ids, step_of) in enumerate(encoded):
+            for b, (row_ids, _) in enumerate(encoded):
                 cut += len(row_ids) > longest
-                row_ids, step_of = row_ids[:longest], step_of[:longest]
-                ids[b, : len(row_ids)] = torch.tensor(row_ids)
-                scored[b, : len(row_ids)] = torch.tensor(step_of) >= 0
-            ids, scored = ids.to(self.device), scored.to(self.device)
-            logps = self.model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)  # (B, T-1, V)
-            logps = logps.gather(-1, ids[:, 1:, None])[..., 0] * scored[:, 1:]
-            results += (logps.sum(1) / scored[:, 1:].sum(1).clamp(min=1)).tolist()
+                ids[b, : len(row_ids)] = torch.tensor(row_ids[:longest])
+            ids = ids.to(self.device)
+            logits = self.model(input_ids=ids).logits[:, :-1].float()  # (B, T-1, V)
+            greedy = (logits.argmax(-1) == ids[:, 1:]).tolist()
+            logps = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].tolist()
+            for b, (_, step_of) in enumerate(encoded):
+                places: list[list[int]] = [[] for _ in batch[b][2]]
+                for place, step in enumerate(step_of[1:longest]):
+                    if step >= 0:
+                        places[step].append(place)
+                results.append(
+                    [StepLogp(sum(logps[b][i] for i in step), len(step), all(greedy[b][i] for i in step)) for step in places]
+                )
         if cut:
             print(
                 f"log-probs: {cut} of {len(rows)} rows are longer than the policy's context of {self.context} tokens and were cut"

@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
 
+from reasoning.problems import problems
 from reasoning.records import RecordError
 from reasoning.steps import encode_steps, format_prompt
 from reward_model.base import PromptTooLong
@@ -96,3 +99,16 @@ def test_missing_or_unfitting_weights_are_no_model(tiny_model_dir, tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
     with pytest.raises(RecordError, match="no model can be loaded"):
         Policy.load(str(folder))
+
+
+def test_step_logps_tell_what_greedy_decoding_writes():
+    """A greedy answer is greedy at every step; a step changed by hand is not."""
+    policy = Policy.load(str(Path(__file__).parents[1] / "models/policy-mini"))
+    prompt = next(iter(problems("validation"))).prompt
+    steps = policy.generate([prompt])[0][0].steps
+    wrong = [*steps[1:-1], "Answer: 999"]
+    first, second = policy.step_logps([(prompt, [], steps), (prompt, steps[:1], wrong)])
+    assert [step.greedy for step in first] == [True] * len(steps) and min(step.tokens for step in first) > 1
+    assert [step.greedy for step in second] == [True] * (len(steps) - 2) + [False]
+    total = sum(step.logp for step in second) / sum(step.tokens for step in second)
+    assert policy.logps([(prompt, steps[:1], wrong)]) == [pytest.approx(total)]

@@ -61,7 +61,10 @@ def test_a_training_writes_a_model_that_loads_and_moved(folder):
     assert len(losses) == log["steps"] and losses[0] == pytest.approx(0.693, abs=2e-3) and losses[-1] < losses[0]
     said = (folder / "stdout").read_text()
     assert f"{len(ROWS) - kept_out} pairs of pairs.jsonl; {kept_out} more are kept out" in said
-    assert said.splitlines()[-1] == "wrote the tuned model to out, the log to logs/out/log.json"
+    assert said.splitlines()[-1] == (
+        "wrote the tuned model to out, the log to logs/out/log.json, its picture to logs/out/training.png"
+    )
+    assert (folder / "logs/out/training.png").stat().st_size > 10_000
     assert "reward margin" in said and f"{losses[-1]:.3f}" in said
     assert "| loss |" in (folder / "out/README.md").read_text() and not list((folder / "out").glob(".*"))
     assert [path.name for path in folder.glob("out/checkpoint-*")] == [f"checkpoint-{log['steps']}"]
@@ -129,6 +132,35 @@ def refused(folder: Path, monkeypatch, capsys, *args: str) -> str:
 
 
 ROW = dict(ROWS[0])
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tiny_model_dir, tmp_path):
+    """Half of the pairs each, gradients averaged: the weights after one step of plain SGD are those of one process with all of
+    them, and the main process alone writes."""
+    write_records(tmp_path / "pairs.jsonl", [row for row in ROWS if not is_kept_out(row["prompt"])][:8])
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    settings = {"dataset_name": "pairs.jsonl", "model_name_or_path": "model", "logs_dir": "logs", "bf16": "false", "max_steps": 1}
+    settings |= {"optim": "sgd", "learning_rate": 0.1, "warmup_steps": 0, "max_grad_norm": 0, "margin_gamma": 1, "logging_steps": 1}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29512"]
+    for name, launcher, batch in (("one", [sys.executable], 8), ("two", torchrun, 4)):
+        given = flags(**settings, output_dir=name, per_device_train_batch_size=batch)
+        done = subprocess.run(
+            [*launcher, str(ROOT / "train.py"), *given],
+            cwd=tmp_path, capture_output=True, text=True, timeout=600, env={**os.environ, "ACCELERATE_USE_CPU": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("wrote the tuned model") == 1
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    before = load_file(tmp_path / "model/model.safetensors")
+    assert any(not torch.equal(before[name], one[name]) for name in one)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-6)
+    logs = [json.loads((tmp_path / f"logs/{name}/log.json").read_text())["history"][0] for name in ("one", "two")]
+    for name in ("loss", "rewards/margins", "scores/chosen", "logps/chosen_vs_ref/step_1", "weights/rejected", "entropy"):
+        assert logs[1][name] == pytest.approx(logs[0][name], abs=1e-4), name
+
+
 BAD_ROWS = {
     "missing.jsonl": (None, "missing.jsonl not found"),
     "empty.jsonl": (b"", "no rows"),
@@ -160,10 +192,11 @@ def test_bad_rows(tmp_path, tiny_model_dir, monkeypatch, capsys, name):
         (["sftt"], "unknown command sftt: expected one of dpo"),
         (["--betta", "1"], "unknown argument"),
         (["--beta", "much"], "argument --beta"),
+        (["--load_in_4bit"], "4-bit quantization requires bitsandbytes"),
         (["--beta", "-1"], "beta: expected a number above 0"),
         (["--limit", "0"], "--limit: expected 1 or more"),
         (["--credit", "blame"], "argument --credit: invalid choice"),
-        (["--loss_type", "stepwise", "hinge"], "mixes with sigmoid and sft only"),
+        (["--loss_type", "stepwise", "hinge"], "mix with sigmoid and sft only"),
         (["--config", "none.yaml"], "config file none.yaml not found"),
         (["--config", "bad.yaml"], "unknown key 'learning_rat'"),
         (["--config"], "argument --config: expected a YAML file"),
@@ -180,7 +213,7 @@ def test_bad_rows(tmp_path, tiny_model_dir, monkeypatch, capsys, name):
         (["--output_dir", "other", "--resume_from_checkpoint", "true"], "finished model of another training"),
         (["--resume_from_checkpoint", "true"], "no whole checkpoint"),
         (["--logs_dir", "pairs.jsonl"], "cannot be written"),
-        (["--limit", "5", "--dataset_name", "test.jsonl"], "row 2: a held-out problem (problems_test.jsonl)"),
+        (["--limit", "5", "--dataset_name", "test.jsonl"], "test.jsonl:2: a held-out problem (problems_test.jsonl)"),
     ],
 )
 def test_bad_arguments(tmp_path, tiny_model_dir, monkeypatch, capsys, args, message):

@@ -131,7 +131,9 @@ def test_a_training_writes_a_model_that_moved(folder):
     said = (folder / "stdout").read_text()
     assert f"{len(PROBLEMS) - kept_out} solutions of problems.jsonl; {kept_out} more are kept out of all training" in said
     assert "tokens told right" in said and "tokens a second" in said
-    assert said.splitlines()[-1] == "wrote the tuned model to out, the log to logs/out/log.json"
+    assert (
+        said.splitlines()[-1] == "wrote the tuned model to out, the log to logs/out/log.json, its picture to logs/out/training.png"
+    )
     card = (folder / "out/README.md").read_text()
     assert f"model after supervised training (SFT) on {len(PROBLEMS) - kept_out} solutions of problems.jsonl." in card
     assert {path.suffix for path in (folder / "out").iterdir() if path.is_file()} == {".safetensors", ".json", ".md"}  # no pickle
@@ -204,7 +206,7 @@ def test_rows_that_are_no_solutions(row, message):
     [
         (["--dataset_name", "none.jsonl"], "none.jsonl not found"),
         (["--dataset_name", "bare.jsonl"], "bare.jsonl:2: field 'steps' is missing"),
-        (["--dataset_name", "test.jsonl"], "row 2: a held-out problem (problems_test.jsonl)"),
+        (["--dataset_name", "test.jsonl"], ":2: a held-out problem (problems_test.jsonl)"),
         (["--completion_only_loss", "false"], "the loss is on the steps' tokens, always"),
         (["--assistant_only_loss", "true"], "the loss is on the steps' tokens, always"),
         (["--num_train_epochs", "0"], "num_train_epochs: expected a number above 0"),

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reasoning.grading import is_correct
+from reasoning.loaders import is_local, load_problems
 from reasoning.problems import problems
 from reasoning.records import PreferencePair, Problem, Prompt, ResumableRows, read_records, write_records
 from reasoning.steps import shared_prefix
@@ -35,7 +36,8 @@ class PairArguments(JudgeArgs):
         default_factory=lambda: at_root("models/policy-mini"), metadata={"help": "the policy that is sampled: any causal LM"}
     )
     input: str | None = field(
-        default=None, metadata={"help": "problems (JSONL with prompt and answer); default: the generated train problems"}
+        default=None,
+        metadata={"help": "problems, of any shape that reasoning/loaders.py knows; default: the generated train problems"},
     )
     output: str = field(default_factory=lambda: at_root("data/synthetic_dataset.jsonl"), metadata={"help": "the pairs"})
     pair_by: str = field(
@@ -61,13 +63,14 @@ class PairArguments(JudgeArgs):
             raise UserError("argument --judge: samples are judged with --pair_by judge only")
 
 
-def load_problems(args: PairArguments) -> list[Problem] | list[Prompt]:
+def read_problems(args: PairArguments) -> list[Problem] | list[Prompt]:
     """Raises UserError if one of them is held out."""
     if args.input is None:
         return list(itertools.islice(problems("train"), args.limit or 2000))
-    check_input(args.input)
-    kind = Problem if args.pair_by == "answer" else Prompt
-    tasks = list(itertools.islice({problem.prompt: problem for problem in read_records(args.input, kind)}.values(), args.limit))
+    if is_local(args.input) and not Path(args.input).is_dir():
+        check_input(args.input)
+    rows = load_problems(args.input) if args.pair_by == "answer" else read_records(args.input, Prompt)
+    tasks = list(itertools.islice({task.prompt: task for task in rows}.values(), args.limit))
     held_out = held_out_prompts()
     for task in tasks:
         if task.prompt in held_out:
@@ -100,7 +103,7 @@ def pair_by_judge(task: Prompt, samples: list[list[str]], scores: list[list[floa
 
 def main() -> None:
     (args,) = parse_args(PairArguments, description=__doc__.split("\n\n")[0])
-    tasks = load_problems(args)
+    tasks = read_problems(args)
     check_model(args.model_name_or_path, "make models" if args.model_name_or_path == at_root("models/policy-mini") else None)
     if args.pair_by == "judge":
         check_judge(args)

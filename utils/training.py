@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from reasoning.records import Record, RecordError, is_kept_out, read_records, to_line, write_text
+from reasoning.loaders import is_local, load_records
+from reasoning.records import Record, RecordError, is_kept_out, to_line, write_text
 from utils.cli import UserError, at_root, check_input, check_model, check_output, held_out_prompts
 
 JOB = "training_job.json"  # in the output folder: what this training is, so that the same command resumes it
@@ -26,13 +28,16 @@ class DataArgs:
     dataset_name: str = field(
         default=at_root("data/rewarded.jsonl"),
         metadata={
-            "help": "a JSONL file (dpo: scored pairs; sft: problems with steps, or pairs), or the name of a data set on the hub"
+            "help": "dpo: scored pairs; sft: problems with steps, or pairs. A file, a folder, or the name of a data set on "
+            "the hub, of any shape that reasoning/loaders.py knows"
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of a hub data set"})
     dataset_train_split: str = field(default="train", metadata={"help": "split of a hub data set"})
     limit: int | None = field(default=None, metadata={"help": "train on the first LIMIT rows; on all if not given"})
-    logs_dir: str = field(default=at_root("logs"), metadata={"help": "folder of the logs; a run writes <its name>/log.json there"})
+    logs_dir: str = field(
+        default=at_root("logs"), metadata={"help": "folder of the logs; a run writes <its name>/log.json and training.png there"}
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace what a finished or another training left in output_dir"})
 
     def __post_init__(self):
@@ -40,31 +45,23 @@ class DataArgs:
             raise ValueError(f"argument --limit: expected 1 or more, got {self.limit}")
 
 
-def read_dataset(args: DataArgs, kind: type[Record], made_by: str | None) -> list[Record]:
-    """All rows, every one checked. Raises RecordError or UserError, also for a row of a held-out problem.
-    `made_by` is the command that makes the file."""
-    name = args.dataset_name
-    if Path(name).exists() or name.endswith((".jsonl", ".json")) or name.startswith((".", "/")) or name.count("/") > 1:
+def read_dataset(args: DataArgs, kinds: list[str], record_type: type[Record], made_by: str | None) -> list[Record]:
+    """All rows as records of `record_type`, made of the first of the loaders' `kinds` that the data set gives; every one checked.
+    Raises RecordError or UserError, also for a row of a held-out problem. `made_by` is the command that makes the file."""
+    name, dropped = args.dataset_name, Counter()
+    if is_local(name) and not Path(name).is_dir():
         check_input(name, made_by)
-        records = list(read_records(name, kind))
-    else:
-        from datasets import load_dataset
-
+    held_out, records = held_out_prompts(), []
+    for where, record in load_records(kinds, name, args.dataset_config, args.dataset_train_split, dropped):
         try:
-            rows = load_dataset(name, args.dataset_config, split=args.dataset_train_split)
-        except (OSError, ValueError) as error:
-            raise UserError(f"data set {name}: neither a file nor found on the hub ({error})") from None
-        records = []
-        for number, row in enumerate(rows, 1):
-            try:
-                records.append(kind.from_row(dict(row)))
-            except RecordError as error:
-                raise RecordError(f"{name}, row {number}: {error}") from None
-    held_out = held_out_prompts()
-    for number, record in enumerate(records, 1):
+            records.append(record_type.from_row(asdict(record)))
+        except RecordError as error:
+            raise RecordError(f"{where}: {error}") from None
         if record.prompt in held_out:
-            where = f"{name}, row {number}: a held-out problem ({held_out[record.prompt]})"
-            raise UserError(f"{where}; training on it would spoil every comparison")
+            problem = f"a held-out problem ({held_out[record.prompt]})"
+            raise UserError(f"{where}: {problem}; training on it would spoil every comparison")
+    for reason, count in dropped.items():
+        print(f"{count} rows of {name} left out: {reason}")
     return records
 
 
@@ -307,10 +304,15 @@ class Training:
         if main_process:
             log = {"job": self.job, "seconds": seconds, "steps": state.global_step, "history": state.log_history}
             write_text(self.log_file, [json.dumps(log, indent=1)])
+            from evaluation.plots import training_picture
+
+            picture = self.log_file.with_name("training.png")
+            drawn = training_picture(state.log_history, picture, f"{self.folder.resolve().name}: {what}")
         say(f"\n{'':40}{'first':>10}{'last':>10}")
         for word, first, last in rows:
             say(f"{word:40}{first:10.3f}{last:10.3f}")
         say(f"{'seconds':40}{'':10}{seconds:10.0f}")
         if history and "num_tokens" in history[-1]:  # counted from where this run began; padding is not
             say(f"{'tokens a second':40}{'':10}{history[-1]['num_tokens'] / seconds:10.0f}")
-        say(f"wrote the tuned {'adapter' if model_args.use_peft else 'model'} to {self.folder}, the log to {self.log_file}")
+        wrote = f"wrote the tuned {'adapter' if model_args.use_peft else 'model'} to {self.folder}, the log to {self.log_file}"
+        say(wrote + (f", its picture to {picture}" if main_process and drawn else ""))
