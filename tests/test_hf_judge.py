@@ -59,8 +59,8 @@ def judge(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def real() -> list[tuple[str, list[str]]]:
-    """60 solutions that the policy wrote."""
-    pairs = itertools.islice(read_records(ROOT / "data/synthetic_dataset.jsonl", PreferencePair), 30)
+    """52 solutions that the policy wrote."""
+    pairs = itertools.islice(read_records(ROOT / "data/synthetic_dataset.jsonl", PreferencePair), 26)
     return [(pair.prompt, [*pair.prefix, *steps]) for pair in pairs for steps in (pair.chosen, pair.rejected)]
 
 
