@@ -24,7 +24,7 @@ def pick_device() -> tuple[str, bool]:
     """(device, bf16): what this machine has. On a CPU bf16 is 1.5 times faster with its own instructions and 3.5 times slower
     without them, so it is used only where they are."""
     if torch.cuda.is_available():
-        return "cuda", torch.cuda.is_bf16_supported()
+        return "cuda", torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return "cpu", bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
