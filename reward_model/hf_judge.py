@@ -85,6 +85,7 @@ class HFJudge(StepJudge):
             raise JudgeError(f"unknown judge template {template!r}: expected one of {', '.join(TEMPLATES)}")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer, self.model, name = _load(self.path, device)
+        self.device = self.model.device
         config = self.model.config.get_text_config()
         self.context_length = getattr(config, "max_position_embeddings", None)  # tokens; None: without limit
         self.window = getattr(config, "sliding_window", None)  # a row's mask knows nothing of it
@@ -123,7 +124,7 @@ class HFJudge(StepJudge):
         ids = [vocabulary[piece] for word in words for piece in (word, f"▁{word}", f"Ġ{word}") if piece in vocabulary]
         if not ids:
             raise JudgeError(f"judge {self.path} cannot be used: its vocabulary has no token {' or '.join(words)}")
-        return torch.tensor(ids, device=self.model.device)
+        return torch.tensor(ids, device=self.device)
 
     def _texts(self, prompt: str, steps: Sequence[str], first: int) -> list[list[int]]:
         """For every step from `first` on, the ids of the text that ends with the question about it."""
@@ -220,7 +221,7 @@ class HFJudge(StepJudge):
                 seen[b, start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
                 asked.append((b, end - 1))
             asked.append((b, len(trunk) - 1))
-        device, dtype = self.model.device, self.model.dtype
+        device, dtype = self.device, self.model.dtype
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]  # added to the scores
         hidden = self.model.base_model(
             input_ids=ids.to(device), position_ids=positions.to(device), attention_mask=mask.to(device), use_cache=False
@@ -236,7 +237,7 @@ class HFJudge(StepJudge):
         ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts])  # (B, L), left-padded
         mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
         return self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
 
     def _reads_rows(self) -> bool:
@@ -261,7 +262,7 @@ class HFJudge(StepJudge):
 
     def __str__(self) -> str:
         context = self.context_length or "without limit"
-        return f"{self.path}: template {self.template_name}, context {context}, on {self.model.device}"
+        return f"{self.path}: template {self.template_name}, context {context}, on {self.device}"
 
 
 def _load(path: str, device: str):

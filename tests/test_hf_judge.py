@@ -294,3 +294,10 @@ def test_what_cannot_be_scored_is_named(judge, tiny_model_dir, tmp_path):
     broken.model.model.norm.weight.data[:] = float("nan")
     with pytest.raises(JudgeError, match=r"not finite at step 2 'Step 2: 12 \+ 36 = 48' of prompt 'Mia has"):
         broken.score_steps([(PROMPT, STEPS)], skip=[1])
+
+
+def test_it_can_be_named_when_it_is_closed(tiny_model_dir):
+    """Scripts say which judge it was after they have closed it."""
+    with HFJudge(tiny_model_dir, device="cpu") as judge:
+        named = str(judge)
+    assert str(judge) == named and "on cpu" in named
