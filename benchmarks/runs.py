@@ -1,8 +1,8 @@
 """What the experiments share: train policy-mini once with given settings in this process, look at its exact accuracy, remember it.
 
 A run is a plain dict: `name`, `pairs` (file of scored pairs), `limit`, `settings` (of StepwiseDPOConfig), `seed`, `split` and
-`problems` (what the accuracy is measured on, greedily), `save` (folder for the tuned model, or None). The rows it gives are
-appended to a JSONL, so a stopped experiment goes on where it was.
+`problems` (what the accuracy is measured on, greedily), `each_epoch` (whether after each, or after the last), `save` (folder for
+the tuned model, or None). The rows it gives are appended to a JSONL, so a stopped experiment goes on where it was.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ BASE = str(Path(__file__).resolve().parents[1] / "models/policy-mini")
 
 
 def train_and_measure(run: dict) -> list[dict]:
-    """One training of policy-mini, a row after each epoch: the run, `epoch`, `correct` (a 0 or 1 a problem), `logged`, last."""
+    """One training of policy-mini, a row after each epoch or the last: the run, `epoch`, `correct` (a 0 or 1
+    a problem), `logged` (what was logged last)."""
     import logging
     import tempfile
     import warnings
@@ -50,6 +51,8 @@ def train_and_measure(run: dict) -> list[dict]:
 
     class Look(TrainerCallback):
         def on_epoch_end(self, args, state, control, model=None, processing_class=None, **kwargs):
+            if not (run["each_epoch"] or state.global_step == state.max_steps):
+                return
             policy = Policy(model, processing_class)
             model.eval()
             answers = policy.generate([task.prompt for task in tasks])
@@ -81,7 +84,7 @@ def bits(correct: str) -> list[float]:
 def base_run(pairs: str, split: str, problems: int) -> dict:
     """The base, as a run that changes nothing."""
     common = {"name": "base", "pairs": pairs, "limit": 16, "save": None, "seed": 0, "split": split, "problems": problems}
-    return {**common, "settings": {"learning_rate": 0.0, "max_steps": 1}}
+    return {**common, "each_epoch": False, "settings": {"learning_rate": 0.0, "max_steps": 1}}
 
 
 def key_of(run: dict) -> str:

@@ -46,7 +46,7 @@ def main() -> None:
 
     default_rate = StepwiseDPOConfig.learning_rate
     output = Path(args.output_dir)
-    common = {"pairs": args.pairs, "limit": args.limit, "save": None}
+    common = {"pairs": args.pairs, "limit": args.limit, "save": None, "each_epoch": True}
     constant = {"lr_scheduler_type": "constant", "warmup_steps": 0, "num_train_epochs": EPOCHS, "precompute_ref_log_probs": True}
     grid = [
         {
@@ -75,7 +75,7 @@ def main() -> None:
 
     final = [
         {
-            **common, "name": f"{loss}, {anchor}", "seed": seed, "split": "test", "problems": args.test,
+            **common, "name": f"{loss}, {anchor}", "seed": seed, "split": "test", "problems": args.test, "each_epoch": False,
             "settings": {**constant, **LOSSES[loss], **ANCHORS[anchor], "learning_rate": best[f"{loss}, {anchor}"][1],
                          "num_train_epochs": best[f"{loss}, {anchor}"][2]},
         }
