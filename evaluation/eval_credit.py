@@ -104,16 +104,15 @@ def main() -> None:
         policy = Policy.load(model)
         changes = defaultdict(list)
         for side in sides:
-            logps = [
-                [step.logp for step in steps]
-                for steps in policy.step_logps([(pair.prompt, pair.prefix, getattr(pair, side)) for pair in pairs])
-            ]
+            rows = [(pair.prompt, pair.prefix, getattr(pair, side)) for pair in pairs]
+            logps = [[step.logp for step in steps] for steps in policy.step_logps(rows, f"{name}: {side}")]
             base_logps.setdefault(side, logps)
             for k, (steps, of_base) in enumerate(zip(logps, base_logps[side], strict=True)):
                 for kind, now, before in zip(kinds[side][k], steps, of_base, strict=True):
                     changes[kind].append((now - before, k))
         next_step = defaultdict(list)
-        for k, steps in enumerate(policy.step_logps([(problem.prompt, [], problem.steps) for problem in problems])):
+        references = [(problem.prompt, [], problem.steps) for problem in problems]
+        for k, steps in enumerate(policy.step_logps(references, f"{name}: next steps")):
             for step, trap in zip(steps, problems[k].traps, strict=True):
                 next_step["trap" if trap else "elsewhere"].append((float(step.greedy), k))
         for kind in KINDS if name != "base" else ():

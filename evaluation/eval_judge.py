@@ -139,22 +139,21 @@ def read_labels(args: CardArgs, notes: list[str]) -> list[Judged]:
 
 def sample(args: CardArgs, problems: list[Problem]) -> list[Judged]:
     """Samples of the policy with their exact labels and the policy's own log-probs."""
-    from tqdm import tqdm
-
     from reasoning.grading import grade_steps, is_correct
     from search.policy import Policy
 
     policy = Policy.load(args.model_name_or_path)
     prompts = [problem.prompt for problem in problems]
     samples = policy.generate(prompts, args.samples, 1.0, args.max_new_tokens, args.seed, progress="samples")
-    judged = []
-    for problem, responses in zip(tqdm(problems, desc="log-probs", unit="problem"), samples, strict=True):
-        rows = [(problem.prompt, [], response.steps) for response in responses]
-        for response, logp in zip(responses, policy.logps(rows), strict=True):
-            steps = response.steps
-            solution = LabelledSolution(problem.prompt, steps, grade_steps(steps, problem), is_correct(steps, problem))
-            judged.append(Judged(solution, logp if steps else NEVER))
-    return judged
+    answers = [(problem, response.steps) for problem, responses in zip(problems, samples, strict=True) for response in responses]
+    logps = policy.logps([(problem.prompt, [], steps) for problem, steps in answers], progress="log-probs")
+    return [
+        Judged(
+            LabelledSolution(problem.prompt, steps, grade_steps(steps, problem), is_correct(steps, problem)),
+            logp if steps else NEVER,
+        )
+        for (problem, steps), logp in zip(answers, logps, strict=True)
+    ]
 
 
 def card(judged: Sequence[Judged], seed: int) -> dict:

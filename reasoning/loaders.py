@@ -11,211 +11,23 @@ annotations of GSM8K (`<<48/2=24>>`) are taken out. Text that comes in one piece
 (GSM8K, MATH) are written as this project's own: `Step 1: ...`, and a closing `Answer: ...`.
 """
 
-import csv
 import itertools
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from reasoning.answers import extract_answer, same_answer
-from reasoning.records import LabelledSolution, PreferencePair, Problem, RecordError, StepValue, read_rows
-from reasoning.steps import one_line, shared_prefix, split_steps
+from reasoning.records import LabelledSolution, PreferencePair, Problem, RecordError, StepValue
+from reasoning.rows import load_rows, show
+from reasoning.steps import CLOSING_STEP, STEP_NUMBER, one_line, split_sentences, split_steps, split_text
 
-FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
-
-# --- rows ------------------------------------------------------------------------------------------------------------------------
-
-
-def is_local(name: str) -> bool:
-    """Whether a data set's name means a file or a folder, there or not, rather than one on the hub."""
-    return Path(name).exists() or name.endswith(FILE_TYPES) or name.startswith((".", "/")) or name.count("/") > 1
-
-
-def load_rows(name: str, config: str | None = None, split: str | None = None) -> Iterator[tuple[str, dict]]:
-    """(where, row) of every row; `where` is `file:line` or the nearest thing to it, for errors.
-
-    `split`: of a folder, the files whose name has this word in it (default: train if there are such, else all); of a hub data
-    set, its split (default: train, or the only one). A file has none. Raises RecordError."""
-    if not is_local(name):
-        rows = _hub_rows(name, config, split)
-    elif Path(name).is_dir():
-        rows = itertools.chain.from_iterable(map(_file_rows, folder_files(name, split)))
-    else:
-        rows = _file_rows(Path(name))
-    count = 0
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise RecordError(f"{where}: expected a JSON object, got {_show(row)}")
-        count += 1
-        yield where, row
-    if not count:
-        raise RecordError(f"{name}: no rows")
-
-
-def folder_files(name: str, split: str | None = None) -> list[Path]:
-    """The data files of a folder and of what it holds, or those with the word `split` in their names."""
-    files = sorted(path for path in Path(name).rglob("*") if path.suffix in FILE_TYPES and not path.name.startswith("."))
-    of_split = [path for path in files if (split or "train") in re.split(r"[^a-zA-Z0-9]+", path.stem)]
-    if not files or (split and not of_split):
-        raise RecordError(f"{name}: no {', '.join(FILE_TYPES)} file in this folder" + (f" for split '{split}'" if files else ""))
-    return of_split or files
-
-
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.is_file():
-        raise RecordError(f"{path}: not found; expected a file, a folder, or the name of a data set on the hub")
-    if path.suffix == ".parquet":
-        return _parquet_rows(path)
-    if path.suffix == ".csv":
-        return _csv_rows(path)
-    if path.suffix not in FILE_TYPES:
-        raise RecordError(f"{path}: expected one of {', '.join(FILE_TYPES)}")
-    with open(path, "rb") as file:
-        is_list = file.read(64).lstrip().startswith(b"[")
-    if is_list:
-        return _json_rows(path)
-    return ((f"{path}:{number}", row) for number, row in read_rows(path))
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{path}: not JSON ({error})") from None
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Cells that hold a JSON list or object are decoded, all others are texts; an empty cell is null."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, strict=True)
-        try:
-            for row in rows:
-                where = f"{path}:{rows.line_num}"
-                if None in row or None in row.values():
-                    raise RecordError(f"{where}: not as many cells as the {len(rows.fieldnames or [])} fields of the first line")
-                yield where, {field: _cell(value) for field, value in row.items()}
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise RecordError(f"{path}:{rows.line_num + 1}: not CSV in UTF-8 ({error})") from None
-
-
-def _cell(value: str) -> Any:
-    if value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value or None
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    from datasets import load_dataset
-
-    try:
-        for number, row in enumerate(load_dataset("parquet", data_files=str(path), split="train", streaming=True), 1):
-            yield f"{path}, row {number}", row
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, RecordError):
-            raise
-        raise RecordError(f"{path}: cannot be read as Parquet ({one_line(str(error))})") from None
-
-
-def _hub_rows(name: str, config: str | None, split: str | None) -> Iterator[tuple[str, dict]]:
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from datasets import load_dataset
-
-    try:
-        splits = load_dataset(name, config, split=split, streaming=True)
-        if split is None:
-            split = "train" if "train" in splits else next(iter(splits))
-            if split != "train" and len(splits) > 1:
-                raise ValueError(f"which split? it has {', '.join(splits)}")
-            splits = splits[split]
-        for number, row in enumerate(splits, 1):
-            yield f"{name} ({split}), row {number}", row
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, RecordError):
-            raise
-        raise RecordError(f"data set {name}: neither a file nor to be had from the hub ({one_line(str(error))})") from None
-
-
-# --- text -> steps ---------------------------------------------------------------------------------------------------------------
-
-_STEP = re.compile(r"\s*Step\s+\d+\s*[:.]", re.IGNORECASE)
-_CLOSING_STEP = re.compile(r"\s*(?:(?:Final\s+)?Answer\s*:|####)", re.IGNORECASE)
-_OPENING = re.compile(r"\\\[|\\begin\{|\[asy\]")
-_CLOSING = re.compile(r"\\\]|\\end\{|\[/asy\]")
-_SENTENCE = re.compile(r"(?:(?<=[.!?])|(?<=[.!?]\$))\s+(?=[A-Z\\$])")
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 _PRM_ANSWER = re.compile(r"\s*^#\s*Answer\s*$\s*", re.MULTILINE)  # PRM800K ends a solution with "\n\n# Answer\n\n29"
 
-
-def split_text(text: str) -> list[str]:
-    """The steps of a text that comes in one piece, each one line.
-
-    Where lines begin with `Step 1:`, a step goes from there to the next one; else steps are paragraphs if the text has blank
-    lines, and lines if it has none. `Answer:` begins a step of its own. Nothing is cut inside of LaTeX environments and displays,
-    and a display belongs to the step before it."""
-    lines = text.strip().splitlines()
-    inside = _inside_of_displays(lines)
-    numbered = any(map(_STEP.match, lines))
-    blank = any(not line.strip() and not within for line, within in zip(lines, inside, strict=True))
-    pieces: list[str] = []
-    for k, line in enumerate(lines):
-        if _STEP.match(line) or _CLOSING_STEP.match(line):
-            begins = True
-        else:
-            is_display = line.lstrip().startswith(("\\[", "$$", "\\begin{"))
-            begins = not numbered and (not blank or not lines[k - 1].strip()) and not is_display
-        if not pieces or (begins and not inside[k]):
-            pieces.append(line)
-        else:
-            pieces[-1] += f"\n{line}"
-    return [step for step in map(one_line, pieces) if step]
-
-
-def _inside_of_displays(lines: list[str]) -> list[bool]:
-    """For each line, whether it begins inside of a LaTeX environment or display."""
-    inside, depth, in_dollars = [], 0, False
-    for line in lines:
-        inside.append(depth > 0 or in_dollars)
-        depth += len(_OPENING.findall(line)) - len(_CLOSING.findall(line))
-        in_dollars ^= line.count("$$") % 2 == 1
-    return inside
-
-
-def _split_sentences(text: str) -> list[str]:
-    """The sentences of split_text's pieces; none ends inside of a formula or a brace."""
-    sentences = []
-    for piece in split_text(text):
-        begin = 0
-        for end in _SENTENCE.finditer(piece):
-            so_far = piece[begin : end.start()]
-            is_open = so_far.count("$") % 2 or so_far.count("{") != so_far.count("}") or so_far.count("\\[") != so_far.count("\\]")
-            if not is_open and so_far.count("\\begin{") == so_far.count("\\end{"):
-                sentences.append(so_far)
-                begin = end.end()
-        sentences.append(piece[begin:])
-    return [sentence for sentence in sentences if sentence]
-
-
-def _reference(steps: list[str], answer: str) -> list[str]:
-    """A reference solution as this project writes it: numbered steps, and the answer in a closing one."""
-    return [*[step if _STEP.match(step) else f"Step {k}: {step}" for k, step in enumerate(steps, 1)], f"Answer: {answer}"]
-
-
-# --- fields ----------------------------------------------------------------------------------------------------------------------
-
-
-def _show(value: Any) -> str:
-    """The beginning of a value, for an error."""
-    return json.dumps(value, ensure_ascii=False, default=str)[:60]
+# --- fields --------------------------------------------------------------------------------------------------------------------
 
 
 def _field(row: Any, path: str, kind: type | tuple, expected: str) -> Any:
@@ -239,7 +51,7 @@ def _text(row: Any, path: str) -> str:
 def _texts(row: Any, path: str) -> list[str]:
     texts = _field(row, path, list, "a list of texts")
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise RecordError(f"field '{path}': expected a list of texts, got {_show(texts)}")
+        raise RecordError(f"field '{path}': expected a list of texts, got {show(texts)}")
     return texts
 
 
@@ -247,7 +59,7 @@ def _label(value: Any, where: str) -> float | None:
     """true, false or a number from 0 to 1, which is a label; null, which is none."""
     if value is None or (isinstance(value, bool | int | float) and 0 <= value <= 1):
         return None if value is None else float(value)
-    raise RecordError(f"{where}: expected true, false, null or a number from 0 to 1, got {_show(value)}")
+    raise RecordError(f"{where}: expected true, false, null or a number from 0 to 1, got {show(value)}")
 
 
 def _solution(prompt: str, steps: list[str], labels: list[float | None], final_correct: bool | None, dropped: Counter):
@@ -272,11 +84,16 @@ def _in_one_line(record: Any) -> Any:
 # --- GSM8K, MATH: problems with a reference solution -----------------------------------------------------------------------------
 
 
+def _reference(steps: list[str], answer: str) -> list[str]:
+    """A reference solution as this project writes it: numbered steps, and the answer in a closing one."""
+    return [*[step if STEP_NUMBER.match(step) else f"Step {k}: {step}" for k, step in enumerate(steps, 1)], f"Answer: {answer}"]
+
+
 def _gsm8k_problem(row: dict, dropped: Counter) -> Iterator[Problem]:
     """`answer`: one step a line with <<annotations>>, then `#### 72`; or, in a user's own file, the answer and nothing else."""
     prompt, solution = _text(row, "question"), _text(row, "answer")
     answer, lines = extract_answer(solution), split_steps(_ANNOTATION.sub("", solution))
-    steps = [one_line(line) for line in lines if not _CLOSING_STEP.match(line)]
+    steps = [one_line(line) for line in lines if not CLOSING_STEP.match(line)]
     if answer is None and len(lines) == 1:
         yield Problem(prompt, lines[0])
     elif answer is None:
@@ -293,7 +110,7 @@ def _math_problem(row: dict, dropped: Counter) -> Iterator[Problem]:
         dropped["problems without a final answer"] += 1
         return
     solution = re.sub(r"\[asy\].*?\[/asy\]", "", solution, flags=re.DOTALL)
-    yield Problem(prompt, answer, _reference(_split_sentences(solution), answer))
+    yield Problem(prompt, answer, _reference(split_sentences(solution), answer))
 
 
 def _problem_with_answer(prompt_field: str, answer_field: str) -> Callable:
@@ -333,7 +150,7 @@ def _prm800k_labels(row: dict, dropped: Counter) -> Iterator[LabelledSolution]:
         chosen, human = step.get("chosen_completion"), step.get("human_completion")
         if chosen is not None:
             if not isinstance(chosen, int) or not 0 <= chosen < len(rated):
-                raise RecordError(f"{where}: chosen_completion {_show(chosen)} is none of its {len(rated)} completions")
+                raise RecordError(f"{where}: chosen_completion {show(chosen)} is none of its {len(rated)} completions")
             goes_on = rated.pop(chosen)
         elif human is not None:
             goes_on = (_prm800k_text(human, where), 1.0)
@@ -360,14 +177,14 @@ def _prm800k_labels(row: dict, dropped: Counter) -> Iterator[LabelledSolution]:
 
 def _prm800k_text(completion: Any, where: str) -> str:
     if not isinstance(completion, dict) or not isinstance(completion.get("text"), str):
-        raise RecordError(f"{where}: expected a completion with a text, got {_show(completion)}")
+        raise RecordError(f"{where}: expected a completion with a text, got {show(completion)}")
     return one_line(_PRM_ANSWER.sub(" Answer: ", completion["text"]))
 
 
 def _prm800k_completion(completion: Any, where: str) -> tuple[str, float | None]:
     text = _prm800k_text(completion, where)
     if completion.get("rating") not in _RATINGS:
-        raise RecordError(f"{where}: expected a rating of -1, 0 or 1, got {_show(completion.get('rating'))}")
+        raise RecordError(f"{where}: expected a rating of -1, 0 or 1, got {show(completion.get('rating'))}")
     return text, _RATINGS[completion.get("rating")]
 
 
@@ -459,14 +276,13 @@ def _message_texts(messages: Any, name: str) -> list[tuple[str, str]]:
         if isinstance(content, list):
             content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
         if not isinstance(content, str) or not isinstance(message.get("role"), str):
-            raise RecordError(f"field '{name}': expected a text or messages with role and content, got {_show(messages)}")
+            raise RecordError(f"field '{name}': expected a text or messages with role and content, got {show(messages)}")
         texts.append((message["role"], content))
     return texts
 
 
 def _trl_pair(row: dict, dropped: Counter) -> Iterator[PreferencePair]:
-    """TRL's preference format, plain or conversational, the prompt in a field of its own or in front of both sides. Steps that
-    both sides begin with become the prefix; each side keeps one step at least."""
+    """TRL's preference format, plain or conversational, the prompt in a field of its own or in front of both sides."""
     prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
     if all(isinstance(side, str) for side in sides):
         if prompt is None:  # both sides begin with it; cut between words, as TRL does
@@ -493,8 +309,7 @@ def _trl_pair(row: dict, dropped: Counter) -> Iterator[PreferencePair]:
     elif chosen == rejected:
         dropped["pairs with the same steps on both sides"] += 1
     else:
-        k = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-        yield PreferencePair(question, chosen[k:], rejected[k:], prefix=chosen[:k])
+        yield PreferencePair.of_solutions(question, chosen, rejected)
 
 
 def _own_pair(row: dict, dropped: Counter) -> Iterator[PreferencePair]:
@@ -526,7 +341,7 @@ def _own_value(row: dict, dropped: Counter) -> Iterator[StepValue]:
     try:
         numbers = {name: json.loads(value) if isinstance(value, str) else value for name, value in numbers.items()}
     except ValueError:
-        raise RecordError(f"field 'score': expected a score from 0 to 1, got {_show(row.get('score'))}") from None
+        raise RecordError(f"field 'score': expected a score from 0 to 1, got {show(row.get('score'))}") from None
     yield _in_one_line(StepValue.from_row({**row, **numbers}))
 
 

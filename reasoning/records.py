@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from reasoning.steps import shared_prefix
+
 
 class RecordError(ValueError):
     """A file or a row that is not what it should be; the message says where, what, and what was expected."""
@@ -60,6 +62,12 @@ class PreferencePair:
     prefix: list[str] = field(default_factory=list)
     chosen_scores: list[float] | None = None
     rejected_scores: list[float] | None = None
+
+    @classmethod
+    def of_solutions(cls, prompt: str, better: list[str], worse: list[str]) -> "PreferencePair":
+        """Two whole solutions as a pair: the steps that both begin with are its prefix; each side keeps one step at least."""
+        k = min(shared_prefix(better, worse), len(better) - 1, len(worse) - 1)
+        return cls(prompt, better[k:], worse[k:], prefix=better[:k])
 
     @classmethod
     def from_row(cls, row: Any) -> "PreferencePair":

@@ -219,20 +219,22 @@ class Policy:
             output = self.model(input_ids=tokens[:, None], attention_mask=mask, position_ids=position, past_key_values=cache)
             logits = output.logits[:, -1].float()
 
-    def logps(self, rows: Sequence[tuple[str, list[str], list[str]]], batch_size: int = 32) -> list[float]:
+    def logps(self, rows: Sequence[tuple[str, list[str], list[str]]], progress: str | None = None) -> list[float]:
         """Mean token log-prob of the steps of (prompt, prefix, steps), given prompt and prefix. Rows longer than the context are
         cut at its end, and how many is said."""
         return [
             sum(step.logp for step in steps) / max(1, sum(step.tokens for step in steps))
-            for steps in self.step_logps(rows, batch_size)
+            for steps in self.step_logps(rows, progress)
         ]
 
     @torch.inference_mode()
-    def step_logps(self, rows: Sequence[tuple[str, list[str], list[str]]], batch_size: int = 32) -> list[list[StepLogp]]:
+    def step_logps(
+        self, rows: Sequence[tuple[str, list[str], list[str]]], progress: str | None = None, batch_size: int = 32
+    ) -> list[list[StepLogp]]:
         """One StepLogp for every step of (prompt, prefix, steps), each given all that stands before it. Rows longer than the
         context are cut at its end, and how many is said; a step of which nothing is left has no tokens."""
         results, cut = [], 0
-        for start in range(0, len(rows), batch_size):
+        for start in tqdm(range(0, len(rows), batch_size), desc=progress, unit="batch", disable=progress is None):
             batch = rows[start : start + batch_size]
             encoded = [encode_steps(self.tokenizer, *row) for row in batch]
             longest = min(self.context, max(len(ids) for ids, _ in encoded))

@@ -181,7 +181,7 @@ def test_the_checker_itself_gets_full_marks(evaluate, tmp_path, tiny_model_dir):
         (["--policies", "none", "none", "none"], "model directory none not found"),
         (["--labels", "DIR/1.jsonl", "--samples", 2], "--samples: --labels does not use it"),
         (["--labels", "DIR/1.jsonl", "--policies", "a", "b", "c"], "--policies: --labels does not use it"),
-        (["--labels", "DIR/none.jsonl"], "none.jsonl: not found"),
+        (["--labels", "DIR/none.jsonl"], "none.jsonl not found"),
         (["--labels", "DIR/problems.jsonl"], "no step_labels"),
         (["--labels", "DIR/soft.jsonl"], "none of 1 solutions has a step that is labelled right or wrong"),
         (

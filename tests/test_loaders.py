@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from reasoning import loaders
-from reasoning.loaders import find_shape, load_pairs, load_problems, load_rows, load_step_labels, load_step_values, split_text
-from reasoning.records import LabelledSolution, PreferencePair, Problem, RecordError, StepValue, write_records
-from reasoning.steps import encode_steps, response_pieces, split_steps
+from reasoning.loaders import KINDS, find_shape, load_pairs, load_problems, load_step_labels, load_step_values
+from reasoning.records import LabelledSolution, PreferencePair, Problem, RecordError, StepValue, read_rows, write_records
+from reasoning.rows import load_rows
+from reasoning.steps import encode_steps, response_pieces, split_steps, split_text
 
 DATA = Path(__file__).parent / "data"
 LOAD = {"problems": load_problems, "pairs": load_pairs, "step_labels": load_step_labels, "step_values": load_step_values}
@@ -46,7 +46,7 @@ def test_every_shape(name, tokenizer, tmp_path):
         records = list(LOAD[kind](str(DATA / name), dropped=dropped))
         assert (len(records), dropped) == (count, drops)
         write_records(tmp_path / kind, records)
-        assert [loaders.KINDS[kind].from_row(row) for _, row in loaders.read_rows(tmp_path / kind)] == records
+        assert [KINDS[kind].from_row(row) for _, row in read_rows(tmp_path / kind)] == records
         for record in records:
             for steps in steps_of(record):
                 assert split_steps("".join(response_pieces(steps, finished=True))) == steps
@@ -300,7 +300,7 @@ def test_a_bad_row_is_one_line_with_file_and_line(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.jsonl", None, "none.jsonl: not found"),
+        ("none.jsonl", None, "none.jsonl not found"),
         ("empty.jsonl", b"", "empty.jsonl: no rows"),
         ("list.json", b"[]", "list.json: no rows"),
         ("torn.json", b'[{"question": ', "torn.json: not JSON"),

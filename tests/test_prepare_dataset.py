@@ -143,7 +143,7 @@ def test_a_folder_keeps_its_sides(prepare):
     ("args", "message"),
     [
         ([], "the following arguments are required: --dataset_name"),
-        (["--dataset_name", "none.jsonl"], "none.jsonl: not found"),
+        (["--dataset_name", "none.jsonl"], "none.jsonl not found"),
         (["--dataset_name", "odd.jsonl"], "odd.jsonl:1: fields a, b are of no known shape; known: "),
         (["--dataset_name", "torn.jsonl"], "torn.jsonl:2: field 'answer' is missing"),
         (["--dataset_name", DATA / "gsm8k.jsonl", "--to", "pairs"], "gives problems, and no pairs can be made of that"),

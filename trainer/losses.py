@@ -67,6 +67,11 @@ def step_weights(
     return u * chosen_mask, v * rejected_mask
 
 
+def good_step_losses(chosen_logratios: Tensor, chosen_scores: Tensor, mask: Tensor, agg: str = "sum") -> Tensor:
+    """agg_k(a_k relu(-D_k)), (B,): how much less likely the good steps of chosen are than under the reference. Inputs (B, K)."""
+    return AGGREGATES[agg](chosen_scores * F.relu(-chosen_logratios), mask)
+
+
 class StepLoss(NamedTuple):
     """What a step loss returns. (B,): the loss, R_w without the anchor, R_l, and what the anchor takes from R_w. (B, K): the
     weights u and v with which the log-ratios of the steps of chosen and rejected enter the loss."""
@@ -104,7 +109,7 @@ def stepwise_loss(
     u, v = step_weights(chosen_scores, rejected_scores, credit, chosen_mask, rejected_mask)
     chosen_rewards = beta * aggregate(u * chosen_logratios, chosen_mask)
     rejected_rewards = beta * aggregate(v * rejected_logratios, rejected_mask)
-    anchor = anchor_lambda * beta * aggregate(chosen_scores * F.relu(-chosen_logratios), chosen_mask)
+    anchor = anchor_lambda * beta * good_step_losses(chosen_logratios, chosen_scores, chosen_mask, agg)
     margin = margin_gamma * (mean(chosen_scores, chosen_mask) - mean(rejected_scores, rejected_mask))
     loss = -F.logsigmoid(chosen_rewards - anchor - rejected_rewards - margin)
     return StepLoss(loss, chosen_rewards, rejected_rewards, anchor, u, v)
@@ -130,7 +135,7 @@ def step_dpo_loss(
     u, v = first * chosen_mask, first * rejected_mask
     chosen_rewards = beta * (u * chosen_logratios).sum(1)
     rejected_rewards = beta * (v * rejected_logratios).sum(1)
-    anchor = anchor_lambda * beta * AGGREGATES["sum"](chosen_scores * F.relu(-chosen_logratios), chosen_mask)
+    anchor = anchor_lambda * beta * good_step_losses(chosen_logratios, chosen_scores, chosen_mask)
     loss = -F.logsigmoid(chosen_rewards - anchor - rejected_rewards)
     return StepLoss(loss, chosen_rewards, rejected_rewards, anchor, u, v)
 
@@ -164,7 +169,7 @@ def full_step_dpo_loss(
         v = torch.sigmoid(rejected_logratios) * softmax(-tau * rejected_scores, rejected_mask)
     total = AGGREGATES["sum"]
     chosen_rewards, rejected_rewards = beta * total(chosen_logratios, chosen_mask), beta * total(rejected_logratios, rejected_mask)
-    pull = anchor_lambda * total(chosen_scores * F.relu(-chosen_logratios), chosen_mask)
+    pull = anchor_lambda * good_step_losses(chosen_logratios, chosen_scores, chosen_mask)
     gate = torch.sigmoid(rejected_rewards - chosen_rewards + beta * pull).detach()
     loss = -gate * (total(u * chosen_logratios, chosen_mask) - total(v * rejected_logratios, rejected_mask) - pull)
     return StepLoss(loss, chosen_rewards, rejected_rewards, beta * pull, u, v)

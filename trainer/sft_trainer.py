@@ -7,7 +7,6 @@ loss = -mean log pi(t) over the tokens of all steps of the global batch, EOS inc
 the prompt and a pair's shared prefix are context. Rows become ids in reasoning/steps.py, as for all training and sampling.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +17,7 @@ from trl.trainer.utils import global_then_local_main_first
 
 from reasoning.records import PreferencePair, Problem, RecordError
 from reasoning.steps import encode_steps, ends_solution
+from trainer.defaults import MiniatureDefaults
 
 logger = get_logger(__name__)
 
@@ -45,33 +45,12 @@ class Solution:
 
 
 @dataclass
-class StepSFTConfig(SFTConfig):
-    """SFTConfig whose defaults are the embedded miniature's. Raises ValueError for values that make no sense."""
-
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: optimizer steps, or below 1 a share of all steps."})
-    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the solutions."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Solutions a device sees at once in training."})
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Solutions a device sees at once in evaluation."})
-    max_length: int | None = field(default=512, metadata={"help": "Longest prompt + solution, in tokens; the rest is cut."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade compute for memory: for large models."})
-    bf16: bool | None = field(default=False, metadata={"help": "bf16 autocast; weights stay as --dtype says."})
-    logging_steps: float = field(default=5, metadata={"help": "Log every so many optimizer steps."})
-    save_steps: float = field(default=0.1, metadata={"help": "A checkpoint every so many steps, or below 1 a share of all."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept; older ones are deleted."})
+class StepSFTConfig(MiniatureDefaults, SFTConfig):
+    """SFTConfig with the loss on the steps. Raises ValueError for values that make no sense."""
 
     def __post_init__(self):
         if self.assistant_only_loss or self.completion_only_loss is False:
             raise ValueError("assistant_only_loss, completion_only_loss: the loss is on the steps' tokens, always; leave them out")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
-            raise ValueError(f"learning_rate: expected a number of 0 or more, got {self.learning_rate}")
-        for name in (
-            *("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
-            *("gradient_accumulation_steps", "max_length"),
-        ):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: expected a number above 0, got {value}")
         super().__post_init__()
 
 

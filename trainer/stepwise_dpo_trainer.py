@@ -9,7 +9,6 @@ loss and the reference log-probs. A list of TRL's own losses goes to TRL's code,
 
 import contextlib
 import itertools
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +26,7 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first,
 
 from reasoning.records import ScoredPair
 from reasoning.steps import encode_steps
+from trainer.defaults import MiniatureDefaults
 from trainer.losses import AGGREGATES, CREDITS, full_step_dpo_loss, step_dpo_loss, stepwise_loss, sum_per_step
 
 logger = get_logger(__name__)
@@ -45,8 +45,8 @@ STEP_KEYS = ("step_ids", "step_mask", "step_scores", "truncated_steps")
 
 
 @dataclass
-class StepwiseDPOConfig(DPOConfig):
-    """DPOConfig with the step loss; defaults are the embedded miniature's. Raises ValueError for values that make no sense."""
+class StepwiseDPOConfig(MiniatureDefaults, DPOConfig):
+    """DPOConfig with the step losses. Raises ValueError for values that make no sense."""
 
     loss_type: list[str] = field(
         default_factory=lambda: ["stepwise"],
@@ -70,17 +70,6 @@ class StepwiseDPOConfig(DPOConfig):
         default=5.0,
         metadata={"help": "Pull on good steps that become less likely than under the reference (DPO-Positive), 0 or more."},
     )
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Warm-up: optimizer steps, or below 1 a share of all steps."})
-    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the pairs."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Pairs a device sees at once in training."})
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Pairs a device sees at once in evaluation."})
-    max_length: int | None = field(default=512, metadata={"help": "Longest prompt + response, in tokens; the rest is cut."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade compute for memory: for large models."})
-    bf16: bool | None = field(default=False, metadata={"help": "bf16 autocast; weights stay as --dtype says."})
-    logging_steps: float = field(default=5, metadata={"help": "Log every so many optimizer steps."})
-    save_steps: float = field(default=0.1, metadata={"help": "A checkpoint every so many steps, or below 1 a share of all."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept; older ones are deleted."})
 
     def __post_init__(self):
         self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
@@ -100,16 +89,8 @@ class StepwiseDPOConfig(DPOConfig):
         for name, known in (("credit", CREDITS), ("step_agg", AGGREGATES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)}")
-        for name in ("margin_gamma", "anchor_lambda", "learning_rate"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name}: expected a number of 0 or more, got {getattr(self, name)}")
-        for name in (
-            *("beta", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
-            *("gradient_accumulation_steps", "max_length"),
-        ):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: expected a number above 0, got {value}")
+        self.check_numbers("margin_gamma", "anchor_lambda", least="0 or more")
+        self.check_numbers("beta")
         super().__post_init__()
 
     @property
@@ -280,14 +261,13 @@ class StepwiseDPOTrainer(DPOTrainer):
         chosen_scores, rejected_scores = steps["step_scores"].chunk(2)  # (B, K) each, and so on: the batch is [chosen, rejected]
         chosen_mask, rejected_mask = steps["step_mask"].chunk(2)
         mean = AGGREGATES["mean"]
-        self._log_means(
-            {
-                "scores/chosen": mean(chosen_scores, chosen_mask),
-                "scores/rejected": mean(rejected_scores, rejected_mask),
-                "steps/truncated": steps["truncated_steps"],
-            }
-        )
+        of_batch = {
+            "scores/chosen": mean(chosen_scores, chosen_mask),
+            "scores/rejected": mean(rejected_scores, rejected_mask),
+            "steps/truncated": steps["truncated_steps"],
+        }
         if not self.args.has_step_loss:
+            self._log_means({name: (values, None) for name, values in of_batch.items()})
             return super()._compute_loss(model, inputs, return_outputs)
 
         model_inputs = _model_inputs(inputs)
@@ -320,61 +300,66 @@ class StepwiseDPOTrainer(DPOTrainer):
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
 
         shown = next(iter(step_losses.values()))  # the rewards of the first step loss
-        self._log_tokens(inputs, outputs)
-        self._log_means(
-            {
-                "rewards/chosen": shown.chosen_rewards,
-                "rewards/rejected": shown.rejected_rewards,
-                "rewards/margins": shown.chosen_rewards - shown.rejected_rewards,
-                "rewards/accuracies": (shown.chosen_rewards > shown.rejected_rewards).float(),
-                "rewards/anchor": shown.anchor,
-                "logps/chosen": chosen_logps.sum(1),
-                "logps/rejected": rejected_logps.sum(1),
-                "logps/chosen_vs_ref": chosen_logratios.sum(1),
-                "logps/rejected_vs_ref": rejected_logratios.sum(1),
-                "weights/chosen": shown.chosen_weights.sum(1),
-                "weights/rejected": shown.rejected_weights.sum(1),
-            }
-        )
-        for k in range(LOGGED_POSITIONS):
-            for side, ratios, mask in (("chosen", chosen_logratios, chosen_mask), ("rejected", rejected_logratios, rejected_mask)):
-                self._log_ratio(f"logps/{side}_vs_ref/step_{k + 1}", ratios[:, k : k + 1], mask[:, k : k + 1])
+        of_batch |= {
+            "rewards/chosen": shown.chosen_rewards,
+            "rewards/rejected": shown.rejected_rewards,
+            "rewards/margins": shown.chosen_rewards - shown.rejected_rewards,
+            "rewards/accuracies": (shown.chosen_rewards > shown.rejected_rewards).float(),
+            "rewards/anchor": shown.anchor,
+            "logps/chosen": chosen_logps.sum(1),
+            "logps/rejected": rejected_logps.sum(1),
+            "logps/chosen_vs_ref": chosen_logratios.sum(1),
+            "logps/rejected_vs_ref": rejected_logratios.sum(1),
+            "weights/chosen": shown.chosen_weights.sum(1),
+            "weights/rejected": shown.rejected_weights.sum(1),
+        }
+        of_steps = {
+            f"logps/{side}_vs_ref/step_{k + 1}": (ratios[:, k], mask[:, k]) if k < ratios.size(1) else (ratios[:0, 0], mask[:0, 0])
+            for side, ratios, mask in (("chosen", chosen_logratios, chosen_mask), ("rejected", rejected_logratios, rejected_mask))
+            for k in range(LOGGED_POSITIONS)  # the same names in every process, whatever the length of its batch
+        }
         good = chosen_mask & (chosen_scores >= 0.5)
-        self._log_ratio("drift/good_steps_less_likely", (chosen_logratios < 0).float(), good)
+        of_steps["drift/good_steps_less_likely"] = ((chosen_logratios < 0).float(), good)
+        self._log_means(
+            {name: (values, None) for name, values in of_batch.items()} | of_steps | self._token_values(inputs, outputs)
+        )
         if return_outputs:  # the logits, for compute_metrics: the fused head does not build them
             with torch.no_grad():
                 return loss, model(**model_inputs)
         return loss
 
-    def _log_means(self, values: dict[str, Tensor]) -> None:
-        """Log means over all pairs of all processes; each tensor is (B,)."""
+    def _log_means(self, values: dict[str, tuple[Tensor, Tensor | None]]) -> None:
+        """Log means over all processes, of (values, where): two tensors of one shape, or None for everywhere. What holds nowhere is
+        not logged. One exchange between the processes for all of them."""
+        sums = []
+        for value, where in values.values():
+            value = value.detach().float()
+            where = torch.ones_like(value) if where is None else where.float()
+            sums.append(torch.stack([(value * where).sum(), where.sum()]))
+        totals = self.accelerator.gather(torch.stack(sums)[None]).sum(0).tolist()  # (processes, names, 2) -> (names, 2)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, value in values.items():
-            metrics[name].append(self.accelerator.gather(value.detach().float()).mean().item())
+        for name, (total, count) in zip(values, totals, strict=True):
+            if count:
+                metrics[name].append(total / count)
 
-    def _log_ratio(self, name: str, values: Tensor, where: Tensor) -> None:
-        """Log the mean of values where `where` holds, over all processes; nothing if it holds nowhere. Tensors of one shape."""
-        sums = torch.stack([(values.detach().float() * where).sum(), where.sum().float()])
-        total, count = self.accelerator.gather(sums).view(-1, 2).sum(0).tolist()
-        if count:
-            self._metrics["train" if self.model.training else "eval"][name].append(total / count)
-
-    def _log_tokens(self, inputs, outputs) -> None:
-        """TRL's metrics of tokens, under its names: entropy, logits, accuracy of the greedy token, tokens seen."""
+    def _token_values(self, inputs, outputs) -> dict[str, tuple[Tensor, Tensor]]:
+        """TRL's metrics of tokens, under its names: entropy, logits, accuracy of the greedy token; and count the tokens seen."""
         mask = inputs["completion_mask"][:, 1:].bool()  # (2B, L - 1)
         chosen, rejected = mask.clone(), mask.clone()
         chosen[len(mask) // 2 :], rejected[: len(mask) // 2] = False, False
-        for name, values, where in (
-            ("entropy", outputs.entropy, mask),
-            ("logits/chosen", outputs.mean_logits, chosen),
-            ("logits/rejected", outputs.mean_logits, rejected),
-            ("mean_token_accuracy", outputs.is_top1, chosen),
-        ):
-            self._log_ratio(name, values[:, -mask.size(1) :], where)
         if self.model.training:
             seen = self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
             self._total_train_tokens += seen // self._tp_size
         self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self._total_train_tokens]
+        return {
+            name: (values[:, -mask.size(1) :], where)
+            for name, values, where in (
+                ("entropy", outputs.entropy, mask),
+                ("logits/chosen", outputs.mean_logits, chosen),
+                ("logits/rejected", outputs.mean_logits, rejected),
+                ("mean_token_accuracy", outputs.is_top1, chosen),
+            )
+        }
 
 
 def _encode_row(row: dict, row_kind: str, **settings) -> dict[str, Any]:

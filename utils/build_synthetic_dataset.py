@@ -19,12 +19,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reasoning.grading import is_correct
-from reasoning.loaders import is_local, load_problems
+from reasoning.loaders import load_problems
 from reasoning.problems import problems
 from reasoning.records import PreferencePair, Problem, Prompt, ResumableRows, read_records, write_records
-from reasoning.steps import shared_prefix
 from reward_model.base import StepJudge, aggregate
-from utils.cli import UserError, at_root, check_input, check_model, check_output, held_out_prompts, parse_args, run
+from utils.cli import UserError, at_root, check_model, check_output, held_out_prompts, parse_args, run
 from utils.judges import JudgeArgs, check_judge, content_hash, judge_identity, open_judge
 
 UNIT = 64  # problems sampled together: with the same seed a group always gives the same samples
@@ -67,8 +66,6 @@ def read_problems(args: PairArguments) -> list[Problem] | list[Prompt]:
     """Raises UserError if one of them is held out."""
     if args.input is None:
         return list(itertools.islice(problems("train"), args.limit or 2000))
-    if is_local(args.input) and not Path(args.input).is_dir():
-        check_input(args.input)
     rows = load_problems(args.input) if args.pair_by == "answer" else read_records(args.input, Prompt)
     tasks = list(itertools.islice({task.prompt: task for task in rows}.values(), args.limit))
     held_out = held_out_prompts()
@@ -78,18 +75,13 @@ def read_problems(args: PairArguments) -> list[Problem] | list[Prompt]:
     return tasks
 
 
-def make_pair(task: Prompt, better: list[str], worse: list[str]) -> PreferencePair:
-    k = min(shared_prefix(better, worse), len(better) - 1, len(worse) - 1)
-    return PreferencePair(task.prompt, better[k:], worse[k:], prefix=better[:k])
-
-
 def pair_by_answer(task: Problem, samples: list[list[str]]) -> tuple[PreferencePair | None, str]:
     """(pair, why not): the first right sample against the first wrong one."""
     right = [steps for steps in samples if is_correct(steps, task)]
     wrong = [steps for steps in samples if steps not in right]
     if not right or not wrong:
         return None, "none right" if wrong else "none wrong"
-    return make_pair(task, right[0], wrong[0]), ""
+    return PreferencePair.of_solutions(task.prompt, right[0], wrong[0]), ""
 
 
 def pair_by_judge(task: Prompt, samples: list[list[str]], scores: list[list[float]]) -> tuple[PreferencePair | None, str]:
@@ -98,7 +90,7 @@ def pair_by_judge(task: Prompt, samples: list[list[str]], scores: list[list[floa
     (low, worse), (high, better) = ranked[0], ranked[-1]
     if high == low:
         return None, "all scored alike"
-    return make_pair(task, better, worse), ""
+    return PreferencePair.of_solutions(task.prompt, better, worse), ""
 
 
 def main() -> None:

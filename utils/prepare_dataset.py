@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reasoning import loaders
 from reasoning.answers import same_answer
 from reasoning.records import PreferencePair, RecordError, StepValue, write_records
+from reasoning.rows import folder_files
 from reasoning.steps import one_line
 from utils.cli import UserError, at_root, check_output, parse_args, run
 
@@ -172,7 +173,7 @@ def own_sides(args: PrepareArguments) -> bool:
     if args.dataset_split or not Path(args.dataset_name).is_dir():
         return False
     try:
-        return bool(loaders.folder_files(args.dataset_name, "train") and loaders.folder_files(args.dataset_name, "test"))
+        return bool(folder_files(args.dataset_name, "train") and folder_files(args.dataset_name, "test"))
     except RecordError:
         return False
 

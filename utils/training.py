@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from reasoning.loaders import is_local, load_records
+from reasoning.loaders import load_records
 from reasoning.records import Record, RecordError, is_kept_out, to_line, write_text
 from utils.cli import UserError, at_root, check_input, check_model, check_output, held_out_prompts
 
@@ -47,9 +47,9 @@ class DataArgs:
 
 def read_dataset(args: DataArgs, kinds: list[str], record_type: type[Record], made_by: str | None) -> list[Record]:
     """All rows as records of `record_type`, made of the first of the loaders' `kinds` that the data set gives; every one checked.
-    Raises RecordError or UserError, also for a row of a held-out problem. `made_by` is the command that makes the file."""
+    Raises RecordError or UserError, also for a row of a held-out problem. `made_by` is the command that makes the default file."""
     name, dropped = args.dataset_name, Counter()
-    if is_local(name) and not Path(name).is_dir():
+    if made_by:
         check_input(name, made_by)
     held_out, records = held_out_prompts(), []
     for where, record in load_records(kinds, name, args.dataset_config, args.dataset_train_split, dropped):
