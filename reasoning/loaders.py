@@ -25,6 +25,7 @@ from reasoning.rows import load_rows, show
 from reasoning.steps import CLOSING_STEP, STEP_NUMBER, one_line, split_sentences, split_steps, split_text
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
+_FIRST_STEP = re.compile(rf"^{STEP_NUMBER.pattern}", re.IGNORECASE | re.MULTILINE)
 _PRM_ANSWER = re.compile(r"\s*^#\s*Answer\s*$\s*", re.MULTILINE)  # PRM800K ends a solution with "\n\n# Answer\n\n29"
 
 # --- fields --------------------------------------------------------------------------------------------------------------------
@@ -345,6 +346,26 @@ def _own_value(row: dict, dropped: Counter) -> Iterator[StepValue]:
     yield _in_one_line(StepValue.from_row({**row, **numbers}))
 
 
+def three_columns(value: StepValue) -> dict[str, str | float]:
+    """A StepValue as a row of the three-column table: `question` (the problem, and under it the steps so far, one a line),
+    `next_step`, `score`. Rollouts and visits are left out. Raises RecordError for a value that would come back as another one: the
+    problem ends where the first line begins with `Step 1:`, so the first step has to begin so, and no line of the problem may."""
+    value = _in_one_line(value)
+    row = {"question": "\n".join([value.prompt, *value.prefix]), "next_step": value.step, "score": value.score}
+    (back,) = _three_column_value(row, Counter())
+    if (back.prompt, back.prefix, back.step) != (value.prompt, value.prefix, value.step):
+        raise RecordError("three columns cannot say where this problem ends: expected a first step that begins with 'Step 1:'")
+    return row
+
+
+def _three_column_value(row: dict, dropped: Counter) -> Iterator[StepValue]:
+    question = _text(row, "question")
+    first = _FIRST_STEP.search(question)
+    end = first.start() if first else len(question)
+    value = {"prompt": question[:end].strip(), "prefix": split_steps(question[end:]), "step": _text(row, "next_step")}
+    yield from _own_value({**value, "score": row["score"]}, dropped)
+
+
 def _own_problem(row: dict, dropped: Counter) -> Iterator[Problem]:
     yield _in_one_line(Problem.from_row(row))
 
@@ -394,6 +415,7 @@ SHAPES = [
     Shape("TRL stepwise supervision", ("prompt", "completions", "labels"), {"step_labels": _trl_labels}),
     Shape("labelled solutions", ("prompt", "steps", "labels"), {"step_labels": _own_labels}),
     Shape("step values", ("prompt", "step", "score"), {"step_values": _own_value}),
+    Shape("three columns", ("question", "next_step", "score"), {"step_values": _three_column_value}),  # of searched steps, as CSV
     Shape("pairs of steps", ("prompt", "chosen", "rejected"), {"pairs": _own_pair}, _has_steps),
     Shape("TRL preference", ("chosen", "rejected"), {"pairs": _trl_pair}, lambda row: not _has_steps(row)),
     Shape("problems", ("prompt", "answer"), {"problems": _own_problem}, lambda row: "rank" not in row),

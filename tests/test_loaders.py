@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from reasoning.loaders import KINDS, find_shape, load_pairs, load_problems, load_step_labels, load_step_values
+from reasoning.loaders import (
+    KINDS,
+    SHAPES,
+    find_shape,
+    load_pairs,
+    load_problems,
+    load_step_labels,
+    load_step_values,
+    three_columns,
+)
 from reasoning.records import LabelledSolution, PreferencePair, Problem, RecordError, StepValue, read_rows, write_records
 from reasoning.rows import load_rows
 from reasoning.steps import encode_steps, response_pieces, split_steps, split_text
@@ -27,6 +36,7 @@ FILES = {
     "trl_preference.jsonl": ("TRL preference", {"pairs": (1, {"pairs with an empty 'rejected'": 1})}),
     "trl_conversational.jsonl": ("TRL preference", {"pairs": (1, {"prompts of more than one turn": 1})}),
     "trl_implicit.jsonl": ("TRL preference", {"pairs": (2, {})}),
+    "three_columns.csv": ("three columns", {"step_values": (5, {})}),
 }
 
 
@@ -164,6 +174,25 @@ def test_omegaprm():
     assert values[1].step == values[4].step and values[1].prompt.startswith("Melinda") and values[1].prefix[0].startswith("To ")
 
 
+def test_three_columns():
+    """The problem ends where the first line begins with `Step 1:`; what is written comes back."""
+    values = load("step_values", "three_columns.csv")
+    mia = "Mia has 12 apples. She buys 14 more. Soon there are 2 times as many. How many has she now?"
+    assert values[0] == StepValue(mia, "Step 1: 12 + 14 = 26", 0.875)
+    assert values[2] == StepValue(mia, "Answer: 28", 0, prefix=["Step 1: 12 + 14 = 26", "Step 2: 26 + 2 = 28"])
+    assert values[4] == StepValue("Which is the smallest?\n(a) 3\n(b) 2", "Answer: (b)", 0.5, prefix=['Step 1: "2 < 3"'])
+    assert three_columns(values[2])["question"] == f"{mia}\nStep 1: 12 + 14 = 26\nStep 2: 26 + 2 = 28"
+    for value in values:
+        (back,) = next(shape for shape in SHAPES if shape.name == "three columns").gives["step_values"](three_columns(value), {})
+        assert back == value
+
+
+@pytest.mark.parametrize(("prompt", "prefix"), [("x", ["So 2"]), ("x\nStep 1: add", []), ("Step 1: add", [])])
+def test_three_columns_refuse_what_would_come_back_as_another_value(prompt, prefix):
+    with pytest.raises(RecordError, match=r"expected a first step that begins with 'Step 1:'|field 'prompt'"):
+        three_columns(StepValue(prompt, "Answer: 1", 0.5, prefix=prefix))
+
+
 def test_own_records_and_two_lines_in_a_step(tmp_path):
     rows = {
         "problems": {"prompt": "x", "answer": "4", "steps": ["2 + 2\n= 4", "Answer: 4"]},
@@ -277,6 +306,11 @@ BAD = {
         {"question": "x", "reasoning_steps": [{"solution_prefix": "x\n\na", "mc_value": 1}]},
         {"question": "x", "reasoning_steps": [{"solution_prefix": "y\n\na", "mc_value": 1}]},
         "rows.jsonl:2: field 'reasoning_steps', item 1: its solution_prefix does not begin with the question",
+    ),
+    "three columns": (
+        {"question": "x", "next_step": "a", "score": "0.5"},
+        {"question": "x", "next_step": "a", "score": "good"},
+        "rows.jsonl:2: field 'score': expected a score from 0 to 1, got \"good\"",
     ),
     "value": (
         {"question": "x", "reasoning_steps": [{"solution_prefix": "x\n\na", "mc_value": 1}]},
