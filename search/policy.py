@@ -1,4 +1,4 @@
-"""The policy: all sampling of the project, batched over prompts with a KV cache, and the log-probs of given solutions."""
+"""The policy: next steps, whole solutions and their log-probs, for many beginnings at once (search/decoding.py is the engine)."""
 
 import json
 import warnings
@@ -9,15 +9,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from reasoning.records import RecordError
-from reasoning.steps import encode_steps, format_prompt, split_steps
+from reasoning.steps import encode_steps, format_prompt
 from reward_model.base import PromptTooLong
-
-MAX_ROWS = 256  # sequences decoded at once: on two cores more rows do not raise the rate
-COMPACT_AT = 0.75  # the cache is compacted when this share of its rows or fewer is still being written
+from search.decoding import Decoder, Row
 
 
 def pick_device() -> tuple[str, bool]:
@@ -96,6 +94,26 @@ def _tokenizer_of_adapter(name: str, base: str, revision: str | None):
 
 
 @dataclass(frozen=True)
+class State:
+    """A beginning of a solution, or a whole one. Its ids are those that were sampled: they are never tokenized again.
+
+    ids: the template with the prompt, then the steps, with EOS if it is finished. ends[k]: how many of them there are up to the end
+    of step k, counted from 1; ends[0] is the prompt's. status: `open` may go on; `finished` ended by EOS; `cut` at a limit."""
+
+    prompt: str
+    ids: tuple[int, ...]
+    ends: tuple[int, ...]
+    steps: tuple[str, ...] = ()
+    status: str = "open"
+
+    def first(self, k: int) -> "State":
+        """Its first k steps, open; all of them are itself."""
+        if k == len(self.steps):
+            return self
+        return State(self.prompt, self.ids[: self.ends[k]], self.ends[: k + 1], self.steps[:k])
+
+
+@dataclass(frozen=True)
 class Response:
     """A sampled solution: its steps, whether it ended by itself (EOS), and how many tokens were sampled."""
 
@@ -121,9 +139,10 @@ class Policy:
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model.eval(), tokenizer
         self.device = model.device
-        self.context = getattr(model.config, "max_position_embeddings", 2048)
         eos = model.generation_config.eos_token_id
-        self.eos_ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
+        eos_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+        self.decoder = Decoder(model, tokenizer, eos_ids)
+        self.context = self.decoder.context
 
     @classmethod
     def load(cls, model_name_or_path: str) -> "Policy":
@@ -131,6 +150,64 @@ class Policy:
         device, _ = pick_device()
         model, tokenizer = load_model(model_name_or_path, torch.float32 if device == "cpu" else "auto")
         return cls(model.to(device), tokenizer)
+
+    def start(self, prompt: str, steps: Sequence[str] = ()) -> State:
+        """The state from which a prompt is answered, or its solution goes on after these steps. Raises PromptTooLong."""
+        ids, step_of = encode_steps(self.tokenizer, prompt, [], list(steps)) if steps else (self._prompt_ids(prompt), [])
+        self._check_length(prompt, ids)
+        finished = bool(steps) and ids[-1] == self.tokenizer.eos_token_id
+        ends = [step_of.index(k) for k in range(len(steps))] + [len(ids)]
+        return State(prompt, tuple(ids), tuple(ends), tuple(steps), "finished" if finished else "open")
+
+    def next_steps(
+        self,
+        states: Sequence[State],
+        n: int = 1,
+        temperature: float = 1.0,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+        progress: str | None = None,
+    ) -> list[list[State]]:
+        """n states for every open state, each one step longer (none, if all that came was EOS or blanks). What was read and
+        written so far is kept, so that going on from one of them costs no reading.
+
+        Temperature 0 is greedy. The samples of a state come from the seed, the state and their number: alone or among others,
+        a state has the same, and the same state given twice has the same twice."""
+        return self._go_on(states, n, temperature, max_new_tokens, seed, progress, one_step=True)
+
+    def rollouts(
+        self,
+        states: Sequence[State],
+        n: int = 1,
+        temperature: float = 1.0,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        progress: str | None = None,
+    ) -> list[list[State]]:
+        """n whole solutions that begin with each open state, `max_new_tokens` longer at most; sampled as in `next_steps`."""
+        return self._go_on(states, n, temperature, max_new_tokens, seed, progress, one_step=False)
+
+    def _go_on(self, states, n, temperature, max_new_tokens, seed, progress, one_step) -> list[list[State]]:
+        if closed := [state for state in states if state.status != "open"]:
+            raise ValueError(f"a state that is {closed[0].status} cannot go on: {closed[0].steps[-1:]}")
+        children: list[list[State | None]] = [[None] * n for _ in states]
+        with tqdm(total=len(states) * n, desc=progress, unit="sample", disable=progress is None) as bar:
+            beginnings = [state.ids for state in states]
+            for rows in self.decoder.decode(beginnings, n, temperature, max_new_tokens, seed, one_step):
+                ended = [row for row in rows if row.ended]
+                for row in ended:
+                    children[row.beginning][row.sample] = self._child(states[row.beginning], row)
+                bar.update(len(ended))
+        return children
+
+    def _child(self, state: State, row: Row) -> State:
+        begin = len(state.ids)
+        ends = self.decoder.step_ends(row.ids)
+        steps = [self.decoder.text(row.ids[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+        ids = (*state.ids, *row.ids)
+        all_ends = (*state.ends, *(begin + end for end in ends)) if ends else (*state.ends[:-1], len(ids))
+        status = {"step": "open" if len(ids) < self.context else "cut"}.get(row.ended, row.ended)
+        return State(state.prompt, ids, all_ends, (*state.steps, *steps), status)
 
     def generate(
         self,
@@ -142,82 +219,30 @@ class Policy:
         progress: str | None = None,
     ) -> list[list[Response]]:
         """n responses to every prompt. Temperature 0 is greedy. The same arguments give the same responses on the same machine."""
-        ids = [self._prompt_ids(prompt) for prompt in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))  # prompts of like length share a batch
-        responses: list[list[Response]] = [[] for _ in prompts]
-        per_batch = max(1, MAX_ROWS // n)
-        with tqdm(total=len(prompts) * n, desc=progress, unit="answer", disable=progress is None) as bar:
-            for start in range(0, len(order), per_batch):
-                batch = order[start : start + per_batch]
-                generator = torch.Generator(self.device).manual_seed(seed * 1_000_003 + start)
-                written: list[list[int]] = [[] for _ in range(len(batch) * n)]
-                for rows, tokens in self._decode([ids[i] for i in batch], n, temperature, max_new_tokens, generator):
-                    for row, token in zip(rows, tokens, strict=True):
-                        written[row].append(token)
-                for position, i in enumerate(batch):
-                    responses[i] = [self._response(written[position * n + k]) for k in range(n)]
-                bar.update(len(written))
-        return responses
+        states = [self.start(prompt) for prompt in prompts]
+        return [
+            [Response(list(whole.steps), whole.status == "finished", len(whole.ids) - len(state.ids)) for whole in wholes]
+            for state, wholes in zip(states, self.rollouts(states, n, temperature, max_new_tokens, seed, progress), strict=True)
+        ]
 
     def stream(self, prompt: str, temperature: float = 0.0, max_new_tokens: int = 256, seed: int = 0) -> Iterator[str]:
         """The text of one response, piece by piece as it is written."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-        ids, text = [], ""
-        for _, tokens in self._decode([self._prompt_ids(prompt)], 1, temperature, max_new_tokens, generator):
-            ids += [token for token in tokens if token not in self.eos_ids]
+        text, ids = "", []
+        for (row,) in self.decoder.decode([self.start(prompt).ids], 1, temperature, max_new_tokens, seed):
+            ids = row.ids[:-1] if row.ended == "finished" else row.ids
             longer = self.tokenizer.decode(ids, skip_special_tokens=True)
-            if not longer.endswith("�"):  # half of a character: wait for the rest
+            if not longer.endswith("\ufffd"):  # half of a character: wait for the rest
                 yield longer[len(text) :]
                 text = longer
         yield self.tokenizer.decode(ids, skip_special_tokens=True)[len(text) :]
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         text = format_prompt(prompt, self.tokenizer)
-        ids = self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template, verbose=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template, verbose=False)["input_ids"]
+
+    def _check_length(self, prompt: str, ids: Sequence[int]) -> None:
         if len(ids) >= self.context:
             raise PromptTooLong(f"the prompt has {len(ids)} tokens, the policy's context holds {self.context}: {prompt[:60]!r} ...")
-        return ids
-
-    def _response(self, ids: list[int]) -> Response:
-        finished = bool(ids) and ids[-1] in self.eos_ids
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return Response(split_steps(text), finished, len(ids))
-
-    @torch.inference_mode()
-    def _decode(
-        self, prompts: list[list[int]], n: int, temperature: float, max_new_tokens: int, generator: torch.Generator
-    ) -> Iterator[tuple[list[int], list[int]]]:
-        """Yields (rows, tokens), one token for every row that is still being written, EOS included. Row i*n + k is the k-th
-        response to prompt i. The prompts are read once and their cache is repeated n times."""
-        longest = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id or 0
-        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.device)  # (B, T), left-padded
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
-        output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
-        logits = output.logits[:, -1].float().repeat_interleave(n, 0)  # (B * n, V)
-        cache.batch_repeat_interleave(n)
-        mask, position = mask.repeat_interleave(n, 0), positions[:, -1:].repeat_interleave(n, 0)
-        rows = torch.arange(len(prompts) * n, device=self.device)  # which response each row of the cache writes
-        alive = torch.ones_like(rows, dtype=torch.bool)
-        eos = torch.tensor(sorted(i for i in self.eos_ids if i is not None), device=self.device)
-        for _ in range(min(max_new_tokens, self.context - longest)):
-            if temperature > 0:
-                tokens = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
-            else:
-                tokens = logits.argmax(-1)
-            yield rows[alive].tolist(), tokens[alive].tolist()
-            alive = alive & ~torch.isin(tokens, eos)
-            if not alive.any():
-                return
-            if alive.float().mean() <= COMPACT_AT:
-                keep = alive.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                mask, position, rows, tokens, alive = mask[keep], position[keep], rows[keep], tokens[keep], alive[keep]
-            position, mask = position + 1, torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            output = self.model(input_ids=tokens[:, None], attention_mask=mask, position_ids=position, past_key_values=cache)
-            logits = output.logits[:, -1].float()
 
     def logps(self, rows: Sequence[tuple[str, list[str], list[str]]], progress: str | None = None) -> list[float]:
         """Mean token log-prob of the steps of (prompt, prefix, steps), given prompt and prefix. Rows longer than the context are

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -5,10 +6,11 @@ import torch
 
 from reasoning.problems import problems
 from reasoning.records import RecordError
-from reasoning.steps import encode_steps, format_prompt
+from reasoning.steps import encode_steps, format_prompt, split_steps
 from reward_model.base import PromptTooLong
 from search.policy import Policy
 
+ROOT = Path(__file__).parents[1]
 PROMPTS = ["Mia has 3 apples.", "Tom has 14 books. He buys 3 more books. How many books does Tom have now?", "🍎?", "x"]
 
 
@@ -24,7 +26,7 @@ def test_greedy_equals_transformers_generate(policy):
         ids = policy.tokenizer(format_prompt(prompt), return_tensors="pt")["input_ids"]
         written = policy.model.generate(ids, do_sample=False, max_new_tokens=40)[0, ids.shape[1] :]
         text = policy.tokenizer.decode(written, skip_special_tokens=True)
-        assert response.steps == [line.strip() for line in text.splitlines() if line.strip()]
+        assert response.steps == [" ".join(line.split()) for line in text.split("\n") if line.strip()]
         assert response.tokens == len(written) and response.finished == (written[-1].item() == policy.tokenizer.eos_token_id)
         if "�" not in text:  # random weights write half characters
             assert "".join(policy.stream(prompt, max_new_tokens=40)) == text
@@ -37,13 +39,80 @@ def test_sampling_is_repeatable_and_varies(policy):
     assert len({tuple(response.steps) for response in first[0]}) > 1
 
 
-def test_rows_that_end_leave_the_cache(policy, monkeypatch):
-    """Where other rows end early and are taken out of the cache, a row goes on as if it were alone."""
-    alone = policy.generate(PROMPTS[1:2], max_new_tokens=30)
-    (first,) = next(policy._decode([policy._prompt_ids(PROMPTS[0])], 1, 0.0, 1, None))[1]
-    monkeypatch.setattr(policy, "eos_ids", policy.eos_ids | {first})
-    together = policy.generate([PROMPTS[0]] * 4 + PROMPTS[1:2], max_new_tokens=30)
-    assert [group[0].tokens for group in together[:4]] == [1] * 4 and together[4:] == alone
+def test_rows_that_end_leave_and_others_enter(policy, monkeypatch):
+    """Where other rows end early, are taken out of the cache and make room for new ones, a row goes on as if it were alone."""
+    alone = [policy.generate([prompt], max_new_tokens=30)[0] for prompt in PROMPTS]
+    (first,) = next(policy.decoder.decode([policy.start(PROMPTS[0]).ids], 1, 0.0, 1, 0))[0].ids
+    monkeypatch.setattr(policy.decoder, "eos_ids", policy.decoder.eos_ids | {first})
+    monkeypatch.setattr("search.decoding.MAX_ROWS", 3)
+    together = policy.generate([PROMPTS[0]] * 4 + PROMPTS[1:] + [PROMPTS[0]], max_new_tokens=30)
+    assert [group[0].tokens for group in together if group[0].finished] == [1] * 5
+    assert [group for group in together if not group[0].finished] == alone[1:]
+
+
+@pytest.mark.parametrize("how", ["next_steps", "rollouts"])
+def test_a_state_alone_and_among_many_has_the_same_samples(how):
+    policy = Policy.load(str(ROOT / "models/policy-mini"))
+    tasks = list(itertools.islice(problems("validation"), 40))
+    states = [policy.start(task.prompt, task.steps[: k % 3]) for k, task in enumerate(tasks)]
+    together = getattr(policy, how)(states, n=7, seed=3)  # 280 rows: more than are decoded at once
+    assert all(len(group) == 7 for group in together) and len({state.steps for group in together for state in group}) > 50
+    for k in (0, 1, 2, 39):
+        assert getattr(policy, how)([states[k]], n=7, seed=3) == [together[k]]
+    assert getattr(policy, how)(states[:1], n=2, seed=3) == [together[0][:2]]
+    assert getattr(policy, how)(states[:1], n=7, seed=4) != [together[0]]
+
+
+def test_steps_add_up_to_what_transformers_writes(policy):
+    """Greedy step by step, each going on from the kept cache, gives the ids of one greedy `generate`; steps end at newlines."""
+    policy = Policy.load(str(ROOT / "models/policy-mini"))
+    states = [policy.start(task.prompt) for task in itertools.islice(problems("validation"), 5)]
+    whole = [state for (state,) in policy.rollouts(states, temperature=0)]
+    reached, read = states, []
+    read_before = policy.decoder._read
+    policy.decoder._read = lambda cache, lengths, ids: read.append(ids.shape) or read_before(cache, lengths, ids)
+    for _ in range(12):
+        going = [state for state in reached if state.status == "open"]
+        longer = iter(policy.next_steps(going, temperature=0) if going else [])
+        reached = [next(longer)[0] if state.status == "open" else state for state in reached]
+    assert reached == whole and {state.status for state in whole} == {"finished"}
+    assert sum(columns > 1 for _, columns in read) == 1  # the prompts are read, once; all else is one token at a time
+    for state in whole:
+        ids = torch.tensor([policy.start(state.prompt).ids])
+        assert state.ids == tuple(policy.model.generate(ids, do_sample=False, max_new_tokens=256)[0].tolist())
+        assert list(state.steps) == split_steps(policy.tokenizer.decode(state.ids[state.ends[0] :], skip_special_tokens=True))
+        part = state.first(2)
+        assert part.steps == state.steps[:2] and part.status == "open" and part.ids == policy.start(state.prompt, part.steps).ids
+        assert policy.start(state.prompt, state.steps) == state == state.first(len(state.steps))
+
+
+def test_kept_caches_do_not_outgrow_their_room(policy, monkeypatch):
+    monkeypatch.setattr("search.decoding.KEPT_BYTES", 400_000)
+    policy = Policy.load(str(ROOT / "models/policy-mini"))
+    states = policy.next_steps([policy.start(PROMPTS[1])], n=8)[0]
+    assert 0 < policy.decoder._kept_bytes <= 400_000 and len(policy.decoder._kept) < 8
+    again = Policy(policy.model, policy.tokenizer)
+    states = [state for state in states if state.status == "open"]
+    assert policy.next_steps(states, n=2) == again.next_steps(states, n=2)
+
+
+def test_where_sampling_stops(policy):
+    (state,) = policy.next_steps([policy.start(PROMPTS[0])], max_new_tokens=3)[0]
+    assert state.status == "cut" and len(state.ids) == state.ends[0] + 3
+    for how in (policy.next_steps, policy.rollouts):
+        with pytest.raises(ValueError, match="cut cannot go on"):
+            how([state])
+    near_the_end = policy.start("apple " * 120)
+    room = policy.context - len(near_the_end.ids)
+    assert {len(state.ids) for state in policy.rollouts([near_the_end], 4, 1.0, room + 50)[0]} == {policy.context}
+
+
+def test_blank_lines_end_no_step(policy):
+    """A model may write an empty line between steps, or blanks after the last."""
+    ids = policy.tokenizer("Step 1: a\n\n \nStep 2: b\n\n", add_special_tokens=False)["input_ids"]
+    ends = policy.decoder.step_ends(ids)
+    assert [policy.decoder.text(ids[a:b]) for a, b in zip([0, *ends], ends, strict=False)] == ["Step 1: a", "Step 2: b"]
+    assert ends[-1] == len(ids) and policy.decoder.step_ends(ids[:0]) == []
 
 
 def test_sampled_frequencies_are_the_models(policy):
@@ -52,12 +121,10 @@ def test_sampled_frequencies_are_the_models(policy):
 
     from scipy.stats import chisquare
 
-    prompt_ids = policy._prompt_ids(PROMPTS[0])
+    prompt_ids = policy.start(PROMPTS[0]).ids
     with torch.inference_mode():
         expected = policy.model(torch.tensor([prompt_ids])).logits[0, -1].softmax(-1) * 2000
-    generator = torch.Generator().manual_seed(0)
-    _, tokens = next(policy._decode([prompt_ids], 2000, 1.0, 1, generator))
-    counts = Counter(tokens)
+    counts = Counter(row.ids[0] for row in next(policy.decoder.decode([prompt_ids], 2000, 1.0, 1, seed=0)))
     often = [i for i in range(len(expected)) if expected[i] > 20]
     observed = [counts[i] for i in often] + [2000 - sum(counts[i] for i in often)]
     wanted = [expected[i].item() for i in often]
@@ -103,7 +170,7 @@ def test_missing_or_unfitting_weights_are_no_model(tiny_model_dir, tmp_path):
 
 def test_step_logps_tell_what_greedy_decoding_writes():
     """A greedy answer is greedy at every step; a step changed by hand is not."""
-    policy = Policy.load(str(Path(__file__).parents[1] / "models/policy-mini"))
+    policy = Policy.load(str(ROOT / "models/policy-mini"))
     prompt = next(iter(problems("validation"))).prompt
     steps = policy.generate([prompt])[0][0].steps
     wrong = [*steps[1:-1], "Answer: 999"]
