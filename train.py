@@ -3,6 +3,7 @@
 python train.py                      stepwise DPO of models/policy-mini on data/rewarded.jsonl
 python train.py dpo --help           all of its arguments
 python train.py sft --help           the same for supervised training on solutions
+python train.py prm --help           the same for a process reward model
 """
 
 import os
@@ -17,6 +18,7 @@ HELP = """usage: python train.py [COMMAND] [ARGUMENTS]
 commands:
   dpo    stepwise DPO on pairs whose steps a judge has scored (the default)
   sft    supervised training on step-by-step solutions, the loss on their steps alone
+  prm    a process reward model: what every step of a solution is worth, 0 to 1
 
 main arguments of dpo (all of them: python train.py dpo --help):
   --dataset_name FILE_OR_NAME    scored pairs: a JSONL file or a hub name      [data/rewarded.jsonl]
@@ -34,10 +36,17 @@ main arguments of dpo (all of them: python train.py dpo --help):
 sft takes the same, without the losses:
   --dataset_name FILE_OR_NAME    problems with `steps`, or pairs (their `chosen`)    [data/rewarded.jsonl]
   --output_dir FOLDER            where the tuned model goes                    [saved_model/sft]
+
+prm takes the same:
+  --dataset_name FILE_OR_NAME    values or labels of steps                     [data/mcts_steps.jsonl]
+  --model_name_or_path MODEL     its backbone: a causal LM, or a PRM that goes on
+  --output_dir FOLDER            where the PRM goes                            [saved_model/prm]
+  --hard_labels THRESHOLD        1 from this label on, 0 below it; labels stay soft without
 """
 
-DEFAULT_MODEL, DEFAULT_DATA = at_root("models/policy-mini"), at_root("data/rewarded.jsonl")
-MAKES_DEFAULT_DATA = "python reward_model/evaluate_steps.py"
+DEFAULT_MODEL = at_root("models/policy-mini")
+PAIRS, STEP_VALUES = at_root("data/rewarded.jsonl"), at_root("data/mcts_steps.jsonl")
+MADE_BY = {PAIRS: "python reward_model/evaluate_steps.py", STEP_VALUES: "python utils/build_mcts_dataset.py"}
 # the closing table of a training and its progress bar: name in the log -> in words
 SHOWN_DPO = {
     "loss": "loss",
@@ -47,10 +56,25 @@ SHOWN_DPO = {
     "logps/rejected_vs_ref": "log-prob of rejected against reference",
 }
 SHOWN_SFT = {"loss": "loss", "mean_token_accuracy": "tokens told right"}
+SHOWN_PRM = {
+    "loss": "loss",
+    "accuracy": "steps on the right side of .5",
+    "values/good": "mean value of steps labelled .5 and more",
+    "values/bad": "mean value of the others",
+}
+SCORES = "The model gives every step a value, 0 to 1: `--judge prm --judge_path FOLDER` in the scripts that judge."
 
 
 def start(
-    command: str, config_class: type, kinds: list[str], record: type, noun: str, argv: list[str], output_dir: str, description: str
+    command: str,
+    config_class: type,
+    kinds: list[str],
+    record: type,
+    noun: str,
+    argv: list[str],
+    output_dir: str,
+    description: str,
+    data: str = PAIRS,
 ) -> Training:
     """The training that the arguments ask for, on records of one class, made of these kinds of the loaders. Defaults are those of
     this repository and this machine."""
@@ -63,11 +87,12 @@ def start(
     from search.policy import pick_device
 
     device, bf16 = pick_device()
-    defaults = {"model_name_or_path": DEFAULT_MODEL, "output_dir": at_root(output_dir), "use_cpu": device == "cpu", "bf16": bf16}
+    defaults = {"dataset_name": data, "model_name_or_path": DEFAULT_MODEL, "output_dir": at_root(output_dir)}
+    defaults |= {"use_cpu": device == "cpu", "bf16": bf16}
     args, config, model_args = parse_args(
         *(DataArgs, config_class, ModelConfig), description=description, args=argv, defaults=defaults
     )
-    rows = read_dataset(args, kinds, record, MAKES_DEFAULT_DATA if args.dataset_name == DEFAULT_DATA else None)
+    rows = read_dataset(args, kinds, record, MADE_BY.get(args.dataset_name))
     return Training(command, args, config, model_args, rows, noun, DEFAULT_MODEL)
 
 
@@ -105,7 +130,57 @@ def train_sft(argv: list[str]) -> None:
     training.run(trainer, "supervised training (SFT) on", "trl, sft, reasoning", SHOWN_SFT, in_bar)
 
 
-COMMANDS = {"dpo": train_dpo, "sft": train_sft}
+def train_prm(argv: list[str]) -> None:
+    """A process reward model: values or labels of steps -> a model that values every step of a solution."""
+    from trainer.prm_trainer import LabelledSteps, PRMConfig, PRMTrainer
+
+    description, kinds = "A process reward model (PRM) on step values.", ["step_values", "step_labels"]
+    training = start("prm", PRMConfig, kinds, LabelledSteps, "rows", argv, "saved_model/prm", description, STEP_VALUES)
+    from trl import get_peft_config
+
+    adapter = {"peft_config": get_peft_config(training.model_args)}
+    trainer = training.build(lambda **given: PRMTrainer(**adapter | given), load=load_for_prm)
+    what = "training as a process reward model (PRM) on"
+    in_bar = {"loss": "loss", "values/good": "good steps", "values/bad": "bad steps"}
+    tags = "prm, process-reward-model, reasoning"
+    training.run(trainer, what, tags, SHOWN_PRM, in_bar, use=f"{trainer.balance}. {SCORES}", note=trainer.balance)
+
+
+def load_for_prm(name: str, model_args) -> dict:
+    """What a PRM's training starts from: a PRM that goes on, or a causal LM made into one. An adapter is merged into its base; with
+    --use_peft that of a PRM goes on. Raises ValueError."""
+    import torch
+    from transformers import PreTrainedConfig
+
+    from reward_model.process_reward_model import from_causal_lm, load_prm
+    from search.policy import load_model
+
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ValueError("a PRM is not trained on quantized weights: leave out --load_in_4bit and --load_in_8bit")
+    dtype = getattr(torch, "float32" if model_args.dtype in (None, "auto") else model_args.dtype)
+    config, _ = PreTrainedConfig.get_config_dict(name, revision=model_args.model_revision)
+    is_prm = "step_token" in config
+    if is_prm:
+        model, form = load_prm(name, dtype, trainable=True)
+        tokenizer = form.tokenizer
+    else:
+        model, tokenizer = load_model(name, dtype, revision=model_args.model_revision)
+    goes_on = {}
+    if hasattr(model, "merge_and_unload"):
+        if model_args.use_peft and not is_prm:
+            raise ValueError("it is an adapter, and a PRM's adapter needs a base that lies on disk: leave out --use_peft")
+        if model_args.use_peft:
+            goes_on = {"peft_config": None}
+        else:
+            model = model.merge_and_unload().requires_grad_(True)  # PEFT had frozen the base
+    if not is_prm:
+        model = from_causal_lm(model, tokenizer)
+    if model_args.attn_implementation:
+        model.set_attn_implementation(model_args.attn_implementation)
+    return {"model": model, "processing_class": tokenizer, **goes_on}
+
+
+COMMANDS = {"dpo": train_dpo, "sft": train_sft, "prm": train_prm}
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ class DataArgs:
     dataset_name: str = field(
         default=at_root("data/rewarded.jsonl"),
         metadata={
-            "help": "dpo: scored pairs; sft: problems with steps, or pairs. A file, a folder, or the name of a data set on "
-            "the hub, of any shape that reasoning/loaders.py knows"
+            "help": "dpo: scored pairs; sft: problems with steps, or pairs; prm: values or labels of steps. A file, a folder, or "
+            "the name of a data set on the hub, of any shape that reasoning/loaders.py knows"
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of a hub data set"})
@@ -166,8 +166,9 @@ tags: [{tags}]
 {table}
 
 Steps: {steps}, seed {seed}, {seconds:.0f} s. Every setting is in `{job}`.
-The model answers the prompt template of `reasoning/steps.py`, one step a line, `Answer: ` last.
+{use}
 """
+ANSWERS = "The model answers the prompt template of `reasoning/steps.py`, one step a line, `Answer: ` last."
 
 
 class Training:
@@ -198,34 +199,19 @@ class Training:
         self.checkpoint = where_to_begin(self.folder, self.job, args.overwrite, config.resume_from_checkpoint)
         check_output(str(self.log_file), overwrite=True)
 
-    def build(self, make_trainer, needs_reference: bool = False):
+    def build(self, make_trainer, needs_reference: bool = False, load=None):
         """make_trainer(model=..., args=..., train_dataset=..., eval_dataset=...), on a model whose weights are all there; more is
-        given, and None for peft_config, where training starts from an adapter. Raises UserError if the model cannot be loaded, or
-        not be trained as the arguments say."""
+        given, and None for peft_config, where training starts from an adapter. load(name, model_args): what the trainer is given to
+        start from, for a trainer that is no TRL's. Raises UserError if the model cannot be loaded, or not be trained as the
+        arguments say."""
         quiet()
         from datasets import Dataset
         from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM
-
-        from search.policy import base_of
 
         config, model_args = self.config, self.model_args
-        config.model_init_kwargs = {
-            "revision": model_args.model_revision,
-            "attn_implementation": model_args.attn_implementation,
-            "dtype": model_args.dtype,
-            **(config.model_init_kwargs or {}),
-        }
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(self.log_file.parent))
         try:
-            hub = {"revision": model_args.model_revision, "trust_remote_code": config.trust_remote_code}
-            start = {"model": self.model}
-            if base_of(self.model, model_args.model_revision)[1]:
-                start = self._adapter(needs_reference, hub)
-            else:
-                _, loading = AutoModelForCausalLM.from_pretrained(self.model, **hub, device_map="meta", output_loading_info=True)
-                if loading["missing_keys"]:  # transformers would fill them with random numbers
-                    raise ValueError(f"weights are missing, {min(loading['missing_keys'])} for one")
+            start = load(self.model, model_args) if load else self._start(needs_reference)
             return make_trainer(
                 **start,
                 args=config,
@@ -234,6 +220,27 @@ class Training:
             )
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(f"{model_args.model_name_or_path}: cannot be trained so: {error}") from None
+
+    def _start(self, needs_reference: bool) -> dict:
+        """What one of TRL's trainers is given to start from: a name, found to hold all weights, or a loaded adapter."""
+        from transformers import AutoModelForCausalLM
+
+        from search.policy import base_of
+
+        config, model_args = self.config, self.model_args
+        hub = {"revision": model_args.model_revision, "trust_remote_code": config.trust_remote_code}
+        config.model_init_kwargs = {
+            "revision": model_args.model_revision,
+            "attn_implementation": model_args.attn_implementation,
+            "dtype": model_args.dtype,
+            **(config.model_init_kwargs or {}),
+        }
+        if base_of(self.model, model_args.model_revision)[1]:
+            return self._adapter(needs_reference, hub)
+        _, loading = AutoModelForCausalLM.from_pretrained(self.model, **hub, device_map="meta", output_loading_info=True)
+        if loading["missing_keys"]:  # transformers would fill them with random numbers
+            raise ValueError(f"weights are missing, {min(loading['missing_keys'])} for one")
+        return {"model": self.model}
 
     def _adapter(self, needs_reference: bool, hub: dict) -> dict:
         """What a trainer is given to start from an adapter. With --use_peft the adapter goes on, and TRL keeps a copy of it as the
@@ -256,9 +263,12 @@ class Training:
         reference = {"ref_model": copy.deepcopy(model)} if needs_reference and not model_args.use_peft else {}
         return {"model": model, "processing_class": tokenizer, "peft_config": None, **reference}
 
-    def run(self, trainer, what: str, tags: str, shown: dict[str, str], in_bar: dict[str, str]) -> None:
-        """Train, write model, card and log, and print the closing table. `what` and `tags` are the card's; `shown` and `in_bar` say
-        which numbers of the log stand in the table and beside the progress bar (name in the log -> words)."""
+    def run(
+        self, trainer, what: str, tags: str, shown: dict[str, str], in_bar: dict[str, str], use: str = ANSWERS, note: str = ""
+    ) -> None:
+        """Train, write model, card and log, and print the closing table. `what`, `tags` and `use` are the card's, `note` is said of
+        the data; `shown` and `in_bar` say which numbers of the log stand in the table and beside the progress bar (name in the
+        log -> words)."""
         from transformers import ProgressCallback
 
         config, model_args = self.config, self.model_args
@@ -270,6 +280,8 @@ class Training:
             write_text(self.folder / JOB, [json.dumps(self.job, indent=1)])
         kept_out = f"{len(self.kept_out)} more are kept out of all training (a tenth of all prompts)"
         say(f"{len(self.rows)} {self.noun} of {self.args.dataset_name}; {kept_out}")
+        if note:
+            say(note)
         say(f"{config.device.type}, {'bf16 autocast' if config.bf16 else 'fp16 autocast' if config.fp16 else model_args.dtype}")
         if "ref" in getattr(trainer.model, "peft_config", {}):
             say(f"going on with the adapter {self.model}, at its own rank and matrices: --lora_* are not used")
@@ -299,6 +311,7 @@ class Training:
             seed=config.seed,
             seconds=seconds,
             job=JOB,
+            use=use,
         )
         write_model(trainer, self.folder, card)
         if main_process:

@@ -1,0 +1,267 @@
+"""The process reward model (PRM): what every step of a solution is worth, all of them in one forward pass.
+
+    Problem: 2 + 3 + 4 = ?
+    Solution:
+    <next>Step 1: 2 + 3 = 5
+    <next>Step 2: 5 + 4 = 9
+
+`<next>` is a special token before every step; the value of a step is the sigmoid of the model's one logit at the step's last token,
+its closing newline. There is no end-of-text token. The same text is learned from (trainer/prm_trainer.py) and scored here.
+
+A PRM is a plain directory for token classification (or a PEFT adapter on a causal LM) whose config.json names its step token:
+"step_token": "<next>". PRMs that others published are read in their own formats: reward_model/foreign_prms.py.
+"""
+
+import copy
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, PreTrainedConfig
+from transformers.utils import find_adapter_config_file
+
+from reasoning.steps import format_prompt
+from reward_model.base import JudgeError, Solution, StepJudge, where
+from reward_model.reading import PlainText, batches, first_line
+
+STEP_TOKEN = "<next>"
+TRIAL = ("2 + 3 = ?", ["Step 1: 2 + 3 = 5", "Answer: 5"])  # a solution to try a tokenizer with
+
+
+class PRMFormat:
+    """How the PRMs of one family read a solution, and what they say of it. `tag` is the token they know a step by; in a user's text
+    it stays text."""
+
+    model_class: type = AutoModelForCausalLM
+
+    def __init__(self, tokenizer, tag: str):
+        self.tokenizer, self.tag = tokenizer, tag
+        self.plain = PlainText(tokenizer, tag)
+        self.tag_id = self.last_id(f"a {tag}")
+
+    def last_id(self, text: str) -> int:
+        return self.plain.ids([text])[0][-1]
+
+    def encode(self, solutions: Sequence[Solution]) -> list[tuple[list[int], list[int]]]:
+        """For every solution its ids, and for each of its steps the position where its value is read. The beginning of a solution
+        has the ids and the positions that the whole begins with. Raises JudgeError for what is no Unicode."""
+        texts = [self.text(*self.plain.guard(prompt, steps)) for prompt, steps in solutions]
+        begins = [] if self.tokenizer.chat_template else self.plain.begins  # a chat template writes what begins a text itself
+        encoded = []
+        for (_, steps), ids in zip(solutions, self.plain.ids(texts), strict=True):
+            ids = begins + ids
+            places = self.places(ids, len(steps))
+            if len(places) != len(steps):
+                raise JudgeError(f"the tokenizer does not know {self.tag!r}, by which steps are told apart, as one token")
+            encoded.append((ids, places))
+        return encoded
+
+    def text(self, prompt: str, steps: list[str]) -> str:
+        """Problem and steps as the model reads them."""
+        raise NotImplementedError
+
+    def places(self, ids: list[int], count: int) -> list[int]:
+        """Where the values of the `count` steps are read: at their tags."""
+        return [place for place, index in enumerate(ids) if index == self.tag_id]
+
+    def log_odds(self, model, ids: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        """log (value / (1 - value)) at N places of a batch: ids (B, L), right-padded, rows (N,), places (N,) -> (N,)."""
+        raise NotImplementedError
+
+
+class StepTokens(PRMFormat):
+    """This project's own: a step token before every step, one logit at its last token."""
+
+    model_class = AutoModelForTokenClassification
+
+    def __init__(self, tokenizer, tag: str = STEP_TOKEN):
+        super().__init__(tokenizer, tag)
+        self.tag_id = tokenizer.convert_tokens_to_ids(tag)
+
+    def text(self, prompt: str, steps: list[str]) -> str:
+        return format_prompt(prompt, self.tokenizer) + "".join(f"{self.tag}{step}\n" for step in steps)
+
+    def places(self, ids: list[int], count: int) -> list[int]:
+        begins = super().places(ids, count)
+        return [*(place - 1 for place in begins[1:]), len(ids) - 1] if begins else []
+
+    def log_odds(self, model, ids: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        return model(input_ids=ids, use_cache=False).logits[rows, places, 0]
+
+
+def from_causal_lm(model, tokenizer, step_token: str = STEP_TOKEN):
+    """A PRM that has learned nothing yet: the backbone of a causal LM, which it takes over, and a head of zeros: every value is .5.
+
+    `tokenizer` gets the step token, the backbone a row for it, the mean of all rows before it."""
+    new = step_token not in tokenizer.get_vocab()
+    if new:
+        tokenizer.add_tokens([AddedToken(step_token, special=True, normalized=False)], special_tokens=True)
+    config = copy.deepcopy(model.config)
+    config.num_labels, config.classifier_dropout, config.use_cache = 1, 0.0, False
+    config.step_token = step_token
+    with torch.device("meta"):
+        prm = AutoModelForTokenClassification.from_config(config, dtype=model.dtype)
+    backbone = prm.base_model_prefix
+    setattr(prm, backbone, model.base_model)
+    for name, module in prm.named_children():
+        if name != backbone:
+            module.to_empty(device=model.device)
+            for weight in module.parameters():
+                torch.nn.init.zeros_(weight)
+    rows, index = prm.get_input_embeddings().num_embeddings, tokenizer.convert_tokens_to_ids(step_token)
+    if len(tokenizer) > rows:
+        prm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if new or index >= rows:
+        weight = prm.get_input_embeddings().weight.data
+        weight[index] = weight[: min(index, rows)].float().mean(0).to(weight.dtype)
+    return prm
+
+
+def load_prm(path: str, dtype: torch.dtype | str, trainable: bool = False):
+    """(model, its format with the tokenizer) of a PRM of any known family: a directory or a hub name. Raises JudgeError.
+
+    trainable: an adapter is loaded to be trained."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(path)
+        family, options = _family(path, config)
+        adapter = find_adapter_config_file(path) if "step_token" in config else None
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if adapter:
+            model = _with_adapter(path, adapter, tokenizer, config["step_token"], dtype, trainable)
+        else:
+            model = _from_pretrained(family.model_class, path, dtype)
+    except JudgeError:
+        raise
+    except Exception as error:  # what a folder that is no model makes of the libraries is beyond a list
+        raise JudgeError(f"PRM {path} cannot be loaded: {first_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise JudgeError(f"PRM {path}: it has no fast tokenizer (tokenizer.json)")
+    form = family(tokenizer, **options)
+    try:
+        form.encode([TRIAL])
+    except JudgeError as error:
+        raise JudgeError(f"PRM {path}: {error}") from None
+    if isinstance(form, StepTokens) and model.config.num_labels != 1:
+        raise JudgeError(f"PRM {path}: expected a head of one number a token, got {model.config.num_labels}")
+    return model, form
+
+
+def _family(path: str, config: dict) -> tuple[type[PRMFormat], dict]:
+    """The format that a PRM's config.json asks for, or its name where that says nothing."""
+    from reward_model.foreign_prms import FOREIGN
+
+    if not config:
+        raise JudgeError(f"PRM {path}: there is no config.json, or none to be had from the hub")
+    if "step_token" in config:
+        return StepTokens, {"tag": config["step_token"]}
+    for family in FOREIGN.values():
+        if family.is_told_by(Path(path).name, config):
+            return family, {}
+    raise JudgeError(
+        f"{path} is no process reward model: its config.json names no step_token, and neither that nor its name is that of "
+        f"{', '.join(FOREIGN)}; `python train.py prm --model_name_or_path {path}` makes one of it"
+    )
+
+
+def _from_pretrained(model_class: type, path: str, dtype: torch.dtype | str):
+    model, loading = model_class.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    if loading["missing_keys"]:  # transformers fills them with random numbers
+        raise ValueError(f"weights are missing, {min(loading['missing_keys'])} for one")
+    return model
+
+
+def _with_adapter(path: str, adapter: str, tokenizer, step_token: str, dtype: torch.dtype | str, trainable: bool):
+    """An adapter on what it was trained on: a PRM, or a causal LM made into one as training does."""
+    from peft import PeftModel
+
+    base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError("its adapter_config.json names no base_model_name_or_path")
+    if PreTrainedConfig.get_config_dict(base)[0].get("step_token"):
+        model = _from_pretrained(AutoModelForTokenClassification, base, dtype)
+    else:
+        model = from_causal_lm(_from_pretrained(AutoModelForCausalLM, base, dtype), tokenizer, step_token)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # peft would start them anew
+        return PeftModel.from_pretrained(model, path, is_trainable=trainable)
+
+
+@dataclass
+class _Row:
+    """A solution to be read: its ids, and the positions where the values of its steps from `first` on are."""
+
+    solution: int
+    first: int
+    ids: list[int]
+    places: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class ProcessRewardModel(StepJudge):
+    """A StepJudge on a process reward model: one of this project's, or one of reward_model/foreign_prms.py.
+
+    path: a model directory, a PEFT adapter directory or a hub name. batch_tokens: padded tokens of one forward pass (a longer
+    solution is read alone). device: by default the GPU if there is one; the weights are in float32 on a CPU and as stored on a
+    GPU. Code that comes with a model is never run. A score is rounded to 6 decimals and does not depend on the steps behind it;
+    what is batched together moves it by rounding errors only. Raises JudgeError if the model cannot be used."""
+
+    left_out = "longer than the PRM's context"
+
+    def __init__(self, path: str | Path, batch_tokens: int = 8192, device: str | None = None):
+        self.path, self.batch_tokens = str(path), batch_tokens
+        if batch_tokens < 1:
+            raise JudgeError(f"batch_tokens must be at least 1, got {batch_tokens}")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, self.format = load_prm(self.path, torch.float32 if device == "cpu" else "auto")
+        self.model = model.to(device, model.dtype).eval()  # peft keeps what it trained in float32
+        self.device = self.model.device
+        self.context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)  # None: without limit
+
+    def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
+        """As in StepJudge."""
+        results: list[list[float] | None] = [[] for _ in solutions]
+        asked = [i for i, first in enumerate(skip or [0] * len(solutions)) if first < len(solutions[i][1])]
+        rows = []
+        for i, (ids, places) in zip(asked, self.format.encode([solutions[i] for i in asked]), strict=True):
+            if self.context_length and len(ids) > self.context_length:
+                results[i] = None
+            else:
+                first = skip[i] if skip else 0
+                rows.append(_Row(i, first, ids, places[first:]))
+        for batch in batches(rows, self.batch_tokens):
+            values = iter(self._values(batch))
+            for row in batch:
+                results[row.solution] = [round(next(values), 6) for _ in row.places]
+                broken = next((k for k, value in enumerate(results[row.solution], row.first) if value != value), None)
+                if broken is not None:
+                    place = where(*solutions[row.solution], broken)
+                    raise JudgeError(f"PRM {self.path}: the model's logits are not finite at {place}")
+        return results
+
+    @torch.inference_mode()
+    def _values(self, batch: list[_Row]) -> list[float]:
+        """The values of all steps of the rows, row by row."""
+        ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)  # (B, L), right-padded: earlier tokens never see it
+        for b, row in enumerate(batch):
+            ids[b, : len(row)] = torch.tensor(row.ids)
+        rows, places = torch.tensor([(b, place) for b, row in enumerate(batch) for place in row.places], device=self.device).T
+        try:
+            return self.format.log_odds(self.model, ids.to(self.device), rows, places).float().sigmoid().tolist()
+        except torch.OutOfMemoryError:
+            raise JudgeError(f"PRM {self.path}: {ids.numel()} tokens at once do not fit on the GPU: lower batch_tokens") from None
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self.model = None
+
+    def __str__(self) -> str:
+        context = self.context_length or "without limit"
+        return f"{self.path}: a PRM ({type(self.format).__name__}), context {context}, on {self.device}"

@@ -1,0 +1,216 @@
+"""Training of a process reward model: binary cross-entropy with soft labels on the steps of solutions.
+
+    prm = from_causal_lm(model, tokenizer)                     # reward_model/process_reward_model.py
+    config = PRMConfig("saved_model/mine", num_train_epochs=1)
+    PRMTrainer(model=prm, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer).train()
+
+loss = -mean over all labelled steps of the global batch of [y log v + (1 - y) log(1 - v)], with y in 0..1 the label of a step and
+v = sigmoid(logit at its last token) its value: Math-Shepherd's (Wang et al. 2024, arXiv 2312.08935, equation 2) with labels that
+may lie between 0 and 1. Solutions become ids in reward_model/process_reward_model.py, for training as for scoring.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from reasoning.records import LabelledSolution, StepValue
+from reward_model.process_reward_model import StepTokens
+from trainer.defaults import MiniatureDefaults
+
+logger = get_logger(__name__)
+
+IGNORED = -100.0  # the label of a token that no label belongs to
+
+
+# A row is a step with its value (`prompt`, `prefix`, `step`, `score`), or a solution whose steps are labelled (`prompt`, `steps`,
+# `labels`; null: unlabelled). Both are kept as the second:
+@dataclass(frozen=True)
+class LabelledSteps(LabelledSolution):
+    @classmethod
+    def from_row(cls, row: Any) -> "LabelledSteps":
+        """Raises RecordError if the row is neither."""
+        if isinstance(row, dict) and "step" in row:
+            value = StepValue.from_row(row)
+            return cls(value.prompt, [*value.prefix, value.step], [None] * len(value.prefix) + [float(value.score)])
+        return super().from_row(row)
+
+
+@dataclass
+class PRMConfig(MiniatureDefaults, TrainingArguments):
+    """TrainingArguments of a PRM. Raises ValueError for values that make no sense."""
+
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW."})
+    hard_labels: float | None = field(
+        default=None,
+        metadata={"help": "Labels become 1 from this value on and 0 below it (above 0, up to 1); without it they stay soft."},
+    )
+
+    def __post_init__(self):
+        if self.hard_labels is not None and not 0 < self.hard_labels <= 1:
+            raise ValueError(f"hard_labels: expected a number above 0, up to 1, got {self.hard_labels}")
+        super().__post_init__()
+        self.label_names = ["labels"]
+
+
+def pack(rows: Iterable[LabelledSolution]) -> tuple[list[LabelledSolution], int]:
+    """The same labels on as few solutions as hold them all, and how many labels were of a step that had one already.
+
+    The solutions of one prompt are a tree of steps: one solution comes out for every leaf, and every labelled step is labelled in
+    exactly one of them, the first that passes by. A step that is labelled several times has the mean."""
+    trees: dict[str, dict] = {}  # prompt -> step -> [children, labels]
+    repeated = 0
+    for row in rows:
+        children = trees.setdefault(row.prompt, {})
+        for step, label in zip(row.steps, row.labels, strict=True):
+            children, labels = children.setdefault(step, ({}, []))
+            if label is not None:
+                repeated += bool(labels)
+                labels.append(label)
+    packed = []
+    for prompt, tree in trees.items():
+        # a path is its steps and the labels that none before it took; the last child of a node is looked at first, so put it last
+        open_paths = [(tree, [], [])]
+        while open_paths:
+            children, steps, labels = open_paths.pop()
+            if not children and any(label is not None for label in labels):
+                packed.append(LabelledSolution(prompt, steps, labels))
+            for k, (step, (further, given)) in reversed([*enumerate(children.items())]):
+                label = sum(given) / len(given) if given else None
+                # only the first child's path carries the labels so far
+                before = labels if k == 0 else [None] * len(labels)
+                open_paths.append((further, [*steps, step], [*before, label]))
+    return packed, repeated
+
+
+@dataclass
+class DataCollatorForStepValues:
+    """`input_ids` (B, L), right-padded: causal attention never sees the padding, so there is no mask; `labels` (B, L), IGNORED but
+    where the value of a labelled step is read."""
+
+    pad_token_id: int
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        longest = max(len(example["input_ids"]) for example in examples)
+        ids = torch.full((len(examples), longest), self.pad_token_id)
+        labels = torch.full((len(examples), longest), IGNORED)
+        for b, example in enumerate(examples):
+            ids[b, : len(example["input_ids"])] = torch.tensor(example["input_ids"])
+            labels[b, : len(example["labels"])] = torch.tensor(example["labels"])
+        return {"input_ids": ids, "labels": labels}
+
+
+class PRMTrainer(Trainer):
+    """transformers' Trainer on rows of LabelledSteps; takes the same arguments, with a PRMConfig, a PRM, and the tokenizer that has
+    its step token. peft_config: an adapter is trained, with the head and the step token's row of the embeddings.
+
+    Logged beside the loss: `values/good`, `values/bad`, mean values of steps labelled .5 and more, and below; `accuracy`, the share
+    of steps whose value is on the same side of .5 as their label. `balance` says what the labels are like. Raises ValueError if
+    nothing is left to learn from."""
+
+    def __init__(
+        self,
+        model,
+        args: PRMConfig,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        peft_config=None,
+        **kwargs,
+    ):
+        self.format = StepTokens(processing_class, model.config.step_token)
+        limits = args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = min(filter(None, limits), default=None)
+        self.balance = ""
+        self._sums: dict[str, Tensor] = {}  # train, eval -> sums since the last log
+        if peft_config is not None:
+            model = _with_new_adapter(model, peft_config, self.format.tag_id)
+        super().__init__(
+            model,
+            args,
+            data_collator or DataCollatorForStepValues(processing_class.pad_token_id or 0),
+            train_dataset=self._prepare(train_dataset, "train", args.hard_labels),
+            eval_dataset=self._prepare(eval_dataset, "eval", args.hard_labels),
+            processing_class=processing_class,
+            compute_loss_func=self._loss,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = False  # _loss divides; the model would swallow the number of steps
+
+    def _prepare(self, dataset: Iterable[dict] | None, name: str, hard_labels: float | None) -> list[dict] | None:
+        """Rows to ids. What is lost, and what the labels are like, is said."""
+        if dataset is None:
+            return None
+        solutions, repeated = pack(map(LabelledSteps.from_row, dataset))
+        encoded = self.format.encode([(solution.prompt, solution.steps) for solution in solutions])
+        examples, learned, lost = [], [], 0
+        for solution, (ids, places) in zip(solutions, encoded, strict=True):
+            labels = {place: label for place, label in zip(places, solution.labels, strict=True) if label is not None}
+            kept = {place: label for place, label in labels.items() if place < (self.max_length or len(ids))}
+            lost += len(labels) - len(kept)
+            if hard_labels is not None:
+                kept = {place: float(label >= hard_labels) for place, label in kept.items()}
+            if kept:
+                end = max(kept) + 1  # what stands behind the last label teaches nothing
+                examples.append({"input_ids": ids[:end], "labels": [kept.get(place, IGNORED) for place in range(end)]})
+                learned += kept.values()
+        if not examples:
+            raise ValueError(f"{name}: none of {len(solutions)} solutions has a labelled step within {self.max_length} tokens")
+        if lost:
+            logger.warning(
+                f"{name}: {lost} of {len(learned) + lost} labelled steps end behind max_length {self.max_length} and are left out, "
+                f"{len(solutions) - len(examples)} of {len(solutions)} solutions with all of theirs"
+            )
+        if name == "train":
+            good = sum(label >= 0.5 for label in learned) / len(learned)
+            self.balance = (
+                f"{len(learned)} labelled steps on {len(examples)} solutions: mean label {sum(learned) / len(learned):.3f}, "
+                f"{good:.1%} of them .5 or more" + (f"; {repeated} labels of a step that had one were averaged" * bool(repeated))
+            )
+        return examples
+
+    def _loss(self, outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Sum over the labelled steps of this batch, divided by their number in the global batch; Trainer does the rest."""
+        known = labels != IGNORED  # (B, L)
+        logits, labels = outputs.logits[..., 0].float()[known], labels[known]  # (N,), (N,)
+        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        with torch.no_grad():
+            values, good = logits.sigmoid(), labels >= 0.5
+            of = [(losses, known[known]), (values, good), (values, ~good), (((values >= 0.5) == good).float(), known[known])]
+            sums = torch.stack([torch.stack([(value * where).sum(), where.sum()]) for value, where in of]).double()
+            mode = "train" if self.model.training else "eval"
+            self._sums[mode] = self._sums.get(mode, 0) + sums
+        return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode, prefix = ("eval", "eval_") if "eval_loss" in logs else ("train", "")
+        if f"{prefix}loss" in logs and mode in self._sums:
+            sums = self.accelerator.gather(self._sums.pop(mode)[None]).sum(0).tolist()  # (processes, names, 2) -> (names, 2)
+            names = ("eval_loss", f"{prefix}values/good", f"{prefix}values/bad", f"{prefix}accuracy")
+            means = {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count}
+            if mode == "train":
+                del means["eval_loss"]  # Trainer's own is this one too
+            logs |= means  # Trainer's loss of an evaluation is a mean of means
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and is_peft_model(self.model):
+            self.model.config.save_pretrained(output_dir or self.args.output_dir)  # it names the step token
+
+
+def _with_new_adapter(model, peft_config, step_token_id: int):
+    from peft import TaskType, get_peft_model
+
+    head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    peft_config.task_type = TaskType.TOKEN_CLS  # the head is trained and saved whole
+    peft_config.exclude_modules = head
+    peft_config.trainable_token_indices = [step_token_id]
+    return get_peft_model(model, peft_config)
