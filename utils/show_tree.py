@@ -1,0 +1,155 @@
+"""One search tree, as an indented tree in the terminal and, by --html, as a page.
+
+    python utils/show_tree.py --trees data/trees.jsonl --prompt "22 apples" --html tree.html
+
+A line is a step: its value (the share of rollouts from there or through there that end right), those rollouts, how often the search
+came by, and its text. A first error is a step with which the value falls to 0.
+"""
+
+import html
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from reasoning.records import read_records, write_text
+from reasoning.steps import one_line
+from search.mcts import Tree
+from utils.cli import UserError, at_root, check_input, check_output, parse_args, run
+
+TREES = "data/mcts_trees.jsonl"
+MADE_BY = f"python utils/build_mcts_dataset.py --trees {TREES}"
+
+
+@dataclass
+class ShowArguments:
+    trees: str = field(default_factory=lambda: at_root(TREES), metadata={"help": f"trees, one a line, as `{MADE_BY}` writes them"})
+    prompt: str | None = field(default=None, metadata={"help": "look only at problems in which this text stands"})
+    index: int = field(default=0, metadata={"help": "which of them to show, counted from 0"})
+    html: str | None = field(default=None, metadata={"help": "write the tree to this file, a page that needs nothing else"})
+    overwrite: bool = field(default=False, metadata={"help": "replace the page"})
+
+    def __post_init__(self):
+        if self.index < 0:
+            raise UserError(f"argument --index: expected 0 or more, got {self.index}")
+
+
+@dataclass
+class Line:
+    """A state as it is shown. visits is None if no rollouts were begun there."""
+
+    text: str
+    right: int
+    total: int
+    visits: int | None
+    mark: str
+    below: list["Line"]
+
+    @property
+    def value(self) -> float:
+        return self.right / self.total
+
+
+def lines_of(tree: Tree) -> Line:
+    """The root line, with what follows below it, the most frequent first."""
+    counts = tree.counts()
+    following: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for steps in counts:
+        if steps:
+            following.setdefault(steps[:-1], []).append(steps)
+
+    def line(steps: tuple[str, ...]) -> Line:
+        right, total = counts[steps]
+        below = sorted(following.get(steps, []), key=lambda longer: -counts[longer][1])
+        mark = ""
+        if steps and not right and counts[steps[:-1]][0]:
+            # where no rollouts were begun, the few that came through may have gone wrong later
+            mark = "first error" if steps in tree.nodes or not below else "first error, here or below"
+        visits = tree.nodes[steps].visits if steps in tree.nodes else None
+        return Line(steps[-1] if steps else one_line(tree.prompt), right, total, visits, mark, [line(longer) for longer in below])
+
+    return line(())
+
+
+def headline(tree: Tree) -> str:
+    return f"{tree.search}: {len(tree.rollouts)} rollouts, {tree.tokens} tokens, {len(tree.nodes)} states; ended: {tree.ended}"
+
+
+def as_text(tree: Tree) -> str:
+    rows = [f"{headline(tree)}\n", "value   right/all  visits  step"]
+
+    def add(line: Line, depth: int) -> None:
+        rollouts, visits = f"{line.right}/{line.total}", "-" if line.visits is None else line.visits
+        mark = f"   <-- {line.mark}" if line.mark else ""
+        rows.append(f"{line.value:5.2f} {rollouts:>11} {visits:>7}  {'  ' * depth}{line.text}{mark}")
+        for below in line.below:
+            add(below, depth + 1)
+
+    add(lines_of(tree), 0)
+    return "\n".join(rows)
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Search tree</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70em; margin: 2em auto; padding: 0 1em }}
+details, .leaf {{ margin-left: 1.6em }}
+.leaf {{ padding-left: 1em }}
+summary {{ cursor: pointer }}
+.value {{ display: inline-block; min-width: 2.6em; text-align: center; border-radius: .4em; font-variant-numeric: tabular-nums }}
+.counts {{ color: #666; font-size: 85% }}
+.mark {{ color: #a00; font-weight: bold }}
+</style></head><body>
+<h1>Search tree</h1>
+<p>{headline}</p>
+<p class="counts">A line is a step: the share of rollouts that end right, how many they are, how often the search came by.</p>
+{tree}
+</body></html>
+"""
+
+
+def as_page(tree: Tree) -> str:
+    """A page of nested, foldable steps, coloured from red (value 0) to green (1). Text of the model and the problem is escaped."""
+
+    def element(line: Line) -> str:
+        visits = "" if line.visits is None else f", {line.visits} visits"
+        label = (
+            f'<span class="value" style="background: hsl({120 * line.value:.0f} 70% 82%)">{line.value:.2f}</span> '
+            f'{html.escape(line.text)} <span class="counts">{line.right} of {line.total}{visits}</span>'
+            + (f' <span class="mark">{line.mark}</span>' if line.mark else "")
+        )
+        if not line.below:
+            return f'<div class="leaf">{label}</div>'
+        return f"<details open><summary>{label}</summary>\n" + "\n".join(map(element, line.below)) + "\n</details>"
+
+    return PAGE.format(headline=html.escape(headline(tree)), tree=element(lines_of(tree)))
+
+
+def find_tree(args: ShowArguments) -> Tree:
+    """Raises UserError if there is none."""
+    found = 0
+    for tree in read_records(args.trees, Tree):
+        if args.prompt is None or args.prompt in tree.prompt:
+            if found == args.index:
+                return tree
+            found += 1
+    which = "trees" if args.prompt is None else f"trees of problems with {args.prompt!r}"
+    raise UserError(f"{args.trees}: holds {found} {which}, none at --index {args.index} (counted from 0)")
+
+
+def main() -> None:
+    (args,) = parse_args(ShowArguments, description=__doc__.split("\n\n")[0])
+    check_input(args.trees, MADE_BY if args.trees == at_root(TREES) else None)
+    if args.html:
+        check_output(args.html, args.overwrite)
+    tree = find_tree(args)
+    if not tree.nodes:
+        raise UserError(f"{args.trees}: this problem was not searched ({tree.ended}): {tree.prompt[:60]!r} ...")
+    print(as_text(tree))
+    if args.html:
+        write_text(args.html, [as_page(tree)])
+        print(f"\nwrote {args.html}")
+
+
+if __name__ == "__main__":
+    run(main)
