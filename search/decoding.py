@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 MAX_ROWS = 256  # sequences decoded at once: on two cores more rows do not raise the rate
 COMPACT_AT = 0.75  # ended rows leave, and waiting ones enter, when this share of the rows or fewer is still being written
+ROOM = 64  # tokens that a cache has room for before it is moved
 KEPT_BYTES = 2 << 30  # what the kept caches of steps may take; those longest out of use go first
 
 
@@ -31,6 +32,29 @@ class Row:
     ended: str = ""  # "finished" by EOS, "step" at the end of a step, "cut" at `most`
 
 
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room for more: DynamicLayer moves everything at every token, which takes two fifths of all time on a
+    CPU. `keys` and `values` are what is in use of the two buffers; whoever wants other rows makes a new cache."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+            self.buffers = self.keys, self.values
+        used = self.keys.size(2)
+        columns = used + key_states.size(2)
+        if columns > self.buffers[0].size(2):
+            rows, heads, _, _ = key_states.shape
+            roomy = [new.new_empty(rows, heads, columns + ROOM, new.size(3)) for new in (key_states, value_states)]
+            for buffer, old in zip(roomy, (self.keys, self.values), strict=True):
+                buffer[:, :, :used] = old
+            self.buffers = tuple(roomy)
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, used:columns] = new
+        self.keys, self.values = (buffer[:, :, :columns] for buffer in self.buffers)
+        return self.keys, self.values
+
+
 Layers = list[tuple[Tensor, Tensor]]  # keys and values of every layer, each (rows, heads, tokens, size of a head)
 
 
@@ -39,7 +63,7 @@ class _Batch:
     """Rows whose texts are in the cache, each at its right end: a row's are the last `lengths` (R,) of its columns. `logits` (R, V)
     say what comes next; `uniforms` (R, most tokens) are a row's random numbers, `used` (R,) how many of them."""
 
-    cache: DynamicCache
+    cache: Cache
     lengths: Tensor
     logits: Tensor
     uniforms: Tensor
@@ -64,12 +88,12 @@ class _Batch:
         return _Batch(_cache(layers), *tensors, self.rows + other.rows)
 
 
-def _layers(cache: DynamicCache) -> Layers:
+def _layers(cache: Cache) -> Layers:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def _cache(layers: Layers) -> DynamicCache:
-    cache = DynamicCache()  # not of the model's config: layers with a window keep everything as well, rows are of unlike length
+def _cache(layers: Layers) -> Cache:
+    cache = Cache(layer_class_to_replicate=_RoomyLayer)  # all layers alike: those with a window keep everything as well
     for index, (keys, values) in enumerate(layers):
         cache.update(keys, values, index)
     return cache
@@ -172,7 +196,7 @@ class Decoder:
         tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
         return tokens.clamp(max=cumulative.size(1) - 1)
 
-    def _read(self, cache: DynamicCache, lengths: Tensor, ids: Tensor) -> Tensor:
+    def _read(self, cache: Cache, lengths: Tensor, ids: Tensor) -> Tensor:
         """Reads ids (R, M) into the cache; the logits (R, V) of what follows. `lengths` (R,): a row's tokens after that, which are
         the last columns of the cache. M is more than 1 only where the cache is empty, with padding on the left."""
         columns = cache.get_seq_length() + ids.size(1)
@@ -196,10 +220,10 @@ class Decoder:
                 for i in group:
                     self._kept.move_to_end(beginnings[i])
             else:
-                cache, longest = DynamicCache(), int(lengths.max())
+                cache, longest = _cache([]), int(lengths.max())
                 ids = torch.tensor([[0] * (longest - len(beginnings[i])) + [*beginnings[i]] for i in group], device=device)
             logits = self._read(cache, lengths, ids)
-            cache.batch_repeat_interleave(n)
+            cache = _cache([(k.repeat_interleave(n, 0), v.repeat_interleave(n, 0)) for k, v in _layers(cache)]) if n > 1 else cache
             rows = [Row(i, k, min(max_new_tokens, self.context - len(beginnings[i]))) for i in group for k in range(n)]
             most = min(max_new_tokens, self.context)
             uniforms = torch.from_numpy(np.stack([_uniforms(seed, beginnings[row.beginning], row.sample, most) for row in rows]))

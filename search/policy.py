@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -98,13 +98,15 @@ class State:
     """A beginning of a solution, or a whole one. Its ids are those that were sampled: they are never tokenized again.
 
     ids: the template with the prompt, then the steps, with EOS if it is finished. ends[k]: how many of them there are up to the end
-    of step k, counted from 1; ends[0] is the prompt's. status: `open` may go on; `finished` ended by EOS; `cut` at a limit."""
+    of step k, counted from 1; ends[0] is the prompt's. status: `open` may go on; `finished` ended by EOS; `cut` at a limit.
+    sampled: tokens that were sampled to come here from the state that was asked."""
 
     prompt: str
     ids: tuple[int, ...]
     ends: tuple[int, ...]
     steps: tuple[str, ...] = ()
     status: str = "open"
+    sampled: int = field(default=0, compare=False)
 
     def first(self, k: int) -> "State":
         """Its first k steps, open; all of them are itself."""
@@ -207,7 +209,7 @@ class Policy:
         ids = (*state.ids, *row.ids)
         all_ends = (*state.ends, *(begin + end for end in ends)) if ends else (*state.ends[:-1], len(ids))
         status = {"step": "open" if len(ids) < self.context else "cut"}.get(row.ended, row.ended)
-        return State(state.prompt, ids, all_ends, (*state.steps, *steps), status)
+        return State(state.prompt, ids, all_ends, (*state.steps, *steps), status, len(row.ids))
 
     def generate(
         self,
@@ -221,8 +223,8 @@ class Policy:
         """n responses to every prompt. Temperature 0 is greedy. The same arguments give the same responses on the same machine."""
         states = [self.start(prompt) for prompt in prompts]
         return [
-            [Response(list(whole.steps), whole.status == "finished", len(whole.ids) - len(state.ids)) for whole in wholes]
-            for state, wholes in zip(states, self.rollouts(states, n, temperature, max_new_tokens, seed, progress), strict=True)
+            [Response(list(whole.steps), whole.status == "finished", whole.sampled) for whole in wholes]
+            for wholes in self.rollouts(states, n, temperature, max_new_tokens, seed, progress)
         ]
 
     def stream(self, prompt: str, temperature: float = 0.0, max_new_tokens: int = 256, seed: int = 0) -> Iterator[str]:
