@@ -57,11 +57,11 @@ class QwenMath(ForeignFormat):
 class SignTokens(ForeignFormat):
     """Causal LMs that say `+` or `-` of a step: its value is P(+) / (P(+) + P(-)) of the token that comes next."""
 
-    signs: tuple[str, str]  # texts that end with the token + and the token -
+    signs: tuple[str, str]  # + and - as they stand in the text
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer)
-        self.sign_ids = [self.last_id(text) for text in self.signs]
+        self.sign_ids = [self.token_id(text, text[-1]) for text in self.signs]
 
     def log_odds(self, model, ids: Tensor, rows: Tensor, places: Tensor) -> Tensor:
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[rows, places]  # (N, H)
@@ -83,7 +83,7 @@ class RLHFlow(SignTokens):
     """RLHFlow/Llama3.1-8B-PRM-Deepseek-Data and -Mistral-Data (Xiong et al. 2024): a conversation in which the user writes a step
     a turn, the first behind the problem, and the assistant answers each with `+`; the value is read where that is predicted."""
 
-    tag, tell, signs = "<|eot_id|>", r"Llama-?3\.1-8B-PRM|RLHFlow.*PRM", ("+", "-")
+    tag, tell, signs = "<|eot_id|>", r"Llama-?3\.1-8B-PRM|RLHFlow.*PRM", ("\n\n+", "\n\n-")
 
     def text(self, prompt: str, steps: list[str]) -> str:
         turns = [f"{prompt} {steps[0]}", *steps[1:]]

@@ -30,22 +30,25 @@ from reward_model.base import JudgeError, Solution, StepJudge, where
 from reward_model.reading import PlainText, batches, first_line
 
 STEP_TOKEN = "<next>"
-TRIAL = ("2 + 3 = ?", ["Step 1: 2 + 3 = 5", "Answer: 5"])  # a solution to try a tokenizer with
 
 
 class PRMFormat:
     """How the PRMs of one family read a solution, and what they say of it. `tag` is the token they know a step by; in a user's text
-    it stays text."""
+    it stays text. Raises JudgeError for a tokenizer that has no such token."""
 
     model_class: type = AutoModelForCausalLM
 
     def __init__(self, tokenizer, tag: str):
         self.tokenizer, self.tag = tokenizer, tag
         self.plain = PlainText(tokenizer, tag)
-        self.tag_id = self.last_id(f"a {tag}")
+        self.tag_id = self.token_id(f"a {tag}", tag)
 
-    def last_id(self, text: str) -> int:
-        return self.plain.ids([text])[0][-1]
+    def token_id(self, text: str, token: str) -> int:
+        """The id of a token in the place it has in a text that ends with it."""
+        index = self.plain.ids([text])[0][-1]
+        if self.tokenizer.decode([index]).strip() != token:
+            raise JudgeError(f"the tokenizer does not know {token!r} as one token")
+        return index
 
     def encode(self, solutions: Sequence[Solution]) -> list[tuple[list[int], list[int]]]:
         """For every solution its ids, and for each of its steps the position where its value is read. The beginning of a solution
@@ -53,11 +56,11 @@ class PRMFormat:
         texts = [self.text(*self.plain.guard(prompt, steps)) for prompt, steps in solutions]
         begins = [] if self.tokenizer.chat_template else self.plain.begins  # a chat template writes what begins a text itself
         encoded = []
-        for (_, steps), ids in zip(solutions, self.plain.ids(texts), strict=True):
+        for (prompt, steps), ids in zip(solutions, self.plain.ids(texts), strict=True):
             ids = begins + ids
             places = self.places(ids, len(steps))
             if len(places) != len(steps):
-                raise JudgeError(f"the tokenizer does not know {self.tag!r}, by which steps are told apart, as one token")
+                raise JudgeError(f"{len(places)} of {len(steps)} steps can be told apart in {where(prompt, steps, 0)}")
             encoded.append((ids, places))
         return encoded
 
@@ -81,7 +84,6 @@ class StepTokens(PRMFormat):
 
     def __init__(self, tokenizer, tag: str = STEP_TOKEN):
         super().__init__(tokenizer, tag)
-        self.tag_id = tokenizer.convert_tokens_to_ids(tag)
 
     def text(self, prompt: str, steps: list[str]) -> str:
         return format_prompt(prompt, self.tokenizer) + "".join(f"{self.tag}{step}\n" for step in steps)
@@ -141,9 +143,8 @@ def load_prm(path: str, dtype: torch.dtype | str, trainable: bool = False):
         raise JudgeError(f"PRM {path} cannot be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise JudgeError(f"PRM {path}: it has no fast tokenizer (tokenizer.json)")
-    form = family(tokenizer, **options)
     try:
-        form.encode([TRIAL])
+        form = family(tokenizer, **options)
     except JudgeError as error:
         raise JudgeError(f"PRM {path}: {error}") from None
     if isinstance(form, StepTokens) and model.config.num_labels != 1:

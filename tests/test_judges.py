@@ -53,6 +53,8 @@ def test_the_exact_judge_knows_the_embedded_world():
         ({"judge_path": "."}, "is a folder, expected a file"),
         ({"judge": "hf", "judge_path": "."}, "no config.json"),
         ({"judge": "hf", "judge_path": "none/none.gguf"}, "none.gguf not found"),
+        ({"judge": "prm", "judge_path": "saved_model/none"}, "model directory saved_model/none not found"),
+        ({"judge": "prm", "judge_template": "plain"}, "--judge_template: --judge prm does not use it"),
         ({"judge": "openai"}, "--judge_model: --judge openai needs the name"),
         ({"judge": "openai", "judge_model": "m"}, "--judge_base_url: --judge openai needs the URL"),
         ({"judge_requests": 2}, "--judge_requests: --judge gguf does not use it"),
@@ -75,7 +77,8 @@ def test_a_mistake_in_the_arguments_is_found_before_the_judge_is_opened(tmp_path
 def test_good_arguments_pass(tiny_gguf, tiny_model_dir):
     url = {"judge_base_url": "http://127.0.0.1:1/v1", "judge_model": "m"}
     good = {
-        "gguf": {"judge_path": tiny_gguf, "threads": 1}, "hf": {"judge_path": tiny_model_dir}, "openai": url, "exact": {},
+        "gguf": {"judge_path": tiny_gguf, "threads": 1}, "hf": {"judge_path": tiny_model_dir},
+        "prm": {"judge_path": tiny_model_dir}, "openai": url, "exact": {},
         "shuffled": {"shuffled_judge": "openai"} | url, "human": {"judge_labels": TEST_PROBLEMS},
     }  # fmt: skip
     assert good.keys() == JUDGES.keys()
@@ -83,7 +86,7 @@ def test_good_arguments_pass(tiny_gguf, tiny_model_dir):
     for judge, arguments in good.items():
         check_judge(JudgeArgs(judge=judge, **arguments))
         names.append(judge_name(JudgeArgs(judge=judge, **arguments)))
-    assert names == ["tiny.F32", "hf-tiny-model", "openai-m", "exact", "shuffled-openai-m", "human-problems_test"]
+    assert names == ["tiny.F32", "hf-tiny-model", "prm-tiny-model", "openai-m", "exact", "shuffled-openai-m", "human-problems_test"]
 
 
 def test_identity_is_what_changes_the_scores(tmp_path):

@@ -30,6 +30,12 @@ def _hf(args: "JudgeArgs") -> StepJudge:
     return HFJudge(args.judge_path, args.judge_template)
 
 
+def _prm(args: "JudgeArgs") -> StepJudge:
+    from reward_model.process_reward_model import ProcessRewardModel
+
+    return ProcessRewardModel(args.judge_path)
+
+
 def _openai(args: "JudgeArgs") -> StepJudge:
     from reward_model.openai_judge import OpenAIJudge
 
@@ -66,15 +72,26 @@ def _human(args: "JudgeArgs") -> StepJudge:
     return HumanJudge(args.judge_labels)
 
 
-JUDGES = {"gguf": _gguf, "hf": _hf, "openai": _openai, "exact": _exact, "shuffled": _shuffled, "human": _human}
+JUDGES = {
+    "gguf": _gguf,
+    "hf": _hf,
+    "prm": _prm,
+    "openai": _openai,
+    "exact": _exact,
+    "shuffled": _shuffled,
+    "human": _human,
+}
 USES = {  # judge -> its own arguments, first what it is called by
     "gguf": ("judge_path", "judge_template", "threads"),
     "hf": ("judge_path", "judge_template"),
+    "prm": ("judge_path",),
     "openai": ("judge_model", "judge_base_url", "judge_template", "judge_samples", "judge_requests", "judge_cache"),
     "exact": ("judge_problems",),
     "human": ("judge_labels",),
 }
 CHANGE_NO_SCORE = {"threads", "judge_requests", "judge_cache"}
+DEFAULT_PRM = at_root("models/prm-mini")
+MAKES_PRM = f"python train.py prm --output_dir {DEFAULT_PRM}"
 FILES = ("judge_path", "judge_problems", "judge_labels")
 NEEDED = {  # without a default
     "judge_model": "the name of its model",
@@ -90,15 +107,18 @@ class JudgeArgs:
     judge: str = field(
         default="gguf",
         metadata={
-            "help": "gguf: a GGUF file of the LLaMA architecture; hf: any causal LM through transformers; openai: any "
-            "OpenAI-compatible server (key from OPENAI_API_KEY); exact: the checker, for ceilings; shuffled: another judge's "
-            "scores permuted over steps, a control; human: labels that people made",
+            "help": "gguf: a GGUF file of the LLaMA architecture; hf: any causal LM through transformers; prm: a process reward "
+            "model; openai: any OpenAI-compatible server (key from OPENAI_API_KEY); exact: the checker, for ceilings; shuffled: "
+            "another judge's scores permuted over steps, a control; human: labels that people made",
             "choices": list(JUDGES),
         },
     )
     judge_path: str = field(
         default=at_root("models/judge-mini/judge-mini.Q8_0.gguf"),
-        metadata={"help": "gguf: its file; hf: a model directory, a GGUF file or a hub name"},
+        metadata={
+            "help": "gguf: its file; hf: a model directory, a GGUF file or a hub name; prm: a directory or a hub name "
+            f"(default {DEFAULT_PRM})"
+        },
     )
     judge_template: str | None = field(
         default=None,
@@ -129,8 +149,11 @@ def _inner(args: JudgeArgs) -> str:
 
 
 def check_judge(args: JudgeArgs) -> None:
-    """Raises UserError for a mistake in the judge's arguments, before anything heavy is imported."""
+    """Raises UserError for a mistake in the judge's arguments, before anything heavy is imported. Fills in the path of a PRM, which
+    has a default of its own."""
     inner = _inner(args)
+    if inner == "prm" and args.judge_path == JudgeArgs.judge_path:
+        args.judge_path = DEFAULT_PRM
     used = {*USES[inner], "judge", "seed", *(["shuffled_judge"] if args.judge == "shuffled" else [])}
     for argument in fields(JudgeArgs):
         if argument.name not in used and getattr(args, argument.name) != argument.default:
@@ -143,6 +166,8 @@ def check_judge(args: JudgeArgs) -> None:
         check_input(args.judge_path, made_by)
     elif inner == "hf":
         check_model(args.judge_path)
+    elif inner == "prm":
+        check_model(args.judge_path, MAKES_PRM if args.judge_path == DEFAULT_PRM else None)
     for path in (args.judge_problems, args.judge_labels):
         if path is not None:
             check_input(path)
@@ -162,11 +187,12 @@ def judge_identity(args: JudgeArgs) -> dict:
 
 
 def judge_name(args: JudgeArgs) -> str:
-    """A short name for titles and files: `judge-mini.Q8_0`, `hf-SmolLM2`, `openai-gpt-4o`, `shuffled-exact`."""
+    """A short name for titles and files: `judge-mini.Q8_0`, `hf-SmolLM2`, `prm-mini`, `openai-gpt-4o`, `shuffled-exact`."""
     inner = _inner(args)
     called = Path(getattr(args, USES[inner][0]) or "")
-    kinds = dict.fromkeys(kind for kind in (args.judge, inner) if kind != "gguf")
-    return "-".join(filter(None, [*kinds, called.stem if called.is_file() else called.name]))
+    name = called.stem if called.is_file() else called.name
+    kinds = dict.fromkeys(kind for kind in (args.judge, inner) if kind != "gguf" and not name.startswith(f"{kind}-"))
+    return "-".join(filter(None, [*kinds, name]))
 
 
 def score_all(judge: StepJudge, solutions: Sequence[Solution], label: str) -> list[list[float] | None]:

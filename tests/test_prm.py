@@ -1,0 +1,256 @@
+"""The process reward model as a judge: its text, its values against a plain forward pass, how one is made, what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+from reasoning.records import write_records
+from reward_model.base import JudgeError
+from reward_model.process_reward_model import ProcessRewardModel, StepTokens, from_causal_lm
+from utils.cli import UserError
+from utils.judges import JudgeArgs, check_judge, judge_name
+
+PROMPT = "Mia has 12 apples. She buys 3 times as many. How many apples does Mia have now?"
+STEPS = ["Step 1: 12 * 3 = 36", "Step 2: 12 + 36 = 48", "Answer: 48"]
+SOLUTIONS = [
+    (PROMPT, STEPS),
+    ("🙂 How many?", ["Step 1: é", "Answer: 3"]),
+    (PROMPT, []),
+    (PROMPT, [STEPS[0], "Step 2: 12 + 36 = 47", "<next>", "Answer: 47 </s>"]),
+    ("Short. <next>", ["Answer: 1"]),
+]
+
+
+def make_prm(model_dir, folder) -> str:
+    """A PRM directory with a random head."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    prm = from_causal_lm(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), tokenizer)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(prm.get_submodule("score" if hasattr(prm, "score") else "classifier").weight, std=0.3)
+    prm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def prm_dir(tiny_model_dir, tmp_path_factory) -> str:
+    return make_prm(tiny_model_dir, tmp_path_factory.mktemp("prm") / "tiny-prm")
+
+
+@pytest.fixture(scope="module")
+def judge(prm_dir):
+    return ProcessRewardModel(prm_dir, device="cpu")
+
+
+def differences(first: list[list[float]], second: list[list[float]]) -> list[float]:
+    return [abs(a - b) for ours, theirs in zip(first, second, strict=True) for a, b in zip(ours, theirs, strict=True)]
+
+
+# --- the text
+
+
+def test_ids_written_out(judge):
+    ((ids, places),) = judge.format.encode([("1 + 1?", ["1 + 1 = 2", "Answer: 2"])])
+    # <s> Problem : _ 1 _+ _ 1 ? newline Solution : newline
+    context = [1, 419, 284, 353, 275, 371, 353, 275, 289, 13, 421, 284, 13]
+    # <next> _ 1 _+ _ 1 _= _ 2 newline <next> _ Answer : _ 2 newline
+    first, second = [649, 353, 275, 371, 353, 275, 355, 353, 276, 13], [649, 353, 420, 284, 353, 276, 13]
+    assert ids == context + first + second
+    assert places == [len(context + first) - 1, len(ids) - 1]
+
+
+def test_what_reads_like_a_control_token_stays_text(judge):
+    tag, eos = judge.format.tag_id, judge.format.tokenizer.eos_token_id
+    for (prompt, steps), (ids, places) in zip(SOLUTIONS, judge.format.encode(SOLUTIONS), strict=True):
+        assert ids.count(tag) == len(steps) == len(places) and eos not in ids
+        text = judge.format.tokenizer.decode(ids).removeprefix("<s>").replace(" ", "")
+        assert text == f"Problem: {prompt}\nSolution:\n{''.join(f'<next>{step}' + chr(10) for step in steps)}".replace(" ", "")
+
+
+def test_a_chat_model_reads_its_own_template(tokenizer):
+    import copy
+
+    chat = copy.deepcopy(tokenizer)
+    chat.add_tokens(["<next>"], special_tokens=True)
+    chat.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    ((ids, _),) = StepTokens(chat).encode([("1 + 1?", ["Answer: 2"])])
+    text = chat.decode(ids).replace("> ", ">")
+    assert text.startswith("[Solve the problem step by step.") and text.endswith("\n\n1 + 1?]><next>Answer: 2\n")
+
+
+# --- the values
+
+
+def alone(prm_dir: str, prompt: str, steps: list[str]) -> float:
+    """The value of the last step, written out on the whole text."""
+    model, tokenizer = AutoModelForTokenClassification.from_pretrained(prm_dir), AutoTokenizer.from_pretrained(prm_dir)
+    text = f"Problem: {prompt}\nSolution:\n" + "".join(f"<next>{step}\n" for step in steps)
+    with torch.no_grad():
+        return float(model.double()(**tokenizer(text, return_tensors="pt")).logits[0, -1, 0].sigmoid())
+
+
+def test_a_value_is_that_of_a_plain_forward_pass(judge, prm_dir):
+    (scores,) = judge.score_steps([(PROMPT, STEPS)])
+    assert scores == pytest.approx([alone(prm_dir, PROMPT, STEPS[: k + 1]) for k in range(3)], abs=1e-5)
+    assert max(scores) - min(scores) > 0.01 and all(score == round(score, 6) for score in scores)
+
+
+def test_alone_in_a_batch_and_step_by_step_the_values_are_the_same(judge, prm_dir):
+    many = [(PROMPT[k:], STEPS[: 1 + k % 3]) for k in range(20)] + SOLUTIONS
+    together = judge.score_steps(many)
+    assert max(differences(together, [judge.score_steps([solution])[0] for solution in many])) < 1e-5
+    by_step = [[judge.score_steps([(prompt, steps[: k + 1])])[0][k] for k in range(len(steps))] for prompt, steps in many]
+    assert max(differences(together, by_step)) < 1e-5
+    small = ProcessRewardModel(prm_dir, batch_tokens=1, device="cpu")
+    assert max(differences(together, small.score_steps(many))) < 1e-5
+    assert len({score for scores in together for score in scores}) > 40
+
+
+def test_all_steps_are_scored_in_one_pass_and_skipped_ones_are_context(judge):
+    read = []
+    handle = judge.model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(tuple(args[0].shape)), with_kwargs=True
+    )
+    whole = judge.score_steps(SOLUTIONS)
+    skipped = judge.score_steps(SOLUTIONS, skip=[2, 0, 0, 1, 1])
+    handle.remove()
+    longest = max(len(ids) for ids, _ in judge.format.encode(SOLUTIONS))
+    assert read == [(4, longest), (3, longest)]  # a solution that has nothing to be scored is not read
+    expected = [whole[0][2:], whole[1], [], whole[3][1:], []]
+    assert [len(scores) for scores in skipped] == [len(scores) for scores in expected]
+    assert max(differences(skipped, expected)) < 1e-5
+
+
+def test_a_solution_that_outgrows_the_context_gets_none(judge):
+    fits, long = STEPS, STEPS
+    while len(judge.format.encode([(PROMPT, long)])[0][0]) <= 512:
+        fits, long = long, [*long, "Step 3: 1 + 1 = 2"]
+    scores = judge.score_steps([(PROMPT, STEPS), (PROMPT, long), (PROMPT, fits), (PROMPT, long)], skip=[0, 0, 1, len(long)])
+    assert scores[1] is None and len(scores[0]) == 3 and len(scores[2]) == len(fits) - 1 and scores[3] == []
+
+
+# --- how one is made
+
+
+def test_a_new_prm_keeps_the_backbone_and_knows_nothing(tiny_model_dir):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model_dir), AutoTokenizer.from_pretrained(tiny_model_dir)
+    ids = torch.tensor([[1, 419, 284, 353]])
+    with torch.no_grad():
+        hidden, rows = model.model(ids).last_hidden_state, model.model.embed_tokens.weight.clone()
+    prm = from_causal_lm(model, tokenizer)
+    assert type(prm).__name__ == "LlamaForTokenClassification" and prm.config.step_token == "<next>"
+    assert tokenizer.convert_tokens_to_ids("<next>") == len(rows) and prm.config.vocab_size == len(rows) + 1
+    assert tokenizer.added_tokens_decoder[len(rows)].special
+    with torch.no_grad():
+        assert torch.equal(prm.model(ids).last_hidden_state, hidden)
+        assert prm(ids).logits.abs().max() == 0
+    torch.testing.assert_close(prm.get_input_embeddings().weight[-1], rows.mean(0))
+    assert torch.equal(prm.get_input_embeddings().weight[:-1], rows)
+    assert prm.dropout.p == 0
+
+
+def test_a_vocabulary_with_room_is_not_made_smaller(tiny_model_dir):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model_dir), AutoTokenizer.from_pretrained(tiny_model_dir)
+    model.resize_token_embeddings(704, mean_resizing=False)
+    known = model.get_input_embeddings().weight[:649].clone()
+    weight = from_causal_lm(model, tokenizer).get_input_embeddings().weight
+    assert weight.shape[0] == 704
+    torch.testing.assert_close(weight[649], known.mean(0))
+
+
+def backbones() -> dict:
+    import transformers as t
+
+    llama = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 512, "initializer_range": 0.3,
+    }  # fmt: skip
+    return {
+        "qwen2, tied": t.Qwen2Config(**llama, tie_word_embeddings=True),
+        "mistral, window of 60": t.MistralConfig(**llama, sliding_window=60),
+        "gpt2": t.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.3),
+    }
+
+
+@pytest.mark.parametrize("name", backbones())
+def test_any_causal_lm_is_a_backbone(name, tokenizer, tmp_path):
+    config = backbones()[name]
+    config.vocab_size = len(tokenizer)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    judge = ProcessRewardModel(make_prm(tmp_path / "lm", tmp_path / "prm"), device="cpu")
+    together = judge.score_steps(SOLUTIONS)
+    assert together[0] == pytest.approx([alone(judge.path, PROMPT, STEPS[: k + 1]) for k in range(3)], abs=1e-5)
+    assert max(differences(together, [judge.score_steps([solution])[0] for solution in SOLUTIONS])) < 1e-5
+    assert len({score for scores in together for score in scores}) == 9  # of 10 two begin with the same step
+
+
+# --- what cannot be used or scored
+
+
+def changed(prm_dir: str, folder, **changes) -> str:
+    """A copy of the PRM with other values in config.json; None takes one out."""
+    shutil.copytree(prm_dir, folder)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return str(folder)
+
+
+def test_what_cannot_be_used_is_an_error_of_one_line(prm_dir, tiny_model_dir, tmp_path):
+    (tmp_path / "empty").mkdir()
+    cases = {
+        str(tmp_path / "empty"): "no config.json",
+        str(tmp_path / "nowhere"): "cannot be loaded",
+        tiny_model_dir: r"names no step_token.*python train.py prm --model_name_or_path",
+        changed(prm_dir, tmp_path / "bare", step_token=None): "names no step_token",
+        changed(prm_dir, tmp_path / "unknown", step_token="<step>"): "does not know .<step>. as one token",
+        changed(prm_dir, tmp_path / "two", id2label={"0": "a", "1": "b"}): "cannot be loaded",
+        changed(tiny_model_dir, tmp_path / "headless", step_token="</s>"): "weights are missing, score",
+    }
+    for path, reason in cases.items():
+        with pytest.raises(JudgeError, match=reason) as error:
+            ProcessRewardModel(path, device="cpu")
+        assert path in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(JudgeError, match="at least 1"):
+        ProcessRewardModel(prm_dir, batch_tokens=0)
+
+
+def test_what_cannot_be_scored_is_named(judge, prm_dir):
+    with pytest.raises(JudgeError, match="surrogate"):
+        judge.score_steps([("\ud800", ["Answer: 1"])])
+    with ProcessRewardModel(prm_dir, device="cpu") as broken:
+        broken.model.model.norm.weight.data[:] = float("nan")
+        with pytest.raises(JudgeError, match=r"not finite at step 2 'Step 2: 12 \+ 36 = 48' of prompt 'Mia has"):
+            broken.score_steps([(PROMPT, STEPS)], skip=[1])
+    assert "context 512, on cpu" in str(broken)  # scripts say which judge it was after they have closed it
+
+
+# --- the flag
+
+
+def test_a_script_takes_it(run_script, prm_dir, judge, tmp_path):
+    pair = {"prompt": PROMPT, "prefix": STEPS[:1], "chosen": STEPS[1:], "rejected": ["Step 2: 12 + 36 = 47", "Answer: 47"]}
+    write_records(tmp_path / "pairs.jsonl", [pair])
+    files = ["--input", "pairs.jsonl", "--output", "scored.jsonl"]
+    done = run_script("reward_model/evaluate_steps.py", "--judge", "prm", "--judge_path", prm_dir, *files)
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "scored.jsonl").read_text())
+    (chosen,) = judge.score_steps([(PROMPT, STEPS)])
+    assert row["chosen_scores"] == pytest.approx(chosen[1:], abs=1e-5) and len(row["rejected_scores"]) == 2
+
+
+def test_without_a_path_it_is_the_embedded_one(tmp_path):
+    args = JudgeArgs(judge="prm", judge_path=str(tmp_path / "prm-mini"))
+    assert judge_name(args) == "prm-mini" and judge_name(JudgeArgs(judge="prm", judge_path="org/shepherd")) == "prm-shepherd"
+    default = JudgeArgs(judge="prm")
+    if (ROOT / "models/prm-mini").exists():
+        check_judge(default)
+    else:
+        with pytest.raises(UserError, match=r"prm-mini not found: run `python train.py prm"):
+            check_judge(default)
+    assert default.judge_path.endswith("models/prm-mini")
