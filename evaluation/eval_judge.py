@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation.metrics import (
     Metric,
     accuracy_metric,
+    auroc_difference,
     auroc_metric,
     best_of_n,
     brier_metric,
@@ -29,23 +30,25 @@ from evaluation.metrics import (
     spearman_metric,
     write_result,
 )
+from reasoning.answers import extract_answer
 from reasoning.loaders import load_step_labels
 from reasoning.records import LabelledSolution, Problem, read_records
 from reward_model.base import AGGREGATES, StepJudge, aggregate
 from utils.cli import UserError, at_root, check_input, check_model, check_output, parse_args, run
 from utils.judges import JudgeArgs, check_judge, judge_name, open_judge, score_all
 
-HEADLINES = ("step_auroc", "decision_accuracy", "kappa", "calibration_error", "brier")
+HEADLINES = ("step_auroc", "step_auroc_over_log-prob", "decision_accuracy", "kappa", "calibration_error", "brier")
 SELECTION = {  # metrics of `select` -> columns of its table
     "answer_auroc": "AUROC of answers",
     "best_of_n": "best of n",
     "best_of_n_over_chance": "over chance",
     "best_of_n_over_log-prob": "over log-prob",
+    "best_of_n_over_majority": "over majority vote",
     "best_of_n_below_oracle": "below oracle",
 }
 NEVER = -1e9  # log-prob of a sample without a step, which is not to be picked
 POSITIONS = 10  # rows of the table by position; the last holds all later steps
-OF_SAMPLES = ("model_name_or_path", "input", "samples", "max_new_tokens", "policies")  # arguments that --labels leaves without use
+OF_SAMPLES = ("model_name_or_path", "input", "samples", "rollouts", "max_new_tokens", "policies")  # unused with --labels
 
 
 @dataclass
@@ -71,11 +74,14 @@ class CardArgs(JudgeArgs):
     )
     limit: int | None = field(default=500, metadata={"help": "use the first LIMIT problems, or solutions of --labels"})
     samples: int = field(default=4, metadata={"help": "samples a problem, at temperature 1; the judge picks one for best-of-n"})
+    rollouts: int = field(
+        default=0, metadata={"help": "judge values as well: so many rollouts after each step show what it is worth (0: not)"}
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "longest sample, in tokens"})
-    seed: int = field(default=0, metadata={"help": "seed of the samples, of the bootstrap and of a shuffled judge"})
+    seed: int = field(default=0, metadata={"help": "seed of samples, rollouts, the bootstrap and a shuffled judge"})
 
     def __post_init__(self):
-        for name, least in (("limit", 1), ("samples", 1), ("max_new_tokens", 1), ("seed", 0)):
+        for name, least in (("limit", 1), ("samples", 1), ("rollouts", 0), ("max_new_tokens", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"argument --{name}: expected {least} or more, got {value}")
@@ -85,11 +91,14 @@ class CardArgs(JudgeArgs):
 
 @dataclass
 class Judged:
-    """A solution with its labels, and then with the judge's scores: None if the judge left it out."""
+    """A solution with its labels, and then with the judge's scores: None if the judge left it out. Of the policy's own samples also
+    their mean token log-prob, that of each step, and the state that was sampled."""
 
     solution: LabelledSolution
-    logp: float | None = None  # the policy's own mean token log-prob
+    logp: float | None = None
     scores: list[float] | None = None
+    step_logps: list[float] | None = None
+    state: object = None
 
 
 def check(args: CardArgs) -> tuple[Path, Path]:
@@ -137,23 +146,21 @@ def read_labels(args: CardArgs, notes: list[str]) -> list[Judged]:
     return judged
 
 
-def sample(args: CardArgs, problems: list[Problem]) -> list[Judged]:
+def sample(args: CardArgs, problems: list[Problem], policy) -> list[Judged]:
     """Samples of the policy with their exact labels and the policy's own log-probs."""
     from reasoning.grading import grade_steps, is_correct
-    from search.policy import Policy
 
-    policy = Policy.load(args.model_name_or_path)
-    prompts = [problem.prompt for problem in problems]
-    samples = policy.generate(prompts, args.samples, 1.0, args.max_new_tokens, args.seed, progress="samples")
-    answers = [(problem, response.steps) for problem, responses in zip(problems, samples, strict=True) for response in responses]
-    logps = policy.logps([(problem.prompt, [], steps) for problem, steps in answers], progress="log-probs")
-    return [
-        Judged(
-            LabelledSolution(problem.prompt, steps, grade_steps(steps, problem), is_correct(steps, problem)),
-            logp if steps else NEVER,
-        )
-        for (problem, steps), logp in zip(answers, logps, strict=True)
-    ]
+    states = [policy.start(problem.prompt) for problem in problems]
+    samples = policy.rollouts(states, args.samples, 1.0, args.max_new_tokens, args.seed, progress="samples")
+    answers = [(problem, state, list(state.steps)) for problem, group in zip(problems, samples, strict=True) for state in group]
+    logps = policy.step_logps([(problem.prompt, [], steps) for problem, _, steps in answers], progress="log-probs")
+    judged = []
+    for (problem, state, steps), of_steps in zip(answers, logps, strict=True):
+        solution = LabelledSolution(problem.prompt, steps, grade_steps(steps, problem), is_correct(steps, problem))
+        logp = sum(step.logp for step in of_steps) / max(1, sum(step.tokens for step in of_steps)) if steps else NEVER
+        step_logps = [step.logp / max(1, step.tokens) for step in of_steps]
+        judged.append(Judged(solution, logp, step_logps=step_logps, state=state))
+    return judged
 
 
 def card(judged: Sequence[Judged], seed: int) -> dict:
@@ -178,6 +185,9 @@ def card(judged: Sequence[Judged], seed: int) -> dict:
     metrics["step_auroc"] = auroc_metric(*of_steps)
     if metrics["step_auroc"] is None:
         notes.append("no step_auroc: all labelled steps have the same label")
+    elif all(row.step_logps is not None for row in judged):
+        logps = [logp for row in judged for label, logp in zip(row.solution.labels, row.step_logps, strict=True) if label in (0, 1)]
+        metrics["step_auroc_over_log-prob"] = auroc_difference(labels, scores, logps, clusters, seed)
     metrics["decision_accuracy"] = accuracy_metric(*of_steps)
     metrics["kappa"] = kappa_metric(*of_steps)
     if metrics["kappa"] is None:
@@ -224,9 +234,10 @@ def card(judged: Sequence[Judged], seed: int) -> dict:
 def select(
     judged: Sequence[Judged], problem: Sequence[int], seed: int, notes: list[str]
 ) -> tuple[dict[str, dict[str, Metric | None]], float | None]:
-    """What one score a solution is worth, for every aggregate of the step scores and the policy's own log-prob: `answer_auroc`
-    (right against wrong answers over all problems), `best_of_n` (accuracy when it picks among the samples of each problem) and the
-    paired differences of that to chance, to the log-prob and to the oracle. With it the mean number of samples picked from."""
+    """What one score a solution is worth, for every aggregate of the step scores, the policy's own log-prob and the majority vote
+    (how many samples of the problem have the same answer): `answer_auroc` (right against wrong answers over all problems),
+    `best_of_n` (accuracy when it picks among the samples of each problem) and the paired differences of that to chance, to the
+    log-prob, to the vote and to the oracle. With it the mean number of samples picked from."""
     graded = [(row, cluster) for row, cluster in zip(judged, problem, strict=True) if row.solution.final_correct is not None]
     if not graded:
         notes.append("no answer_auroc and no best_of_n: it is not said which final answers are right")
@@ -236,6 +247,10 @@ def select(
     values = {name: [aggregate(row.scores, name) for row, _ in graded] for name in AGGREGATES}
     if all(row.logp is not None for row, _ in graded):
         values["log-prob"] = [row.logp for row, _ in graded]
+    answers = [(cluster, extract_answer("\n".join(row.solution.steps))) for row, cluster in graded]
+    if any(answer for _, answer in answers):
+        votes = Counter(answers)
+        values["majority"] = [votes[answer] if answer[1] else 0 for answer in answers]
     if len(set(correct)) < 2:
         notes.append(f"no answer_auroc: all answers are {'right' if correct[0] else 'wrong'}")
     rows = {name: {"answer_auroc": auroc_metric(correct, of_name, clusters, seed)} for name, of_name in values.items()}
@@ -261,8 +276,9 @@ def select(
         rows[name] = rows.get(name, {}) | {"best_of_n": mean_metric(accuracy[name], seed)}
         if name in AGGREGATES:
             rows[name]["best_of_n_over_chance"] = difference(name, "chance")
-            if "log-prob" in accuracy:
-                rows[name]["best_of_n_over_log-prob"] = difference(name, "log-prob")
+            for rival in ("log-prob", "majority"):
+                if rival in accuracy:
+                    rows[name][f"best_of_n_over_{rival}"] = difference(name, rival)
             rows[name]["best_of_n_below_oracle"] = difference("oracle", name)
     return rows, sum(map(len, groups)) / len(groups)
 
@@ -320,7 +336,11 @@ def main() -> None:
 
     policies, spearman = [], None
     with open_judge(args) as judge:
-        judged = judged or sample(args, problems)
+        if not of_file:
+            from search.policy import Policy
+
+            policy = Policy.load(args.model_name_or_path)
+            judged = sample(args, problems, policy)
         solutions = [(row.solution.prompt, row.solution.steps) for row in judged]
         for row, scores in zip(judged, score_all(judge, solutions, "scores"), strict=True):
             row.scores = scores
@@ -335,6 +355,13 @@ def main() -> None:
 
     found = card(scored, args.seed)
     metrics, notes = found["metrics"], notes + found["notes"]
+    values = []
+    if args.rollouts:
+        from evaluation.outcomes import roll_out, value_metrics
+
+        outcomes = roll_out(policy, scored, problems, args.rollouts, args.max_new_tokens, args.seed)
+        of_values, values = value_metrics(outcomes, args.seed)
+        metrics |= of_values
     if spearman:
         metrics["policy_spearman"] = spearman
     what = f"labelled solutions of {args.labels}" if of_file else f"samples of {args.model_name_or_path}"
@@ -344,7 +371,7 @@ def main() -> None:
 
     from evaluation.plots import judge_picture
 
-    judge_picture(picture, title, found, policies)
+    judge_picture(picture, title, found | {"values": values}, policies)
     write_result(
         result,
         metrics,
@@ -356,9 +383,14 @@ def main() -> None:
         samples_a_problem=found["samples"],
         notes=notes,
         reliability=[_plain(row) for row in found["reliability"]],
+        value_reliability=[_plain(row) for row in values],
         policies=[_plain(row) for row in policies],
     )
     print_card(f"{title}; {right:.3f} of the steps are right", found, policies, spearman)
+    if values:
+        names = [name for name in metrics if name.startswith(("value_", "prefix_auroc", "equal_rollouts"))]
+        what = f"values of {len(outcomes):,} beginnings, {args.rollouts} rollouts each"
+        print_table(what, ["metric", "value", "n"], [(name, metrics[name], metrics[name].n) for name in names])
     print(*notes, f"wrote {result} and {picture}", sep="\n")
 
 

@@ -15,7 +15,7 @@ from reasoning.records import write_text
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "trl", "peft", "ctransformers", "numpy", "scipy", "scikit-learn")
 LEVEL = (2.5, 97.5)  # percentiles of a 95 % interval
-BINS = 10  # of scores, all of the same width
+BINS = 10  # of scores
 
 
 # One metric of evaluation/results/*.json:
@@ -78,6 +78,10 @@ def auroc_metric(labels: Sequence[float], scores: Sequence[float], clusters: Seq
     It is the share of pairs of a 1 and a 0 in which the 1 scores higher, ties half (sklearn's roc_auc_score, which takes 4 ms a
     resample where this takes 0.1). Steps of one solution are not independent, so the bootstrap draws whole clusters. None if all
     labels are the same."""
+    return _clustered(_auroc(labels, scores), clusters, seed) if len({label == 1 for label in labels}) == 2 else None
+
+
+def _auroc(labels: Sequence[float], scores: Sequence[float]) -> Callable[[np.ndarray], float | None]:
     labels = np.asarray(labels) == 1
     levels = np.unique(scores, return_inverse=True)[1]  # the rank of each score; equal ones share it
 
@@ -86,7 +90,43 @@ def auroc_metric(labels: Sequence[float], scores: Sequence[float], clusters: Seq
         pairs = ones.sum() * zeros.sum()
         return float(ones @ (zeros.cumsum() - zeros / 2) / pairs) if pairs else None
 
-    return _clustered(auroc, clusters, seed) if len(np.unique(labels)) == 2 else None
+    return auroc
+
+
+def auroc_difference(
+    labels: Sequence[float], first: Sequence[float], second: Sequence[float], clusters: Sequence[int], seed: int = 0
+) -> Metric | None:
+    """AUROC of the first scores minus that of the second, of the same steps (paired); None if all labels are the same."""
+    one, other = _auroc(labels, first), _auroc(labels, second)
+
+    def difference(weights: np.ndarray) -> float | None:
+        value = one(weights)
+        return None if value is None else value - other(weights)
+
+    return _clustered(difference, clusters, seed) if len({label == 1 for label in labels}) == 2 else None
+
+
+def equal_rollouts(
+    labels: Sequence[float], scores: Sequence[float], right: np.ndarray, clusters: Sequence[int], seed: int = 0
+) -> Metric | None:
+    """How many rollouts tell right from wrong steps as well as the scores do: the number m at which the share of right ones among
+    the first m of a step's rollouts, `right` (steps, rollouts) of 0 and 1, has the AUROC of the scores. Between whole numbers it
+    is interpolated; no rollout has 0.5; where all of them do worse it is their number. None if all labels are the same."""
+    of_scores = _auroc(labels, scores)
+    estimates = [_auroc(labels, right[:, :m].mean(1)) for m in range(1, right.shape[1] + 1)]
+
+    def equal(weights: np.ndarray) -> float | None:
+        wanted, below = of_scores(weights), 0.5
+        if wanted is None:
+            return None
+        for m, estimate in enumerate(estimates):
+            reached = estimate(weights)
+            if reached >= wanted:
+                return m + max(0.0, (wanted - below) / (reached - below)) if reached > below else float(m)
+            below = max(below, reached)
+        return float(len(estimates))
+
+    return _clustered(equal, clusters, seed) if len({label == 1 for label in labels}) == 2 else None
 
 
 def accuracy_metric(labels: Sequence[float], scores: Sequence[float], clusters: Sequence[int], seed: int = 0) -> Metric:
@@ -106,14 +146,17 @@ def brier_metric(labels: Sequence[float], scores: Sequence[float], clusters: Seq
     return clustered_mean_metric((np.asarray(scores) - np.asarray(labels)) ** 2, clusters, seed)
 
 
-def calibration_metric(labels: Sequence[float], scores: Sequence[float], clusters: Sequence[int], seed: int = 0) -> Metric:
-    """Expected calibration error, 0 (best) to 1: the distance between mean score and share of right steps within a bin, averaged
-    over the steps (Naeini et al. 2015; Guo et al. 2017, eq. 3). Ten bins of equal width, so that equal scores share a bin.
+def calibration_metric(
+    labels: Sequence[float], scores: Sequence[float], clusters: Sequence[int], seed: int = 0, equal_mass: bool = False
+) -> Metric:
+    """Expected calibration error, 0 (best) to 1: the distance between mean score and mean label (the share of right steps) within a
+    bin, averaged over the steps (Naeini et al. 2015; Guo et al. 2017, eq. 3). Ten bins of equal width or, with `equal_mass`, of as
+    many steps each; equal scores share a bin.
 
     Noise adds to it, and in a resample once more. So the interval is the reversed one (2 ECE - percentiles), which takes that out
     but is still too short below 0.02 or so. Clusters as in `auroc_metric`."""
     scores = np.asarray(scores, dtype=float)
-    gaps, bins = scores - np.asarray(labels), _bins(scores)
+    gaps, bins = scores - np.asarray(labels), _bins(scores, equal_mass)
 
     def error(weights: np.ndarray) -> float:
         return float(np.abs(np.bincount(bins, weights=weights * gaps)).sum() / weights.sum())
@@ -124,19 +167,24 @@ def calibration_metric(labels: Sequence[float], scores: Sequence[float], cluster
     return _metric(metric.value, *(max(0.0, 2 * metric.value - end) for end in reversed(metric.ci95)), metric.n)
 
 
-def reliability(labels: Sequence[float], scores: Sequence[float], clusters: Sequence[int], seed: int = 0) -> list[dict]:
-    """The bins of `calibration_metric` that hold a step: `low` and `high` (bounds), `score` (the mean of its scores) and `right`
-    (a Metric: the share of right ones among its steps)."""
+def reliability(
+    labels: Sequence[float], scores: Sequence[float], clusters: Sequence[int], seed: int = 0, equal_mass: bool = False
+) -> list[dict]:
+    """The bins of `calibration_metric` that hold a step: `low` and `high` (of the bin or, with `equal_mass`, of its scores),
+    `score` (the mean of its scores) and `right` (a Metric: the mean of its labels, the share of right steps)."""
     labels, scores, clusters = np.asarray(labels), np.asarray(scores, dtype=float), np.asarray(clusters)
-    bins = _bins(scores)
+    bins = _bins(scores, equal_mass)
     rows = []
     for k in np.unique(bins):
-        right = clustered_mean_metric(labels[bins == k], clusters[bins == k], seed)
-        rows.append({"low": k / BINS, "high": (k + 1) / BINS, "score": float(scores[bins == k].mean()), "right": right})
+        right, here = clustered_mean_metric(labels[bins == k], clusters[bins == k], seed), scores[bins == k]
+        low, high = (float(here.min()), float(here.max())) if equal_mass else (k / BINS, (k + 1) / BINS)
+        rows.append({"low": low, "high": high, "score": float(here.mean()), "right": right})
     return rows
 
 
-def _bins(scores: np.ndarray) -> np.ndarray:
+def _bins(scores: np.ndarray, equal_mass: bool) -> np.ndarray:
+    if equal_mass:
+        return np.searchsorted(np.quantile(scores, np.arange(1, BINS) / BINS), scores, side="left")
     return np.minimum((scores * BINS).astype(int), BINS - 1)  # a score of 1 belongs to the last bin
 
 

@@ -39,6 +39,7 @@ def judge_picture(path: str | Path, title: str, card: dict, policies: Sequence[d
     and, where there are, best of n and the ranked policies."""
     panels = [_reliability, _distribution, _by_position]
     panels += [_best_of_n] if "best_of_n" in card["selection"].get("chance", {}) else []
+    panels += [_values] if card.get("values") else []
     panels += [_policies] if policies else []
     down = -(-len(panels) // 2)
     figure, grid = plt.subplots(down, 2, figsize=(10.4, 3.8 * down), layout="constrained")
@@ -52,16 +53,25 @@ def judge_picture(path: str | Path, title: str, card: dict, policies: Sequence[d
 
 
 def _reliability(axes: plt.Axes, card: dict) -> None:
-    rows = card["reliability"]
+    _diagram(axes, card["reliability"], "share of right steps")
+    error = card["metrics"]["calibration_error"]
+    axes.set_title(f"reliability (calibration error {error}; numbers: steps)", fontsize=9)
+
+
+def _values(axes: plt.Axes, card: dict) -> None:
+    _diagram(axes, card["values"], "share of right rollouts")
+    error = card["metrics"]["value_calibration_error"]
+    axes.set_title(f"values (calibration error {error}; numbers: beginnings)", fontsize=9)
+
+
+def _diagram(axes: plt.Axes, rows: Sequence[dict], share: str) -> None:
     rights = [row["right"] for row in rows]
     axes.plot([0, 1], [0, 1], "--", color=BASE, linewidth=1)
     values = [right.value for right in rights]
     axes.errorbar([row["score"] for row in rows], values, _whiskers(rights), fmt="o-", color=TUNED, capsize=3)
     for row, right in zip(rows, rights, strict=True):
         axes.annotate(f"{right.n:,}", (row["score"], right.value), (5, 4), textcoords="offset points", fontsize=7)
-    axes.set(xlim=(-0.02, 1.08), ylim=(-0.02, 1.02), xlabel="mean score of the steps in a bin", ylabel="share of right steps")
-    error = card["metrics"]["calibration_error"]
-    axes.set_title(f"reliability (calibration error {error}; numbers: steps)", fontsize=9)
+    axes.set(xlim=(-0.02, 1.08), ylim=(-0.02, 1.02), xlabel="mean score of the steps in a bin", ylabel=share)
 
 
 def _distribution(axes: plt.Axes, card: dict) -> None:
@@ -88,7 +98,7 @@ def _by_position(axes: plt.Axes, card: dict) -> None:
 
 def _best_of_n(axes: plt.Axes, card: dict) -> None:
     metrics = {name: row["best_of_n"] for name, row in card["selection"].items()}
-    others = ("chance", "log-prob", "oracle")
+    others = ("chance", "log-prob", "majority", "oracle")
     colors = [BASE if name in others else TUNED for name in metrics]
     values = [metric.value for metric in metrics.values()]
     axes.tick_params(axis="x", labelsize=8)

@@ -159,7 +159,7 @@ def shown_value(result: dict, name: str) -> list[str]:
 def test_the_checker_itself_gets_full_marks(evaluate, tmp_path, tiny_model_dir):
     """Samples of the embedded policy, judged by what they are labelled by; it ranks that policy, itself again and a random one."""
     policies = ["--policies", tiny_model_dir, *[eval_judge.CardArgs.model_name_or_path] * 2]
-    more = ["--limit", 8, "--samples", 3, "--max_new_tokens", 100]
+    more = ["--limit", 8, "--samples", 3, "--rollouts", 4, "--max_new_tokens", 100]
     code, out, err = evaluate("--judge", "exact", *policies, *more)
     assert code == 0, err
     result = json.loads((tmp_path / "results" / "judge_exact.json").read_text())
@@ -171,7 +171,12 @@ def test_the_checker_itself_gets_full_marks(evaluate, tmp_path, tiny_model_dir):
     assert values["best_of_n_over_log-prob/last"] == pytest.approx(values["best_of_n/last"] - values["best_of_n/log-prob"])
     assert [(row["reward_rank"], row["accuracy_rank"]) for row in result["policies"]] == [(3, 3), (1, 1), (1, 1)]
     assert result["policies"][0]["accuracy"]["value"] == 0 < result["policies"][1]["accuracy"]["value"]
-    assert "Spearman 1.000" in out
+    assert "Spearman 1.000" in out and "beginnings, 4 rollouts each" in out
+    assert values["prefix_auroc/judge"] == 1 > values["prefix_auroc/4 rollouts"] >= values["prefix_auroc/1 rollouts"] > 0.5
+    assert values["equal_rollouts"] == 4 and values["step_auroc_over_log-prob"] > 0
+    rows, n = result["value_reliability"], result["metrics"]["value_calibration_error"]["n"]
+    gaps = [abs(row["score"] - row["right"]["value"]) * row["right"]["n"] / n for row in rows]
+    assert values["value_calibration_error"] == pytest.approx(sum(gaps)) and sum(row["right"]["n"] for row in rows) == n
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,14 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 from evaluation.metrics import (
     Metric,
     accuracy_metric,
+    auroc_difference,
     auroc_metric,
     best_of_n,
     brier_metric,
     calibration_metric,
     clustered_mean_metric,
     compare,
+    equal_rollouts,
     first_error,
     mean_metric,
     print_comparison,
@@ -208,3 +210,30 @@ def test_table_and_plot_show_what_there_is(tmp_path, capsys):
     comparison_plot(tmp_path / "plots" / "some.png", metrics, {"reward": "mean step reward"}, "title")
     assert [file.name for file in (tmp_path / "plots").iterdir()] == ["some.png"]
     assert (tmp_path / "plots" / "some.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_difference_of_aurocs_by_hand():
+    labels, clusters = [1, 1, 0, 0], [0, 0, 1, 1]
+    metric = auroc_difference(labels, [4, 3, 2, 1], [1, 4, 3, 2], clusters)
+    assert metric.value == pytest.approx(1 - 2 / 4) and metric.n == 4
+    assert auroc_difference([1, 1], [1, 2], [2, 1], [0, 1]) is None
+
+
+def test_how_many_rollouts_a_judge_is_worth_by_hand():
+    """One rollout has an AUROC of 0.75, two have 0.875: shares 1 and .5 against .5 and 0."""
+    labels, right = [1, 1, 0, 0], np.array([[1, 1], [0, 1], [0, 1], [0, 0]])
+    clusters = range(4)
+    assert equal_rollouts(labels, [4, 1, 2, 0], right, clusters).value == pytest.approx(1)  # 3 of 4 pairs
+    assert equal_rollouts(labels, [4, 1, 1, 0], right, clusters).value == pytest.approx(2)  # 3.5 of 4
+    assert equal_rollouts(labels, [4, 3, 2, 1], right, clusters).value == 2  # all of 4: more than there are
+    assert equal_rollouts(labels, [1, 1, 1, 1], right, clusters).value == 0  # a coin is worth none
+
+
+def test_bins_of_equal_mass():
+    scores = [k / 100 for k in range(100)]
+    rows = reliability([1.0] * 50 + [0.0] * 50, scores, range(100), equal_mass=True)
+    assert [row["right"].n for row in rows] == [10] * 10 and rows[1]["low"] == pytest.approx(0.1) and rows[1]["high"] == 0.19
+    halves = [1.0] * 50 + [0.0] * 50
+    by_hand = sum(abs(sum(scores[k : k + 10]) / 10 - sum(halves[k : k + 10]) / 10) for k in range(0, 100, 10)) / 10
+    assert calibration_metric(halves, scores, range(100), equal_mass=True).value == pytest.approx(by_hand)
+    assert len(reliability([1, 0], [0.5, 0.5], [0, 1], equal_mass=True)) == 1  # equal scores share a bin
