@@ -112,7 +112,8 @@ class State:
         """Its first k steps, open; all of them are itself."""
         if k == len(self.steps):
             return self
-        return State(self.prompt, self.ids[: self.ends[k]], self.ends[: k + 1], self.steps[:k])
+        ids = self.ids[: self.ends[k]] if self.ends else ()  # a server's states have text alone
+        return State(self.prompt, ids, self.ends[: k + 1], self.steps[:k])
 
 
 @dataclass(frozen=True)
