@@ -11,7 +11,7 @@ What a tree says of a step's value (`Tree.counts`): of all rollouts that begin a
 ends right. Those that come through cost nothing, and without them a search for first errors would label hardly a right step but
 those before an error. A step that closes a solution is 0 or 1. The search comes back to where rollouts went wrong, and not to where
 they went right, so a state with few rollouts is one of luck; over many states, each counted as often as it has rollouts, this
-cancels exactly (how often a state is tried again is decided before the outcome is known).
+cancels exactly (whether to try again is decided before the outcome is known), if no problem is dropped for its outcomes.
 """
 
 import math
