@@ -11,6 +11,7 @@ may lie between 0 and 1. Solutions become ids in reward_model/process_reward_mod
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class LabelledSteps(LabelledSolution):
 class PRMConfig(MiniatureDefaults, TrainingArguments):
     """TrainingArguments of a PRM. Raises ValueError for values that make no sense."""
 
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
     hard_labels: float | None = field(
         default=None,
         metadata={"help": "Labels become 1 from this value on and 0 below it (above 0, up to 1); without it they stay soft."},
@@ -132,6 +133,8 @@ class PRMTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}  # train, eval -> sums since the last log
         if peft_config is not None:
             model = _with_new_adapter(model, peft_config, self.format.tag_id)
+        if is_peft_model(model):  # peft would save all embeddings, since there are more than the base has: one row is new
+            model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
         super().__init__(
             model,
             args,
