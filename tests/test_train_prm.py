@@ -384,6 +384,15 @@ def test_mistakes_are_one_line(folder, monkeypatch, capsys, args, message):
     assert message in line and line.startswith("train.py: error: ") and line.count("\n") == 1
 
 
+def test_the_example_trains_an_adapter(folder, monkeypatch):
+    """configs/prm.yaml, but for what it reads and writes, its length and its precision."""
+    config = ["--config", str(ROOT / "configs/prm.yaml")]
+    given = flags(dataset_name="values.jsonl", model_name_or_path="lm", output_dir="example", max_steps=1, limit=20, **SMALL)
+    train_here(folder, monkeypatch, *config, *given, "--dtype", "float32", "--save_strategy", "no")
+    assert json.loads((folder / "example/adapter_config.json").read_text())["r"] == 16
+    assert history(folder, "example")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_the_default_data_says_how_it_is_made(folder, monkeypatch):
     monkeypatch.setattr("train.STEP_VALUES", "none.jsonl")
     monkeypatch.setattr("train.MADE_BY", {"none.jsonl": "python utils/build_mcts_dataset.py"})
