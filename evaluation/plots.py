@@ -126,6 +126,7 @@ PANELS = {
     "loss": {"loss": "loss"},
     "margin between chosen and rejected": {"rewards/margins": "margin"},
     "pairs told apart (share)": {"rewards/accuracies": "pairs"},
+    "mean value of steps": {"values/good": "labelled .5 and more", "values/bad": "the others"},
     "log-prob against the reference (nats)": {"logps/chosen_vs_ref": "chosen", "logps/rejected_vs_ref": "rejected"},
 }
 LESS_LIKELY = "drift/good_steps_less_likely"

@@ -27,7 +27,7 @@ class EvaluateArguments(JudgeArgs):
     judge_path: str = field(
         default=JudgeArgs.judge_path,
         metadata={
-            "help": "gguf: its file; hf: a model directory, a GGUF file or a hub name (the judge is this script's model)",
+            "help": "gguf: its file; hf, prm: a model directory or a hub name; hf: a GGUF file as well (it is this script's model)",
             "aliases": ["--model_name_or_path"],
         },
     )

@@ -11,8 +11,7 @@ each whole text was tokenized, so it does not matter how a tokenizer treats the 
 
 import json
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,14 +30,12 @@ from reward_model.base import (
     Solution,
     StepJudge,
     fitting_template,
-    short,
     where,
 )
 from reward_model.gguf_file import read_gguf
+from reward_model.reading import PlainText, batches, first_line
 
 STEPS_HERE = "<<steps>>"
-EDGE = "\U0010ffff"  # in no vocabulary, merges with nothing: what follows is tokenized as the middle of a text
-CUT = "\ud800"  # put into text that reads like a control token, so that it stays text; a user's text cannot hold it
 TRIAL = ("2 + 3 = ?", ["Step 1: 2 + 3 = 5", "Step 2: 5 is 6", "Answer: 6"])  # a solution to try a model with
 
 
@@ -97,12 +94,8 @@ class HFJudge(StepJudge):
         else:
             self.template_name = template or fitting_template(f"{self.tokenizer.chat_template or ''}\n{name}")
             self.template = TEMPLATES[self.template_name]
-        first = self._ids("a")[0]
-        whole = self.tokenizer("a")["input_ids"]
-        self._begins = [] if own else whole[: whole.index(first)]  # a chat template writes what begins a text itself
-        control = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        control = "|".join(re.escape(text) for text in control if len(text) > 1)
-        self._control = re.compile(f"(?={control})(.)" if control else "(?!)()", re.DOTALL)
+        self._plain = PlainText(self.tokenizer)
+        self._begins = [] if own else self._plain.begins  # a chat template writes what begins a text itself
         self._yes, self._no = self._spellings(YES), self._spellings(NO)
         self.packed = self._reads_rows()
 
@@ -115,7 +108,7 @@ class HFJudge(StepJudge):
             text = self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True, enable_thinking=False)
             before, question = text.split(STEPS_HERE)
         except Exception as error:  # templates are programs of their own
-            raise JudgeError(f"judge {self.path}: its chat template fails ({_line(error)}): name a judge template") from None
+            raise JudgeError(f"judge {self.path}: its chat template fails ({first_line(error)}): name a judge template") from None
         return JudgeTemplate(before, question)
 
     def _spellings(self, words: Sequence[str]) -> torch.Tensor:
@@ -128,27 +121,11 @@ class HFJudge(StepJudge):
 
     def _texts(self, prompt: str, steps: Sequence[str], first: int) -> list[list[int]]:
         """For every step from `first` on, the ids of the text that ends with the question about it."""
-        try:
-            "".join((prompt, *steps)).encode()
-        except UnicodeEncodeError:
-            raise JudgeError(f"prompt {short(prompt)}: half of a Unicode surrogate pair cannot be scored") from None
-        prompt, *steps = (self._control.sub(lambda match: match[1] + CUT, text) for text in (prompt, *steps))
+        prompt, steps = self._plain.guard(prompt, steps)
         before = self.template.before.replace("{prompt}", prompt)
         lines = [f"{step}\n" for step in steps]
         texts = [before + "".join(lines[: k + 1]) + self.template.question for k in range(first, len(steps))]
-        if any(CUT in text for text in texts):
-            return [self._begins + self._cut_ids(text) for text in texts]
-        return [self._begins + ids for ids in self._ids(texts)]
-
-    def _cut_ids(self, text: str) -> list[int]:
-        """Ids of a text in pieces, each but the first tokenized as the middle of a text."""
-        first, *rest = text.split(CUT)
-        edge = len(self._ids(EDGE))
-        return self._ids(first) + [index for piece in rest for index in self._ids(EDGE + piece)[edge:]]
-
-    def _ids(self, texts):
-        """Ids of a text, or of each of several."""
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [self._begins + ids for ids in self._plain.ids(texts)]
 
     # --- scoring
 
@@ -167,7 +144,7 @@ class HFJudge(StepJudge):
             else:
                 alone += [_Row(i, k, [text]) for k, text in enumerate(texts)]
         for rows, read in ((packed, self._read_rows), (alone, self._read_texts)):
-            for batch in self._batches(rows):
+            for batch in batches(rows, self.batch_tokens):
                 scores = iter(self._score(read, batch))
                 for row in batch:
                     for k, score in zip(range(row.first, row.first + len(row.texts)), scores, strict=False):
@@ -177,17 +154,6 @@ class HFJudge(StepJudge):
                             raise JudgeError(f"judge {self.path}: the model's logits are not finite at {place}")
                         results[row.solution][k] = round(score, 6)
         return results
-
-    def _batches(self, rows: list[_Row]) -> Iterator[list[_Row]]:
-        """Rows of like length together, at most `batch_tokens` padded tokens."""
-        batch: list[_Row] = []
-        for row in sorted(rows, key=len):
-            if batch and len(row) * (len(batch) + 1) > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch
 
     def _score(self, read: Callable[[list[_Row]], torch.Tensor], batch: list[_Row]) -> list[float]:
         try:
@@ -289,7 +255,7 @@ def _from_pretrained(path: str, device: str, tokenizer_path: str, model_path: st
             model_path, dtype=dtype, use_safetensors=True, output_loading_info=True, **extra
         )
     except Exception as error:  # what a file that is no model makes of the libraries is beyond a list
-        raise JudgeError(f"judge {path} cannot be loaded: {_line(error)}") from None
+        raise JudgeError(f"judge {path} cannot be loaded: {first_line(error)}") from None
     if loading["missing_keys"]:  # transformers fills them with random numbers
         raise JudgeError(f"judge {path}: weights are missing, {min(loading['missing_keys'])} for one")
     if not tokenizer.is_fast:
@@ -303,9 +269,3 @@ def _tokenizer_of(path: str) -> str:
     if adapter.is_file() and not (Path(path) / "tokenizer_config.json").is_file():
         return json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or path
     return path
-
-
-def _line(error: Exception) -> str:
-    """The first line of what a library says."""
-    said = str(error).strip().replace(":\n", ": ") or type(error).__name__
-    return said.splitlines()[0]

@@ -211,7 +211,10 @@ def merging_dir(tiny_model_dir, tmp_path_factory) -> str:
 def test_a_tokenizer_that_merges_across_the_boundary(merging_dir):
     judge = HFJudge(merging_dir, "chatml", device="cpu")
     first, last = judge._texts(PROMPT, [STEPS[2], "Step 2: 1"], 0)
-    assert judge._ids(f"{STEPS[2]}\n") != judge._ids(f"{STEPS[2]}\n{CHAT.question}")[: len(judge._ids(f"{STEPS[2]}\n"))]
+    assert (
+        judge._plain._ids(f"{STEPS[2]}\n")
+        != judge._plain._ids(f"{STEPS[2]}\n{CHAT.question}")[: len(judge._plain._ids(f"{STEPS[2]}\n"))]
+    )
     assert first[: len(last)] != last and judge.packed
     agrees(judge)
     users = judge._texts("<|im_end|>", ["<|im_start|>", "<|im_end|"], 1)[0]
