@@ -11,16 +11,18 @@ from reasoning.records import Prompt, read_records, write_records
 from reward_model.base import JudgeError
 from utils.cli import UserError, at_root, check_input, check_model, check_output, parse_args, run
 from utils.judges import JudgeArgs, check_judge, open_judge, score_all
-
-BASE = at_root("models/policy-mini")
+from utils.policies import BASE, PolicyArgs, check_policy, open_policy
 
 
 @dataclass
-class InferenceArgs(JudgeArgs):
+class InferenceArgs(JudgeArgs, PolicyArgs):
     prompt: str | None = field(default=None, metadata={"help": "the problem; without it and --input: a loop"})
     model_name_or_path: str = field(
         default=at_root("saved_model/stepwise_dpo_tinyllama"),
-        metadata={"help": "a model directory or a hub name; before any training the default is the base, models/policy-mini"},
+        metadata={
+            "help": "a model directory or a hub name; before any training the default is the base, models/policy-mini; with "
+            "--policy_base_url the name by which the server knows it"
+        },
     )
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy; above, answers are sampled"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer, in tokens"})
@@ -69,7 +71,7 @@ def choose_model(args: InferenceArgs) -> str:
 
 
 def answer(policy, judge, prompt: str, args: InferenceArgs, seed: int) -> None:
-    """Print the answer as it is written; with a judge, its score behind every step that is complete."""
+    """Print the answer as it is written (a server's all at once); with a judge, its score behind every step that is complete."""
     check_prompt(prompt)
     prompt, steps, line = prompt.strip(), [], ""
     for piece in itertools.chain(policy.stream(prompt, args.temperature, args.max_new_tokens, seed), ["\n"]):
@@ -137,16 +139,16 @@ def main() -> None:
         prompts = [row.prompt for row in read_records(args.input, Prompt)]
     if args.show_scores:
         check_judge(args)
-    model = choose_model(args)
+    if args.policy_base_url is None:
+        args.model_name_or_path = choose_model(args)
+    check_policy(args)
 
     from transformers.utils import logging
-
-    from search.policy import Policy
 
     logging.disable_progress_bar()  # of loading weights: it would stand in front of the answer
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     with open_judge(args) if args.show_scores else nullcontext() as judge:
-        policy = Policy.load(model)
+        policy = open_policy(args)
         if args.input is not None:
             answer_file(policy, judge, prompts, args)
         elif args.prompt is not None:

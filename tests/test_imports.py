@@ -21,7 +21,8 @@ ALLOWED = {  # library room -> what of the house it may import, by prefix
     "search": ["search", "reward_model.base", "reasoning"],
     "trainer": ["trainer", "reward_model.base", "reasoning"],
 }
-EXTRA = {  # a trainer and the encoder of the model it trains
+EXTRA = {  # a trainer and the encoder of the model it trains; the policy on a server and what asks it
+    "remote.py": ["reward_model.openai_client"],
     "prm_trainer.py": ["reward_model.process_reward_model"],
     "reward_trainer.py": ["reward_model.response_reward_model"],
     "step_ppo_trainer.py": ["search.policy"],

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -76,7 +77,7 @@ class Server:
             def log_message(self, *args):
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = type("Http", (ThreadingHTTPServer,), {"request_queue_size": 64})(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, args=[0.01], daemon=True).start()
 
@@ -317,28 +318,38 @@ def test_bad_arguments_are_one_line(monkeypatch, tmp_path):
 # --- a real server
 
 
-@pytest.mark.slow
-def test_transformers_serve(tmp_path):
-    """It ignores `logprobs`, so verdicts are sampled; where the judge is sure they are those of the same model read here."""
-    from reward_model.hf_judge import HFJudge
-
-    model = str(ROOT / "models/judge-mini")
+@contextmanager
+def transformers_serve(model: str, folder: Path):
+    """(URL, process) of `transformers serve` with this model."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     serve = "from transformers.cli.transformers import main; main()"
     command = [sys.executable, "-c", serve, "serve", model, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path)
+    log = (folder / "log").open("w")
+    process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
         for _ in range(600):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
                 break
             except OSError:
-                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert process.poll() is None, (folder / "log").read_text()
                 time.sleep(0.2)
-        url = f"http://127.0.0.1:{port}/v1"
+        yield f"http://127.0.0.1:{port}/v1", process
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+@pytest.mark.slow
+def test_transformers_serve(tmp_path):
+    """It ignores `logprobs`, so verdicts are sampled; where the judge is sure they are those of the same model read here."""
+    from reward_model.hf_judge import HFJudge
+
+    model = str(ROOT / "models/judge-mini")
+    with transformers_serve(model, tmp_path) as (url, process):
         wrong = [STEPS[0], "Step 2: 12 + 36 = 49", "Answer: 49"]
         solutions = [(PROMPT, STEPS), (PROMPT, wrong)]
         with OpenAIJudge(url, model, "plain", samples=5, cache=tmp_path / "cache") as judge:
@@ -356,7 +367,3 @@ def test_transformers_serve(tmp_path):
             assert judge.score_steps(solutions) == scores  # every answer is kept: the server is not needed
             with pytest.raises(JudgeError, match="cannot be reached"):
                 judge.score_steps([("Another problem", ["Answer: 1"])])
-    finally:
-        process.kill()
-        process.wait()
-        log.close()

@@ -23,17 +23,15 @@ from reasoning.loaders import load_problems
 from reasoning.problems import problems
 from reasoning.records import PreferencePair, Problem, Prompt, ResumableRows, read_records, write_records
 from reward_model.base import StepJudge, aggregate
-from utils.cli import UserError, at_root, check_model, check_output, held_out_prompts, parse_args, run
-from utils.judges import JudgeArgs, check_judge, content_hash, judge_identity, open_judge
+from utils.cli import UserError, at_root, check_output, held_out_prompts, parse_args, run
+from utils.judges import JudgeArgs, check_judge, judge_identity, open_judge
+from utils.policies import PolicyArgs, check_policy, open_policy, policy_identity
 
 UNIT = 64  # problems sampled together: with the same seed a group always gives the same samples
 
 
 @dataclass
-class PairArguments(JudgeArgs):
-    model_name_or_path: str = field(
-        default_factory=lambda: at_root("models/policy-mini"), metadata={"help": "the policy that is sampled: any causal LM"}
-    )
+class PairArguments(JudgeArgs, PolicyArgs):
     input: str | None = field(
         default=None,
         metadata={"help": "problems, of any shape that reasoning/loaders.py knows; default: the generated train problems"},
@@ -96,20 +94,18 @@ def pair_by_judge(task: Prompt, samples: list[list[str]], scores: list[list[floa
 def main() -> None:
     (args,) = parse_args(PairArguments, description=__doc__.split("\n\n")[0])
     tasks = read_problems(args)
-    check_model(args.model_name_or_path, "make models" if args.model_name_or_path == at_root("models/policy-mini") else None)
+    check_policy(args)
     if args.pair_by == "judge":
         check_judge(args)
     job = {name: getattr(args, name) for name in ("pair_by", "samples", "temperature", "max_new_tokens", "seed")}
-    job["model"] = content_hash(args.model_name_or_path) or args.model_name_or_path
+    job |= policy_identity(args)
     job["problems"] = hashlib.sha256(json.dumps([vars(task) for task in tasks]).encode()).hexdigest()
     if args.pair_by == "judge":
         job |= judge_identity(args)
     check_output(args.output, args.overwrite or ResumableRows.pending(args.output, job))
 
     with open_judge(args) if args.pair_by == "judge" else nullcontext() as judge:
-        from search.policy import Policy
-
-        policy = Policy.load(args.model_name_or_path)
+        policy = open_policy(args)
         rows = ResumableRows(args.output, job, UNIT, args.overwrite)
         if rows.rows:
             print(f"resuming: {len(rows.rows)} of {len(tasks)} problems are done")
