@@ -5,7 +5,7 @@
 The grid: 512 on-policy pairs, one constant-lr run of 3 epochs a setting, at a third of the default learning rate, at it and at
 three times it; greedy exact accuracy on validation problems after each epoch (seed 0). Then each loss with its best learning rate
 and number of epochs trains with 3 seeds and is measured on test problems. `uniform` without anchor is DPO (to 1e-5, tests).
-Writes stability.json (and the rows it came from) to --output_dir.
+Writes stability.json, stability.png and the rows they came from to --output_dir.
 """
 
 import sys
@@ -42,6 +42,7 @@ def main() -> None:
     (args,) = parse_args(StabilityArguments, description=__doc__)
     check_input(args.pairs, "make data")
     from evaluation.metrics import Metric, clustered_mean_metric, print_table, rate_metric, write_result
+    from evaluation.plots import stability_plot
     from trainer.stepwise_dpo_trainer import StepwiseDPOConfig
 
     default_rate = StepwiseDPOConfig.learning_rate
@@ -58,7 +59,7 @@ def main() -> None:
     rows = run_all(grid, output / "stability_grid.jsonl", args.workers)
     base = run_all([base_run(args.pairs, "validation", args.validation)], output / "stability_grid.jsonl", 1)[0]
     metrics: dict[str, Metric] = {"validation/base/accuracy": rate_metric(bits(base["correct"]))}
-    table, best = [("base", "", *[str(metrics["validation/base/accuracy"])], "", "")], {}
+    table, best, drawn = [("base", "", *[str(metrics["validation/base/accuracy"])], "", "")], {}, {}
     for run_ in grid:
         name, rate = run_["name"], run_["settings"]["learning_rate"]
         of_run = sorted(
@@ -70,8 +71,11 @@ def main() -> None:
             if name not in best or metric.value > best[name][0]:
                 best[name] = (metric.value, rate, row["epoch"])
         table.append((name, f"{rate:.1e}", *map(str, measured)))
+        drawn.setdefault(rate, {})[name] = [metric.value for metric in measured]
     title = f"exact accuracy, {args.validation} validation problems, {args.limit} pairs, constant lr, seed 0"
     print_table(title, ["loss", "lr", *[f"epoch {k + 1}" for k in range(EPOCHS)]], table)
+    panels = {f"lr {rate:.1e}": drawn[rate] for rate in sorted(drawn)}
+    stability_plot(output / "stability.png", metrics["validation/base/accuracy"].value, panels, title)
 
     final = [
         {
@@ -95,7 +99,7 @@ def main() -> None:
     title = f"exact accuracy, {args.test} test problems, lr and epochs chosen on validation, {args.seeds} seeds"
     print_table(title, ["loss", "lr", "epochs", "accuracy", "each seed"], table)
     write_result(output / "stability.json", metrics, vars(args), range(args.seeds), chosen={n: b[1:] for n, b in best.items()})
-    print(f"wrote {output / 'stability.json'}")
+    print(f"wrote {output / 'stability.json'} and {output / 'stability.png'}")
 
 
 if __name__ == "__main__":

@@ -210,6 +210,27 @@ def credit_plot(path: str | Path, metrics: dict[str, Metric], models: Sequence[s
     _save(figure, Path(path))
 
 
+def stability_plot(path: str | Path, base: float, panels: dict[str, dict[str, Sequence[float]]], title: str) -> None:
+    """Accuracy after each epoch, a panel for every learning rate. panels: title -> "LOSS, anchor" or "LOSS, no anchor" -> the
+    accuracies (0 to 1) after epochs 1, 2, ...; a loss has one colour, dashed without its anchor. base: the accuracy before."""
+    figure, grid = plt.subplots(1, len(panels), figsize=(4.0 * len(panels), 4.2), layout="constrained", sharey=True, squeeze=False)
+    losses = list(dict.fromkeys(name.split(", ")[0] for of_panel in panels.values() for name in of_panel))
+    for axes, (name, of_panel) in zip(grid.flat, panels.items(), strict=True):
+        for run, values in of_panel.items():
+            loss, anchor = run.split(", ")
+            style = "-" if anchor == "anchor" else "--"
+            places = range(len(values) + 1)
+            axes.plot(places, [base, *values], style, color=f"C{losses.index(loss)}", marker="o", markersize=3, label=run)
+        axes.axhline(base, color=BASE, linewidth=0.8)
+        axes.set(ylim=(0, 1), xlabel="epochs", title=name)
+        axes.set_xticks(range(1 + max(map(len, of_panel.values()))))
+        axes.spines[["top", "right"]].set_visible(False)
+    grid.flat[0].set_ylabel("exact accuracy")
+    figure.legend(*grid.flat[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=4)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, Path(path))
+
+
 def _whiskers(metrics: Sequence[Metric]) -> list[list[float]]:
     """Distances from the values down to and up to their intervals' ends."""
     ends = [metric.ci95 or [metric.value, metric.value] for metric in metrics]

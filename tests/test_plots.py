@@ -86,3 +86,11 @@ def test_the_card_of_a_judge_draws_what_it_holds(tmp_path, drawn):
     judge_picture(tmp_path / "all.png", "a judge", card | {"samples": 4.0}, policies)
     assert [title for title, _ in drawn][3:] == ["best of 4 (4 problems)", "policies, greedy answers"]
     assert {file.name for file in tmp_path.iterdir()} == {"few.png", "all.png"}
+
+
+def test_stability_has_a_panel_a_rate_and_a_line_a_loss(tmp_path, drawn):
+    runs = {"dpo, anchor": [0.6, 0.7], "dpo, no anchor": [0.5, 0.1]}
+    plots.stability_plot(tmp_path / "stability.png", 0.4, {"lr 1e-4": runs, "lr 3e-4": {"dpo, anchor": [0.2]}}, "title")
+    assert [title for title, _ in drawn] == ["lr 1e-4", "lr 3e-4"]
+    lines = drawn[0][1]
+    assert lines["dpo, no anchor"] == ([0, 1, 2], [0.4, 0.5, 0.1]) and drawn[1][1]["dpo, anchor"] == ([0, 1], [0.4, 0.2])
