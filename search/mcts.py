@@ -164,7 +164,7 @@ def _evaluate(tree: Tree, state: "State", is_right: Callable[[Steps], bool], bud
     for whole in (yield state, budget.rollouts_per_state):
         finished = "right" if whole.status == "finished" and is_right(whole.steps) else "wrong"
         outcome = "cut" if whole.status == "cut" else finished
-        rollouts.append(Rollout(whole.steps[len(state.steps) :], outcome, len(whole.ids) - len(state.ids), whole))
+        rollouts.append(Rollout(whole.steps[len(state.steps) :], outcome, whole.sampled, whole))
     node = tree.nodes[state.steps] = Node(state.steps, rollouts)
     return node
 

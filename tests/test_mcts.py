@@ -11,10 +11,10 @@ from search.policy import State
 PROMPT_TOKENS, STEP_TOKENS = 5, 10
 
 
-def state(steps: tuple[str, ...], status: str = "open") -> State:
+def state(steps: tuple[str, ...], status: str = "open", sampled: int = 0) -> State:
     """Ids do not matter to a search, their number does."""
     ends = tuple(PROMPT_TOKENS + STEP_TOKENS * k for k in range(len(steps) + 1))
-    return State("How many?", tuple(range(ends[-1])), ends, steps, status)
+    return State("How many?", tuple(range(ends[-1])), ends, steps, status, sampled)
 
 
 def is_right(steps: tuple[str, ...]) -> bool:
@@ -30,7 +30,10 @@ def drive(search, world, k: int) -> tuple[Tree, list[tuple[str, ...]]]:
             asked.append(at.steps)
             further = world(at.steps)
             assert n == k == len(further) and at.status == "open" and len(at.ids) == PROMPT_TOKENS + STEP_TOKENS * len(at.steps)
-            request = search.send([state((*at.steps, *more), "cut" if more[-1] == "..." else "finished") for more in further])
+            outcomes = ["cut" if more[-1] == "..." else "finished" for more in further]
+            request = search.send(
+                [state((*at.steps, *more), status, STEP_TOKENS * len(more)) for more, status in zip(further, outcomes, strict=True)]
+            )
     except StopIteration as end:
         return end.value, asked
 
@@ -240,7 +243,7 @@ class WrittenPolicy:
         return [
             [
                 State(at.prompt, (*at.ids, *range(len(more))), (*at.ends, *(len(at.ids) + k + 1 for k in range(len(more)))),
-                      (*at.steps, *more), "finished")
+                      (*at.steps, *more), "finished", len(more))
                 for more in world(at.steps)
             ]
             for at, world in zip(states, worlds, strict=True)

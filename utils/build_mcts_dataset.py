@@ -29,17 +29,14 @@ from reasoning.records import Problem, RecordError, ResumableRows, StepValue, re
 from reasoning.steps import ends_solution
 from reward_model.base import PromptTooLong
 from search.mcts import DROPPED, SEARCHES, Budget, Tree, run_searches
-from utils.cli import UserError, at_root, check_input, check_model, check_output, held_out_prompts, parse_args, run
-from utils.judges import content_hash
+from utils.cli import UserError, at_root, check_input, check_output, parse_args, refuse_held_out, run
+from utils.policies import PolicyArgs, check_policy, open_policy, policy_identity
 
 SEARCH = ("search", "rollouts_per_state", "budget", "budget_unit", "temperature", "max_new_tokens", "seed")  # what makes a tree
 
 
 @dataclass
-class TreeArguments:
-    model_name_or_path: str = field(
-        default_factory=lambda: at_root("models/policy-mini"), metadata={"help": "the policy that is sampled: any causal LM"}
-    )
+class TreeArguments(PolicyArgs):
     input: str | None = field(
         default=None,
         metadata={"help": "problems, of any shape that reasoning/loaders.py knows; default: the generated train problems"},
@@ -104,28 +101,17 @@ def read_problems(args: TreeArguments) -> list[Problem]:
     return tasks
 
 
-def refuse_held_out(name: str, rows: list) -> None:
-    held_out = held_out_prompts()
-    for row in rows:
-        if row.prompt in held_out:
-            raise UserError(f"{name}: holds a held-out problem, step values are never made of those: {row.prompt[:60]!r} ...")
-
-
 def search_problems(args: TreeArguments) -> tuple[list[Tree], ResumableRows]:
     """The trees in the order of the problems. Each is appended to the rows when it ends, in whatever order."""
     tasks = read_problems(args)
-    default = at_root("models/policy-mini")
-    check_model(args.model_name_or_path, "make models" if args.model_name_or_path == default else None)
-    job = {name: getattr(args, name) for name in SEARCH}
-    job["model"] = content_hash(args.model_name_or_path) or args.model_name_or_path
+    check_policy(args)
+    job = {name: getattr(args, name) for name in SEARCH} | policy_identity(args)
     job["problems"] = hashlib.sha256(json.dumps([vars(task) for task in tasks]).encode()).hexdigest()
     check_outputs(args, args.overwrite or ResumableRows.pending(args.output, job))
 
     from tqdm import tqdm
 
-    from search.policy import Policy
-
-    policy = Policy.load(args.model_name_or_path)
+    policy = open_policy(args)
     rows = ResumableRows(args.output, job, overwrite=args.overwrite)
     done = {row["problem"] for row in rows.rows}
     if done:

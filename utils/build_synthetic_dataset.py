@@ -23,7 +23,7 @@ from reasoning.loaders import load_problems
 from reasoning.problems import problems
 from reasoning.records import PreferencePair, Problem, Prompt, ResumableRows, read_records, write_records
 from reward_model.base import StepJudge, aggregate
-from utils.cli import UserError, at_root, check_output, held_out_prompts, parse_args, run
+from utils.cli import UserError, at_root, check_output, parse_args, refuse_held_out, run
 from utils.judges import JudgeArgs, check_judge, judge_identity, open_judge
 from utils.policies import PolicyArgs, check_policy, open_policy, policy_identity
 
@@ -66,10 +66,7 @@ def read_problems(args: PairArguments) -> list[Problem] | list[Prompt]:
         return list(itertools.islice(problems("train"), args.limit or 2000))
     rows = load_problems(args.input) if args.pair_by == "answer" else read_records(args.input, Prompt)
     tasks = list(itertools.islice({task.prompt: task for task in rows}.values(), args.limit))
-    held_out = held_out_prompts()
-    for task in tasks:
-        if task.prompt in held_out:
-            raise UserError(f"{args.input}: holds a held-out problem, pairs are never made of those: {task.prompt[:60]!r} ...")
+    refuse_held_out(args.input, tasks)
     return tasks
 
 

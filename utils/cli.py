@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -151,3 +151,12 @@ def held_out_prompts() -> dict[str, str]:
     """Prompt -> file name of every held-out problem: no pair is made of one, and none is trained on."""
     files = [ROOT / "data" / f"problems_{split}.jsonl" for split in HELD_OUT]
     return {problem.prompt: file.name for file in files if file.is_file() for problem in read_records(file, Problem)}
+
+
+def refuse_held_out(name: str, rows: Iterable[Any]) -> None:
+    """Raises UserError if a row of the data set `name` has a held-out prompt."""
+    held_out = held_out_prompts()
+    for row in rows:
+        if row.prompt in held_out:
+            file = held_out[row.prompt]
+            raise UserError(f"{name}: holds a held-out problem ({file}), nothing is learned from those: {row.prompt[:60]!r} ...")
