@@ -2,9 +2,9 @@
 
     python benchmarks/main_table.py          # some two hours on 2 cores; stopped, it goes on where it was
 
-Every row trains policy-mini on the same number of pairs for the same number of updates and answers the 2,000 test problems
-greedily: the default; the same with exact scores in place of the judge's (the ceiling) and with shuffled scores (the control that
-must not gain more); SFT on chosen; DPO at the learning rate and epochs that benchmarks/stability.py found best on validation.
+Every row trains policy-mini on the same number of pairs and answers the 2,000 test problems greedily: the default; the same with
+exact scores in place of the judge's (the ceiling) and with shuffled scores (the control that must not gain more); SFT on chosen for
+as many updates; DPO at the constant learning rate and epochs that benchmarks/stability.py found best on validation.
 Makes the pairs it lacks by the scripts of the repository. Writes main_table.json to --output_dir.
 """
 
@@ -55,7 +55,8 @@ def main() -> None:
     from evaluation.metrics import clustered_mean_metric, print_table, rate_metric, write_result
 
     rate, epochs = json.loads(Path(args.stability).read_text())["chosen"]["stepwise uniform, no anchor"]
-    dpo = {"loss_type": ["sigmoid"], "learning_rate": rate, "num_train_epochs": epochs}
+    constant = {"lr_scheduler_type": "constant", "warmup_steps": 0}  # as it was chosen
+    dpo = {"loss_type": ["sigmoid"], "learning_rate": rate, "num_train_epochs": epochs, **constant}
     rows = {
         f"{pairs}: {name}": (f"{pairs}{scores}", settings)
         for pairs in ("by answer", "by judge")
