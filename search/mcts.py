@@ -24,7 +24,7 @@ from reasoning.records import RecordError, StepValue
 if TYPE_CHECKING:  # nothing here needs torch
     from search.policy import Policy, State
 
-# Luo et al. 2024, arXiv 2406.06592, section 4: what the authors used
+# Luo et al. 2024, arXiv 2406.06592: what the authors used
 ALPHA, BETA, LENGTH, EXPLORATION = 0.5, 0.9, 500, 0.125
 
 DROPPED = ("always right", "never right", "prompt too long")  # Tree.ended of problems that are not searched, or only at the root
@@ -52,7 +52,7 @@ class Node:
 
     @property
     def value(self) -> float:
-        """MC(s), 0..1: the share of its own rollouts that end right (arXiv 2406.06592, eq. 1); one that was cut does not."""
+        """MC(s), 0..1: the share of its own rollouts that end right (arXiv 2406.06592); one that was cut does not."""
         return sum(rollout.outcome == "right" for rollout in self.rollouts) / len(self.rollouts)
 
 
@@ -185,15 +185,15 @@ def selection_score(
     length: float = LENGTH,
     exploration: float = EXPLORATION,
 ) -> float:
-    """Q(s, r) + U(s) of arXiv 2406.06592, section 3.3: Q = alpha^(1 - MC(s)) * beta^(len(r) / L) (eq. 2) prefers wrong rollouts
-    from states that mostly end right, and short ones; U = c * sqrt(sum of all N) / (1 + N(s)) (eq. 3) states seldom visited.
+    """Q(s, r) + U(s) of arXiv 2406.06592 (select phase): Q = alpha^(1 - MC(s)) * beta^(len(r) / L) prefers wrong rollouts
+    from states that mostly end right, and short ones; U = c * sqrt(sum of all N) / (1 + N(s)) states seldom visited.
     len(r) and L in tokens."""
     quality = alpha ** (1 - node.value) * beta ** (rollout.tokens / length)
     return quality + exploration * math.sqrt(all_visits) / (1 + node.visits)
 
 
 def omegaprm(root: "State", is_right: Callable[[Steps], bool], budget: Budget) -> Search:
-    """OmegaPRM (Luo et al. 2024, arXiv 2406.06592, section 3.3): take the wrong rollout with the best `selection_score` out of a
+    """OmegaPRM (Luo et al. 2024, arXiv 2406.06592): take the wrong rollout with the best `selection_score` out of a
     pool of the whole tree, find its first error by binary search, put the wrong rollouts of every state that was evaluated on the
     way into the pool, and go on.
 
