@@ -127,6 +127,13 @@ PANELS = {
     "margin between chosen and rejected": {"rewards/margins": "margin"},
     "pairs told apart (share)": {"rewards/accuracies": "pairs"},
     "mean value of steps": {"values/good": "labelled .5 and more", "values/bad": "the others"},
+    "judge's score of sampled steps (share)": {"objective/scores": "score"},
+    "exact accuracy, greedy (share)": {"exact_accuracy": "validation problems"},
+    "KL to the reference (nats a step)": {"objective/kl": "KL"},
+    "entropy (nats a token)": {"objective/entropy": "entropy"},
+    "length of a step (tokens)": {"steps/tokens": "length"},
+    "clipped tokens (share)": {"policy/clipfrac_avg": "policy", "val/clipfrac_avg": "value function"},
+    "steps that score 0 by rule (share)": {"steps/scored_0": "empty, cut, repeated or unanswered"},
     "log-prob against the reference (nats)": {"logps/chosen_vs_ref": "chosen", "logps/rejected_vs_ref": "rejected"},
 }
 LESS_LIKELY = "drift/good_steps_less_likely"
