@@ -1,8 +1,9 @@
-"""Judges for the ends of the scale: one that knows the answers (a ceiling) and one that knows nothing (a control, must fail)."""
+"""Judges for the ends of the scale: one that knows the answers (a ceiling), two that know nothing (controls, must fail)."""
 
 import json
 import random
 from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 
 from reasoning.grading import grade_steps
 from reasoning.records import Problem
@@ -35,6 +36,28 @@ class ExactJudge(StepJudge):
 
     def __str__(self) -> str:
         return "exact: the checker"
+
+
+class RandomJudge(StepJudge):
+    """Scores drawn evenly from 0 to 1. They come from seed, prompt and steps up to the scored one alone: a step has the same
+    score whatever else it is asked with: what a guided search must not gain from."""
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+
+    def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
+        skip = skip or [0] * len(solutions)
+        return [
+            [self._draw(prompt, steps[: k + 1]) for k in range(first, len(steps))]
+            for (prompt, steps), first in zip(solutions, skip, strict=True)
+        ]
+
+    def _draw(self, prompt: str, steps: Sequence[str]) -> float:
+        key = json.dumps([self.seed, prompt, *steps]).encode()
+        return int.from_bytes(blake2b(key, digest_size=4).digest()) / 2**32
+
+    def __str__(self) -> str:
+        return f"random scores, seed {self.seed}"
 
 
 class ShuffledJudge(StepJudge):

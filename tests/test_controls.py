@@ -1,10 +1,10 @@
-"""The exact and the shuffled judge."""
+"""The exact, the random and the shuffled judge."""
 
 from itertools import chain
 
 import pytest
 
-from evaluation.controls import ExactJudge, ShuffledJudge
+from evaluation.controls import ExactJudge, RandomJudge, ShuffledJudge
 from reasoning.records import Problem
 from reward_model.base import FixedJudge, JudgeError
 
@@ -25,6 +25,16 @@ def test_the_exact_judge_grades_and_reads_no_further_than_it_must():
         judge.score_steps([("Ann?", ["Answer: 1"])])
     with pytest.raises(JudgeError, match=r"no reference for the problem 'Bob[?]'.*--judge_problems"):
         ExactJudge([MIA]).score_steps([("Bob?", ["Answer: 1"])])
+
+
+def test_the_random_judge_scores_a_step_alike_whatever_else_it_is_asked():
+    solutions = [(f"p {k}", [f"{k}.{j}" for j in range(3)]) for k in range(200)]
+    scores = RandomJudge(1).score_steps(solutions)
+    assert RandomJudge(1).score_steps(solutions[7:8], skip=[1]) == [scores[7][1:]]
+    assert RandomJudge(1).score_steps([("p 7", ["7.0", "another", "7.2"])])[0][0] == scores[7][0] != scores[8][0]
+    assert RandomJudge(2).score_steps(solutions) != scores
+    drawn = sorted(chain(*scores))
+    assert len({*drawn}) > 590 and all(abs(drawn[k] - k / 600) < 0.08 for k in range(600))
 
 
 def test_the_shuffled_judge_gives_the_same_scores_elsewhere():

@@ -79,14 +79,15 @@ def test_good_arguments_pass(tiny_gguf, tiny_model_dir):
     good = {
         "gguf": {"judge_path": tiny_gguf, "threads": 1}, "hf": {"judge_path": tiny_model_dir},
         "prm": {"judge_path": tiny_model_dir}, "openai": url, "exact": {},
-        "shuffled": {"shuffled_judge": "openai"} | url, "human": {"judge_labels": TEST_PROBLEMS},
+        "shuffled": {"shuffled_judge": "openai"} | url, "random": {"seed": 3}, "human": {"judge_labels": TEST_PROBLEMS},
     }  # fmt: skip
     assert good.keys() == JUDGES.keys()
     names = []
     for judge, arguments in good.items():
         check_judge(JudgeArgs(judge=judge, **arguments))
         names.append(judge_name(JudgeArgs(judge=judge, **arguments)))
-    assert names == ["tiny.F32", "hf-tiny-model", "prm-tiny-model", "openai-m", "exact", "shuffled-openai-m", "human-problems_test"]
+    called = ["tiny.F32", "hf-tiny-model", "prm-tiny-model", "openai-m", "exact", "shuffled-openai-m", "random-3"]
+    assert names == [*called, "human-problems_test"]
 
 
 def test_identity_is_what_changes_the_scores(tmp_path):

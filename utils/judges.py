@@ -66,6 +66,12 @@ def _shuffled(args: "JudgeArgs") -> StepJudge:
     return ShuffledJudge(JUDGES[args.shuffled_judge](args), args.seed)
 
 
+def _random(args: "JudgeArgs") -> StepJudge:
+    from evaluation.controls import RandomJudge
+
+    return RandomJudge(args.seed)
+
+
 def _human(args: "JudgeArgs") -> StepJudge:
     from reward_model.human_judge import HumanJudge
 
@@ -79,6 +85,7 @@ JUDGES = {
     "openai": _openai,
     "exact": _exact,
     "shuffled": _shuffled,
+    "random": _random,
     "human": _human,
 }
 USES = {  # judge -> its own arguments, first what it is called by
@@ -87,6 +94,7 @@ USES = {  # judge -> its own arguments, first what it is called by
     "prm": ("judge_path",),
     "openai": ("judge_model", "judge_base_url", "judge_template", "judge_samples", "judge_requests", "judge_cache"),
     "exact": ("judge_problems",),
+    "random": ("seed",),
     "human": ("judge_labels",),
 }
 CHANGE_NO_SCORE = {"threads", "judge_requests", "judge_cache"}
@@ -109,7 +117,8 @@ class JudgeArgs:
         metadata={
             "help": "gguf: a GGUF file of the LLaMA architecture; hf: any causal LM through transformers; prm: a process reward "
             "model; openai: any OpenAI-compatible server (key from OPENAI_API_KEY); exact: the checker, for ceilings; shuffled: "
-            "another judge's scores permuted over steps, a control; human: labels that people made",
+            "another judge's scores permuted over steps, a control; random: scores drawn by chance, a control; human: labels that "
+            "people made",
             "choices": list(JUDGES),
         },
     )
@@ -140,7 +149,7 @@ class JudgeArgs:
     )
     judge_labels: str | None = field(default=None, metadata={"help": "human: JSONL of step labels"})
     shuffled_judge: str = field(default="gguf", metadata={"help": "shuffled: whose scores are permuted", "choices": [*USES]})
-    seed: int = field(default=0, metadata={"help": "shuffled: seed of the permutation"})
+    seed: int = field(default=0, metadata={"help": "shuffled, random: seed of the scores"})
 
 
 def _inner(args: JudgeArgs) -> str:
@@ -189,7 +198,7 @@ def judge_identity(args: JudgeArgs) -> dict:
 def judge_name(args: JudgeArgs) -> str:
     """A short name for titles and files: `judge-mini.Q8_0`, `hf-SmolLM2`, `prm-mini`, `openai-gpt-4o`, `shuffled-exact`."""
     inner = _inner(args)
-    called = Path(getattr(args, USES[inner][0]) or "")
+    called = Path(str(getattr(args, USES[inner][0]) or ""))
     name = called.stem if called.is_file() else called.name
     kinds = dict.fromkeys(kind for kind in (args.judge, inner) if kind != "gguf" and not name.startswith(f"{kind}-"))
     return "-".join(filter(None, [*kinds, name]))
