@@ -61,7 +61,10 @@ class TreeArguments(PolicyArgs):
     keep_dropped: bool = field(
         default=False, metadata={"help": "keep the steps of problems that are always or never right, from the rollouts there are"}
     )
-    min_rollouts: int = field(default=1, metadata={"help": "leave out steps whose label comes from fewer rollouts"})
+    min_rollouts: int = field(
+        default=1,
+        metadata={"help": "leave out steps whose label comes from fewer rollouts (one that closes a solution needs none)"},
+    )
     rollouts_per_state: int = field(default=8, metadata={"help": "rollouts from every state that is evaluated"})
     budget: int = field(default=64, metadata={"help": "what a problem may cost, the rollouts from its root included"})
     budget_unit: str = field(default="rollouts", metadata={"help": "what --budget counts", "choices": ["rollouts", "tokens"]})
@@ -217,7 +220,9 @@ def main() -> None:
 
     summary(trees)
     labelled = [tree.values(args.labels) for tree in trees if args.keep_dropped or tree.ended not in DROPPED]
-    values = [value for of_tree, _ in labelled for value in of_tree if value.rollouts >= args.min_rollouts]
+    values = [
+        value for of_tree, _ in labelled for value in of_tree if value.rollouts >= args.min_rollouts or ends_solution([value.step])
+    ]
     if not values:
         kept = f"; {rows.path} keeps the search for other --labels, --min_rollouts or --keep_dropped" if rows else ""
         raise UserError(f"no steps came out (see above), nothing was written{kept}")
