@@ -4,13 +4,14 @@ python train.py                      stepwise DPO of models/policy-mini on data/
 python train.py dpo --help           all of its arguments
 python train.py sft --help           the same for supervised training on solutions
 python train.py prm --help           the same for a process reward model
+python train.py ppo --help           the same for step PPO
 """
 
 import os
 import sys
 
 from reasoning.records import ScoredPair
-from utils.cli import UserError, at_root, parse_args, run
+from utils.cli import UserError, at_root, check_input, check_model, parse_args, run
 from utils.training import DataArgs, Training, read_dataset
 
 HELP = """usage: python train.py [COMMAND] [ARGUMENTS]
@@ -19,6 +20,7 @@ commands:
   dpo    stepwise DPO on pairs whose steps a judge has scored (the default)
   sft    supervised training on step-by-step solutions, the loss on their steps alone
   prm    a process reward model: what every step of a solution is worth, 0 to 1
+  ppo    step PPO: the policy writes steps, a judge's score of each is its reward
 
 main arguments of dpo (all of them: python train.py dpo --help):
   --dataset_name FILE_OR_NAME    scored pairs: a JSONL file or a hub name      [data/rewarded.jsonl]
@@ -42,6 +44,13 @@ prm takes the same:
   --model_name_or_path MODEL     its backbone: a causal LM, or a PRM that goes on
   --output_dir FOLDER            where the PRM goes                            [saved_model/prm]
   --hard_labels THRESHOLD        1 from this label on, 0 below it; labels stay soft without
+
+ppo has arguments of its own:
+  --dataset_name FILE_OR_NAME    beginnings of solutions: values of steps, or problems    [data/mcts_steps.jsonl]
+  --states rows|fresh|both       go on from those beginnings, from the policy's own, or from both
+  --judge NAME                   who rewards the steps: prm, gguf, hf ...         [prm: models/prm-mini]
+  --output_dir FOLDER            where the tuned policy goes                   [saved_model/step_ppo]
+  --total_episodes, --learning_rate, --kl_coef, --cliprange, --num_ppo_epochs, --num_mini_batches
 """
 
 DEFAULT_MODEL = at_root("models/policy-mini")
@@ -61,6 +70,15 @@ SHOWN_PRM = {
     "accuracy": "steps on the right side of .5",
     "values/good": "mean value of steps labelled .5 and more",
     "values/bad": "mean value of the others",
+}
+SHOWN_PPO = {
+    "objective/scores": "judge's score of a step",
+    "objective/kl": "KL to the reference, nats a step",
+    "objective/entropy": "entropy, nats a token",
+    "policy/clipfrac_avg": "share of clipped tokens",
+    "val/explained": "returns explained by the value function",
+    "steps/scored_0": "steps that score 0 by rule",
+    "steps/tokens": "tokens a step",
 }
 SCORES = "The model gives every step a value, 0 to 1: `--judge prm --judge_path FOLDER` in the scripts that judge."
 
@@ -180,7 +198,110 @@ def load_for_prm(name: str, model_args) -> dict:
     return {"model": model, "processing_class": tokenizer, **goes_on}
 
 
-COMMANDS = {"dpo": train_dpo, "sft": train_sft, "prm": train_prm}
+def train_ppo(argv: list[str]) -> None:
+    """Step PPO: beginnings of solutions, a judge -> a policy whose next steps score higher."""
+    from dataclasses import dataclass, field, fields
+
+    from trainer.step_ppo_trainer import Beginning, StepPPOConfig, StepPPOTrainer
+    from utils.judges import JudgeArgs, check_judge, judge_name, open_judge
+
+    @dataclass
+    class PPOConfig(JudgeArgs, StepPPOConfig):
+        judge: str = field(default="prm", metadata={of.name: of for of in fields(JudgeArgs)}["judge"].metadata)
+        seed: int = field(default=0, metadata={of.name: of for of in fields(StepPPOConfig)}["seed"].metadata)
+        value_model: str | None = field(
+            default=None,
+            metadata={
+                "help": "a model whose backbone the value function begins with, of the policy's tokens; default: the policy's"
+            },
+        )
+        eval_problems: str = field(
+            default=at_root("data/problems_hard_validation.jsonl"),
+            metadata={"help": "problems whose greedy answers are checked now and then: they are watched, not learned from"},
+        )
+        eval_limit: int = field(default=200, metadata={"help": "the first so many of them; 0: none"})
+
+        def __post_init__(self):
+            super().__post_init__()
+            if self.eval_limit < 0:
+                raise ValueError(f"eval_limit: expected 0 or more, got {self.eval_limit}")
+
+    description, kinds = "Step PPO: a judge's scores of the policy's steps are its rewards.", ["step_values", "problems"]
+    training = start(
+        *("ppo", PPOConfig, kinds, Beginning, "beginnings", argv, "saved_model/step_ppo", description),
+        data=STEP_VALUES,
+    )
+    config = training.config
+    check_judge(config)
+    if config.value_model is not None:
+        check_model(config.value_model)
+    evaluate = accuracy_on(config.eval_problems, config.eval_limit) if config.eval_strategy == "steps" else None
+    with open_judge(config) as judge:
+        trainer = training.build(
+            lambda **given: StepPPOTrainer(judge=judge, evaluate=evaluate, **given),
+            load=lambda name, model_args: load_for_ppo(name, model_args, config.value_model),
+        )
+        what = f"step PPO (states {config.states}), rewarded by {judge_name(config)}, from"
+        note = f"rewarded by {judge}; {trainer.updates} updates of {trainer.rows_per_update} beginnings"
+        training.run(trainer, what, "ppo, step-ppo, reasoning", SHOWN_PPO, {}, note=note)
+
+
+def accuracy_on(path: str, limit: int):
+    """policy -> the share of the first `limit` problems whose greedy answer is right. None if limit is 0."""
+    from itertools import islice
+
+    from reasoning.grading import is_correct
+    from reasoning.records import Problem, read_records
+
+    if limit == 0:
+        return None
+    check_input(path)
+    tasks = list(islice(read_records(path, Problem), limit))
+
+    def evaluate(policy) -> dict[str, float]:
+        answers = policy.generate([task.prompt for task in tasks])
+        right = [is_correct(answer.steps, task) for (answer,), task in zip(answers, tasks, strict=True)]
+        return {"exact_accuracy": sum(right) / len(right)}
+
+    return evaluate
+
+
+def load_for_ppo(name: str, model_args, value_model: str | None) -> dict:
+    """What step PPO starts from: a causal LM, an adapter merged into its base; an adapter's settings with --use_peft; the backbone
+    of --value_model. Raises ValueError."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+    from trl import get_peft_config
+
+    from search.policy import base_of, load_model
+
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ValueError("step PPO does not train on quantized weights: leave out --load_in_4bit and --load_in_8bit")
+    dtype = getattr(torch, "float32" if model_args.dtype in (None, "auto") else model_args.dtype)
+    policy, tokenizer = load_model(name, dtype, revision=model_args.model_revision)
+    if hasattr(policy, "merge_and_unload"):
+        if model_args.use_peft:
+            raise ValueError("it is an adapter, and a new one needs a base that lies on disk: leave out --use_peft")
+        policy = policy.merge_and_unload().requires_grad_(True)  # PEFT had frozen the base
+    given = {"policy": policy, "processing_class": tokenizer, "peft_config": get_peft_config(model_args)}
+    if value_model is not None:
+        if base_of(value_model)[1]:
+            raise ValueError(f"--value_model {value_model} is an adapter: expected a whole model")
+        vocabulary = AutoTokenizer.from_pretrained(value_model).get_vocab()
+        strange = next((token for token, index in tokenizer.get_vocab().items() if vocabulary.get(token) != index), None)
+        if strange is not None:
+            raise ValueError(f"--value_model {value_model} has another tokenizer than the policy ({strange!r} for one)")
+        given["value_backbone"], loading = AutoModel.from_pretrained(value_model, dtype=dtype, output_loading_info=True)
+        if loading["missing_keys"]:  # transformers would fill them with random numbers
+            raise ValueError(f"--value_model {value_model}: weights are missing, {min(loading['missing_keys'])} for one")
+    if model_args.attn_implementation:
+        for model in (policy, given.get("value_backbone")):
+            if model is not None:
+                model.set_attn_implementation(model_args.attn_implementation)
+    return given
+
+
+COMMANDS = {"dpo": train_dpo, "sft": train_sft, "prm": train_prm, "ppo": train_ppo}
 
 
 def main() -> None:

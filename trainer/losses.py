@@ -1,4 +1,6 @@
-"""Step-level preference losses: pure functions of tensors, no model, no config.
+"""Losses of the trainers: pure functions of tensors, no model, no config.
+
+First step-level preference losses, at the end those of step PPO.
 
 Shapes: B pairs; K steps of the longest response of the batch, padded; L tokens. A mask (B, K) of bools says which steps are there:
 padding and steps lost to truncation are not, and count nowhere.
@@ -173,3 +175,59 @@ def full_step_dpo_loss(
     gate = torch.sigmoid(rejected_rewards - chosen_rewards + beta * pull).detach()
     loss = -gate * (total(u * chosen_logratios, chosen_mask) - total(v * rejected_logratios, rejected_mask) - pull)
     return StepLoss(loss, chosen_rewards, rejected_rewards, beta * pull, u, v)
+
+
+# --- step PPO. Shapes: B rows; T action tokens of the longest row, padded; a mask (B, T) of bools says which are there. ---
+
+
+def gae(rewards: Tensor, values: Tensor, last: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16) for episodes of one step each.
+
+        delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}        return_t = A_t + V_t
+
+    where at the last token of a step there is neither V_{t+1} nor A_{t+1}: nothing flows back from what follows a step. rewards,
+    values (B, T): r_t of token t, and what the text before it promises; last (B, T) bools: the last token of each step, so that a
+    row may hold several steps. Returns (advantages, returns), each (B, T); padding has numbers without meaning."""
+    advantages, later = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.size(1))):
+        goes_on = (~last[:, t]).to(values.dtype)
+        next_value = values[:, t + 1] if t + 1 < values.size(1) else torch.zeros_like(later)
+        delta = rewards[:, t] + gamma * goes_on * next_value - values[:, t]
+        advantages[:, t] = later = delta + gamma * lam * goes_on * later
+    return advantages, advantages + values
+
+
+def whiten(advantages: Tensor, mask: Tensor, least_std: float = 0.1) -> Tensor:
+    """(A - mean) / max(std, least_std) over all tokens that are there, (B, T). Rewards lie in 0..1: differences far below least_std
+    are noise, and are not blown up to the size of a signal."""
+    there = advantages[mask]
+    return (advantages - there.mean()) / there.std(correction=0).clamp(min=least_std)
+
+
+def ppo_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, cliprange: float = 0.2) -> tuple[Tensor, Tensor]:
+    """The clipped objective of PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7), to be minimized. All (B, T), log-probs in nats.
+
+        ratio = exp(log pi - log pi_old)        loss = max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps))
+
+    Returns (loss of every token, whether it is clipped, which means that it has no gradient)."""
+    ratio = torch.exp(logps - old_logps)
+    free, bound = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    return torch.maximum(free, bound), bound > free
+
+
+def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float = 0.2) -> tuple[Tensor, Tensor]:
+    """The clipped value loss that PPO's authors use in code (openai/baselines, ppo2). All (B, T), in units of reward.
+
+        loss = 1/2 max((V - return)^2, (clip(V, V_old - eps, V_old + eps) - return)^2)
+
+    Returns (loss of every token, whether it is clipped, which means that it has no gradient)."""
+    near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    free, bound = (values - returns) ** 2, (near - returns) ** 2
+    return 0.5 * torch.maximum(free, bound), bound > free
+
+
+def approximate_kl(logps: Tensor, old_logps: Tensor) -> Tensor:
+    """KL(pi_old || pi) of every sampled token, (B, T), in nats: ratio - 1 - log ratio, unbiased and never negative (Schulman 2020,
+    joschu.net/blog/kl-approx.html)."""
+    log_ratio = logps - old_logps
+    return torch.expm1(log_ratio) - log_ratio

@@ -28,8 +28,8 @@ class DataArgs:
     dataset_name: str = field(
         default=at_root("data/rewarded.jsonl"),
         metadata={
-            "help": "dpo: scored pairs; sft: problems with steps, or pairs; prm: values or labels of steps. A file, a folder, or "
-            "the name of a data set on the hub, of any shape that reasoning/loaders.py knows"
+            "help": "dpo: scored pairs; sft: problems with steps, or pairs; prm: values or labels of steps; ppo: values of steps "
+            "or problems. A file, a folder, or the name of a data set on the hub, of any shape that reasoning/loaders.py knows"
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of a hub data set"})
@@ -289,7 +289,7 @@ class Training:
             say(f"going on from {self.checkpoint}")
         elif config.save_strategy != "no":
             say("if this is stopped, the same command (without --overwrite) goes on from the last checkpoint")
-        if not config.disable_tqdm:
+        if in_bar and not config.disable_tqdm:  # a trainer that is not transformers' has a bar of its own
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(progress_bar(in_bar))
 
