@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -32,13 +31,12 @@ def prefers(arm: str) -> FixedJudge:
     return FixedJudge(lambda prompt, step, earlier: float(step == arm))
 
 
-@pytest.fixture(scope="module")
-def two_arms(tiny_model_dir, tmp_path_factory) -> str:
-    """The tiny model, taught to give one of two answers, each about half of the time."""
+def taught(model_dir: str, folder: Path, solutions: list[tuple[str, list[str]]]) -> str:
+    """The tiny model, taught to write these solutions; at `folder`."""
     torch.manual_seed(0)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model_dir), AutoTokenizer.from_pretrained(tiny_model_dir)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    encoded = [encode_steps(tokenizer, prompt, [], [arm]) for prompt in PROMPTS for arm in ARMS]
+    encoded = [encode_steps(tokenizer, prompt, [], steps) for prompt, steps in solutions]
     longest = max(len(ids) for ids, _ in encoded)
     ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in encoded])
     labels = torch.tensor([
@@ -49,10 +47,16 @@ def two_arms(tiny_model_dir, tmp_path_factory) -> str:
         optimizer.zero_grad()
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
-    folder = str(tmp_path_factory.mktemp("arms") / "model")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def two_arms(tiny_model_dir, tmp_path_factory) -> str:
+    """A model that gives one of two answers, each about half of the time."""
+    solutions = [(prompt, [arm]) for prompt in PROMPTS for arm in ARMS]
+    return taught(tiny_model_dir, tmp_path_factory.mktemp("arms") / "model", solutions)
 
 
 @pytest.fixture
@@ -216,7 +220,7 @@ def test_the_objective_of_three_tokens_from_raw_logits(make, tiny_model_dir, pef
         near = old_values[t] + min(max(values[t] - old_values[t], -0.02), 0.02)
         free, bound = (values[t] - target) ** 2, (near - target) ** 2
         value, value_clipped = value + 0.5 * max(free, bound), value_clipped + (bound > free)
-    assert loss.item() == pytest.approx(policy + 0.1 * value, abs=1e-4)
+    assert loss.item() == pytest.approx(policy + (0.1 if peft else 1.0) * value, abs=1e-4)
     assert parts[:2].tolist() == pytest.approx([policy, value], abs=1e-4) and parts[2:4].tolist() == [clipped, value_clipped]
     kl = sum(math.expm1(n - o) - (n - o) for n, o in zip(new, old, strict=True))
     assert parts[4].item() == pytest.approx(kl, abs=1e-4)
@@ -280,25 +284,22 @@ def test_an_adapter_learns_and_the_base_stays(make, two_arms):
     assert trainer.model.peft_config["default"].lora_dropout == 0
 
 
-@pytest.mark.parametrize(("score", "noise"), [(1.0, 0.0), (0.3, 0.0), (0.5, 1e-3)])
-def test_a_reward_that_all_have_teaches_nothing(make, monkeypatch, score, noise):
-    """The very settings under which the toy is learned. What holds it: a value that begins as the mean score, so that no advantage
-    is left; and for noise, whitening and AdamW's epsilon, which do not blow it up. Flawed steps have the reward as well."""
-    rng = random.Random(0)
+@pytest.mark.parametrize("score", [1.0, 0.3])
+def test_a_reward_that_all_have_teaches_nothing(make, monkeypatch, score):
+    """The very settings under which the toy is learned. What holds it is a value that begins as the mean score: no advantage is
+    left. (From a value of 0 the end of a step has a larger one than its beginning, and whitening makes a signal of that.)"""
 
-    def all_alike(judge, rows):
+    def all_alike(judge, rows):  # flawed steps as well
         for row in rows:
-            row.scores = [score + noise * rng.choice((-1, 1)) for _ in row.ends]
+            row.scores = [score] * len(row.ends)
 
     monkeypatch.setattr("trainer.step_ppo_trainer.judge_rows", all_alike)
     trainer = make(total_episodes=10 * 16)
     before = chance(trainer)
     trainer.train()
     log = trainer.state.log_history
-    assert abs(chance(trainer) - before) < (0.1 if noise else 1e-4)
-    assert all(row["objective/scores"] == pytest.approx(score, abs=noise + 1e-6) for row in log)
-    if not noise:
-        assert max(abs(row["objective/kl"]) for row in log) < 1e-4
+    assert abs(chance(trainer) - before) < 1e-4 and max(abs(row["objective/kl"]) for row in log) < 1e-4
+    assert all(row["objective/scores"] == pytest.approx(score) for row in log)
 
 
 # --- settings
@@ -398,7 +399,7 @@ def test_vf_coef_weighs_where_weights_are_shared(make):
         for vf_coef in (0.0, 1.0):
             trainer = make(peft=peft, vf_coef=vf_coef, num_ppo_epochs=3, target_kl=None)
             trainer.update()
-            found.append(weights(trainer))
+            found.append(weights(trainer, ("policy", "backbone")))
     assert distance(*shared) > 1e-6 and distance(*apart) == 0
 
 

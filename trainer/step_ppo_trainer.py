@@ -88,9 +88,10 @@ class StepPPOConfig:
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Such batches on every device to an optimizer step."})
     num_mini_batches: int = field(default=4, metadata={"help": "Optimizer steps an update and epoch, each on rows of its own."})
     num_ppo_epochs: int = field(default=2, metadata={"help": "Passes over the rows of an update."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of the policy, AdamW."})
-    value_learning_rate: float | None = field(
-        default=None, metadata={"help": "That of the value function's own weights; the policy's if not given."}
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of the policy, AdamW."})
+    value_learning_rate: float = field(
+        default=1e-3,
+        metadata={"help": "That of the value function's own weights; with --use_peft these are its head."},
     )
     lr_scheduler_type: str = field(
         default="linear", metadata={"help": "linear: down to 0 over all updates; or constant.", "choices": ["linear", "constant"]}
@@ -104,8 +105,8 @@ class StepPPOConfig:
     vf_coef: float = field(
         default=0.1,
         metadata={
-            "help": "Weight of the value loss where policy and value function share weights (LoRA). Elsewhere AdamW, to which the "
-            "scale of a loss is little, undoes most of it: see value_learning_rate."
+            "help": "Weight of the value loss where the value function shares the policy's weights, with --use_peft; elsewhere it "
+            "has weights and a learning rate of its own, and this does nothing."
         },
     )
     gamma: float = field(default=1.0, metadata={"help": "Discount a token."})
@@ -359,7 +360,8 @@ class StepPPOTrainer:
             [p for p in self.module.parameters() if p.requires_grad and id(p) not in own],
             [p for p in self.module.value_parameters() if p.requires_grad],
         ]
-        self.rates = [args.learning_rate, args.learning_rate if args.value_learning_rate is None else args.value_learning_rate]
+        self.rates = [args.learning_rate, args.value_learning_rate]
+        self.value_weight = args.vf_coef if value_backbone is None else 1.0
         groups = [{"params": params, "lr": rate} for params, rate in zip(self.parameters, self.rates, strict=True)]
         # a large epsilon, as PPO is usually run: gradients of nothing but rounding errors make no steps of full length
         optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
@@ -561,7 +563,7 @@ class StepPPOTrainer:
                 break
         policy, value, clipped, value_clipped, kl = (sums / (done + stopped)).tolist()
         return {
-            "loss": policy + args.vf_coef * value,
+            "loss": policy + self.value_weight * value,
             "loss/policy_avg": policy,
             "loss/value_avg": value,
             "policy/clipfrac_avg": clipped,
@@ -583,7 +585,7 @@ class StepPPOTrainer:
         value, value_clipped = ppo_value_loss(values, old_values, returns, args.cliprange_value)
         parts = [policy, value, clipped, value_clipped, approximate_kl(logps, old_logps)]
         policy, value, *others = [(part * tokens).sum() for part in parts]
-        return policy + args.vf_coef * value, torch.stack([policy, value, *others]).detach().float().cpu()
+        return policy + self.value_weight * value, torch.stack([policy, value, *others]).detach().float().cpu()
 
     # --- what is watched
 

@@ -20,7 +20,10 @@ WRITTEN = (
     *("checkpoint-*", "*.safetensors", "*.safetensors.index.json", "*.bin", "tokenizer*", "chat_template.jinja"),
     *("generation_config.json", JOB, "README.md", *FINISHED),
 )
-NOT_THE_JOB = ("logging", "log_", "hub_", "push_", "save_", "report_to", "run_name", "disable_tqdm", "output_dir", "resume", "eval")
+NOT_THE_JOB = (
+    *("logging", "log_", "hub_", "push_", "save_", "report_to", "run_name", "disable_tqdm", "output_dir", "resume", "eval"),
+    *("threads", "judge_requests", "judge_cache"),  # of a judge: they change no score
+)
 
 
 @dataclass
