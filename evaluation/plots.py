@@ -132,8 +132,8 @@ PANELS = {
     "KL to the reference (nats a step)": {"objective/kl": "KL"},
     "entropy (nats a token)": {"objective/entropy": "entropy"},
     "length of a step (tokens)": {"steps/tokens": "length"},
-    "clipped tokens (share)": {"policy/clipfrac_avg": "policy", "val/clipfrac_avg": "value function"},
-    "steps that score 0 by rule (share)": {"steps/scored_0": "empty, cut, repeated or unanswered"},
+    "share of tokens that are clipped": {"policy/clipfrac_avg": "policy", "val/clipfrac_avg": "value function"},
+    "share of steps that score 0 by rule": {"steps/scored_0": "empty, cut, repeated or unanswered"},
     "log-prob against the reference (nats)": {"logps/chosen_vs_ref": "chosen", "logps/rejected_vs_ref": "rejected"},
 }
 LESS_LIKELY = "drift/good_steps_less_likely"
@@ -180,7 +180,7 @@ def training_picture(history: Sequence[dict], path: str | Path, title: str) -> b
             axes.set_ylim(0, 1.02)
         axes.legend(handles=lines, frameon=False, fontsize=8)
         axes.set_title(name, fontsize=10)
-        axes.set_xlabel("optimizer step")
+        axes.set_xlabel("update" if "objective/scores" in logged else "optimizer step")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in list(grid.flat)[len(shown) :]:

@@ -541,7 +541,7 @@ model, out, batch, accumulated = sys.argv[1:]
 sizes = {{"per_device_train_batch_size": int(batch), "gradient_accumulation_steps": int(accumulated), "num_mini_batches": 2}}
 rest = {{"states": "both", "total_episodes": 16, "learning_rate": 1e-2, "max_new_tokens": 8, "use_cpu": True, "disable_tqdm": True}}
 args = StepPPOConfig(out, eval_strategy="no", target_kl=None, max_grad_norm=0.5, max_solution_steps=2, **sizes, **rest)
-judge = FixedJudge(lambda prompt, step, earlier: len(step) % 5 / 4)
+judge = FixedJudge(lambda prompt, step, earlier: float(step == 'Answer: 1'))
 rows = [{{"prompt": f"Pick one, number {{k}}.", "prefix": []}} for k in range(6)]
 policy, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
 trainer = StepPPOTrainer(policy, args, tokenizer, judge, rows)
@@ -552,19 +552,19 @@ if trainer.is_world_process_zero():
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tiny_model_dir, tmp_path):
+def test_two_processes_train_as_one(two_arms, tmp_path):
     """Two updates of four optimizer steps; rows, gradients and checkpoints are those of one process with all rows."""
     root = Path(__file__).resolve().parents[1]
     (tmp_path / "two.py").write_text(TWO.format(root=str(root), tests=str(root / "tests")))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29514"]
     for name, launcher, batch, accumulated in (("one", [sys.executable], 4, 1), ("two", torchrun, 1, 2)):
         done = subprocess.run(
-            [*launcher, str(tmp_path / "two.py"), tiny_model_dir, str(tmp_path / name), str(batch), str(accumulated)],
+            [*launcher, str(tmp_path / "two.py"), two_arms, str(tmp_path / name), str(batch), str(accumulated)],
             cwd=tmp_path, capture_output=True, text=True, timeout=900, env={**os.environ, "ACCELERATE_USE_CPU": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
-    before = load_file(Path(tiny_model_dir) / "model.safetensors")
+    before = load_file(Path(two_arms) / "model.safetensors")
     assert any(not torch.equal(before[name], one[f"policy.{name}"]) for name in before)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)

@@ -78,7 +78,7 @@ class StepPPOConfig:
         },
     )
     total_episodes: int = field(
-        default=5120,
+        default=2560,
         metadata={
             "help": "Beginnings that the policy goes on from in all, by one step, or from a fresh one to the end. An update takes "
             "per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches of them on every device."
@@ -131,7 +131,7 @@ class StepPPOConfig:
             "choices": ["steps", "no"],
         },
     )
-    eval_steps: float = field(default=0.1, metadata={"help": "Look every so many updates, or below 1 every such share of all."})
+    eval_steps: float = field(default=0.2, metadata={"help": "Look every so many updates, or below 1 every such share of all."})
     save_strategy: str = field(default="steps", metadata={"help": "steps: write checkpoints; no.", "choices": ["steps", "no"]})
     save_steps: float = field(default=0.1, metadata={"help": "A checkpoint every so many updates, or below 1 a share of all."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept; older ones are deleted. Empty: all."})
