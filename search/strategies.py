@@ -8,8 +8,10 @@ All prompts advance together: in a round all that is to go on is one call of the
 judge, which is asked about the new steps only. The policy seeds its samples by state, so a prompt has the same answer alone and
 among others (but for judges whose scores depend on what else they are given, by rounding or more).
 
-What is better (`_rank`): a proposal with nothing wrong before one with a note, then the aggregate of its step scores, then what was
-proposed more often. A proposal has a note when it cannot be the beginning of a good answer: its `note` says why.
+What is better (`_rank`): a proposal with nothing wrong before one with a note, then the higher value (the aggregate of its step
+scores), and where values are nearly the same (RESOLUTION) what the policy is likelier to write. Without that a search finds the
+rare step that deceives its judge: the best of many scores is the one most overrated. A proposal that cannot be the beginning of a
+good answer has a `note` that says why.
 """
 
 import time
@@ -26,6 +28,7 @@ from reward_model.base import AGGREGATES, JudgeError, StepJudge, aggregate
 if TYPE_CHECKING:  # nothing here needs torch
     from search.policy import Policy, State
 
+RESOLUTION = 0.05  # values as close as this say the same; chosen on hard validation problems (docs/LOG.md)
 AT_ONCE = 256  # samples of a state asked for in one call: more would only take memory
 EXPLORATION = 1.25  # of mcts: c of PUCT, as AlphaMath has it (Chen et al. 2024, arXiv 2405.03553)
 ANOTHER = 1 << 32  # from one seed to the next, where a state is sampled again
@@ -57,12 +60,14 @@ class Budget:
 @dataclass(eq=False)
 class Candidate:
     """A proposal: a beginning of a solution, or a whole one. scores: of every step, None where the judge leaves it out. tokens:
-    sampled for it, from the prompt on. count: how many samples said the same. note: what is wrong with it, if anything."""
+    sampled for it, from the prompt on. count: how many samples said the same. share: the probability that the policy writes it, as
+    the product of the shares that its steps had among the samples. note: what is wrong with it, if anything."""
 
     state: "State"
     scores: list[float] | None = field(default_factory=list)
     tokens: int = 0
     count: int = 1
+    share: float = 1.0
     note: str = ""
 
     @property
@@ -70,7 +75,7 @@ class Candidate:
         return self.state.status != "open" or ends_solution(list(self.state.steps))
 
     def value(self, how: str) -> float:
-        """The aggregate of its scores; -1 without. Rounded, so that the batch it was scored in does not decide between equals."""
+        """The aggregate of its scores; -1 without. Rounded, so that what it was scored with does not decide between equals."""
         return -1.0 if self.scores is None else round(aggregate(self.scores, how), 5)
 
 
@@ -101,7 +106,8 @@ class Answer:
 
 
 def _rank(candidate: Candidate, how: str) -> tuple:
-    return not candidate.note, candidate.value(how), candidate.count
+    value = candidate.value(how)
+    return not candidate.note, round(value / RESOLUTION), candidate.share, value
 
 
 def _best(candidates: Sequence[Candidate], how: str) -> Candidate:
@@ -141,7 +147,7 @@ def _candidate(parent: Candidate, state: "State", budget: Budget) -> Candidate:
         note = "repeats an earlier step"
     elif state.status == "finished" and not ends_solution(list(state.steps)):
         note = "ends without an answer"
-    return Candidate(state, parent.scores, tokens, 1, note)
+    return Candidate(state, parent.scores, tokens, note=note)
 
 
 def _merge(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -316,7 +322,6 @@ def _beams(root: Candidate, budget: Budget, rounds: list[Round], beams: int, tre
 @dataclass(eq=False)
 class _Node:
     candidate: Candidate
-    prior: float = 1.0  # the share of its parent's samples
     children: list["_Node"] = field(default_factory=list)
     visits: int = 0
     total: float = 0.0  # of the values that were backed up
@@ -329,8 +334,9 @@ def _walks(root: Candidate, budget: Budget, rounds: list[Round]) -> Search:
 
     def score(node: _Node, parent: _Node) -> tuple:
         quality = node.total / node.visits if node.visits else node.candidate.value(budget.aggregate)
-        bonus = EXPLORATION * node.prior * sqrt(parent.visits) / (1 + node.visits)
-        return not node.candidate.note, quality + bonus, node.candidate.count
+        prior = node.candidate.share / parent.candidate.share
+        value = quality + EXPLORATION * prior * sqrt(parent.visits) / (1 + node.visits)
+        return not node.candidate.note, round(value / RESOLUTION), prior, value
 
     tree, ends = _Node(root), []
     for _ in range(budget.beams):
@@ -339,7 +345,7 @@ def _walks(root: Candidate, budget: Budget, rounds: list[Round]) -> Search:
             node = walk[-1]
             if is_new := not node.children:
                 (longer,) = yield [node.candidate]
-                node.children = [_Node(child, child.count / budget.n) for child in longer]
+                node.children = [_Node(child) for child in longer]
             walk.append(max(node.children, key=lambda child: score(child, node)))
             if is_new:
                 rounds.append([(child.candidate, child is walk[-1]) for child in node.children])
@@ -391,6 +397,8 @@ def _propose(running: Sequence[tuple], policy, judge, budget: Budget, seed: int)
         answer.proposals += len(states)
         answer.tokens += sum(state.sampled for state in states)
         children = _merge([_candidate(parent, state, budget) for state in states])
+        for child in children:
+            child.share = parent.share * child.count / len(states)
         if judge is None:
             _agree(children, len(parent.state.steps))
         longer[i].append(children)
