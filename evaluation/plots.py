@@ -238,6 +238,32 @@ def stability_plot(path: str | Path, base: float, panels: dict[str, dict[str, Se
     _save(figure, Path(path))
 
 
+def frontier_plot(
+    path: str | Path, panels: dict[str, dict[str, Sequence[tuple[Metric, Metric]]]], controls: Sequence[str], title: str
+) -> None:
+    """Accuracy over sampled tokens a problem, a panel a split. panels: split -> line -> its (tokens, accuracy). A line of a single
+    point is drawn across, as a level to compare with; those of controls are dashed."""
+    figure, grid = plt.subplots(1, len(panels), figsize=(6.8 * len(panels), 4.8), layout="constrained", squeeze=False)
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    colors = dict(zip(names, plt.get_cmap("tab20").colors[::2] + plt.get_cmap("tab20").colors[1::2], strict=False))
+    for axes, (split, lines) in zip(grid.flat, panels.items(), strict=True):
+        for name, points in lines.items():
+            tokens, values = zip(*points, strict=True)
+            color, style = colors[name], "--" if name in controls else "-"
+            where = [metric.value for metric in tokens]
+            accuracies = [metric.value for metric in values]
+            axes.errorbar(where, accuracies, _whiskers(values), fmt="o" + style, color=color, capsize=2, markersize=4, label=name)
+            if len(points) == 1:
+                axes.axhline(accuracies[0], color=color, linewidth=0.8, linestyle=":")
+        axes.set(xscale="log", ylim=(0, 1), xlabel="sampled tokens a problem", ylabel="exact accuracy (95 % intervals)")
+        axes.set_title(split, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="outside lower center", ncols=4 * len(panels))
+    figure.suptitle(title, fontsize=10)
+    _save(figure, Path(path))
+
+
 def _whiskers(metrics: Sequence[Metric]) -> list[list[float]]:
     """Distances from the values down to and up to their intervals' ends."""
     ends = [metric.ci95 or [metric.value, metric.value] for metric in metrics]
