@@ -123,6 +123,43 @@ def test_file_of_prompts(run_script, model, judge, tmp_path):
     assert again.returncode == 2 and "give --overwrite" in again.stderr
 
 
+@pytest.mark.parametrize("search", ["beam", "best_of_n", "majority_vote"])
+def test_a_search_shows_what_it_was_proposed_and_what_it_kept(run_script, model, judge, search):
+    arguments = ["--model_name_or_path", model, "--search", search, "--n", 3, "--beams", 2, "--temperature", 0.3]
+    prompt = ["--prompt", PROBLEMS[0].prompt]
+    guide = [] if search == "majority_vote" else ["--judge_path", judge]
+    plain = run_script("inference.py", *arguments, *prompt, *guide)
+    assert plain.returncode == 0 and plain.stdout.split("\n") == [*PROBLEMS[0].steps, ""], plain.stderr
+    shown = run_script("inference.py", *arguments, *prompt, "--show_scores", "--judge_path", judge)
+    *rounds, answer = shown.stdout.split("\n\n")
+    assert len(rounds) == (len(PROBLEMS[0].steps) if guide and search != "best_of_n" else 1), shown.stdout
+    for k, text in enumerate(rounds):
+        assert re.match(rf"round {k + 1}: [36] (proposals|solutions), \d different, kept \(>\) by ", text)
+        kept = [line for line in text.splitlines() if line.startswith("  > ")]
+        assert 1 <= len(kept) <= 2 and all(re.match(r"  > [01]\.\d{3}    [1-3] x  \[[01]\.\d\d", line) for line in kept)
+    assert re.sub(r"   \[[01]\.\d\d\]$", "", answer, flags=re.MULTILINE) == plain.stdout
+    assert re.search(rf"\({search}: \d+ proposals, \d+ tokens, \d+ steps judged, [\d.]+ s\)", shown.stderr)
+
+
+def test_the_loop_searches_with_models_that_stay(run_script, model, judge):
+    arguments = ["--model_name_or_path", model, "--search", "beam", "--n", 2, "--beams", 1, "--judge_path", judge]
+    typed = f"{PROBLEMS[1].prompt}\n{'Mia has 2 cups. ' * 100}\n{PROBLEMS[2].prompt}\n"
+    process = run_script("inference.py", *arguments, "--temperature", 0.3, stdin=None, input=typed)
+    assert process.returncode == 0 and process.stderr.count("the policy's context holds") == 1, process.stderr
+    for problem in PROBLEMS[1:3]:
+        assert "\n".join(problem.steps) in process.stdout
+
+
+def test_a_file_is_searched(run_script, model, judge, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": problem.prompt}) + "\n" for problem in PROBLEMS))
+    arguments = ["--input", "prompts.jsonl", "--output", "answers.jsonl", "--model_name_or_path", model, "--temperature", 0.3]
+    process = run_script("inference.py", *arguments, "--search", "best_of_n", "--n", 2, "--judge_path", judge, "--show_scores")
+    assert process.returncode == 0, process.stderr
+    for row, problem in zip(map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines()), PROBLEMS, strict=True):
+        assert (row["prompt"], row["steps"], row["finished"], row["proposals"]) == (problem.prompt, problem.steps, True, 2)
+        assert len(row["scores"]) == len(row["steps"]) and row["tokens"] > 40
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -132,7 +169,18 @@ def test_file_of_prompts(run_script, model, judge, tmp_path):
         (["--prompt", "Mia", "--model_name_or_path", "none"], "model directory none not found"),
         (["--prompt", "Mia", "--model_name_or_path", "."], "no model directory"),
         (["--prompt", "Mia", "--show_scores", "--judge_path", "none.gguf"], "none.gguf not found"),
-        (["--prompt", "Mia", "--judge", "exact"], "goes with --show_scores"),
+        (["--prompt", "Mia", "--judge", "exact"], "goes with --show_scores or a --search that it guides"),
+        (
+            ["--prompt", "Mia", "--judge", "exact", "--search", "majority_vote"],
+            "goes with --show_scores or a --search that it guides",
+        ),
+        (["--prompt", "Mia", "--search", "climb"], "invalid choice: 'climb'"),
+        (["--prompt", "Mia", "--search", "beam", "--n", "0"], "--n: expected 1 or more, got 0"),
+        (["--prompt", "Mia", "--search", "beam", "--beams", "0"], "--beams: expected 1 or more, got 0"),
+        (["--prompt", "Mia", "--search", "beam", "--temperature", "0"], "at 0 all proposals are alike"),
+        (["--prompt", "Mia", "--search", "beam", "--judge", "shuffled"], "shuffled guides no search"),
+        (["--prompt", "Mia", "--search", "beam", "--judge", "prm", "--judge_path", "none/x/y"], "none/x/y not found"),
+        (["--prompt", "Mia", "--n", "3"], "go with --search"),
         (["--prompt", "Mia", "--show_scores", "--judge", "shuffled"], "needs --input"),
         (["--prompt", "Mia", "--temperature", "nan"], "--temperature: expected 0 or more"),
         (["--prompt", "Mia", "--max_new_tokens", "0"], "--max_new_tokens: expected 1 or more"),
