@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 
-.PHONY: demo test lint models data rounds smollm2 smollm2-run clean
+.PHONY: demo test lint models models-large data rounds smollm2 smollm2-run clean
 
 $(VENV)/.installed: requirements.txt
 	@echo "Installing requirements.txt into $(VENV) (once, a few minutes) ..."
@@ -23,6 +23,9 @@ lint: $(VENV)/.installed
 
 models: $(VENV)/.installed  ## rebuild policy-mini and judge-mini (about 45 minutes on 2 cores); resumes when interrupted
 	$(BIN) utils/build_embedded_models.py --overwrite
+
+models-large: $(VENV)/.installed  ## policy-large: policy-mini's recipe at three times the size, learning rate the best of three; resumes
+	$(BIN) utils/build_embedded_models.py --size large --overwrite
 
 data: $(VENV)/.installed  ## rebuild the held-out problems, the pairs and their scores
 	$(BIN) utils/build_problems.py --overwrite

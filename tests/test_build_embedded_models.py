@@ -81,6 +81,19 @@ def test_the_script_goes_on_after_a_kill(tmp_path):
     assert again.returncode == 2 and "--overwrite" in again.stderr
 
 
+@pytest.mark.slow
+def test_policy_large_has_the_learning_rate_of_the_best_trial(tmp_path):
+    counts = ["--policy_examples", "300", "--trial_examples", "200", "--validation", "20", "--learning_rate", "1e-9", "2e-3"]
+    command = [sys.executable, str(ROOT / "utils/build_embedded_models.py"), "--size", "large", "--output", "models", *counts]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "wrote models/policy-large", done.stderr
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["policy-large"]
+    folder = tmp_path / "models/policy-large"
+    card = (folder / "README.md").read_text()
+    assert "6.1M parameters" in card and "peak learning rate 0.002" in card and "trial with 1e-09" in card
+    assert (folder / "model.safetensors").stat().st_size < 16 * 2**20
+
+
 @pytest.mark.parametrize("name", ["policy-mini", "judge-mini"])
 def test_committed_miniatures_load_and_are_small(name):
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -5,6 +5,11 @@
 policy-mini is a LLaMA of 1.9M parameters, trained from scratch on the pretraining stream (mistakes included) with the learning
 rate decayed to 0. judge-mini starts from policy-mini's weights and learns to answer "Right?" after every step: on reference
 solutions, on solutions with mistakes, and on policy-mini's own samples, with exact labels. Interrupted, it resumes.
+
+    python utils/build_embedded_models.py --size large --overwrite        (or: make models-large)
+
+policy-large learns from the same texts in the same way, with more than three times the parameters. Its learning rate is the best
+of three that are tried on fewer texts: the one under which the reference solutions of validation problems are likeliest.
 """
 
 import itertools
@@ -23,19 +28,36 @@ from utils.cli import at_root, check_output, parse_args, run
 
 JUDGE_FILE = "judge-mini.Q8_0.gguf"
 TOKENS_PER_BATCH = 2000  # padded tokens an optimizer step
+SHAPES = {"mini": (192, 512, 4, 6, 3), "large": (320, 864, 5, 10, 5)}  # hidden, intermediate, layers, heads, KV heads
+LEARNING_RATES = {"mini": [2e-3], "large": [7e-4, 1.4e-3, 2.8e-3]}
 
 
 @dataclass
 class BuildArguments:
-    output: str = field(default_factory=lambda: at_root("models"), metadata={"help": "folder of policy-mini/ and judge-mini/"})
+    output: str = field(default_factory=lambda: at_root("models"), metadata={"help": "folder of policy-SIZE/ and judge-mini/"})
+    size: str = field(
+        default="mini", metadata={"help": "mini: policy-mini and judge-mini; large: policy-large", "choices": [*SHAPES]}
+    )
     policy_examples: int = field(default=130_000, metadata={"help": "pretraining texts, each problem once (about 116 tokens each)"})
     judge_examples: int = field(default=24_000, metadata={"help": "solutions written for the judge, right and wrong"})
     judge_samples: int = field(default=12_000, metadata={"help": "policy samples for the judge, one a train problem"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate of policy-mini, decayed linearly to 0"})
+    learning_rate: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "peak learning rate of the policy, decayed linearly to 0; of several the best is chosen "
+            f"(default: {LEARNING_RATES})"
+        },
+    )
+    trial_examples: int = field(default=40_000, metadata={"help": "texts that each of several learning rates is tried on"})
     judge_learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of judge-mini, decayed linearly to 0"})
-    validation: int = field(default=2000, metadata={"help": "validation problems for the figures in the model cards"})
+    validation: int = field(default=2000, metadata={"help": "validation problems for choices and the figures in the model cards"})
     seed: int = field(default=0, metadata={"help": "seed of initial weights, mistakes and order"})
     overwrite: bool = field(default=False, metadata={"help": "replace finished models"})
+
+    def __post_init__(self):
+        self.learning_rate = self.learning_rate or LEARNING_RATES[self.size]
+        if min(self.learning_rate) <= 0 or len({*self.learning_rate}) < len(self.learning_rate):
+            raise ValueError(f"argument --learning_rate: expected different numbers above 0, got {self.learning_rate}")
 
 
 # --- training data ---
@@ -184,15 +206,16 @@ def train(model, examples: list[dict], collate, work: Path, learning_rate: float
     return trainer.model
 
 
-def new_policy(tokenizer, seed: int):
+def new_policy(tokenizer, seed: int, size: str = "mini"):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
+    hidden, intermediate, layers, heads, kv_heads = SHAPES[size]
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-            num_key_value_heads=3, max_position_embeddings=512, tie_word_embeddings=False,
+            vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=512, tie_word_embeddings=False,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
@@ -295,11 +318,45 @@ def sample_train(policy, count: int, path: Path, job: dict, seed: int) -> list[t
     return [(task, row["steps"]) for task, row in zip(tasks, rows.rows, strict=True) if row["steps"]]
 
 
+def make_policy(args: BuildArguments, tokenizer, work: Path, job: dict) -> None:
+    """`work/policy-SIZE`, with a card; before, a trial of each learning rate if there are several."""
+    from evaluation.metrics import mean_metric
+    from reasoning.problems import problems
+    from search.policy import Policy
+
+    examples: list[dict] = []
+
+    def trained(name: str, rate: float, count: int) -> Policy:
+        if not (work / name).exists():
+            print(f"{name}: learning from {count} pretraining texts, learning rate {rate:g}", flush=True)
+            examples.extend([] if examples else policy_data(tokenizer, args.policy_examples, args.seed))
+            model = new_policy(tokenizer, args.seed, args.size)
+            finish(train(model, examples[:count], collate_text, work / f"{name}.training", rate, args.seed), tokenizer, work / name)
+        return Policy.load(str(work / name))
+
+    tasks = [(task.prompt, [], task.steps) for task in itertools.islice(problems("validation"), args.validation)]
+    trials = {}
+    for rate in args.learning_rate if len(args.learning_rate) > 1 else []:
+        policy = trained(f"trial-{rate:g}", rate, args.trial_examples)
+        trials[rate] = mean_metric(policy.logps(tasks, progress=f"solutions under learning rate {rate:g}"))
+    best = max(trials, key=lambda rate: trials[rate].value, default=args.learning_rate[0])
+    name = f"policy-{args.size}"
+    policy = trained(name, best, args.policy_examples)
+    hidden, _, layers, _, _ = SHAPES[args.size]
+    parameters = f"{policy.model.num_parameters() / 1e6:.1f}M"
+    values = job | {"learning_rate": f"{best:g}", "hidden": hidden, "layers": layers, "parameters": parameters}
+    text = POLICY_CARD.format(**values) + (TRIALS_CARD.format(**values) if trials else "")
+    of_trials = {f"log-prob of reference solutions, nats a token, trial with {rate:g}": trials[rate] for rate in trials}
+    card(work / name, name, text, policy_figures(policy, limit=args.validation) | of_trials)
+
+
 def main() -> None:
-    (args,) = parse_args(BuildArguments, description="Make policy-mini and judge-mini from nothing.")
+    (args,) = parse_args(BuildArguments, description="Make policy-mini and judge-mini, or policy-large, from nothing.")
     output = Path(args.output)
-    policy_dir, judge_dir, work = output / "policy-mini", output / "judge-mini", output / ".build"
-    for folder in (policy_dir, judge_dir):
+    policy_dir, judge_dir = output / f"policy-{args.size}", output / "judge-mini"
+    folders = [policy_dir, judge_dir] if args.size == "mini" else [policy_dir]
+    work = output / (".build" if args.size == "mini" else f".build-{args.size}")
+    for folder in folders:
         check_output(str(folder), args.overwrite)
     job = {name: value for name, value in vars(args).items() if name not in ("output", "overwrite")}
     if work.exists() and not ((work / "job.json").is_file() and json.loads((work / "job.json").read_text()) == job):
@@ -307,24 +364,34 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     (work / "job.json").write_text(json.dumps(job))
 
-    from transformers import AutoModelForCausalLM
-
-    from search.policy import Policy
     from utils.embedded_tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer()
-    if not (work / "policy-mini").exists():
-        print("1/3 policy-mini: learning from the pretraining stream", flush=True)
-        examples = list(policy_data(tokenizer, args.policy_examples, args.seed))
-        model = train(new_policy(tokenizer, args.seed), examples, collate_text, work / "policy", args.learning_rate, args.seed)
-        finish(model, tokenizer, work / "policy-mini")
-    policy = Policy.load(str(work / "policy-mini"))
-    card(work / "policy-mini", "policy-mini", POLICY_CARD.format(**job), policy_figures(policy, limit=args.validation))
+    make_policy(args, tokenizer, work, job)
+    if args.size == "mini":
+        make_judge(args, tokenizer, work, job)
 
+    for folder in folders:  # copied, so that a build killed here still has what it made
+        arriving = work / "arriving"
+        shutil.rmtree(arriving, ignore_errors=True)
+        shutil.copytree(work / folder.name, arriving)
+        shutil.rmtree(folder, ignore_errors=True)
+        arriving.rename(folder)
+    shutil.rmtree(work)
+    print(f"wrote {policy_dir}" + (f" and {judge_dir} (with {JUDGE_FILE})" if judge_dir in folders else ""))
+
+
+def make_judge(args: BuildArguments, tokenizer, work: Path, job: dict) -> None:
+    """`work/judge-mini`, with its GGUF file and a card, from `work/policy-mini`."""
+    from transformers import AutoModelForCausalLM
+
+    from search.policy import Policy
+
+    policy = Policy.load(str(work / "policy-mini"))
     if not (work / "judge-mini").exists():
-        print("2/3 samples of policy-mini for the judge", flush=True)
+        print("samples of policy-mini for the judge", flush=True)
         samples = sample_train(policy, args.judge_samples, work / "samples.jsonl", job, args.seed)
-        print("3/3 judge-mini: learning to judge steps", flush=True)
+        print("judge-mini: learning to judge steps", flush=True)
         question, yes, no = judge_question(tokenizer)
         examples = list(judge_data(tokenizer, [*judge_solutions(args.judge_examples, args.seed), *samples]))
         random.Random(args.seed).shuffle(examples)
@@ -339,21 +406,17 @@ def main() -> None:
     figures = judge_figures(judge, tokenizer, policy, limit=args.validation)
     card(work / "judge-mini", "judge-mini", JUDGE_CARD.format(**job), figures)
 
-    for folder in (policy_dir, judge_dir):  # copied, so that a build killed here still has what it made
-        arriving = work / "arriving"
-        shutil.rmtree(arriving, ignore_errors=True)
-        shutil.copytree(work / folder.name, arriving)
-        shutil.rmtree(folder, ignore_errors=True)
-        arriving.rename(folder)
-    shutil.rmtree(work)
-    print(f"wrote {policy_dir} and {judge_dir} (with {JUDGE_FILE})")
 
+POLICY_CARD = """A LLaMA of {parameters} parameters (hidden {hidden}, {layers} layers) made by
+`python utils/build_embedded_models.py --size {size}` from random weights: {policy_examples} solved word problems of
+`reasoning/problems.py`, each once, about 2,000 tokens a step, AdamW, peak learning rate {learning_rate} decayed linearly to 0, seed
+{seed}. Its text has mistakes, as human text has: at stated traps the writer is wrong 60 % of the time, elsewhere 3 %. So it is
+greedily wrong at traps, by design. Weights in half precision. Licence: as the repository."""
 
-POLICY_CARD = """A LLaMA of 1.9M parameters (hidden 192, 4 layers) made by `python utils/build_embedded_models.py` from random
-weights: {policy_examples} solved word problems of `reasoning/problems.py`, each once, about 2,000 tokens a step, AdamW, peak
-learning rate {learning_rate} decayed linearly to 0, seed {seed}. Its text has mistakes, as human text has: at stated traps the
-writer is wrong 60 % of the time, elsewhere 3 %. So it is greedily wrong at traps, by design. Weights in half precision. Licence:
-as the repository."""
+TRIALS_CARD = """
+
+The learning rate is the best of several, each tried on the first {trial_examples} texts: the one under which the reference
+solutions of validation problems were likeliest."""
 
 JUDGE_CARD = """Answers "Right?" with Yes or No after every step of a solution, made by `python utils/build_embedded_models.py`. It
 starts from policy-mini's weights and learns, with exact labels, from {judge_examples} solutions of pretraining problems (a quarter
