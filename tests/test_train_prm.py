@@ -26,7 +26,7 @@ from reasoning.loaders import load_step_values
 from reasoning.problems import problems
 from reasoning.records import LabelledSolution, RecordError, StepValue, is_kept_out, write_records
 from reward_model.process_reward_model import ProcessRewardModel
-from trainer.prm_trainer import IGNORED, DataCollatorForStepValues, LabelledSteps, PRMConfig, PRMTrainer, pack
+from trainer.prm_trainer import IGNORED, DataCollatorForStepValues, LabelledSteps, PRMConfig, PRMTrainer, graft, pack
 from utils.cli import UserError, run
 
 PROBLEMS = list(itertools.islice(problems("train"), 20, 34))
@@ -104,6 +104,27 @@ def test_every_label_stands_once_and_paths_are_as_few_as_leaves():
     assert len(solutions) == len(leaves)
 
 
+def test_a_row_of_branches_written_out():
+    row = {"input_ids": [], "labels": [], "parents": []}
+    no = IGNORED
+    path = graft(row, [], [5, 6, 7, 8], [no, 1.0, no, 0.5])
+    path = graft(row, path, [5, 6, 9], [no, no, 0.0])
+    path = graft(row, path, [5, 6, 9, 9, 4], [no, no, no, no, 0.25])
+    assert path == [0, 1, 4, 5, 6]
+    assert row == {
+        "input_ids": [5, 6, 7, 8, 9, 9, 4],
+        "labels": [no, 1.0, no, 0.5, 0.0, no, 0.25],
+        "parents": [-1, 0, 1, 2, 1, 4, 5],
+    }
+    graft(row, path, [5, 6], [no, 0.0])  # a token that has a label already keeps it: the other one gets a token of its own
+    assert row["parents"][7:] == [0] and row["labels"][7:] == [0.0] and row["labels"][1] == 1.0
+    batch = DataCollatorForStepValues(0)([row, {"input_ids": [1, 2], "labels": [no, 1.0], "parents": [-1, 0]}])
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4, 1], [0, 1, *[0] * 6]]
+    seen = [[k for k in range(8) if batch["attention_mask"][0, 0, place, k]] for place in range(8)]
+    assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5], [0, 1, 4, 5, 6], [0, 7]]
+    assert batch["attention_mask"][1, 0].int().tolist() == [[1, *[0] * 7], [1, 1, *[0] * 6], *torch.eye(8).int()[2:].tolist()]
+
+
 # --- the script
 
 
@@ -160,7 +181,7 @@ def test_a_training_writes_a_prm_that_moved(folder):
     said = (folder / "stdout").read_text()
     assert f"{4 * prompts} rows of values.jsonl; {4 * (len(PROBLEMS) - prompts)} more are kept out of all training" in said
     assert (
-        f"{3 * prompts} labelled steps on {2 * prompts} solutions: mean label 0.417, 66.7% of them .5 or more; "
+        f"{3 * prompts} labelled steps on {2 * prompts} solutions in {prompts} rows: mean label 0.417, 66.7% of them .5 or more; "
         f"{prompts} labels of a step that had one were averaged"
     ) in said
     assert "mean value of the others" in said and "its picture to logs/out/training.png" in said.splitlines()[-1]
@@ -233,7 +254,7 @@ def adapter(folder) -> Path:
     return folder / "adapter"
 
 
-LORA = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "all-linear", "--learning_rate", "0.01"]
+LORA = ["--use_peft", "--lora_r", "4", "--lora_dropout", "0", "--lora_target_modules", "all-linear", "--learning_rate", "0.01"]
 
 
 def test_an_adapter_holds_head_and_step_token_and_judges(folder, adapter):
@@ -303,8 +324,10 @@ def test_a_solution_that_is_too_long_is_cut_by_whole_steps(folder, caplog):
     known = {place: label for place, label in enumerate(example["labels"]) if label != IGNORED}
     assert known == {22: 1.0, 36: 0.0} and len(example["input_ids"]) == 37
     assert "train: 2 of 4 labelled steps end behind max_length 40 and are left out, 1 of 2 solutions with all" in caplog.text
-    assert trainer.balance.startswith("2 labelled steps on 1 solutions: mean label 0.500")
-    batch = DataCollatorForStepValues(0)([example, {"input_ids": [1, 5], "labels": [IGNORED, 0.5]}])
+    assert trainer.balance.startswith("2 labelled steps on 1 solutions in 1 rows: mean label 0.500")
+    assert example["parents"] == [*range(-1, 36)]
+    batch = DataCollatorForStepValues(0)([example, {"input_ids": [1, 5], "labels": [IGNORED, 0.5], "parents": [-1, 0]}])
+    assert "attention_mask" not in batch  # no row branches
     assert batch["input_ids"].shape == batch["labels"].shape == (2, 37) and batch["labels"][1].tolist()[:3] == [-100, 0.5, -100]
     with pytest.raises(ValueError, match="none of 2 solutions has a labelled step within 10 tokens"):
         trainer_on(folder, rows, max_length=10)
@@ -317,6 +340,34 @@ def test_an_evaluation_has_the_mean_over_its_steps(folder):
     assert {name: metrics[f"eval_{name}"] for name in by_hand(folder / "model", rows)} == pytest.approx(
         by_hand(folder / "model", rows), abs=1e-5
     )
+
+
+def test_solutions_that_share_a_row_teach_what_they_teach_alone(folder, monkeypatch):
+    """The same loss and the same gradients; a model with a short window gets one solution a row."""
+    rows = [asdict(row) for row in ROWS]
+    found = []
+    for window in (None, 60):
+        monkeypatch.setattr("transformers.LlamaConfig.sliding_window", window, raising=False)
+        trainer = trainer_on(folder, rows)
+        batch = trainer.data_collator(trainer.train_dataset)
+        loss = trainer._loss(trainer.model(**{k: v for k, v in batch.items() if k != "labels"}), batch["labels"])
+        loss.backward()
+        found.append((loss.item(), {name: weight.grad for name, weight in trainer.model.named_parameters()}, batch))
+    (together, gradients, branches), (alone, expected, plain) = found
+    assert len(branches["input_ids"]) == len(PROBLEMS) and len(plain["input_ids"]) == 2 * len(PROBLEMS)
+    assert "attention_mask" in branches and "attention_mask" not in plain
+    assert together == pytest.approx(alone, abs=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4)
+
+
+def test_a_row_is_no_longer_than_the_limit(folder):
+    rows = [asdict(row) for row in ROWS[:4]]
+    (whole,) = trainer_on(folder, rows, max_length=200).train_dataset
+    shorter = len(whole["input_ids"]) - 1
+    cut = trainer_on(folder, rows, max_length=shorter)
+    assert cut.balance.startswith("3 labelled steps on 2 solutions in 2 rows")
+    assert max(len(row["input_ids"]) for row in cut.train_dataset) <= shorter
 
 
 @pytest.mark.slow

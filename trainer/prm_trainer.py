@@ -9,6 +9,7 @@ v = sigmoid(logit at its last token) its value: Math-Shepherd's (Wang et al. 202
 may lie between 0 and 1. Solutions become ids in reward_model/process_reward_model.py, for training as for scoring.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -58,10 +59,11 @@ class PRMConfig(MiniatureDefaults, TrainingArguments):
             raise ValueError(f"hard_labels: expected a number above 0, up to 1, got {self.hard_labels}")
         super().__post_init__()
         self.label_names = ["labels"]
+        self.remove_unused_columns = False  # the collator needs `parents`
 
 
 def pack(rows: Iterable[LabelledSolution]) -> tuple[list[LabelledSolution], int]:
-    """The same labels on as few solutions as hold them all, and how many labels were of a step that had one already.
+    """The same labels on as few solutions as hold them all, those of a prompt one after the other, and how many labels were of a step that had one already.
 
     The solutions of one prompt are a tree of steps: one solution comes out for every leaf, and every labelled step is labelled in
     exactly one of them, the first that passes by. A step that is labelled several times has the mean."""
@@ -90,21 +92,46 @@ def pack(rows: Iterable[LabelledSolution]) -> tuple[list[LabelledSolution], int]
     return packed, repeated
 
 
+def graft(row: dict[str, list], path: list[int], ids: list[int], labels: list[float]) -> list[int]:
+    """Put a solution into a row that has others of the same prompt, as a branch: what it begins with like the last of them, whose
+    tokens lie at `path`, is there already. Returns where its tokens lie. `parents`: the place of the token before each."""
+    shared = 0
+    for place, token, label in zip(path, ids, labels, strict=False):
+        if row["input_ids"][place] != token or IGNORED not in (label, row["labels"][place]):
+            break
+        row["labels"][place] = max(label, row["labels"][place])
+        shared += 1
+    path = path[:shared]
+    for token, label in zip(ids[shared:], labels[shared:], strict=True):
+        row["parents"].append(path[-1] if path else -1)
+        path.append(len(row["input_ids"]))
+        row["input_ids"].append(token)
+        row["labels"].append(label)
+    return path
+
+
 @dataclass
 class DataCollatorForStepValues:
-    """`input_ids` (B, L), right-padded: causal attention never sees the padding, so there is no mask; `labels` (B, L), IGNORED but
-    where the value of a labelled step is read."""
+    """`input_ids` (B, L), right-padded; `labels` (B, L), IGNORED but where the value of a labelled step is read. Where a row
+    branches there are `attention_mask` (B, 1, L, L), by which a token sees itself and those that lead to it, and `position_ids`
+    (B, L), how many these are. Else causal attention does: it never sees the padding."""
 
     pad_token_id: int
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         longest = max(len(example["input_ids"]) for example in examples)
-        ids = torch.full((len(examples), longest), self.pad_token_id)
-        labels = torch.full((len(examples), longest), IGNORED)
-        for b, example in enumerate(examples):
-            ids[b, : len(example["input_ids"])] = torch.tensor(example["input_ids"])
-            labels[b, : len(example["labels"])] = torch.tensor(example["labels"])
-        return {"input_ids": ids, "labels": labels}
+
+        def padded(name: str, fill: float) -> Tensor:
+            return torch.tensor([example[name] + [fill] * (longest - len(example[name])) for example in examples])
+
+        batch = {"input_ids": padded("input_ids", self.pad_token_id), "labels": padded("labels", IGNORED)}
+        if any(example["parents"] != [*range(-1, len(example["parents"]) - 1)] for example in examples):
+            parents, rows = padded("parents", -1), torch.arange(len(examples))
+            sees = torch.eye(longest, dtype=torch.bool).repeat(len(examples), 1, 1)
+            for place in range(longest):  # a parent stands before its children
+                sees[:, place] |= sees[rows, parents[:, place]] & (parents[:, place] >= 0)[:, None]
+            batch |= {"attention_mask": sees[:, None], "position_ids": sees.sum(-1) - 1}
+        return batch
 
 
 class PRMTrainer(Trainer):
@@ -129,6 +156,7 @@ class PRMTrainer(Trainer):
         self.format = StepTokens(processing_class, model.config.step_token)
         limits = args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = min(filter(None, limits), default=None)
+        self.branches = takes_branches(model, self.max_length)
         self.balance = ""
         self._sums: dict[str, Tensor] = {}  # train, eval -> sums since the last log
         if peft_config is not None:
@@ -153,29 +181,39 @@ class PRMTrainer(Trainer):
             return None
         solutions, repeated = pack(map(LabelledSteps.from_row, dataset))
         encoded = self.format.encode([(solution.prompt, solution.steps) for solution in solutions])
-        examples, learned, lost = [], [], 0
+        examples, learned, lost, cut, path, prompt = [], [], 0, 0, [], None
         for solution, (ids, places) in zip(solutions, encoded, strict=True):
             labels = {place: label for place, label in zip(places, solution.labels, strict=True) if label is not None}
             kept = {place: label for place, label in labels.items() if place < (self.max_length or len(ids))}
             lost += len(labels) - len(kept)
             if hard_labels is not None:
                 kept = {place: float(label >= hard_labels) for place, label in kept.items()}
-            if kept:
-                end = max(kept) + 1  # what stands behind the last label teaches nothing
-                examples.append({"input_ids": ids[:end], "labels": [kept.get(place, IGNORED) for place in range(end)]})
-                learned += kept.values()
+            if not kept:
+                cut += 1
+                continue
+            learned += kept.values()
+            end = max(kept) + 1  # what stands behind the last label teaches nothing
+            if (
+                solution.prompt != prompt
+                or not self.branches
+                or len(examples[-1]["input_ids"]) + end > (self.max_length or math.inf)
+            ):
+                examples.append({"input_ids": [], "labels": [], "parents": []})
+                path, prompt = [], solution.prompt
+            path = graft(examples[-1], path, ids[:end], [kept.get(place, IGNORED) for place in range(end)])
         if not examples:
             raise ValueError(f"{name}: none of {len(solutions)} solutions has a labelled step within {self.max_length} tokens")
         if lost:
             logger.warning(
                 f"{name}: {lost} of {len(learned) + lost} labelled steps end behind max_length {self.max_length} and are left out, "
-                f"{len(solutions) - len(examples)} of {len(solutions)} solutions with all of theirs"
+                f"{cut} of {len(solutions)} solutions with all of theirs"
             )
         if name == "train":
             good = sum(label >= 0.5 for label in learned) / len(learned)
             self.balance = (
-                f"{len(learned)} labelled steps on {len(examples)} solutions: mean label {sum(learned) / len(learned):.3f}, "
-                f"{good:.1%} of them .5 or more" + (f"; {repeated} labels of a step that had one were averaged" * bool(repeated))
+                f"{len(learned)} labelled steps on {len(solutions) - cut} solutions in {len(examples)} rows: "
+                f"mean label {sum(learned) / len(learned):.3f}, {good:.1%} of them .5 or more"
+                + (f"; {repeated} labels of a step that had one were averaged" * bool(repeated))
             )
         return examples
 
@@ -207,6 +245,18 @@ class PRMTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save and is_peft_model(self.model):
             self.model.config.save_pretrained(output_dir or self.args.output_dir)  # it names the step token
+
+
+def takes_branches(model, max_length: int | None) -> bool:
+    """Whether the model reads a mask of our own in full: its attention is one of torch's, and has no window that is shorter than a
+    row. Other models get every solution as a row of its own."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    return (
+        getattr(model, "_supports_attention_backend", False)
+        and config._attn_implementation in ("sdpa", "eager")
+        and (window is None or (max_length is not None and max_length <= window))
+    )
 
 
 def _with_new_adapter(model, peft_config, step_token_id: int):
