@@ -65,8 +65,8 @@ class PRMConfig(MiniatureDefaults, TrainingArguments):
 def pack(rows: Iterable[LabelledSolution]) -> tuple[list[LabelledSolution], int]:
     """The same labels on as few solutions as hold them all, and how many labels were of a step that had one already.
 
-    The solutions of one prompt are a tree of steps, and come one after the other: one comes out for every leaf, and every labelled step is labelled in
-    exactly one of them, the first that passes by. A step that is labelled several times has the mean."""
+    The solutions of one prompt are a tree of steps: one comes out for every leaf, one after the other, and every labelled step is
+    labelled in exactly one of them, the first that passes by. A step that is labelled several times has the mean."""
     trees: dict[str, dict] = {}  # prompt -> step -> [children, labels]
     repeated = 0
     for row in rows:
