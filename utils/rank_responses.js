@@ -1,0 +1,124 @@
+// What both pages of rank_responses.py do in the browser: items in a row, each with a mark, set by keys, buttons or (answers) by
+// dragging. All text comes escaped from the server (`turn`); what is typed or clicked goes back to it as marks in the order of the
+// items it sent. Gradio calls this with `element` and `server`.
+const root = element.querySelector(".work");
+const given = root.dataset.name;
+const items = () => [...root.querySelectorAll(".item")];
+const button = (action) => root.querySelector(`[data-do="${action}"]`);
+let busy = false;
+
+const name = () => given || sessionStorage.getItem("ranker") || "";
+
+function say(text, bad = false) {
+  const line = root.querySelector(".message");
+  if (line) line.textContent = text, line.classList.toggle("bad", bad);
+}
+
+async function turn(action) {
+  if (busy) return;
+  busy = true;
+  const marks = [];
+  items().forEach((item) => { marks[item.dataset.place] = item.dataset.mark; });
+  const request = { name: name(), action, marks, key: root.querySelector(".task")?.dataset.key || null, note: root.querySelector(".note")?.value || "" };
+  let reply;
+  try {
+    reply = await server.turn(request);
+  } catch {
+    reply = { error: "Nothing was saved: the server does not answer. Start it again; this page then goes on." };
+  }
+  busy = false;
+  if (!reply?.html) return say(reply?.error || "Nothing was saved: the server gave no answer.", true);
+  if (reply.ask && given === "") sessionStorage.removeItem("ranker");
+  root.innerHTML = reply.html;
+  show();
+  if (action !== "open") root.scrollIntoView({ block: "start" });
+  (items()[0] || root.querySelector("input"))?.focus({ preventScroll: true });
+}
+
+function show() {
+  for (const item of items())
+    for (const one of item.querySelectorAll("[data-mark]")) one.setAttribute("aria-pressed", one.dataset.mark === item.dataset.mark);
+  const left = items().filter((item) => !item.dataset.mark).length;
+  button("save")?.classList.toggle("ready", left === 0);
+  say(items().length && left && left < items().length ? `${left} to go` : "");
+}
+
+// A mark on one item; then the next one without a mark is in focus.
+function mark(item, value) {
+  item.dataset.mark = value;
+  show();
+  const all = items(), k = all.indexOf(item);
+  ([...all.slice(k + 1), ...all.slice(0, k)].find((other) => !other.dataset.mark) || item).focus();
+}
+
+function move(by) {
+  const all = items(), k = all.indexOf(document.activeElement.closest?.(".item"));
+  all[Math.min(all.length - 1, Math.max(0, k + by))]?.focus();
+}
+
+function key(event) {
+  if (!element.isConnected) return document.removeEventListener("keydown", key); // the page was built anew
+  if (element.offsetParent === null || event.altKey || event.metaKey || !root.querySelector(".task")) return; // another tab
+  if (event.ctrlKey) return;
+  const pressed = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+  const typing = event.target.closest?.("input");
+  if (typing && pressed === "Escape") items()[0]?.focus();
+  if (typing && pressed !== "Enter") return;
+  const current = document.activeElement.closest?.(".item") || items().find((item) => !item.dataset.mark) || items()[0];
+  const value = JSON.parse(root.querySelector(".task").dataset.keys)[pressed];
+  const actions = { Enter: () => button("save")?.click(), s: () => button("skip")?.click(), b: () => button("back")?.click(),
+    n: () => root.querySelector(".note")?.focus(), ArrowDown: () => move(1), ArrowUp: () => move(-1), ArrowRight: () => move(1), ArrowLeft: () => move(-1) };
+  if (!typing && value && current) mark(current, value);
+  else if (pressed === "Enter" && event.target.closest?.("button")) return; // the button in focus
+  else if (actions[pressed]) actions[pressed]();
+  else return;
+  event.preventDefault();
+}
+
+function click(event) {
+  const pressed = event.target.closest("button, .item");
+  if (pressed?.dataset.do) turn(pressed.dataset.do);
+  else if (pressed?.matches("button[data-mark]")) mark(pressed.closest(".item"), pressed.dataset.mark);
+}
+
+// Dragging by the grip puts an item where the pointer is; where it is dropped, the order is the ranking. Two items change places
+// when the pointer is past the other's middle, so that a small one does not flicker over a large one.
+function drag(event) {
+  const item = event.target.closest(".grip")?.closest(".item"), ends = new AbortController();
+  if (!item) return;
+  let moved = false;
+  const over = (at) => {
+    const other = document.elementFromPoint(at.clientX, at.clientY)?.closest(".item");
+    if (!other || other === item || !root.contains(other)) return;
+    const box = other.getBoundingClientRect(), beside = box.left !== item.getBoundingClientRect().left;
+    const past = beside ? at.clientX - box.left - box.width / 2 : at.clientY - box.top - box.height / 2;
+    const forward = items().indexOf(item) < items().indexOf(other);
+    if (forward ? past > 0 : past < 0) {
+      forward ? other.after(item) : other.before(item);
+      moved = true;
+    }
+  };
+  const drop = () => {
+    ends.abort();
+    item.classList.remove("dragged");
+    if (moved) items().forEach((one, k) => { one.dataset.mark = k + 1; });
+    show();
+    item.focus();
+  };
+  event.preventDefault();
+  item.classList.add("dragged");
+  document.addEventListener("pointermove", over, { signal: ends.signal });
+  document.addEventListener("pointerup", drop, { signal: ends.signal });
+  document.addEventListener("pointercancel", drop, { signal: ends.signal });
+}
+
+root.addEventListener("click", click);
+root.addEventListener("pointerdown", drag);
+root.addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("ranker", root.querySelector("input").value);
+  window.dispatchEvent(new Event("ranker"));
+});
+window.addEventListener("ranker", () => turn("open")); // both pages
+document.addEventListener("keydown", key);
+turn("open");
