@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 
-.PHONY: demo test lint models models-large data rounds smollm2 smollm2-run clean
+.PHONY: demo test lint models models-policy models-prm models-large data rounds smollm2 smollm2-run clean
 
 $(VENV)/.installed: requirements.txt
 	@echo "Installing requirements.txt into $(VENV) (once, a few minutes) ..."
@@ -21,8 +21,17 @@ lint: $(VENV)/.installed
 	$(BIN) -m ruff check .
 	$(BIN) -m ruff format --check .
 
-models: $(VENV)/.installed  ## rebuild policy-mini and judge-mini (about 45 minutes on 2 cores); resumes when interrupted
+models: models-policy models-prm  ## rebuild policy-mini, judge-mini and prm-mini; resumes when interrupted
+
+models-policy: $(VENV)/.installed  ## policy-mini and judge-mini (about 45 minutes on 2 cores)
 	$(BIN) utils/build_embedded_models.py --overwrite
+
+models-prm: $(VENV)/.installed  ## prm-mini from the committed rows (at most 30 minutes on 2 cores); its card is kept
+	$(BIN) train.py prm $(PRM_RECIPE) --output_dir saved_model/prm_mini --overwrite
+	@mkdir -p models/prm-mini
+	cp saved_model/prm_mini/config.json saved_model/prm_mini/model.safetensors saved_model/prm_mini/tokenizer*.json models/prm-mini/
+
+PRM_RECIPE := --num_train_epochs 5 --per_device_train_batch_size 8
 
 models-large: $(VENV)/.installed  ## policy-large: policy-mini's recipe at three times the size, learning rate the best of three; resumes
 	$(BIN) utils/build_embedded_models.py --size large --overwrite

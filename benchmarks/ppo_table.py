@@ -1,0 +1,107 @@
+"""Step PPO beside stepwise DPO, a control and a ceiling: greedy accuracy on all of the hard and the test problems.
+
+    python benchmarks/ppo_table.py           # about two hours on 2 cores; stopped, it goes on where it was
+
+Every row is a training by train.py with its defaults: step PPO rewarded by models/prm-mini (3 seeds), by the exact checker (the
+ceiling) and by shuffled scores of prm-mini (the control that must not gain), and stepwise DPO (3 seeds). Writes ppo.json to
+--output_dir, and every answer's correctness to ppo.jsonl.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.runs import BASE, bits
+from utils.cli import at_root, check_input, parse_args, run
+
+DATA = at_root("data/mcts_steps.jsonl")
+ROWS = {  # name -> what train.py is told, seeds
+    "step PPO": (["ppo"], 3),
+    "step PPO, exact rewards": (["ppo", "--judge", "exact"], 1),
+    "step PPO, shuffled rewards": (["ppo", "--judge", "shuffled", "--shuffled_judge", "prm"], 1),
+    "stepwise DPO": (["dpo"], 3),
+}
+
+
+@dataclass
+class PPOTableArguments:
+    rows: list[str] = field(default_factory=lambda: [*ROWS], metadata={"help": "rows of the table", "choices": [*ROWS]})
+    seeds: int | None = field(default=None, metadata={"help": "seeds of every row (default: 3, of ceiling and control 1)"})
+    limit: int | None = field(default=None, metadata={"help": "the first problems of each split (default: all)"})
+    output_dir: str = field(default_factory=lambda: at_root("evaluation/results"), metadata={"help": "folder of ppo.json"})
+
+
+def accuracy(model: str, limit: int | None) -> dict[str, str]:
+    """Split -> a 0 or 1 a problem."""
+    from reasoning.grading import is_correct
+    from reasoning.records import Problem, read_records
+    from search.policy import Policy
+
+    policy, found = Policy.load(model), {}
+    for split in ("hard", "test"):
+        tasks = list(read_records(at_root(f"data/problems_{split}.jsonl"), Problem))[:limit]
+        answers = policy.generate([task.prompt for task in tasks], progress=f"{Path(model).name}: {split}")
+        found[split] = "".join(str(int(is_correct(a.steps, task))) for task, (a,) in zip(tasks, answers, strict=True))
+    return found
+
+
+def train_and_measure(name: str, command: list[str], seed: int, limit: int | None) -> dict:
+    folder = Path(at_root("saved_model/ppo_table")) / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
+    started = time.monotonic()
+    if not (folder / "config.json").exists():
+        given = ["--seed", str(seed), "--output_dir", str(folder), "--run_name", f"ppo_table/{folder.name}"]
+        subprocess.run([sys.executable, at_root("train.py"), *command, *given], check=True)
+    return {"name": name, "seed": seed, "seconds": round(time.monotonic() - started), "correct": accuracy(str(folder), limit)}
+
+
+def main() -> None:
+    (args,) = parse_args(PPOTableArguments, description=__doc__)
+    check_input(DATA, "python utils/build_mcts_dataset.py")
+    from evaluation.metrics import clustered_mean_metric, print_table, rate_metric, write_result
+
+    path = Path(args.output_dir) / "ppo.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = {(row["name"], row["seed"]): row for row in map(json.loads, path.read_text().splitlines() if path.exists() else [])}
+
+    def measured(name: str, seed: int, make) -> dict:
+        if (name, seed) not in done:
+            done[name, seed] = make()
+            with path.open("a") as file:
+                file.write(json.dumps(done[name, seed]) + "\n")
+        return done[name, seed]
+
+    base = measured("base", 0, lambda: {"name": "base", "seed": 0, "correct": accuracy(BASE, args.limit)})
+    of_rows = {}
+    for name in args.rows:
+        command, seeds = ROWS[name]
+        of_rows[name] = [
+            measured(name, seed, lambda: train_and_measure(name, command, seed, args.limit))  # noqa: B023  called at once
+            for seed in range(args.seeds or seeds)
+        ]
+    metrics, table = {}, []
+    for split in ("hard", "test"):
+        before = bits(base["correct"][split])
+        metrics[f"{split}/base_accuracy"] = rate_metric(before)
+        table.append((split, "base", metrics[f"{split}/base_accuracy"], "", "", "", ""))
+        for name, rows in of_rows.items():
+            runs = [bits(row["correct"][split]) for row in rows]
+            problem_of = [k for correct in runs for k in range(len(correct))]
+            right = clustered_mean_metric([c for correct in runs for c in correct], problem_of)
+            gain = clustered_mean_metric([c - b for correct in runs for c, b in zip(correct, before, strict=True)], problem_of)
+            metrics |= {f"{split}/{name}/accuracy": right, f"{split}/{name}/accuracy_improvement": gain}
+            relative = f"{gain.value / metrics[f'{split}/base_accuracy'].value:+.0%}"
+            minutes = ", ".join(f"{row['seconds'] / 60:.0f}" for row in rows)
+            table.append((split, name, right, gain, relative, ", ".join(f"{sum(c) / len(c):.3f}" for c in runs), minutes))
+    columns = ["split", "training", "accuracy", "minus base", "relative", "each seed", "minutes, evaluation included"]
+    print_table("greedy exact accuracy", columns, table)
+    write_result(Path(args.output_dir) / "ppo.json", metrics, asdict(args), [0, 1, 2])
+    print(f"wrote {Path(args.output_dir) / 'ppo.json'}, {path}")
+
+
+if __name__ == "__main__":
+    run(main)
