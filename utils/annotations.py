@@ -97,9 +97,10 @@ class Annotation:
         with self._lock:
             self._refresh()
             task = find(self._tasks(name), key)
-            if not isinstance(marks, Sequence) or len(marks) != len(task.items) or not all(marks):
-                raise UserError(f"{sum(map(bool, marks))} of {len(task.items)} are decided: decide all of them, or skip")
-            self._save(name, task, [str(mark) for mark in marks], " ".join(str(note).split()))
+            decided = [mark for mark in marks if mark] if isinstance(marks, Sequence) else []
+            if len(decided) != len(task.items):
+                raise UserError(f"{len(decided)} of {len(task.items)} are decided: decide all of them, or skip")
+            self._save(name, task, [str(mark) for mark in decided], " ".join(str(note).split()))
             self._seen = self._stamp()
 
     def _stamp(self) -> tuple | None:

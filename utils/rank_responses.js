@@ -20,14 +20,12 @@ async function turn(action) {
   const marks = [];
   items().forEach((item) => { marks[item.dataset.place] = item.dataset.mark; });
   const request = { name: name(), action, marks, key: root.querySelector(".task")?.dataset.key || null, note: root.querySelector(".note")?.value || "" };
-  let reply;
-  try {
-    reply = await server.turn(request);
-  } catch {
-    reply = { error: "Nothing was saved: the server does not answer. Start it again; this page then goes on." };
-  }
+  const reply = await server.turn(request); // nothing if there is no server
   busy = false;
-  if (!reply?.html) return say(reply?.error || "Nothing was saved: the server gave no answer.", true);
+  if (!reply?.html) {
+    say(reply?.error || "Nothing was saved: the server does not answer. Start it again, and this page goes on.", true);
+    return;
+  }
   if (reply.ask && given === "") sessionStorage.removeItem("ranker");
   root.innerHTML = reply.html;
   show();

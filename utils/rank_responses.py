@@ -192,7 +192,7 @@ def build_page(ranking: AnswerRanking, labelling: StepLabelling | None, ranker: 
         turn_.__name__ = "turn"
         # No text is given to Gradio's templates, which would run what looks like code in it.
         gr.HTML(
-            html_template=f'<div class="work" data-name="{name}"></div>',
+            html_template=f'<div class="work" data-name="{name}"><span class="message"></span></div>',
             js_on_load=script,
             server_functions=[turn_],
             apply_default_css=False,

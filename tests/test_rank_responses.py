@@ -1,0 +1,707 @@
+"""Ranking and labelling by people: what is saved where, without a browser; then the page itself, in a real one.
+
+python tests/test_rank_responses.py        takes the README's picture of the page, docs/images/ranking_page.png
+"""
+
+import itertools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from reasoning.ranking import RankedResponse, check_groups, groups, read_answers, write_answers
+from reasoning.records import LabelledSolution, PreferencePair, RecordError, read_rows, write_records
+from reward_model.human_judge import HumanJudge
+from utils.annotations import (
+    AnswerRanking,
+    StepLabelling,
+    Task,
+    agreement,
+    agreement_rows,
+    check_name,
+    find,
+    hold,
+    load_solutions,
+    next_task,
+    task_before,
+)
+from utils.cli import UserError, run
+from utils.rank_responses import RANKS, STEPS, agreement_html, main, turn
+
+SCRIPT = "utils/rank_responses.py"
+# What must come out as it went in: for HTML, for JavaScript's and Gradio's templates, for Markdown, for CSV.
+EVIL = '<script>window.hacked = 1</script> <img src=x onerror="window.hacked = 1">\n**bold** [a](javascript:window.hacked=1) '
+EVIL += "${window.hacked = 1} `${window.hacked = 1}` {{value}} {{#if 1}}x{{/if}} &lt;b&gt; </div></textarea>, \"quoted\"; 'too'"
+PROMPTS = ["What is 2 + 3?", "Tell me a story.\n<b>Short</b>, please.", "Why?", "How many?"]
+
+
+def answer(k: int, prompt: int) -> str:
+    """The k-th best answer to a prompt; one of each kind is hostile."""
+    return f"{EVIL} {prompt}" if k == 2 else f"Answer {k} to {prompt}"
+
+
+@pytest.fixture
+def table(tmp_path) -> str:
+    """Four prompts with four answers each, nobody's rank, best first in the file."""
+    rows = [
+        RankedResponse(PROMPTS[p], answer(k, p), category=f"kind {k}", generator="model", temperature=0.7, seed=k, split="train")
+        for p in range(4)
+        for k in range(1, 5)
+    ]
+    write_answers(tmp_path / "answers.csv", rows)
+    return str(tmp_path / "answers.csv")
+
+
+def by_text(task: Task, ranks: str) -> list[str]:
+    """Marks in the order shown, from those of the best, second best ... answer."""
+    place = PROMPTS.index(task.prompt)
+    return [ranks[[answer(k, place) for k in range(1, 5)].index(item)] for item in task.items]
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_first_ranks_fill_empty_cells_and_others_are_rows_behind_them(table):
+    before = read_answers(table)
+    work = AnswerRanking(table)
+    task = next_task(work.tasks("Ann"))
+    assert task.prompt == PROMPTS[0] and task.marks == ("",) * 4 and not task.done
+    work.save("Ann", task.key, by_text(task, "1223"), "  short,\nclear ")
+    filled = [replace(row, rank=rank, ranker="Ann", note="short, clear") for row, rank in zip(before, (1, 2, 2, 3), strict=False)]
+    assert read_answers(table) == filled + before[4:]
+
+    task = next_task(work.tasks("Ben Bo"))
+    work.save("Ben Bo", task.key, by_text(task, "4321"))
+    rows = read_answers(table)
+    assert rows[:4] == filled and rows[8:] == before[4:]
+    assert sorted(rows[4:8], key=lambda row: -row.rank) == [
+        replace(row, rank=rank, ranker="Ben Bo") for row, rank in zip(before, (4, 3, 2, 1), strict=False)
+    ]
+    check_groups(rows, table)
+
+    again = AnswerRanking(table)  # as a page that was started again finds it; changed, nothing is added
+    (done, *open_) = again.tasks("Ann")
+    assert done.done and (done.marks, done.note) == (tuple(by_text(done, "1223")), "short, clear")
+    assert not any(task.done for task in open_)
+    again.save("Ann", done.key, by_text(done, "2111"))
+    assert [(row.rank, row.note) for row in groups(read_answers(table))[PROMPTS[0], "Ann"]] == [(2, ""), (1, ""), (1, ""), (1, "")]
+    assert read_answers(table)[4:] == rows[4:]
+
+
+def test_ranks_by_nobody_and_notes_of_the_builder_stay(tmp_path):
+    """The published table has ranks without a ranker; an unranked row may have a note that is not the ranker's."""
+    rows = [
+        RankedResponse("p", "a", 1),
+        RankedResponse("p", "b", 2),
+        RankedResponse("q", "c", note="made"),
+        RankedResponse("q", "d"),
+    ]
+    write_answers(tmp_path / "a.csv", rows)
+    work = AnswerRanking(tmp_path / "a.csv", tmp_path / "out.csv")
+    for prompt in "pq":
+        task = next(task for task in work.tasks("Ann") if task.prompt == prompt)
+        assert task.note == ""
+        work.save("Ann", task.key, ["1", "1"], "mine")
+    assert read_answers(tmp_path / "a.csv") == rows
+    out = read_answers(tmp_path / "out.csv")
+    assert out[:2] == rows[:2] and rows[2] in out
+    assert {(row.answer, row.rank, row.note) for row in out if row.ranker == "Ann"} == {(x, 1, "mine") for x in "abcd"}
+    assert all(task.done for task in AnswerRanking(tmp_path / "a.csv", tmp_path / "out.csv").tasks("Ann"))
+    write_answers(tmp_path / "other.csv", rows[:2])
+    with pytest.raises(UserError, match="holds other answers than"):
+        AnswerRanking(tmp_path / "a.csv", tmp_path / "other.csv")
+
+
+def test_the_order_is_drawn_for_each_prompt_and_ranker(tmp_path):
+    rows = [RankedResponse(f"p{n}", f"a{k}") for n in range(60) for k in range(4)]
+    write_answers(tmp_path / "a.csv", rows)
+    write_answers(tmp_path / "b.csv", rows[::-1])
+    shown = {name: {task.prompt: task.items for task in AnswerRanking(tmp_path / "a.csv").tasks(name)} for name in ("Ann", "Ben")}
+    assert shown["Ann"] == {
+        task.prompt: task.items for task in AnswerRanking(tmp_path / "b.csv").tasks("Ann")
+    }  # whatever the file's
+    for of_name in shown.values():
+        firsts = [items[0] for items in of_name.values()]
+        assert min(firsts.count(f"a{k}") for k in range(4)) >= 5 and len(set(of_name.values())) >= 15
+    assert sum(shown["Ann"][prompt] == shown["Ben"][prompt] for prompt in shown["Ann"]) < 15
+
+
+@pytest.mark.parametrize(
+    ("marks", "message"),
+    [
+        (["1", "2", "3", ""], "3 of 4 are decided"),
+        (["1", "2", "3"], "3 of 4 are decided"),
+        (None, "decide all of them"),
+        (["1", "2", "3", "5"], "expected ranks from 1 to 4"),
+        (["1", "2", "3", "-1"], "expected ranks from 1 to 4"),
+        (["1", "2", "3", "x"], "expected ranks from 1 to 4"),
+        (["2", "2", "3", "4"], "^ranks 2,2,3,4 by Ann leave one out; ties are written"),
+        (["1", "4", "3", "4"], "^ranks 1,3,4,4 by Ann leave one out"),
+    ],
+)
+def test_ranks_that_make_no_sense_are_not_saved(table, marks, message):
+    work, before = AnswerRanking(table), Path(table).read_bytes()
+    with pytest.raises(UserError, match=message):
+        work.save("Ann", work.tasks("Ann")[0].key, marks)
+    assert Path(table).read_bytes() == before
+
+
+def test_what_others_write_meanwhile_is_kept(table):
+    work = AnswerRanking(table)
+    task, other = work.tasks("Ann")[:2]
+    rows = read_answers(table)
+    changed = [replace(row, category="new") for row in rows[:8]] + [replace(rows[8], answer="rewritten"), *rows[9:]]
+    write_answers(table, changed)
+    gone = work.tasks("Ann")[2].key
+    work.save("Ann", task.key, by_text(task, "1234"))
+    assert [row.category for row in read_answers(table)[:8]] == ["new"] * 8
+    write_answers(table, rows)
+    with pytest.raises(UserError, match="not in the file any more"):
+        work.save("Ann", gone, ["1", "2", "3", "4"])
+    Path(table).write_text("prompt,answer\n")
+    with pytest.raises(RecordError, match="no rows"):
+        work.save("Ann", other.key, ["1", "2", "3", "4"])
+    assert Path(table).read_text() == "prompt,answer\n"
+
+
+def test_next_skip_and_back():
+    tasks = [
+        Task(prompt, ("a", "b"), marks) for prompt, marks in [("p", ("1", "2")), ("q", ()), ("r", ("1", "")), ("s", ("1", "1"))]
+    ]
+    p, q, r, s = tasks
+    assert next_task(tasks) == q and next_task(tasks, q.key) == r and next_task(tasks, r.key) == q and next_task(tasks, p.key) == q
+    assert next_task([p, s]) is None and next_task([p, q], q.key) == q
+    assert task_before(tasks, s.key) == r and task_before(tasks, p.key) == p and task_before(tasks) == s
+    with pytest.raises(UserError, match="reload the page"):
+        find(tasks, Task("p", ("b", "a")).key)  # the same answers in another order are another task
+
+
+def test_names():
+    assert check_name("  Anna  Maria O'Neil-Smith 2. ") == "Anna Maria O'Neil-Smith 2."
+    assert check_name("Łukasz") == "Łukasz" and check_name("日本") == "日本"
+    for wrong in ("", " ", "rule:exact", "LLM:gpt", "a:b", "=1+1", "-x", "a,b", "a\x00b", "<b>", "x" * 41, "${a}", "../x"):
+        with pytest.raises(UserError, match="rule: or llm:" if wrong.lower().startswith(("rule", "llm")) else "expected a name"):
+            check_name(wrong)
+
+
+def test_a_file_is_held_by_one_page(tmp_path):
+    held = hold(tmp_path / "answers.csv")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "answers.csv")
+    for name in ("answers.csv", "link.csv"):
+        with pytest.raises(UserError, match=f"{name}: another page .process {os.getpid()}."):
+            hold(tmp_path / name)
+    hold(tmp_path / "labels.jsonl").close()
+    held.close()
+    hold(tmp_path / "answers.csv").close()
+
+
+# --- the page, as the server gives it --------------------------------------------------------------------------------------------
+
+
+class Texts(HTMLParser):
+    """The tags of a page, and the text in its elements by class."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.texts = [], [("", "")]
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.texts.append((dict(attrs).get("class"), ""))
+        assert not any(name.startswith("on") or name in ("src", "href") for name, _ in attrs)
+
+    def handle_endtag(self, tag):
+        self.texts.append(("", ""))
+
+    def handle_data(self, data):
+        name, text = self.texts[-1]
+        self.texts[-1] = (name, text + data)
+
+    def of(self, name: str) -> list[str]:
+        return [text for inside, text in self.texts if inside == name]
+
+
+def test_turns(table):
+    work = AnswerRanking(table)
+
+    def ask(**request):
+        return turn(work, RANKS, {"name": "Ann", **request})
+
+    page = Texts(ask(action="open")["html"])
+    first, second, *_ = work.tasks("Ann")
+    assert page.of("text") == list(first.items) and page.of("prompt") == [PROMPTS[0]]
+    assert any(EVIL in text for text in page.of("text")) and not {"script", "img", "a"} & set(page.tags)
+    assert not any(word in ask(action="open")["html"] for word in ("kind 1", "model", "0.7"))  # where an answer comes from
+    assert Texts(ask(action="skip", key=first.key)["html"]).of("prompt") == [second.prompt]
+    assert Texts(ask(action="back", key=second.key)["html"]).of("prompt") == [first.prompt]
+    refused = ask(action="save", key=first.key, marks=["1", "", "", ""])
+    assert refused == {"error": "Not saved: 1 of 4 are decided: decide all of them, or skip"}
+    for task in work.tasks("Ann"):
+        assert "All 4" not in ask(action="open")["html"]
+        reply = ask(action="save", key=task.key, marks=["1", "1", "3", "4"], note='<i>"n"</i>')
+    assert "All 4 prompts are done" in reply["html"] and "4 of 4" in reply["html"]
+    page = ask(action="back", key=None)["html"]
+    assert Texts(page).of("prompt") == [PROMPTS[3]] and 'value="&lt;i&gt;&quot;n&quot;&lt;/i&gt;"' in page and "Save again" in page
+    assert "0 of 4" in turn(work, RANKS, {"name": "Ben", "action": "open"})["html"]
+    for name in (None, "", "rule:exact"):
+        reply = turn(work, RANKS, {"name": name, "action": "save", "key": first.key, "marks": ["1"] * 4})
+        assert reply["ask"] and ("rule:" in reply["html"]) == bool(name)
+    assert {row.ranker for row in read_answers(table)} == {"Ann"}
+    Path(table).unlink()
+    assert "answers.csv" in ask(action="open")["error"]
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------------------
+
+PAIRS = [
+    PreferencePair("P", ["Step 2: 3", "Answer: 3"], [f"Step 2: {EVIL}", "Answer: 4"], prefix=["Step 1: 1"]),
+    PreferencePair("Q", ["Answer: 1"], ["Answer: 2"]),
+]
+SOLUTIONS = {
+    ("P", ("Step 1: 1", "Step 2: 3", "Answer: 3")),
+    ("P", ("Step 1: 1", f"Step 2: {EVIL.replace(chr(10), ' ')}", "Answer: 4")),
+    ("Q", ("Answer: 1",)),
+    ("Q", ("Answer: 2",)),
+}
+
+
+def test_both_sides_of_pairs_are_labelled_once(tmp_path):
+    write_records(tmp_path / "pairs.jsonl", [*PAIRS, PAIRS[1]])
+    solutions = load_solutions(str(tmp_path / "pairs.jsonl"))
+    assert len(solutions) == 4 and {(task.prompt, task.items) for task in solutions} == SOLUTIONS
+    assert solutions == load_solutions(str(tmp_path / "pairs.jsonl"))  # the same order for everybody
+    many = [PreferencePair(f"p{n}", ["right"], ["wrong"]) for n in range(40)]
+    write_records(tmp_path / "many.jsonl", many)
+    shown = [task.items[0] for task in load_solutions(str(tmp_path / "many.jsonl"))]
+    assert 5 < sum(a == b for a, b in itertools.pairwise(shown)) < 74  # neither side by side nor in turn
+
+    write_records(tmp_path / "labelled.jsonl", [LabelledSolution("P", ["Answer: 1"], [1])])
+    assert load_solutions(str(tmp_path / "labelled.jsonl")) == [Task("P", ("Answer: 1",))]  # nobody sees the label
+    (tmp_path / "problems.jsonl").write_text('{"prompt": "P", "answer": "1"}\n')
+    with pytest.raises(RecordError, match=r"problems.jsonl: no solutions with steps"):
+        load_solutions(str(tmp_path / "problems.jsonl"))
+
+
+def test_labels_are_what_the_human_judge_reads(tmp_path):
+    write_records(tmp_path / "pairs.jsonl", PAIRS)
+    labels = tmp_path / "out" / "labels.jsonl"
+    labels.parent.mkdir()
+    theirs = LabelledSolution("Z", ["Answer: 0"], [0.5], final_correct=False)  # made elsewhere
+    write_records(labels, [theirs])
+    solutions = load_solutions(str(tmp_path / "pairs.jsonl"))
+    work = StepLabelling(solutions, labels)
+    said = {name: {task.items: task for task in work.tasks(name)} for name in ("Ann", "Ben")}
+    right, wrong = ("Step 1: 1", "Step 2: 3", "Answer: 3"), ("Answer: 2",)
+    work.save("Ann", said["Ann"][right].key, ["right", "unsure", "wrong"], "odd")
+    work.save("Ben", said["Ben"][right].key, ["right", "unsure", "right"])
+    work.save("Ann", said["Ann"][wrong].key, ["unsure"])
+    rows = [row for _, row in read_rows(labels)]
+    assert rows[1:] == [
+        {"prompt": "P", "steps": list(right), "labels": [1, None, 0], "labeller": "Ann", "note": "odd"},
+        {"prompt": "P", "steps": list(right), "labels": [1, None, 1], "labeller": "Ben"},
+        {"prompt": "Q", "steps": list(wrong), "labels": [None], "labeller": "Ann"},
+    ]
+    judge = HumanJudge(labels)
+    assert judge.score_steps([("P", right[:1]), ("P", right), ("Q", wrong), ("Z", ["Answer: 0"])]) == [[1], None, None, [0.5]]
+
+    again = StepLabelling(solutions, labels)
+    assert sum(task.done for task in again.tasks("Ann")) == 2 and sum(task.done for task in again.tasks("Ben")) == 1
+    done = find(again.tasks("Ann"), said["Ann"][right].key)
+    assert (done.marks, done.note) == (("right", "unsure", "wrong"), "odd")
+    again.save("Ann", done.key, ["right", "right", "wrong"])  # changed: in its place
+    rows[1] = {"prompt": "P", "steps": list(right), "labels": [1, 1, 0], "labeller": "Ann"}
+    assert [row for _, row in read_rows(labels)] == rows
+    assert HumanJudge(labels).score_steps([("P", right)]) == [[1, 1, 0.5]]
+    with pytest.raises(UserError, match="expected right, wrong, unsure"):
+        again.save("Ann", done.key, ["right", "1", "wrong"])
+    page = turn(again, STEPS, {"name": "Ann", "action": "open"})["html"]
+    assert "2 of 4 solutions" in page and "<script>" not in page
+
+    labels.write_text('{"prompt": "P", "steps": ["a"], "labels": [2]}\n')
+    with pytest.raises(RecordError, match=r"labels.jsonl:1: field 'labels'"):
+        StepLabelling(solutions, labels)
+
+
+# --- agreement -------------------------------------------------------------------------------------------------------------------
+
+
+def ranked(**ranks: str) -> list[RankedResponse]:
+    """ranker="1234 1234": the ranks of the answers to prompt 0, 1 ...; a space alone leaves a prompt out."""
+    return [
+        RankedResponse(f"p{p}", f"a{k}", int(rank), name)
+        for name, of_ranker in ranks.items()
+        for p, group in enumerate(of_ranker.split(","))
+        for k, rank in enumerate(group)
+    ]
+
+
+def test_agreement():
+    (same,) = agreement(ranked(Ann="1234,4321", Ben="1234,4321"))
+    assert (same.rankers, same.prompts, same.tau.value, same.tau.n, same.alpha) == (("Ann", "Ben"), 2, 1, 2, 1)
+    (opposite,) = agreement(ranked(Ann="1234,1234", Ben="4321,4321"))
+    assert opposite.tau.value == -1 and opposite.alpha < 0
+    # One of six pairs swapped: tau 4/6. Each rank occurs twice, so the ordinal distance of ranks i and j is (2 |i - j|)^2:
+    # observed (0 + 0 + 4 + 4) / 4 = 2, expected (24 * 4 + 16 * 16 + 8 * 36) / 56 = 640 / 56.
+    (swapped,) = agreement(ranked(Ann="1234", Ben="1243"))
+    assert swapped.tau.value == pytest.approx(4 / 6) and swapped.tau.ci95 is None
+    assert swapped.alpha == pytest.approx(1 - 2 / (640 / 56))
+    (ties,) = agreement(ranked(Ann="1224", Ben="1223"))  # two ways to write the same ties
+    assert ties.tau.value == pytest.approx(1) and ties.alpha == pytest.approx(1)
+    (undefined,) = agreement(ranked(Ann="1111,12", Ben="1234,12"))
+    assert undefined.prompts == 2 and undefined.tau.n == 1
+    (nothing,) = agreement(ranked(Ann="11", Ben="11"))
+    assert nothing.tau is None and nothing.alpha is None
+
+
+def test_agreement_of_several():
+    rows = ranked(Ann="1234,1234,12", Ben="1243,1234", Cid=",,12")
+    pairs = {found.rankers: found for found in agreement(rows)}
+    assert list(pairs) == [("Ann", "Ben"), ("Ann", "Cid"), ("Ann", "Ben", "Cid")]
+    assert pairs["Ann", "Ben"].prompts == 2 and pairs["Ann", "Cid"].prompts == 1 and pairs["Ann", "Ben", "Cid"].prompts == 0
+    assert pairs["Ann", "Cid"].alpha == 1 > pairs["Ann", "Ben", "Cid"].alpha > pairs["Ann", "Ben"].alpha
+    table = agreement_rows([*rows, *(replace(row, ranker="") for row in rows[:4])])
+    assert table[-1][0] == "all" and any(row[0] == "(no name) and Ann" for row in table)
+    assert agreement(ranked(Ann="12", Ben=",12")) == [] and "two rankers" in agreement_html([])
+    assert "&lt;b&gt;" in agreement_html([("<b>", "", "", "", "")])
+
+
+# --- the script ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--input", "nowhere.csv"], "nowhere.csv not found"),
+        (["--input", "."], ". is a folder, expected a file"),
+        (["--input", "empty.csv"], "empty.csv:1: expected a header"),
+        (["--input", "header.csv"], "header.csv: no rows"),
+        (["--input", "picture.csv"], "picture.csv: not UTF-8"),
+        (["--input", "one.csv"], "has one answer"),
+        (["--input", "half.csv"], "some of its answers have no rank by Ann"),
+        (["--input", "half.csv", "--agreement"], "some of its answers have no rank by Ann"),
+        (["--ranker", "rule:exact"], "rule: or llm: are for what is no person"),
+        (["--ranker", ""], "expected a name"),
+        (["--ranker", "a<b>"], "expected a name"),
+        (["--port", "0"], "--port: expected 1 to 65535"),
+        (["--steps", "nowhere.jsonl"], "nowhere.jsonl not found"),
+        (["--steps", "empty.csv"], "empty.csv"),
+        (["--steps", "pairs.jsonl", "--labels", "half.csv"], "half.csv:1: not JSON"),
+        (["--output", "no/such/folder/out.csv"], "out.csv.lock"),
+        (["--agreement"], "no prompt is ranked by two rankers"),
+        (["--input", "held.csv"], "held.csv: another page (process"),
+    ],
+)
+def test_mistakes_are_one_line(table, tmp_path, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.csv").touch()
+    Path("header.csv").write_text("prompt,answer,rank\n")
+    Path("picture.csv").write_bytes(b"\x89PNG\xff")
+    Path("one.csv").write_text("prompt,answer\np,a\n")
+    Path("half.csv").write_text("prompt,answer,rank,ranker\np,a,1,Ann\np,b,,Ann\n")
+    write_records("pairs.jsonl", PAIRS)
+    held = hold("held.csv")
+    shutil.copy(table, "held.csv")
+    before = {path: path.read_bytes() for path in Path().glob("*.csv")}
+    monkeypatch.setattr("utils.rank_responses.serve", lambda *_: pytest.fail("the page was shown"))
+    monkeypatch.setattr("sys.argv", [SCRIPT, *(["--input", "answers.csv"] if "--input" not in args else []), *args])
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1, error
+    assert {path: path.read_bytes() for path in Path().glob("*.csv")} == before
+    held.close()
+
+
+def test_agreement_on_the_terminal(tmp_path, monkeypatch, capsys):
+    write_answers(tmp_path / "answers.csv", ranked(Ann="1234", Ben="1243", rule="1234"))
+    monkeypatch.setattr("sys.argv", [SCRIPT, "--input", str(tmp_path / "answers.csv"), "--agreement"])
+    run(main)
+    table = capsys.readouterr().out
+    assert "Ann and Ben" in table and "0.667" in table and "0.825" in table and len(list(tmp_path.iterdir())) == 1
+
+
+# --- in a browser ----------------------------------------------------------------------------------------------------------------
+
+CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
+in_browser = pytest.mark.skipif(
+    not (Path(CHROMIUM).exists() and Path(DRIVER).exists()),
+    reason=f"no {CHROMIUM} or {DRIVER}: Debian's packages chromium and chromium-driver",
+)
+PATIENCE = 240  # seconds; a machine may be busy
+
+
+@contextmanager
+def browser(profile: Path, width: int = 1280, height: int = 1000):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (
+        "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+        "disable-component-update", "disable-sync", f"user-data-dir={profile}", f"window-size={width},{height}",
+    ):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.set_page_load_timeout(PATIENCE)
+    driver.set_script_timeout(PATIENCE)
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+def free_port() -> int:
+    with socket.socket() as any_free:
+        any_free.bind(("127.0.0.1", 0))
+        return any_free.getsockname()[1]
+
+
+@contextmanager
+def server(port: int, *args: str, cwd: Path):
+    """The script in a process of its own, when its page can be had."""
+    command = [sys.executable, str(ROOT / SCRIPT), "--port", str(port), *args]
+    with open(cwd / "server.log", "a+", encoding="utf-8") as log:
+        process = subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log)
+        try:
+            end = time.monotonic() + PATIENCE
+            while "(Ctrl-C ends)" not in (cwd / "server.log").read_text().rpartition("#")[2]:
+                assert process.poll() is None and time.monotonic() < end, (cwd / "server.log").read_text()
+                time.sleep(0.2)
+            log.write("#")  # the next one writes behind this
+            log.flush()
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+class Page:
+    """What a person does with the page."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def all(self, selector: str) -> list:
+        return [found for found in self.driver.find_elements("css selector", selector) if found.is_displayed()]
+
+    def wait(self, what, why: str):
+        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        wait = WebDriverWait(self.driver, PATIENCE, ignored_exceptions=[StaleElementReferenceException])
+        return wait.until(lambda _: what(), f"waited for {why}: {self.text()}")
+
+    def text(self) -> str:
+        return self.driver.find_element("css selector", "body").text
+
+    def see(self, text: str) -> None:
+        self.wait(lambda: text in self.text(), repr(text))
+
+    def press(self, *keys: str) -> None:
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def items(self) -> list[str]:
+        return [item.get_property("textContent") for item in self.all(".item .text")]
+
+    def marks(self) -> list[str]:
+        return [item.get_attribute("data-mark") for item in self.all(".item")]
+
+    def prompt(self) -> str:
+        (prompt,) = self.all(".prompt")
+        return prompt.get_property("textContent")
+
+    def ranks(self, ranks: str) -> str:
+        """The keys, from the first answer on, that give the best, second best ... answer these ranks."""
+        return "".join(by_text(Task(self.prompt(), tuple(self.items())), ranks))
+
+    def network(self) -> set[str]:
+        """Where anything was asked for since the last call."""
+        import json
+        from urllib.parse import urlsplit
+
+        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        return {urlsplit(url).netloc for url in sent if not url.startswith(("data:", "blob:", "chrome"))}
+
+
+@in_browser
+@pytest.mark.slow
+def test_rank_by_keyboard_kill_and_go_on(table, tmp_path):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    port = free_port()
+    with browser(tmp_path / "profile") as driver:
+        page = Page(driver)
+        with server(port, "--input", table, cwd=tmp_path) as process:
+            driver.get(f"http://127.0.0.1:{port}")
+            page.see("Your name")
+            page.press("rule:exact", Keys.ENTER)
+            page.see("are for what is no person")
+            page.press("Ann", Keys.ENTER)
+            page.see("0 of 4 prompts done")
+
+            # A script in an answer is text, and nothing of it has run.
+            assert sorted(page.items()) == sorted(answer(k, 0) for k in range(1, 5)) and page.prompt() == PROMPTS[0]
+            assert not driver.find_elements("css selector", ".work script, .work img, .work .text *, .work .prompt *")
+            assert driver.execute_script("return window.hacked") is None
+
+            page.press("s")  # skip: it comes again when the others are done
+            page.wait(lambda: page.prompt() == PROMPTS[1], "the second prompt")
+            page.press(page.ranks("1234"), Keys.ENTER)
+            page.see("1 of 4 prompts done")
+            page.press(page.ranks("1334"), Keys.ENTER)
+            page.see("ranks 1,3,3,4 by Ann leave one out")  # and nothing is saved; set right, from the top
+            page.press(Keys.ARROW_UP, Keys.ARROW_UP, Keys.ARROW_UP, page.ranks("1224"), "n", "a tie", Keys.ENTER)
+            page.see("2 of 4 prompts done")
+            page.press(page.ranks("4321"), Keys.ENTER)
+            page.see("3 of 4 prompts done")
+            assert page.prompt() == PROMPTS[0]
+            saved = {prompt: [row.rank for row in rows] for (prompt, name), rows in groups(read_answers(table)).items()}
+            assert saved == {PROMPTS[1]: [1, 2, 3, 4], PROMPTS[2]: [1, 2, 2, 4], PROMPTS[3]: [4, 3, 2, 1]}
+
+            # Another page for the same file is told; this one is killed between two keys.
+            other = subprocess.run(
+                [sys.executable, str(ROOT / SCRIPT), "--input", table, "--port", str(free_port())], capture_output=True, text=True
+            )
+            assert other.returncode == 2 and f"(process {process.pid})" in other.stderr and other.stderr.count("\n") == 1
+            page.press(page.ranks("1234")[:2])
+            before = Path(table).read_bytes()
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert Path(table).read_bytes() == before
+            page.press(page.ranks("1234")[2:], Keys.ENTER)
+            page.see("the server does not answer")
+
+        with server(port, "--input", table, cwd=tmp_path):
+            page.press(Keys.ENTER)  # the page is still there, with what was typed
+            page.see("All 4 prompts are done")
+            assert [row.rank for row in groups(read_answers(table))[PROMPTS[0], "Ann"]] == [1, 2, 3, 4]
+            driver.get(f"http://127.0.0.1:{port}")
+            page.see("All 4 prompts are done")
+            page.press("b")
+            page.wait(lambda: page.all(".item"), "the last prompt")
+            page.press("b")
+            page.wait(lambda: page.prompt() == PROMPTS[2], "the prompt before")
+            assert "".join(page.marks()) == page.ranks("1224") and page.all(".note")[0].get_property("value") == "a tie"
+
+            # Dragged to the end: the order is the ranking.
+            first, *rest = page.items()
+            grips = page.all(".grip")
+            ActionChains(driver).click_and_hold(grips[0]).move_to_element(grips[1]).move_to_element(grips[3]).release().perform()
+            assert page.items() == [*rest, first] and page.marks() == ["1", "2", "3", "4"]
+            page.press(Keys.ENTER)
+            page.see("All 4 prompts are done")
+            rank_of = {row.answer: row.rank for row in groups(read_answers(table))[PROMPTS[2], "Ann"]}
+            assert [rank_of[text] for text in (*rest, first)] == [1, 2, 3, 4]
+            assert len(read_answers(table)) == 16
+        assert page.network() == {f"127.0.0.1:{port}"}
+        # one failed turn, when there was no server
+        assert {entry["message"].split()[0] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"} <= {
+            f"http://127.0.0.1:{port}/gradio_api/component_server",
+            f"http://127.0.0.1:{port}/gradio_api/heartbeat",
+        }
+
+
+@in_browser
+@pytest.mark.slow
+def test_label_steps_and_see_agreement(table, tmp_path):
+    port = free_port()
+    rows = read_answers(table)
+    write_answers(table, [replace(row, rank=1 + k % 4, ranker=name) for name in ("Ann", "Ben") for k, row in enumerate(rows)])
+    write_records(tmp_path / "pairs.jsonl", PAIRS)
+    with (
+        browser(tmp_path / "profile") as driver,
+        server(port, "--input", table, "--ranker", "Ann", "--steps", "pairs.jsonl", "--labels", "labels.jsonl", cwd=tmp_path),
+    ):
+        page = Page(driver)
+        driver.get(f"http://127.0.0.1:{port}")
+        page.see("All 4 prompts are done")
+        for tab in page.all("button[role=tab]"):
+            if tab.text in ("Agreement", "Label steps"):
+                tab.click()
+                page.see("Ann and Ben" if tab.text == "Agreement" else "0 of 4 solutions done")
+                assert "1.000" in page.text() or tab.text != "Agreement"
+        said = {}
+        for done in range(1, 5):
+            steps = tuple(page.items())
+            labels = ["right" if step in ("Step 1: 1", "Step 2: 3", "Answer: 3", "Answer: 1") else "wrong" for step in steps]
+            said[page.prompt(), steps] = [1 if label == "right" else 0 for label in labels]
+            keys = {"right": "1r"[done % 2], "wrong": "2w"[done % 2]}
+            page.press(*(keys[label] for label in labels[:-1]), "3" if done == 4 else keys[labels[-1]], "\ue007")
+            if done == 4:
+                said[page.prompt() if page.all(".prompt") else "", steps] = None
+                page.see("All 4 solutions are done")
+            else:
+                page.see(f"{done} of 4 solutions done")
+        assert driver.execute_script("return window.hacked") is None
+        assert page.network() == {f"127.0.0.1:{port}"}
+    judge = HumanJudge(tmp_path / "labels.jsonl")
+    written = [LabelledSolution.from_row(row) for _, row in read_rows(tmp_path / "labels.jsonl")]
+    assert {(row.prompt, tuple(row.steps)) for row in written} == SOLUTIONS
+    for row in written[:3]:
+        assert row.labels == said[row.prompt, tuple(row.steps)] == judge.score_steps([(row.prompt, row.steps)])[0]
+    assert written[3].labels[-1] is None and judge.score_steps([(written[3].prompt, written[3].steps)]) == [None]
+
+
+@in_browser
+@pytest.mark.slow
+def test_a_port_in_use(table, tmp_path, run_script):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run_script(SCRIPT, "--input", table, "--port", taken.getsockname()[1])
+    assert done.returncode == 2 and "--port" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def take_picture(path: Path) -> None:
+    """The page in the middle of a ranking, as the README shows it."""
+    import tempfile
+
+    texts = {
+        "Write a story about an AI that learns to garden.": [
+            "Ada had never touched soil. She had sensors for it, twelve of them, and a camera over the tomato bed. In the first "
+            "week she watered too much. In the second she asked the neighbour, and learned to wait.\n\nBy June she had tomatoes.",
+            "An AI is a computer program. Gardens have plants. The AI gardened the plants and the plants were gardened. The end.",
+            "Once upon a time there was a robot called Bloom. It planted a seed every day and told each one its name. When the "
+            "first leaf came up, Bloom did not know which name to say, so it said all of them.",
+            "As an AI I do not have a garden. Here are 5 tips for gardening: 1. Water. 2. Sun. 3. Soil. 4. Seeds. 5.",
+        ]
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [RankedResponse(prompt, text) for prompt, answers in texts.items() for text in answers]
+        rows = [RankedResponse(f"Done {k}", text, 1, "Ann") for k in range(14) for text in "ab"] + rows
+        rows += [RankedResponse(f"Open {k}", text) for k in range(25) for text in "ab"]
+        write_answers(Path(folder) / "answers.csv", rows)
+        port = free_port()
+        with (
+            browser(Path(folder) / "profile", 1200, 860) as driver,
+            server(port, "--input", "answers.csv", "--ranker", "Ann", cwd=Path(folder)),
+        ):
+            page = Page(driver)
+            driver.get(f"http://127.0.0.1:{port}")
+            page.see("14 of 40")
+            page.press("12")
+            page.see("2 to go")
+            driver.save_screenshot(str(path))
+
+
+if __name__ == "__main__":
+    take_picture(ROOT / "docs/images/ranking_page.png")
