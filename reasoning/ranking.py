@@ -4,6 +4,7 @@ The file is long: one row for each (prompt, answer, ranker). What a second ranke
 """
 
 import csv
+import hashlib
 import io
 import math
 from collections import defaultdict
@@ -151,6 +152,11 @@ def groups(rows: Iterable[RankedResponse]) -> dict[tuple[str, str], list[RankedR
         if row.rank is not None:
             found[row.prompt, row.ranker].append(row)
     return dict(found)
+
+
+def split_of(prompt: str) -> str:
+    """The split of a prompt where nobody chose one: a fifth of all are `test`, those that records.is_kept_out names among them."""
+    return "test" if int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 5 == 0 else "train"
 
 
 def check_groups(rows: Sequence[RankedResponse], path: str | Path) -> None:

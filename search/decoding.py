@@ -146,9 +146,11 @@ class Decoder:
         max_new_tokens: int,
         seed: int,
         one_step: bool = False,
+        top_p: float = 1.0,
     ) -> Iterator[list[Row]]:
         """After every token the rows that got it. There are n rows a beginning, each written until EOS, `max_new_tokens`, the end
         of the model's context or, with `one_step`, the end of a step. Beginnings are ids, one at least, fewer than the context.
+        top_p, above 0: only the likeliest tokens that together reach this probability are drawn.
 
         A row's random numbers come from seed, beginning and sample alone, so it does not matter what else is decoded."""
         waiting = sorted(range(len(beginnings)), key=lambda i: -len(beginnings[i]))  # like lengths enter together
@@ -159,7 +161,7 @@ class Decoder:
                 entering = [waiting.pop() for _ in range(min(len(waiting), max(1, free // n)))]
                 for group in self._enter({i: tuple(beginnings[i]) for i in entering}, n, max_new_tokens, seed):
                     batch = batch.join(group) if batch else group
-            tokens = self._choose(batch, temperature)
+            tokens = self._choose(batch, temperature, top_p)
             written = []
             for place, (row, token) in enumerate(zip(batch.rows, tokens.tolist(), strict=True)):
                 if row.ended:
@@ -184,12 +186,17 @@ class Decoder:
             batch.lengths = batch.lengths + 1
             batch.logits = self._read(batch.cache, batch.lengths, tokens[:, None])
 
-    def _choose(self, batch: _Batch, temperature: float) -> Tensor:
+    def _choose(self, batch: _Batch, temperature: float, top_p: float) -> Tensor:
         """The next token of every row, (R,): the likeliest at temperature 0, else the one at which the cumulative probability
         passes the row's next random number."""
         if temperature == 0:
             return batch.logits.argmax(-1)
-        cumulative = (batch.logits / temperature).softmax(-1).cumsum(-1)
+        probabilities = (batch.logits / temperature).softmax(-1)
+        if top_p < 1:
+            ordered, order = probabilities.sort(-1, descending=True)
+            beyond = ordered.cumsum(-1) - ordered >= top_p  # those before it are enough
+            probabilities = probabilities.masked_fill(beyond.gather(-1, order.argsort(-1)), 0)
+        cumulative = probabilities.cumsum(-1)
         last = batch.uniforms.size(1) - 1  # rows that have ended go on using their last number
         uniform = batch.uniforms.gather(1, batch.used.clamp(max=last)[:, None])
         batch.used = batch.used + 1

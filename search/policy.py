@@ -228,6 +228,31 @@ class Policy:
             for wholes in self.rollouts(states, n, temperature, max_new_tokens, seed, progress)
         ]
 
+    def texts(
+        self,
+        prompts: Sequence[str],
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        chat: bool = False,
+    ) -> list[tuple[str, bool]]:
+        """One text for every prompt, line breaks and all, and whether it ended by itself (EOS). The same prompt and arguments give
+        the same text, whatever else is asked.
+
+        chat: the prompt is the user's message as it is, without the instruction to solve it step by step; the model has a chat
+        template. Raises PromptTooLong."""
+        beginnings = [self._prompt_ids(prompt, chat) for prompt in prompts]
+        for prompt, ids in zip(prompts, beginnings, strict=True):
+            self._check_length(prompt, ids)
+        texts = [("", False)] * len(prompts)
+        for rows in self.decoder.decode(beginnings, 1, temperature, max_new_tokens, seed, top_p=top_p):
+            for row in rows:
+                if row.ended:
+                    text = self.tokenizer.decode(row.ids, skip_special_tokens=True).strip()
+                    texts[row.beginning] = (text, row.ended == "finished")
+        return texts
+
     def stream(self, prompt: str, temperature: float = 0.0, max_new_tokens: int = 256, seed: int = 0) -> Iterator[str]:
         """The text of one response, piece by piece as it is written."""
         text, ids = "", []
@@ -239,8 +264,10 @@ class Policy:
                 text = longer
         yield self.tokenizer.decode(ids, skip_special_tokens=True)[len(text) :]
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        text = format_prompt(prompt, self.tokenizer)
+    def _prompt_ids(self, prompt: str, chat: bool = False) -> list[int]:
+        message = {"role": "user", "content": prompt}
+        template = self.tokenizer.apply_chat_template
+        text = template([message], tokenize=False, add_generation_prompt=True) if chat else format_prompt(prompt, self.tokenizer)
         return self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template, verbose=False)["input_ids"]
 
     def _check_length(self, prompt: str, ids: Sequence[int]) -> None:

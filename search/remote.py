@@ -59,6 +59,27 @@ class RemotePolicy(Policy):
             raise PromptTooLong(f"{self._server}: no room in the model's context behind {short(self._overflown[0].prompt)}")
         return answers
 
+    def texts(self, prompts, temperature=0.0, top_p=1.0, max_new_tokens=256, seed=0, chat=False) -> list[tuple[str, bool]]:
+        """As Policy's. A chat is the server's: /chat/completions is asked, and its template frames the prompt."""
+        if chat:
+            self._say("chats are framed by the server's template")
+
+        async def ask(prompt: str) -> tuple[str, bool]:
+            text = prompt if chat else format_prompt(prompt, self.tokenizer).removeprefix(self._bos)  # the server adds it
+            key = repr((seed, prompt)).encode(errors="surrogatepass")
+            settings = {"seed": int.from_bytes(blake2b(key, digest_size=4).digest()) >> 1}
+            try:
+                reply = await self._complete(text, max_new_tokens, settings | {"temperature": temperature, "top_p": top_p}, chat)
+            except TooLong:
+                raise PromptTooLong(f"{self._server}: no room in the model's context behind {short(prompt)}") from None
+            return reply.text.strip(), reply.reason == "stop"
+
+        async def ask_all() -> list[tuple[str, bool]]:
+            async with self._server.open():
+                return await gather([ask(prompt) for prompt in prompts])
+
+        return asyncio.run(ask_all())
+
     def stream(self, prompt: str, temperature: float = 0.0, max_new_tokens: int = 256, seed: int = 0) -> Iterator[str]:
         """The text of one response, in one piece."""
         ((response,),) = self.generate([prompt], 1, temperature, max_new_tokens, seed)
@@ -123,13 +144,14 @@ class RemotePolicy(Policy):
             status = "finished"
         return State(state.prompt, (), (), steps, status, sampled)
 
-    async def _complete(self, text: str, max_tokens: int, settings: dict) -> _Reply:
+    async def _complete(self, text: str, max_tokens: int, settings: dict, chat: bool = False) -> _Reply:
         """Servers refuse to write more than the context has room for: then less is asked for, and if one token is too many
         TooLong is raised."""
         while True:
             try:
-                body = {"model": self._name, "prompt": text, "max_tokens": max_tokens, **settings}
-                return await self._server.ask("text", body, self._read)
+                framed = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+                body = {"model": self._name, **framed, "max_tokens": max_tokens, **settings}
+                return await self._server.ask("chat" if chat else "text", body, self._read)
             except TooLong:
                 if max_tokens == 1:
                     raise
@@ -137,7 +159,7 @@ class RemotePolicy(Policy):
 
     def _read(self, answer: Any) -> _Reply:
         choice = answer["choices"][0]
-        text = choice["text"] + ""
+        text = (choice["message"]["content"] or "" if "message" in choice else choice["text"]) + ""
         tokens = (answer.get("usage") or {}).get("completion_tokens")
         if tokens is None:
             self._say("the server does not count tokens: words are counted instead")

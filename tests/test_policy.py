@@ -131,6 +131,56 @@ def test_sampled_frequencies_are_the_models(policy):
     assert chisquare(observed, [*wanted, 2000 - sum(wanted)]).pvalue > 1e-3
 
 
+def test_top_p_draws_the_nucleus_alone(policy):
+    """The first token of 2,000 samples: the likeliest ones that together reach 0.6, as often as their share of them; below the
+    likeliest's own probability it is the greedy one."""
+    from collections import Counter
+
+    from scipy.stats import chisquare
+
+    ids = policy.start(PROMPTS[0]).ids
+    with torch.inference_mode():
+        expected = policy.model(torch.tensor([ids])).logits[0, -1].softmax(-1).tolist()
+    nucleus = []
+    for token in sorted(range(len(expected)), key=lambda token: -expected[token]):
+        nucleus.append(token)
+        if sum(expected[token] for token in nucleus) >= 0.6:
+            break
+    assert 1 < len(nucleus) < len(expected) / 2
+    drawn = Counter(row.ids[0] for row in next(policy.decoder.decode([ids], 2000, 1.0, 1, 0, top_p=0.6)))
+    assert set(drawn) <= set(nucleus)
+    often = [token for token in nucleus if expected[token] > 0.01]
+    rest = [sum(expected[token] for token in nucleus if token not in often), 2000 - sum(drawn[token] for token in often)]
+    wanted = [expected[token] for token in often] + ([rest[0]] if rest[0] else [])
+    scale = 2000 / sum(wanted)
+    observed = [drawn[token] for token in often] + ([rest[1]] if rest[0] else [])
+    assert chisquare(observed, [share * scale for share in wanted]).pvalue > 1e-3
+    narrow = policy.texts(PROMPTS, temperature=1.0, top_p=1e-6, max_new_tokens=10)
+    assert narrow == policy.texts(PROMPTS, temperature=0, max_new_tokens=10)
+
+
+def test_texts_are_the_responses_and_do_not_depend_on_each_other(policy):
+    arguments = {"temperature": 1.0, "max_new_tokens": 30, "seed": 3}
+    texts = policy.texts(PROMPTS, **arguments)
+    responses = [response for (response,) in policy.generate(PROMPTS, **arguments)]
+    assert [(split_steps(" ".join(text.split())), ended) for text, ended in texts] == [
+        (split_steps(" ".join(response.steps)), response.finished) for response in responses
+    ]
+    narrow = policy.texts(PROMPTS, top_p=0.7, **arguments)
+    assert narrow != texts and [policy.texts([prompt], top_p=0.7, **arguments)[0] for prompt in PROMPTS] == narrow
+    with pytest.raises(PromptTooLong, match="512"):
+        policy.texts(["apple " * 600])
+
+
+def test_a_chat_is_the_prompt_in_the_models_template(tiny_model_dir):
+    policy = Policy.load(tiny_model_dir)
+    policy.tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    )
+    assert policy.tokenizer.decode(policy._prompt_ids("Tell a story", chat=True)) == "[Tell a story]:"
+    assert policy.texts(["Tell a story"], max_new_tokens=5, chat=True) != policy.texts(["Tell a story"], max_new_tokens=5)
+
+
 def test_logps_by_hand(policy):
     rows = [(PROMPTS[0], ["Step 1: 3 + 1 = 4"], ["Answer: 4"]), (PROMPTS[1], [], ["Step 1: 14 + 3 = 17"])]
     for row, value in zip(rows, policy.logps(rows), strict=True):

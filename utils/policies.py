@@ -36,8 +36,8 @@ def check_policy(args: PolicyArgs) -> None:
         check_model(args.model_name_or_path, "make models" if args.model_name_or_path == BASE else None)
 
 
-def open_policy(args: PolicyArgs) -> "Policy":
-    """The policy that the arguments name. Raises JudgeError or RecordError if it cannot be had."""
+def open_policy(args: PolicyArgs, chat: bool = False) -> "Policy":
+    """The policy that the arguments name. chat: it is to answer chats. Raises JudgeError or RecordError if it cannot be had."""
     if args.policy_base_url is None:
         from search.policy import Policy
 
@@ -45,7 +45,7 @@ def open_policy(args: PolicyArgs) -> "Policy":
     from search.remote import RemotePolicy
 
     policy = RemotePolicy(args.policy_base_url, args.model_name_or_path, args.policy_requests)
-    policy.generate(["2 + 3 = ?"], max_new_tokens=1)  # a server that cannot be used is found before the work begins
+    policy.texts(["2 + 3 = ?"], max_new_tokens=1, chat=chat)  # a server that cannot be used is found before the work begins
     return policy
 
 
