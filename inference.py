@@ -1,6 +1,7 @@
 """Answer a problem step by step: one `--prompt`, a file of them (`--input`, `--output`), or a loop that asks for them.
 
-With `--search` a judge guides: `--search beam --show_scores` shows what was proposed for every step, what was kept, and why.
+With `--search` a judge guides: `--search beam --show_scores` shows what was proposed for every step, what was kept, and why. With
+`--search best_of_n --scorer MODEL` a response reward model chooses among whole answers.
 """
 
 import itertools
@@ -16,6 +17,7 @@ from search.strategies import NEED_NO_JUDGE, PICKS, STRATEGIES, Answer, Budget, 
 from utils.cli import UserError, at_root, check_input, check_model, check_output, parse_args, run
 from utils.judges import CHUNK, JudgeArgs, check_judge, open_judge, score_all
 from utils.policies import BASE, PolicyArgs, check_policy, open_policy
+from utils.scorers import check_scorer, open_scorer
 
 
 @dataclass
@@ -45,6 +47,10 @@ class InferenceArgs(JudgeArgs, PolicyArgs):
         default=Budget.aggregate,
         metadata={"help": "with --search: how the scores of the steps become one number", "choices": [*AGGREGATES]},
     )
+    scorer: str | None = field(
+        default=None,
+        metadata={"help": "with --search best_of_n: a response reward model that scores whole answers, in place of the judge"},
+    )
     input: str | None = field(default=None, metadata={"help": "JSONL with a field 'prompt' a row; needs --output"})
     output: str | None = field(default=None, metadata={"help": "JSONL of the answers to --input, one row a prompt in its order"})
     overwrite: bool = field(default=False, metadata={"help": "replace --output if it is there"})
@@ -69,6 +75,8 @@ class InferenceArgs(JudgeArgs, PolicyArgs):
             raise ValueError("argument --temperature: at 0 all proposals are alike, a --search has nothing to choose from")
         if self.judge != JudgeArgs.judge and not self.uses_judge:
             raise ValueError("argument --judge: goes with --show_scores or a --search that it guides")
+        if self.scorer is not None and (self.search != "best_of_n" or self.judge != JudgeArgs.judge):
+            raise ValueError("argument --scorer: goes with --search best_of_n, and without a --judge")
         if self.judge == "shuffled" and self.search is not None:
             raise ValueError("argument --judge: shuffled guides no search; scores by chance are --judge random")
         if self.judge == "shuffled" and self.input is None:
@@ -76,7 +84,7 @@ class InferenceArgs(JudgeArgs, PolicyArgs):
 
     @property
     def uses_judge(self) -> bool:
-        return self.show_scores or self.search not in (None, *NEED_NO_JUDGE)
+        return self.scorer is None and (self.show_scores or self.search not in (None, *NEED_NO_JUDGE))
 
 
 def check_prompt(prompt: str) -> None:
@@ -132,9 +140,10 @@ def show(found: Answer, args: InferenceArgs) -> None:
         return
     for number, candidates in enumerate(found.rounds, 1):
         print("\n".join(_round(number, candidates, args)) + "\n")
-    scores = [f"   [{score:.2f}]" for score in found.scores or []] or [""] * len(found.steps)
+    scores = [f"   [{score:.2f}]" for score in (None if args.scorer else found.scores) or []] or [""] * len(found.steps)
     print("\n".join(step + score for step, score in zip(found.steps, scores, strict=True)))
-    cost = f"{found.proposals} proposals, {found.tokens} tokens, {found.judged} steps judged, {found.seconds:.1f} s"
+    judged = f"score {found.scores[0]:.3f}" if args.scorer else f"{found.judged} steps judged"
+    cost = f"{found.proposals} proposals, {found.tokens} tokens, {judged}, {found.seconds:.1f} s"
     left_out = f", {found.left_out} proposals left out" if found.left_out else ""
     print(f"({args.search}: {cost}{left_out}{'' if found.finished else '; the answer did not end by itself'})", file=sys.stderr)
 
@@ -144,6 +153,7 @@ def _round(number: int, candidates: Round, args: InferenceArgs) -> list[str]:
     its text and what is wrong with it. Where several beginnings went on, each has a heading."""
     whole = args.search in ("greedy", *PICKS)
     by = "votes" if args.search == "majority_vote" else f"the {args.aggregate} of their step scores"
+    by = "the scorer" if args.scorer else by
     samples = sum(candidate.count for candidate, _ in candidates)
     what = "solutions" if whole else "proposals"
     lines = [f"round {number}: {samples} {what}, {len(candidates)} different, kept (>) by {by}"]
@@ -184,6 +194,7 @@ def ask(policy, judge, args: InferenceArgs) -> None:
 #    "steps": ["Step 1: 12 + 14 = 26", ...],
 #    "finished": true,                         the answer ended by itself, within --max_new_tokens
 #    "scores": [0.98, ...],                    with --show_scores; missing where the judge cannot score the answer
+#    "score": 3.1,                             with --show_scores and --scorer, in place of "scores"
 #    "proposals": 448, "tokens": 5012}         with --search: steps or solutions that were sampled, and the tokens in them
 def search_file(policy, judge, prompts: list[str], args: InferenceArgs) -> None:
     from tqdm import tqdm
@@ -194,7 +205,8 @@ def search_file(policy, judge, prompts: list[str], args: InferenceArgs) -> None:
             chunk = prompts[start : start + CHUNK]
             for found in STRATEGIES[args.search](chunk, policy, judge, args.budget, args.seed):
                 row = {"prompt": found.prompt, "steps": found.steps, "finished": found.finished}
-                row |= {"scores": found.scores} if args.show_scores else {}
+                if args.show_scores:
+                    row |= {"score": found.scores[0]} if args.scorer else {"scores": found.scores}
                 rows.append(row | {"proposals": found.proposals, "tokens": found.tokens})
                 left_out += found.left_out
             bar.update(len(chunk))
@@ -230,6 +242,8 @@ def main() -> None:
         prompts = [row.prompt for row in read_records(args.input, Prompt)]
     if args.uses_judge:
         check_judge(args)
+    if args.scorer is not None:
+        check_scorer(args)
     if args.policy_base_url is None:
         args.model_name_or_path = choose_model(args)
     check_policy(args)
@@ -238,7 +252,8 @@ def main() -> None:
 
     logging.disable_progress_bar()  # of loading weights: it would stand in front of the answer
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
-    with open_judge(args) if args.uses_judge else nullcontext() as judge:
+    opened = open_scorer(args) if args.scorer else open_judge(args) if args.uses_judge else nullcontext()
+    with opened as judge:
         policy = open_policy(args)
         if args.input is not None:
             (search_file if args.search else answer_file)(policy, judge, prompts, args)

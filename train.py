@@ -5,13 +5,14 @@ python train.py dpo --help           all of its arguments
 python train.py sft --help           the same for supervised training on solutions
 python train.py prm --help           the same for a process reward model
 python train.py ppo --help           the same for step PPO
+python train.py reward --help        the same for a reward model of whole responses
 """
 
 import os
 import sys
 
-from reasoning.records import ScoredPair
-from utils.cli import UserError, at_root, check_input, check_model, parse_args, run
+from reasoning.records import RecordError, ScoredPair
+from utils.cli import UserError, at_root, check_input, check_model, parse_args, refuse_held_out, run
 from utils.training import DataArgs, Training, read_dataset
 
 HELP = """usage: python train.py [COMMAND] [ARGUMENTS]
@@ -21,6 +22,7 @@ commands:
   sft    supervised training on step-by-step solutions, the loss on their steps alone
   prm    a process reward model: what every step of a solution is worth, 0 to 1
   ppo    step PPO: the policy writes steps, a judge's score of each is its reward
+  reward a response reward model: which of several answers is the better one
 
 main arguments of dpo (all of them: python train.py dpo --help):
   --dataset_name FILE_OR_NAME    scored pairs: a JSONL file or a hub name      [data/rewarded.jsonl]
@@ -51,11 +53,22 @@ ppo has arguments of its own:
   --judge NAME                   who rewards the steps: prm, gguf, hf ...         [prm: models/prm-mini]
   --output_dir FOLDER            where the tuned policy goes                   [saved_model/step_ppo]
   --total_episodes, --learning_rate, --kl_coef, --cliprange, --num_ppo_epochs, --num_mini_batches
+
+reward takes the same as prm, but for:
+  --dataset_name FILE_OR_NAME    ranked answers (CSV; its rows of the split train), or pairs: prompt, chosen, rejected
+                                                                               [data/answers.csv]
+  --model_name_or_path MODEL     its backbone: a causal LM, an encoder, or a reward model that goes on    [models/judge-mini]
+  --output_dir FOLDER            where the reward model goes                   [saved_model/response_reward_model]
+  --rank_margin, --center_rewards_coefficient    of the loss (trainer/reward_trainer.py)
 """
 
-DEFAULT_MODEL = at_root("models/policy-mini")
-PAIRS, STEP_VALUES = at_root("data/rewarded.jsonl"), at_root("data/mcts_steps.jsonl")
-MADE_BY = {PAIRS: "python reward_model/evaluate_steps.py", STEP_VALUES: "python utils/build_mcts_dataset.py"}
+DEFAULT_MODEL, JUDGE_MINI = at_root("models/policy-mini"), at_root("models/judge-mini")
+PAIRS, STEP_VALUES, ANSWERS = (at_root(f"data/{name}") for name in ("rewarded.jsonl", "mcts_steps.jsonl", "answers.csv"))
+MADE_BY = {
+    PAIRS: "python reward_model/evaluate_steps.py",
+    STEP_VALUES: "python utils/build_mcts_dataset.py",
+    ANSWERS: "python utils/build_ranked_responses.py --rank_by exact",
+}
 # the closing table of a training and its progress bar: name in the log -> in words
 SHOWN_DPO = {
     "loss": "loss",
@@ -70,6 +83,12 @@ SHOWN_PRM = {
     "accuracy": "steps on the right side of .5",
     "values/good": "mean value of steps labelled .5 and more",
     "values/bad": "mean value of the others",
+}
+SHOWN_REWARD = {
+    "loss": "loss",
+    "accuracy": "pairs told apart",
+    "margin": "reward of the better minus the worse",
+    "mean_reward": "mean reward",
 }
 SHOWN_PPO = {
     "objective/scores": "judge's score of a step",
@@ -93,9 +112,11 @@ def start(
     output_dir: str,
     description: str,
     data: str = PAIRS,
+    model: str = DEFAULT_MODEL,
+    read=read_dataset,
 ) -> Training:
     """The training that the arguments ask for, on records of one class, made of these kinds of the loaders. Defaults are those of
-    this repository and this machine."""
+    this repository and this machine. read: how rows are read, where it is not by the loaders."""
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' notes to each other, before they are told off
@@ -105,13 +126,13 @@ def start(
     from search.policy import pick_device
 
     device, bf16 = pick_device()
-    defaults = {"dataset_name": data, "model_name_or_path": DEFAULT_MODEL, "output_dir": at_root(output_dir)}
+    defaults = {"dataset_name": data, "model_name_or_path": model, "output_dir": at_root(output_dir)}
     defaults |= {"use_cpu": device == "cpu", "bf16": bf16}
     args, config, model_args = parse_args(
         *(DataArgs, config_class, ModelConfig), description=description, args=argv, defaults=defaults
     )
-    rows = read_dataset(args, kinds, record, MADE_BY.get(args.dataset_name))
-    return Training(command, args, config, model_args, rows, noun, DEFAULT_MODEL)
+    rows = read(args, kinds, record, MADE_BY.get(args.dataset_name))
+    return Training(command, args, config, model_args, rows, noun, model)
 
 
 def peft_and_quantization(model_args) -> dict:
@@ -301,7 +322,94 @@ def load_for_ppo(name: str, model_args, value_model: str | None) -> dict:
     return given
 
 
-COMMANDS = {"dpo": train_dpo, "sft": train_sft, "prm": train_prm, "ppo": train_ppo}
+def train_reward(argv: list[str]) -> None:
+    """A response reward model: ranked answers -> a model that gives every answer one number."""
+    from trainer.reward_trainer import RankedGroup, ResponseRewardConfig, ResponseRewardTrainer
+
+    training = start(
+        *("reward", ResponseRewardConfig, ["pairs"], RankedGroup, "groups", argv, "saved_model/response_reward_model"),
+        "A response reward model on ranked answers.",
+        **{"data": ANSWERS, "model": JUDGE_MINI, "read": read_ranked},
+    )
+    from trl import get_peft_config
+
+    question = training.config.question
+    trainer = training.build(
+        lambda **given: ResponseRewardTrainer(**{"peft_config": get_peft_config(training.model_args)} | given),
+        load=lambda name, model_args: load_for_reward(name, model_args, question),
+    )
+    use = "It scores whole responses: `python reward_model/score_responses.py score --scorer FOLDER`."
+    what, tags = "training as a response reward model on", "trl, reward-model, reasoning"
+    in_bar = {"loss": "loss", "accuracy": "told apart"}
+    training.run(trainer, what, tags, SHOWN_REWARD, in_bar, use=f"{trainer.balance}. {use}", note=trainer.balance)
+
+
+def read_ranked(args: DataArgs, kinds: list[str], record: type, made_by: str | None) -> list:
+    """The groups of a table of ranked answers, but for its test rows; or preference pairs of texts, as groups of two. Raises
+    RecordError or UserError, also for a held-out problem."""
+    from reasoning.ranking import check_groups, groups, read_answers
+    from reasoning.rows import load_rows
+
+    name, records = args.dataset_name, []
+    if made_by:
+        check_input(name, made_by)
+    if name.endswith(".csv"):
+        check_input(name)
+        rows = read_answers(name)
+        check_groups(rows, name)
+        kept = [row for row in rows if row.split in ("", "train")]
+        if len(kept) < len(rows):
+            print(f"{len(rows) - len(kept)} rows of {name} left out: not of the split train")
+        for (prompt, _), ranked in groups(kept).items():
+            records.append(record(prompt, [row.answer for row in ranked], [row.rank for row in ranked]))
+        if not records:
+            raise UserError(f"{name}: none of its {len(rows)} rows is ranked and of the split train")
+    else:
+        for where, row in load_rows(name, args.dataset_config, args.dataset_train_split):
+            try:
+                records.append(record.from_row(row))
+            except RecordError as error:
+                raise RecordError(f"{where}: {error}") from None
+    refuse_held_out(name, records)
+    return records
+
+
+def load_for_reward(name: str, model_args, question: str) -> dict:
+    """What a response reward model's training starts from: a reward model that goes on, an encoder, or a causal LM made into one.
+    An adapter is merged into its base; with --use_peft that of a reward model goes on. Raises ValueError or JudgeError."""
+    import torch
+    from transformers import PreTrainedConfig
+
+    from reward_model.response_reward_model import from_causal_lm, is_reward_adapter, load_reward_model
+    from search.policy import base_of, load_model
+
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ValueError("a reward model is not trained on quantized weights: leave out --load_in_4bit and --load_in_8bit")
+    dtype = getattr(torch, "float32" if model_args.dtype in (None, "auto") else model_args.dtype)
+    revision = model_args.model_revision
+    base, is_adapter = base_of(name, revision)
+    kinds = PreTrainedConfig.get_config_dict(base)[0].get("architectures") or [""]
+    makes_text = kinds[0].endswith(("ForCausalLM", "LMHeadModel")) and not (is_adapter and is_reward_adapter(name))
+    if makes_text:
+        model, tokenizer = load_model(name, dtype, revision=revision)
+    else:
+        model, tokenizer = load_reward_model(name, dtype, new_head=True, trainable=model_args.use_peft, revision=revision)
+    goes_on = {}
+    if hasattr(model, "merge_and_unload"):
+        if model_args.use_peft and makes_text:
+            raise ValueError("it is an adapter, and a reward model's adapter needs a base that lies on disk: leave out --use_peft")
+        if model_args.use_peft:
+            goes_on = {"peft_config": None}
+        else:
+            model = model.merge_and_unload().requires_grad_(True)  # PEFT had frozen the base
+    if makes_text:
+        model = from_causal_lm(model, tokenizer, question)
+    if model_args.attn_implementation:
+        model.set_attn_implementation(model_args.attn_implementation)
+    return {"model": model, "processing_class": tokenizer, **goes_on}
+
+
+COMMANDS = {"dpo": train_dpo, "sft": train_sft, "prm": train_prm, "ppo": train_ppo, "reward": train_reward}
 
 
 def main() -> None:

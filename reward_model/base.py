@@ -9,6 +9,7 @@ from typing import Protocol, Self
 from reasoning.steps import PLAIN_TEMPLATE
 
 Solution = tuple[str, Sequence[str]]  # (prompt, steps)
+Response = tuple[str, str]  # (prompt, response)
 
 
 class JudgeError(RuntimeError):
@@ -35,6 +36,27 @@ class StepJudge(Protocol):
 
     def close(self) -> None:
         """Give back what the judge holds: processes, connections, memory."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class ResponseScorer(Protocol):
+    """What gives a whole response one number. It is a context manager, as StepJudge is."""
+
+    def score(self, pairs: Sequence[Response]) -> list[float]:
+        """For every (prompt, response) a finite number: higher is better, without bounds, and comparable between responses to one
+        prompt. Many at once are cheaper than one by one. Raises JudgeError, one line, if the scorer fails."""
+        ...
+
+    def score_response(self, prompt: str, response: str) -> float:
+        return self.score([(prompt, response)])[0]
+
+    def close(self) -> None:
+        """Give back what the scorer holds."""
 
     def __enter__(self) -> Self:
         return self

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from reasoning.answers import extract_answer, same_answer
 from reasoning.steps import ends_solution
-from reward_model.base import AGGREGATES, JudgeError, StepJudge, aggregate
+from reward_model.base import AGGREGATES, JudgeError, ResponseScorer, StepJudge, aggregate
 
 if TYPE_CHECKING:  # nothing here needs torch
     from search.policy import Policy, State
@@ -159,9 +159,16 @@ def _merge(candidates: Sequence[Candidate]) -> list[Candidate]:
     return list(merged.values())
 
 
-def _score(judge: StepJudge, answers: Sequence[Answer], groups: Sequence[Sequence[Candidate]]) -> None:
+def _score(judge: StepJudge | ResponseScorer, answers: Sequence[Answer], groups: Sequence[Sequence[Candidate]]) -> None:
     """One call of the judge for the steps that have no score yet, one group an answer; the same text is asked once. A step that
-    repeats an earlier one scores 0."""
+    repeats an earlier one scores 0. A ResponseScorer's one score of a whole solution stands in place of those of its steps."""
+    if hasattr(judge, "score_response"):
+        wholes = [(answer, whole) for answer, group in zip(answers, groups, strict=True) for whole in group]
+        texts = [(answer.prompt, "\n".join(whole.state.steps)) for answer, whole in wholes]
+        known = dict(zip(dict.fromkeys(texts), judge.score(list(dict.fromkeys(texts))), strict=True))
+        for (_, whole), text in zip(wholes, texts, strict=True):
+            whole.scores = [known[text]]
+        return
     asked: dict[tuple, int] = {}
     for answer, group in zip(answers, groups, strict=True):
         for candidate in group:
@@ -199,7 +206,7 @@ def _agree(samples: Sequence[Candidate], shared: int) -> None:
 
 
 def draw(
-    prompts: Sequence[str], policy: "Policy", judge: StepJudge | None, budget: Budget, seed: int
+    prompts: Sequence[str], policy: "Policy", judge: StepJudge | ResponseScorer | None, budget: Budget, seed: int
 ) -> tuple[list[Answer], list[list[Candidate]]]:
     """n whole solutions of every prompt, with their scores, and what they cost: the pool that `PICKS` choose from. The first m of n
     samples are those that m would have got (without a judge their scores are not)."""

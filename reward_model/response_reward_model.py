@@ -1,0 +1,255 @@
+"""The response reward model: one number for a whole response to a prompt. Higher is better, and of two responses to one prompt
+sigmoid(r_a - r_b) is the probability that a is the better one (Bradley and Terry 1952).
+
+    Problem: 2 + 3 + 4 = ?
+    Solution:
+    Step 1: 2 + 3 = 5
+    Step 2: 5 + 4 = 9
+    Answer: 9
+    Right?
+
+Text becomes ids in `ResponseTokens`, to be learned from (trainer/reward_trainer.py) as to be scored here. Only a model that was
+trained with a question after the response is asked it, and names it in its config.json: "reward_question": "Right?".
+
+A reward model is a plain directory for sequence classification with one label, as they are published: any of the hub's is read.
+"""
+
+import copy
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
+from transformers.utils import find_adapter_config_file
+
+from reasoning.steps import PLAIN_TEMPLATE
+from reward_model.base import JudgeError, Response, ResponseScorer, short
+from reward_model.reading import PlainText, batches, first_line
+
+
+class ResponseTokens:
+    """How a reward model reads a prompt and a response. max_length: in tokens, None for no limit. question: what stands after the
+    response.
+
+    A chat model reads both in its own template, as a user's message and its answer; an encoder (BERT and its kin) as its two
+    sentences, `[CLS] prompt [SEP] response [SEP]`; any other model in the template of reasoning/steps.py, with the question or an
+    end-of-text token last. Words that look like control tokens stay words."""
+
+    def __init__(self, tokenizer, max_length: int | None = None, question: str | None = None):
+        self.tokenizer, self.max_length, self.question = tokenizer, max_length, question
+        self.plain = PlainText(tokenizer)
+        self.is_chat = bool(tokenizer.chat_template)
+        self.is_pair = not self.is_chat and tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+
+    def encode(self, pairs: Sequence[Response]) -> list[tuple[list[int], int]]:
+        """For every (prompt, response) its ids and how many more there would be without max_length. What is too long loses tokens
+        from the front, so the beginning of the prompt goes first; what begins every text stays. Raises JudgeError for what is no
+        Unicode."""
+        guarded = [self.plain.guard(prompt, [response]) for prompt, response in pairs]
+        begins, end = self.plain.begins, []
+        if self.is_pair:
+            between, end = self._frame()
+            sides = iter(self.plain.ids([text for prompt, (response,) in guarded for text in (prompt, response)]))
+            texts = [[*prompt, *between, *response] for prompt, response in zip(sides, sides, strict=True)]
+        else:
+            texts = self.plain.ids([self._text(prompt, response) for prompt, (response,) in guarded])
+            if self.is_chat:  # its template writes itself what begins and ends a text
+                begins = begins if texts and texts[0][: len(begins)] == begins else []
+                texts = [ids[len(begins) :] for ids in texts]
+            elif not self.question:
+                end = [index for index in [self.tokenizer.eos_token_id] if index is not None]
+        encoded = []
+        for text in texts:
+            ids = [*begins, *text, *end]
+            over = max(0, len(ids) - (self.max_length or len(ids)))
+            encoded.append((ids[: len(begins)] + ids[len(begins) + over :], over))
+        return encoded
+
+    def _text(self, prompt: str, response: str) -> str:
+        if self.is_chat:
+            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        return PLAIN_TEMPLATE.replace("{prompt}", prompt) + response + (f"\n{self.question}" if self.question else "")
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """What an encoder's tokenizer puts between two sentences, and behind them."""
+        (a,), whole = self.plain.ids(["a"]), self.tokenizer("a", "a")["input_ids"]
+        first = len(self.plain.begins) + len(a)
+        second = whole.index(a[0], first)
+        return whole[first:second], whole[second + len(a) :]
+
+
+def from_causal_lm(model, tokenizer, question: str = ""):
+    """A reward model that has learned nothing yet: the backbone of a causal LM, which it takes over, and a head.
+
+    With a question (of a model that is no chat model) the head begins as the model's own logit of "Yes" less that of "No" behind
+    it, where each is one token; else as zeros."""
+    config = copy.deepcopy(model.config)
+    config.num_labels, config.use_cache = 1, False
+    if question and not tokenizer.chat_template:
+        config.reward_question = question
+    with torch.device("meta"):
+        reward_model = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
+    backbone = reward_model.base_model_prefix
+    setattr(reward_model, backbone, model.base_model)
+    weights = []
+    for name, module in reward_model.named_children():
+        if name != backbone:
+            module.to_empty(device=model.device)
+            weights += module.parameters()
+    for weight in weights:
+        torch.nn.init.zeros_(weight)
+    if hasattr(config, "reward_question"):
+        ids = [tokenizer(f"{question} {word}", add_special_tokens=False)["input_ids"][-1] for word in ("Yes", "No")]
+        rows = model.get_output_embeddings().weight
+        if [tokenizer.decode([index]).strip() for index in ids] == ["Yes", "No"] and weights[0].shape[1:] == rows.shape[1:]:
+            weights[0].data[0] = rows[ids[0]].detach() - rows[ids[1]].detach()
+    return with_padding(reward_model, tokenizer)
+
+
+def with_padding(model, tokenizer):
+    """The model, told what padding is: LLaMA and its kin read the last token that is none."""
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return model
+
+
+def longest(model, tokenizer) -> int | None:
+    """The tokens that a model can read; None: without limit. (A tokenizer without a limit says 1e30.)"""
+    limits = getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length
+    return min((limit for limit in limits if limit is not None and 0 < limit < 10**9), default=None)
+
+
+def is_reward_adapter(path: str) -> bool:
+    """Whether an adapter is that of a reward model, and not that of a causal LM."""
+    return json.loads(Path(find_adapter_config_file(path)).read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS"
+
+
+def load_reward_model(
+    path: str, dtype: torch.dtype | str, new_head: bool = False, trainable: bool = False, revision: str | None = None
+):
+    """(model, tokenizer) of a directory, a PEFT adapter's directory, or a hub name (of a revision).
+
+    new_head: any model is taken, and one that has no head of one number yet gets it, of random weights; without it that is a
+    JudgeError, as is all else that cannot be loaded. trainable: an adapter is loaded to be trained."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+        adapter = find_adapter_config_file(path, revision=revision)
+        base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path") if adapter else path
+        if not base:
+            raise ValueError("its adapter_config.json names no base_model_name_or_path")
+        hub = {"revision": None if adapter else revision}
+        if not new_head and not adapter:
+            _check_head(path, config)
+        options = {"dtype": dtype, "num_labels": 1, "use_safetensors": True, "output_loading_info": True}
+        model, loading = AutoModelForSequenceClassification.from_pretrained(base, **options, **hub)
+        backbone = model.base_model_prefix
+        head = [name for name, _ in model.named_children() if name != backbone]
+        missing = [key for key in loading["missing_keys"] if key.split(".")[0] not in head or not (new_head or adapter)]
+        if missing:  # transformers fills them with random numbers
+            raise ValueError(f"weights are missing, {min(missing)} for one")
+        tokenizer = AutoTokenizer.from_pretrained(path, **hub)
+        if adapter:
+            model = _with_adapter(model, path, trainable, needs=loading["missing_keys"])
+    except JudgeError:
+        raise
+    except Exception as error:  # what a folder that is no model makes of the libraries is beyond a list
+        raise JudgeError(f"reward model {path} cannot be loaded: {first_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise JudgeError(f"reward model {path}: it has no fast tokenizer (tokenizer.json)")
+    model.config.reward_question = config.get("reward_question")  # an adapter's own is not its base's
+    return with_padding(model, tokenizer), tokenizer
+
+
+def _check_head(path: str, config: dict) -> None:
+    """Raises JudgeError for a model that gives something else than one number a text."""
+    kinds = config.get("architectures") or []
+    if not any(kind.endswith(("ForSequenceClassification", "RewardModel")) for kind in kinds):
+        made = f"`python train.py reward --model_name_or_path {path}` makes one of it"
+        raise JudgeError(f"{path} is no reward model but {', '.join(kinds) or 'of no kind that its config.json names'}; {made}")
+    labels = len(config.get("id2label") or [0] * config.get("num_labels", 2))
+    if labels != 1:
+        raise JudgeError(f"{path} is a classifier with {labels} labels; a reward model has one")
+
+
+def _with_adapter(model, path: str, trainable: bool, needs: Sequence[str]):
+    """An adapter on its base; it brings the weights that the base does not have."""
+    from peft import PeftModel
+    from peft.utils import load_peft_weights
+
+    brought = load_peft_weights(path, device="cpu")
+    if lost := [key for key in needs if not any(name.endswith(key) for name in brought)]:
+        raise ValueError(f"neither the adapter nor its base has {min(lost)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # peft would start them anew
+        return PeftModel.from_pretrained(model, path, is_trainable=trainable)
+
+
+class _Row(list):
+    """The ids of a pair, and which pair it is."""
+
+    def __init__(self, ids: list[int], place: int):
+        super().__init__(ids)
+        self.place = place
+
+
+class ResponseRewardModel(ResponseScorer):
+    """A ResponseScorer on a reward model: one of this project's, or any of the hub's for sequence classification with one label.
+
+    path: a model directory, a PEFT adapter directory or a hub name. batch_tokens: padded tokens of one forward pass (a longer text
+    is read alone). device: by default the GPU if there is one; the weights are in float32 on a CPU and as stored on a GPU. Code
+    that comes with a model is never run. Scores are as the model gives them, without bounds; what is batched together moves them
+    by rounding errors only. `cut` counts the texts that did not fit into the model's context and were scored without the
+    beginning of their prompts. Raises JudgeError if the model cannot be used."""
+
+    def __init__(self, path: str | Path, batch_tokens: int = 8192, device: str | None = None):
+        self.path, self.batch_tokens, self.cut = str(path), batch_tokens, 0
+        if batch_tokens < 1:
+            raise JudgeError(f"batch_tokens must be at least 1, got {batch_tokens}")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, tokenizer = load_reward_model(self.path, torch.float32 if device == "cpu" else "auto")
+        self.model = model.to(device, model.dtype).eval()  # peft keeps what it trained in float32
+        self.device = self.model.device
+        question = getattr(self.model.config, "reward_question", None)
+        self.format = ResponseTokens(tokenizer, longest(self.model, tokenizer), question)
+        self.pad_token_id = self.model.config.get_text_config().pad_token_id or 0
+
+    def score(self, pairs: Sequence[Response], progress: str | None = None) -> list[float]:
+        """As in ResponseScorer; progress: the label of a progress bar."""
+        from tqdm import tqdm
+
+        encoded = self.format.encode(pairs)
+        self.cut += sum(over > 0 for _, over in encoded)
+        scores = [0.0] * len(pairs)
+        with tqdm(total=len(pairs), desc=progress, unit="response", disable=progress is None) as bar:
+            for batch in batches([_Row(ids, place) for place, (ids, _) in enumerate(encoded)], self.batch_tokens):
+                for row, score in zip(batch, self._scores(batch), strict=True):
+                    if score != score:
+                        raise JudgeError(f"reward model {self.path}: its score of {short(pairs[row.place][1])} is not a number")
+                    scores[row.place] = score
+                bar.update(len(batch))
+        return scores
+
+    @torch.inference_mode()
+    def _scores(self, batch: list[_Row]) -> list[float]:
+        ids = torch.full((len(batch), max(map(len, batch))), self.pad_token_id)  # (B, L), right-padded
+        mask = torch.zeros_like(ids)
+        for b, row in enumerate(batch):
+            ids[b, : len(row)], mask[b, : len(row)] = torch.tensor(row), 1
+        try:
+            output = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
+        except torch.OutOfMemoryError:
+            fits = f"{ids.numel()} tokens at once do not fit on the GPU: lower batch_tokens"
+            raise JudgeError(f"reward model {self.path}: {fits}") from None
+        return output.logits[:, 0].float().tolist()
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self.model = None
+
+    def __str__(self) -> str:
+        return f"{self.path}: a response reward model, context {self.format.max_length or 'without limit'}, on {self.device}"

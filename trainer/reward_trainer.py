@@ -1,0 +1,141 @@
+"""Training of a response reward model on ranked groups: TRL's RewardTrainer on all pairs of a group.
+
+    model = from_causal_lm(model, tokenizer, question="Right?")          # reward_model/response_reward_model.py
+    config = ResponseRewardConfig("saved_model/mine", num_train_epochs=1)
+    ResponseRewardTrainer(model=model, args=config, train_dataset=Dataset.from_list(groups), processing_class=tokenizer).train()
+
+loss = -mean over the pairs of a batch of log sigmoid(r_better - r_worse - m), m = rank_margin * (rank_worse - rank_better), and
+center_rewards_coefficient * mean of (r_better + r_worse)^2, if it is given. All pairs of a group: Ouyang et al. 2022 (arXiv
+2203.02155, equation 1); the margin: Touvron et al. 2023 (arXiv 2307.09288, equation 2); centering: Eisenstein et al. 2023 (arXiv
+2312.09244, equation 2). Responses become ids in reward_model/response_reward_model.py, for training as for scoring.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from trl import RewardConfig, RewardTrainer
+
+from reasoning.records import RecordError
+from reward_model.response_reward_model import ResponseTokens, longest
+from trainer.defaults import MiniatureDefaults
+
+logger = get_logger(__name__)
+
+
+# A row is a prompt with all answers that one ranker ranked (1 is the best, ties are allowed), or a pair of texts (`prompt`,
+# `chosen`, `rejected`), as preference data is published; a pair is kept as a group of two:
+#   {"prompt": "Mia has 12 apples. ...", "answers": ["Step 1: 12 + 14 = 26\\n...", "Step 1: 12 + 14 = 16\\n..."], "ranks": [1, 2]}
+@dataclass(frozen=True)
+class RankedGroup:
+    prompt: str
+    answers: list[str]
+    ranks: list[int]
+
+    @classmethod
+    def from_row(cls, row: Any) -> "RankedGroup":
+        """Raises RecordError if the row is neither."""
+        if not isinstance(row, dict):
+            raise RecordError(f"expected an object, got {str(row)[:60]!r}")
+        names = ("prompt",) if "answers" in row else ("prompt", "chosen", "rejected")
+        for name in names:
+            if not isinstance(row.get(name), str) or not row[name].strip():
+                raise RecordError(f"field '{name}': expected a text, got {str(row.get(name))[:60]!r}")
+        if "answers" not in row:
+            return cls(row["prompt"], [row["chosen"], row["rejected"]], [1, 2])
+        group = cls(row["prompt"], row["answers"], row["ranks"])
+        if len(group.answers) != len(group.ranks):
+            raise RecordError(f"field 'ranks': expected one for each of {len(group.answers)} answers, got {len(group.ranks)}")
+        return group
+
+
+@dataclass
+class ResponseRewardConfig(MiniatureDefaults, RewardConfig):
+    """RewardConfig of a response reward model. Raises ValueError for values that make no sense."""
+
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of AdamW."})
+    rank_margin: float = field(
+        default=0.0, metadata={"help": "Margin in the loss, for each rank that the two of a pair are apart; 0: none."}
+    )
+    question: str = field(
+        default="Right?",
+        metadata={
+            "help": "Stands after the response where training starts from a causal LM, whose 'Yes' and 'No' the head begins "
+            "with; '': the end-of-text token. Chat models and encoders have formats of their own, a reward model goes on with its."
+        },
+    )
+
+    def __post_init__(self):
+        self.check_numbers("rank_margin", "center_rewards_coefficient", least="0 or more")
+        if self.max_length is not None and self.max_length < 16:
+            raise ValueError(f"max_length: expected 16 tokens or more, got {self.max_length}")
+        super().__post_init__()
+
+
+def pairs_of(ranks: list[int]) -> list[tuple[int, int]]:
+    """(better, worse) of all answers that do not share a rank, by their places."""
+    places = itertools.combinations(range(len(ranks)), 2)
+    return [(i, j) if ranks[i] < ranks[j] else (j, i) for i, j in places if ranks[i] != ranks[j]]
+
+
+class ResponseRewardTrainer(RewardTrainer):
+    """RewardTrainer on rows of RankedGroup; takes the same arguments, with a ResponseRewardConfig, a model that is loaded, and its
+    tokenizer. peft_config: an adapter is trained, and the head with it.
+
+    `balance` says how many pairs there are, of what. Raises ValueError if there are none."""
+
+    _tag_names: list[str] = ["trl", "reward-trainer", "reasoning"]  # noqa: RUF012 (as in TRL)
+
+    def __init__(self, model, args: ResponseRewardConfig, processing_class=None, peft_config=None, **kwargs):
+        limits = args.max_length, longest(model, processing_class)
+        self.format = ResponseTokens(
+            processing_class,
+            min(filter(None, limits), default=None),
+            getattr(model.config, "reward_question", None),
+        )
+        self.balance = ""
+        if peft_config is not None:
+            head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+            peft_config.task_type = "SEQ_CLS"
+            peft_config.exclude_modules = peft_config.modules_to_save = head  # trained and saved whole
+        super().__init__(model, args, processing_class=processing_class, peft_config=peft_config, **kwargs)
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        """Groups to pairs of ids. What is cut is said."""
+        if "chosen_ids" in dataset.column_names:
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        groups = [RankedGroup.from_row(row) for row in dataset]
+        encoded = self.format.encode([(group.prompt, answer) for group in groups for answer in group.answers])
+        rows, ties, alike, rest = [], 0, 0, iter(encoded)
+        for group in groups:
+            ids = [next(rest)[0] for _ in group.answers]
+            pairs = pairs_of(group.ranks)
+            ties += math.comb(len(ids), 2) - len(pairs)
+            for better, worse in pairs:
+                alike += ids[better] == ids[worse]
+                row = {"chosen_ids": ids[better], "rejected_ids": ids[worse]}
+                if args.rank_margin:
+                    row["margin"] = args.rank_margin * (group.ranks[worse] - group.ranks[better])
+                rows.append(row)
+        if not rows:
+            raise ValueError(f"{dataset_name}: none of {len(groups)} groups gives a pair: all ranks are ties")
+        cut = sum(over > 0 for _, over in encoded)
+        said = f"{len(rows)} pairs of {len(encoded)} answers" + (f", {ties} ties left out" if ties else "")
+        if cut:
+            said += f"; {cut} answers are over {self.format.max_length} tokens with their prompt and lose its beginning"
+        if alike:
+            said += f"; {alike} pairs are alike after that"
+        if dataset_name == "train":
+            self.balance = said
+        elif cut:
+            logger.warning(f"{dataset_name}: {said}")
+        return Dataset.from_list(rows)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and is_peft_model(self.model):
+            self.model.config.save_pretrained(output_dir or self.args.output_dir)  # it names the question
