@@ -121,6 +121,71 @@ def _policies(axes: plt.Axes, policies: Sequence[dict]) -> None:
     axes.set_title("policies, greedy answers", fontsize=9)
 
 
+def response_picture(path: str | Path, title: str, card: dict) -> None:
+    """What evaluation/eval_response_reward.py says of a reward model: score by rank and over length, the calibration of score
+    differences, accuracy by kind of pair and, where there is, best of n.
+
+    card: `answers`, (rank, length, score, category) of each; `reliability` as the function of that name gives it; `accuracies` and
+    `best_of_n`, name -> Metric; `metrics`."""
+    panels = [_score_by_rank, _score_over_length, _difference_reliability, _pair_accuracies]
+    panels += [_best_response] if card["best_of_n"] else []
+    figure, grid = plt.subplots(-(-len(panels) // 2), 2, figsize=(10.4, 3.8 * -(-len(panels) // 2)), layout="constrained")
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        panel(axes, card)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.remove()
+    figure.suptitle(title, fontsize=10)
+    _save(figure, Path(path))
+
+
+def _score_by_rank(axes: plt.Axes, card: dict) -> None:
+    ranks = sorted({rank for rank, *_ in card["answers"]})
+    scores = [[score for rank, _, score, _ in card["answers"] if rank == of_rank] for of_rank in ranks]
+    axes.boxplot(scores, positions=range(len(ranks)), widths=0.6, showfliers=False, medianprops={"color": TUNED})
+    axes.set_xticks(range(len(ranks)), [f"{rank}\n({len(of_rank):,})" for rank, of_rank in zip(ranks, scores, strict=True)])
+    axes.set(xlabel="rank, 1 is best (answers)", ylabel="score")
+    correlation = card["metrics"].get("spearman")
+    axes.set_title("score by rank" + (f" (Spearman within groups {correlation})" if correlation else ""), fontsize=9)
+
+
+def _score_over_length(axes: plt.Axes, card: dict) -> None:
+    for k, name in enumerate(dict.fromkeys(category for *_, category in card["answers"])):
+        points = [(length, score) for _, length, score, category in card["answers"] if category == name]
+        axes.scatter(*zip(*points, strict=True), s=5, alpha=0.5, color=f"C{k % 10}", label=name or "answers")
+    axes.set(xlabel="length, characters", ylabel="score")
+    correlation = card["metrics"].get("length_spearman")
+    axes.set_title("score over length" + (f" (Spearman within groups {correlation})" if correlation else ""), fontsize=9)
+    axes.legend(frameon=False, fontsize=7, markerscale=2)
+
+
+def _difference_reliability(axes: plt.Axes, card: dict) -> None:
+    _diagram(axes, card["reliability"], "share in which the first is better")
+    axes.set_xlabel("mean sigmoid(r - r') of the pairs in a bin")
+    axes.set_title(f"calibration (error {card['metrics']['calibration_error']}; numbers: pairs)", fontsize=9)
+
+
+def _pair_accuracies(axes: plt.Axes, card: dict) -> None:
+    names, metrics = [*card["accuracies"]], [*card["accuracies"].values()]
+    places = range(len(names))[::-1]
+    values = [metric.value for metric in metrics]
+    axes.barh(places, values, 0.7, xerr=_whiskers(metrics), color=[TUNED] + [BASE] * (len(names) - 1), capsize=2)
+    axes.set_yticks(places, names, fontsize=7)
+    axes.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
+    axes.set(xlim=(0, 1.02), xlabel="pairs told apart")
+    axes.set_title("pairwise accuracy", fontsize=9)
+
+
+def _best_response(axes: plt.Axes, card: dict) -> None:
+    metrics = card["best_of_n"]
+    values = [metric.value for metric in metrics.values()]
+    colors = [TUNED if name.startswith("scorer") else BASE for name in metrics]
+    axes.bar([*metrics], values, 0.7, color=colors, yerr=_whiskers([*metrics.values()]), capsize=4)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set(ylim=(0, 1.05), ylabel="exact accuracy of the picked answer")
+    axes.set_title(f"best of n ({metrics['scorer'].n:,} problems)", fontsize=9)
+
+
 # What a picture of training shows: panel -> its keys in the trainer's log, each with the label of its line.
 PANELS = {
     "loss": {"loss": "loss"},
