@@ -17,6 +17,7 @@ from evaluation.metrics import (
     auroc_difference,
     auroc_metric,
     best_of_n,
+    best_threshold,
     brier_metric,
     calibration_metric,
     clustered_mean_metric,
@@ -77,6 +78,12 @@ class CardArgs(JudgeArgs):
     rollouts: int = field(
         default=0, metadata={"help": "judge values as well: so many rollouts after each step show what it is worth (0: not)"}
     )
+    threshold: float = field(
+        default=0.5,
+        metadata={
+            "help": "steps scored below it are called wrong, for accuracy, kappa and ProcessBench's F1; choose it on other data"
+        },
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "longest sample, in tokens"})
     seed: int = field(default=0, metadata={"help": "seed of samples, rollouts, the bootstrap and a shuffled judge"})
 
@@ -85,6 +92,8 @@ class CardArgs(JudgeArgs):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"argument --{name}: expected {least} or more, got {value}")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"argument --threshold: expected a number above 0, up to 1, got {self.threshold}")
         if self.policies is not None and len(self.policies) < 3:
             raise ValueError(f"argument --policies: expected 3 or more models to rank, got {len(self.policies)}")
 
@@ -163,10 +172,10 @@ def sample(args: CardArgs, problems: list[Problem], policy) -> list[Judged]:
     return judged
 
 
-def card(judged: Sequence[Judged], seed: int) -> dict:
+def card(judged: Sequence[Judged], seed: int, threshold: float = 0.5) -> dict:
     """All that is said of a judge, from the solutions that it scored: `metrics` by name; `steps`, label, score and position of each
     labelled one; `reliability`, `by_position` and `selection`, the rows of their tables; `samples`, how many solutions a problem
-    `best_of_n` had to pick from; `notes`, what is left out and why."""
+    `best_of_n` had to pick from; `best_threshold`; `notes`, what is left out and why."""
     metrics, notes = {}, []
     problems: dict[str, int] = {}
     problem = [
@@ -188,8 +197,8 @@ def card(judged: Sequence[Judged], seed: int) -> dict:
     elif all(row.step_logps is not None for row in judged):
         logps = [logp for row in judged for label, logp in zip(row.solution.labels, row.step_logps, strict=True) if label in (0, 1)]
         metrics["step_auroc_over_log-prob"] = auroc_difference(labels, scores, logps, clusters, seed)
-    metrics["decision_accuracy"] = accuracy_metric(*of_steps)
-    metrics["kappa"] = kappa_metric(*of_steps)
+    metrics["decision_accuracy"] = accuracy_metric(*of_steps, threshold)
+    metrics["kappa"] = kappa_metric(*of_steps, threshold)
     if metrics["kappa"] is None:
         notes.append("no kappa: judge and labels say the same of every step")
     soft = sum(label not in (0, 1, None) for row in judged for label in row.solution.labels)
@@ -197,7 +206,7 @@ def card(judged: Sequence[Judged], seed: int) -> dict:
         notes.append(f"{soft} steps have a label between 0 and 1, which says neither right nor wrong: they are not used")
 
     whole = [(row.solution.labels, row.scores, cluster) for row, cluster in zip(judged, problem, strict=True) if row.solution.steps]
-    found = processbench_metrics(*zip(*whole, strict=True), seed)
+    found = processbench_metrics(*zip(*whole, strict=True), seed, threshold)
     metrics |= found
     if "processbench_f1" not in found:
         parts = {"processbench_error_accuracy": "without an error", "processbench_correct_accuracy": "with an error"}
@@ -227,6 +236,7 @@ def card(judged: Sequence[Judged], seed: int) -> dict:
         "by_position": by_position,
         "selection": selection,
         "samples": samples,
+        "best_threshold": best_threshold(*list(zip(*whole, strict=True))[:2]) if "processbench_f1" in found else None,
         "notes": notes,
     }
 
@@ -353,7 +363,7 @@ def main() -> None:
     if not scored:
         raise UserError(f"nothing to judge: each of the {left_out} solutions is {judge.left_out}")
 
-    found = card(scored, args.seed)
+    found = card(scored, args.seed, args.threshold)
     metrics, notes = found["metrics"], notes + found["notes"]
     values = []
     if args.rollouts:
@@ -391,6 +401,8 @@ def main() -> None:
         names = [name for name in metrics if name.startswith(("value_", "prefix_auroc", "equal_rollouts"))]
         what = f"values of {len(outcomes):,} beginnings, {args.rollouts} rollouts each"
         print_table(what, ["metric", "value", "n"], [(name, metrics[name], metrics[name].n) for name in names])
+    if found["best_threshold"]:
+        print("here processbench_f1 would be highest at --threshold {}: {:.3f}".format(*found["best_threshold"]))
     print(*notes, f"wrote {result} and {picture}", sep="\n")
 
 

@@ -129,9 +129,11 @@ def equal_rollouts(
     return _clustered(equal, clusters, seed) if len({label == 1 for label in labels}) == 2 else None
 
 
-def accuracy_metric(labels: Sequence[float], scores: Sequence[float], clusters: Sequence[int], seed: int = 0) -> Metric:
-    """Share of steps that a threshold of 0.5 decides as the label does; clusters as in `auroc_metric`."""
-    right = (np.asarray(scores) >= 0.5) == (np.asarray(labels) == 1)
+def accuracy_metric(
+    labels: Sequence[float], scores: Sequence[float], clusters: Sequence[int], seed: int = 0, threshold: float = 0.5
+) -> Metric:
+    """Share of steps that the threshold decides as the label does; clusters as in `auroc_metric`."""
+    right = (np.asarray(scores) >= threshold) == (np.asarray(labels) == 1)
     return clustered_mean_metric(right, clusters, seed)
 
 
@@ -204,9 +206,11 @@ def processbench_metrics(
     scores: Sequence[Sequence[float]],
     clusters: Sequence[int],
     seed: int = 0,
+    threshold: float = 0.5,
 ) -> dict[str, Metric]:
     """What ProcessBench measures (Zheng et al. 2024, arXiv 2412.06559), of labels and scores of the steps of whole solutions; the
-    judge reports the first step that it scores below 0.5. Clusters: the problem of each solution.
+    judge reports the first step that it scores below the threshold, which the authors chose on one subset for all others. Clusters:
+    the problem of each solution.
 
     `processbench_error_accuracy`: share of the solutions with an error whose first one is reported exactly;
     `processbench_correct_accuracy`: share of those without in which none is; `processbench_f1`: their harmonic mean, 0 to 1. A part
@@ -214,7 +218,7 @@ def processbench_metrics(
     known = [(first_error(row), row_scores, cluster) for row, row_scores, cluster in zip(labels, scores, clusters, strict=True)]
     known = [row for row in known if row[0] is not None]
     truth = np.array([row[0] for row in known])
-    reported = np.array([next((k for k, score in enumerate(row[1]) if score < 0.5), -1) for row in known])
+    reported = np.array([next((k for k, score in enumerate(row[1]) if score < threshold), -1) for row in known])
     problems = np.array([row[2] for row in known])
     found, wrong = (truth == reported).astype(float), truth >= 0
 
@@ -231,6 +235,24 @@ def processbench_metrics(
     if len(metrics) == 2:
         metrics["processbench_f1"] = _clustered(f1, problems, seed)
     return metrics
+
+
+def best_threshold(labels: Sequence[Sequence[float | None]], scores: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The threshold, in twentieths, at which ProcessBench's F1 is highest, and that F1: to be used on other data. Of solutions with
+    an error and without, some of each."""
+
+    def f1(threshold: float) -> float:
+        counts: dict[bool, list[bool]] = {True: [], False: []}
+        for row, of_row in zip(labels, scores, strict=True):
+            truth = first_error(row)
+            if truth is not None:
+                found = next((k for k, score in enumerate(of_row) if score < threshold), -1)
+                counts[truth >= 0].append(found == truth)
+        wrong, right = (sum(found) / len(found) for found in counts.values())
+        return 2 * wrong * right / (wrong + right) if wrong + right else 0.0
+
+    best = max((k / 20 for k in range(1, 20)), key=f1)
+    return best, f1(best)
 
 
 def best_of_n(scores: Sequence[Sequence[float]], correct: Sequence[Sequence[float]]) -> list[float]:
@@ -337,10 +359,12 @@ def print_comparison(title: str, metrics: dict[str, Metric]) -> None:
     print_table(title, ["metric", "base", "tuned", "difference", "n"], rows)
 
 
-def kappa_metric(labels: Sequence[float], scores: Sequence[float], clusters: Sequence[int], seed: int = 0) -> Metric | None:
+def kappa_metric(
+    labels: Sequence[float], scores: Sequence[float], clusters: Sequence[int], seed: int = 0, threshold: float = 0.5
+) -> Metric | None:
     """Cohen's kappa (1960), -1 to 1 (0 is what chance gives): do two raters of the same steps, labels of 0 or 1 and scores cut at
-    0.5, agree? n is the number of steps; clusters as in `auroc_metric`. None if both say the same of every step."""
-    labels, decided = np.asarray(labels) == 1, np.asarray(scores) >= 0.5
+    the threshold, agree? n is the number of steps; clusters as in `auroc_metric`. None if both say the same of every step."""
+    labels, decided = np.asarray(labels) == 1, np.asarray(scores) >= threshold
 
     def kappa(weights: np.ndarray) -> float | None:
         agree, a, b = (np.average(values, weights=weights) for values in (labels == decided, labels, decided))

@@ -14,12 +14,14 @@ from evaluation.metrics import (
     auroc_difference,
     auroc_metric,
     best_of_n,
+    best_threshold,
     brier_metric,
     calibration_metric,
     clustered_mean_metric,
     compare,
     equal_rollouts,
     first_error,
+    kappa_metric,
     mean_metric,
     print_comparison,
     processbench_metrics,
@@ -152,6 +154,22 @@ def test_processbench_with_both_parts_by_hand():
     }
     low, high = metrics["processbench_f1"].ci95
     assert 0 <= low < values["processbench_f1"][0] < high <= 1
+
+
+def test_another_threshold_decides_otherwise():
+    """At .3 the first error is found, the second reported early, the third missed, and nobody accused; at .55 the third is found
+    and one of two right solutions accused."""
+    labels = [[1, 0, None], [1, 0, 0], [1, 1, 0], [1, 1], [1], [1, None]]
+    scores = [[0.9, 0.2, 0.9], [0.2, 0.1, 0.9], [0.9, 0.9, 0.5], [0.55, 0.9], [0.49], [0.0, 0.0]]
+    clusters = [0, 1, 2, 3, 4, 5]
+    for threshold, error, correct in ((0.3, 1 / 3, 1.0), (0.55, 2 / 3, 0.5)):
+        metrics = processbench_metrics(labels, scores, clusters, threshold=threshold)
+        assert metrics["processbench_error_accuracy"].value == pytest.approx(error)
+        assert metrics["processbench_correct_accuracy"].value == correct
+    assert best_threshold(labels, scores) == (0.55, pytest.approx(4 / 7))
+    flat = ([1, 0, 1, 1], [0.6, 0.4, 0.3, 0.9], [0, 1, 2, 3])
+    assert [accuracy_metric(*flat, threshold=t).value for t in (0.5, 0.35, 0.3)] == [0.75, 0.5, 0.75]
+    assert kappa_metric(*flat, threshold=0.95).value == 0
 
 
 def test_processbench_without_one_of_its_parts():
