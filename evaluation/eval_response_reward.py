@@ -1,7 +1,7 @@
 """A response reward model on held-out prompts: which pairs of ranked answers it tells apart, and how well it picks the best of n.
 
 Ranked answers (CSV; where rows have a split, those of `test`), or pairs in RewardBench's shape (`prompt, chosen, rejected,
-subset`), which are reported by subset. Then n samples of a policy for every problem: does the one with the highest score have the right
+subset`), which are reported by subset. Then n samples of a policy for every problem: has the one with the highest score the right
 answer, against a majority vote and against the policy's own log-prob?
 """
 

@@ -1,0 +1,51 @@
+"""Miniature reward models of random weights for the tests: LLaMA's shape and DistilBERT's, each a plain directory."""
+
+from pathlib import Path
+
+
+def make_llama(model_dir: str, folder: Path, question: str = "Right?", context: int | None = None) -> str:
+    """A reward model with a random head on the backbone of a causal LM."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from reward_model.response_reward_model import from_causal_lm
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = from_causal_lm(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), tokenizer, question)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(model.score.weight, std=0.5)
+    model.config.max_position_embeddings = context or model.config.max_position_embeddings
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def make_distilbert(folder: Path, head: bool = True) -> str:
+    """DistilBERT with a vocabulary of characters and 64 positions; without a head as it is published, for masked words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import (
+        DistilBertConfig,
+        DistilBertForMaskedLM,
+        DistilBertForSequenceClassification,
+        PreTrainedTokenizerFast,
+    )
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.:=+-*/,?!"
+    vocabulary = {token: k for k, token in enumerate([*special, *letters, *(f"##{letter}" for letter in letters)])}
+    raw = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    raw.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = ("pad", "unk", "cls", "sep", "mask")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, model_max_length=64, **{f"{name}_token": token for name, token in zip(names, special, strict=True)}
+    )
+    config = DistilBertConfig(
+        vocab_size=len(vocabulary), dim=32, hidden_dim=64, n_layers=2, n_heads=2, max_position_embeddings=64, num_labels=1,
+        initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    (DistilBertForSequenceClassification if head else DistilBertForMaskedLM)(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
