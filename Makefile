@@ -36,10 +36,11 @@ PRM_RECIPE := --num_train_epochs 5 --per_device_train_batch_size 8
 models-large: $(VENV)/.installed  ## policy-large: policy-mini's recipe at three times the size, learning rate the best of three; resumes
 	$(BIN) utils/build_embedded_models.py --size large --overwrite
 
-data: $(VENV)/.installed  ## rebuild the held-out problems, the pairs and their scores
+data: $(VENV)/.installed  ## rebuild the held-out problems, the pairs and their scores, the step values
 	$(BIN) utils/build_problems.py --overwrite
 	$(BIN) utils/build_synthetic_dataset.py --overwrite
 	$(BIN) reward_model/evaluate_steps.py --overwrite
+	$(BIN) utils/build_mcts_dataset.py --limit 6000 --rollouts_per_state 4 --budget 12 --keep_dropped --overwrite
 
 # Three on-policy rounds: sample from the policy of the round before on new problems, judge, train on, compare with the base.
 # Stopped at any moment, the same command goes on. `make rounds SEED=1`: another run, beside the first.
