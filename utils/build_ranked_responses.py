@@ -37,7 +37,7 @@ from reasoning.steps import CLOSING_STEP, STEP_NUMBER, split_steps
 from utils.cli import UserError, at_root, check_output, parse_args, refuse_held_out, run
 from utils.policies import PolicyArgs, check_policy, open_policy, policy_identity
 
-UNIT = 64  # prompts answered together: with the same seeds a group always gives the same answers
+UNIT = 128  # prompts answered together: with the same seeds a group always gives the same answers
 LEARNED = 12_000  # train problems whose samples judge-mini learned from: they come first
 KINDS = ("right", "flawed", "wrong", "malformed")  # from the best on
 SLIPS = (-10, -2, -1, 1, 2, 10)
@@ -62,9 +62,7 @@ class AnswerArguments(PolicyArgs):
         default="nobody",
         metadata={"help": "exact: groups of four ranked by the checker; nobody: left to be ranked", "choices": ["nobody", "exact"]},
     )
-    answers: int | None = field(
-        default=None, metadata={"help": "answers a prompt, or samples to take the four from (default: 4; 8 with --rank_by exact)"}
-    )
+    answers: int = field(default=4, metadata={"help": "answers a prompt; with --rank_by exact, samples to take the four from"})
     temperature: list[float] = field(
         default_factory=lambda: [0.7, 1.0, 1.3, 1.0], metadata={"help": "sampling temperatures, 0 is greedy; for one after another"}
     )
@@ -75,12 +73,11 @@ class AnswerArguments(PolicyArgs):
     max_new_tokens: int = field(default=256, metadata={"help": "tokens an answer may have"})
     seed: int = field(default=0, metadata={"help": "seed of the first answer"})
     limit: int | None = field(
-        default=None, metadata={"help": "use the first N prompts; default: 2000 of the train problems, all of --input"}
+        default=None, metadata={"help": "use the first N prompts; default: 2400 of the train problems, all of --input"}
     )
     overwrite: bool = field(default=False, metadata={"help": "replace the output"})
 
     def __post_init__(self):
-        self.answers = (8 if self.rank_by == "exact" else 4) if self.answers is None else self.answers
         for name, least in (("answers", 2), ("max_new_tokens", 1), ("limit", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise UserError(f"argument --{name}: expected {least} or more, got {getattr(self, name)}")
@@ -112,7 +109,7 @@ def read_tasks(args: AnswerArguments) -> list[Task]:
     """Raises UserError if one of them is held out."""
     if args.input is None:
         of_generator = itertools.islice(problems("train"), LEARNED, None)
-        return [Task(task.prompt, "", task) for task in itertools.islice(of_generator, args.limit or 2000)]
+        return [Task(task.prompt, "", task) for task in itertools.islice(of_generator, args.limit or 2400)]
     if args.rank_by == "exact":
         rows = (Task(task.prompt, "", task) for task in load_problems(args.input))
     else:
