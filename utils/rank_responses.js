@@ -38,7 +38,7 @@ function show() {
     for (const one of item.querySelectorAll("[data-mark]")) one.setAttribute("aria-pressed", one.dataset.mark === item.dataset.mark);
   const left = items().filter((item) => !item.dataset.mark).length;
   button("save")?.classList.toggle("ready", left === 0);
-  say(items().length && left && left < items().length ? `${left} to go` : "");
+  if (items().length) say(left && left < items().length ? `${left} to go` : "");
 }
 
 // A mark on one item; then the next one without a mark is in focus.

@@ -123,12 +123,11 @@ def task_html(name: str, tasks: Sequence[Task], task: Task, kind: Kind) -> str:
     return f"""{head(name, tasks, kind)}
 <div class="task" data-key="{task.key}" data-keys="{html.escape(keys)}">
 <div class="prompt">{html.escape(task.prompt)}</div>
-<div class="ask">{kind.ask}</div>
+<div class="ask">{kind.ask}</div><div class="help">{kind.help}</div>
 <div class="items {kind.name}">{items}</div>
 <input class="note" maxlength="1000" placeholder="A note, if you like (N; Esc leaves it)" value="{html.escape(task.note)}">
 <div class="foot"><button data-do="save">{"Save again" if task.done else "Save"} <kbd>Enter</kbd></button>
-<button data-do="skip">Skip <kbd>S</kbd></button>{BACK}<span class="message" role="status"></span></div>
-<div class="help">{kind.help}</div></div>"""
+<button data-do="skip">Skip <kbd>S</kbd></button>{BACK}<span class="message" role="status"></span></div></div>"""
 
 
 def done_html(name: str, tasks: Sequence[Task], kind: Kind) -> str:
@@ -216,7 +215,8 @@ def serve(args: RankArguments, page, waiting: Callable[[], object]) -> None:
     """Show the page until `waiting` returns. Raises UserError if the port is taken or no public address can be had."""
     import gradio as gr
 
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none from the network
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from the network
+    theme = gr.themes.Default(primary_hue="indigo", **fonts)
     css = HERE.with_suffix(".css").read_text(encoding="utf-8")
     try:
         _, local, public = page.launch(
