@@ -73,10 +73,10 @@ class InferenceArgs(JudgeArgs, PolicyArgs):
             raise ValueError("arguments --n, --beams, --max_steps and --aggregate: go with --search")
         if self.search not in (None, "greedy") and self.temperature == 0 and self.n > 1:
             raise ValueError("argument --temperature: at 0 all proposals are alike, a --search has nothing to choose from")
-        if self.judge != JudgeArgs.judge and not self.uses_judge:
-            raise ValueError("argument --judge: goes with --show_scores or a --search that it guides")
         if self.scorer is not None and (self.search != "best_of_n" or self.judge != JudgeArgs.judge):
             raise ValueError("argument --scorer: goes with --search best_of_n, and without a --judge")
+        if self.judge != JudgeArgs.judge and not self.uses_judge:
+            raise ValueError("argument --judge: goes with --show_scores or a --search that it guides")
         if self.judge == "shuffled" and self.search is not None:
             raise ValueError("argument --judge: shuffled guides no search; scores by chance are --judge random")
         if self.judge == "shuffled" and self.input is None:

@@ -34,7 +34,7 @@ ROWS = [row for k in range(len(TASKS)) for row in answers_of(k)]
 
 def train_here(folder: Path, monkeypatch, **options: object) -> None:
     monkeypatch.chdir(folder)
-    flags = [part for name, value in (SMALL | options).items() for part in (f"--{name}", *str(value).split())]
+    flags = [part for name, value in (SMALL | options).items() for part in (f"--{name}", *(str(value).split() or [""]))]
     monkeypatch.setattr(sys, "argv", ["train.py", "reward", *flags])
     train.main()
 
