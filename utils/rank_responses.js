@@ -41,12 +41,12 @@ function show() {
   if (items().length) say(left && left < items().length ? `${left} to go` : "");
 }
 
-// A mark on one item; then the next one without a mark is in focus.
+// A mark on one item; then the next one without a mark is in focus. When all have one, the next in order: all can be typed anew.
 function mark(item, value) {
   item.dataset.mark = value;
   show();
   const all = items(), k = all.indexOf(item);
-  ([...all.slice(k + 1), ...all.slice(0, k)].find((other) => !other.dataset.mark) || item).focus();
+  ([...all.slice(k + 1), ...all.slice(0, k)].find((other) => !other.dataset.mark) || all[k + 1] || item).focus();
 }
 
 function move(by) {
