@@ -26,12 +26,12 @@ models: models-policy models-prm  ## rebuild policy-mini, judge-mini and prm-min
 models-policy: $(VENV)/.installed  ## policy-mini and judge-mini (about 45 minutes on 2 cores)
 	$(BIN) utils/build_embedded_models.py --overwrite
 
-models-prm: $(VENV)/.installed  ## prm-mini from the committed rows (at most 30 minutes on 2 cores); its card is kept
+models-prm: $(VENV)/.installed  ## prm-mini from the committed rows (about 10 minutes on 2 cores); its card is kept
 	$(BIN) train.py prm $(PRM_RECIPE) --output_dir saved_model/prm_mini --overwrite
 	@mkdir -p models/prm-mini
 	cp saved_model/prm_mini/config.json saved_model/prm_mini/model.safetensors saved_model/prm_mini/tokenizer*.json models/prm-mini/
 
-PRM_RECIPE := --num_train_epochs 5 --per_device_train_batch_size 8
+PRM_RECIPE := --num_train_epochs 2 --per_device_train_batch_size 8 --running_min true
 
 models-large: $(VENV)/.installed  ## policy-large: policy-mini's recipe at three times the size, learning rate the best of three; resumes
 	$(BIN) utils/build_embedded_models.py --size large --overwrite
@@ -40,7 +40,7 @@ data: $(VENV)/.installed  ## rebuild the held-out problems, the pairs and their 
 	$(BIN) utils/build_problems.py --overwrite
 	$(BIN) utils/build_synthetic_dataset.py --overwrite
 	$(BIN) reward_model/evaluate_steps.py --overwrite
-	$(BIN) utils/build_mcts_dataset.py --limit 6000 --rollouts_per_state 4 --budget 12 --keep_dropped --overwrite
+	$(BIN) utils/build_mcts_dataset.py --limit 6000 --rollouts_per_state 4 --budget 12 --keep_dropped --labels relative --trees data/mcts_trees.jsonl --overwrite
 
 # Three on-policy rounds: sample from the policy of the round before on new problems, judge, train on, compare with the base.
 # Stopped at any moment, the same command goes on. `make rounds SEED=1`: another run, beside the first.

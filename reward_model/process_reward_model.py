@@ -9,7 +9,9 @@
 its closing newline. There is no end-of-text token. The same text is learned from (trainer/prm_trainer.py) and scored here.
 
 A PRM is a plain directory for token classification (or a PEFT adapter on a causal LM) whose config.json names its step token:
-"step_token": "<next>". PRMs that others published are read in their own formats: reward_model/foreign_prms.py.
+"step_token": "<next>". Where the labels said what a step keeps of the value before it, it also says "running_min": true: the score
+of a step is then the least value so far, which tells whether all is right up to there. PRMs that others published are read in their
+own formats: reward_model/foreign_prms.py.
 """
 
 import copy
@@ -17,6 +19,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -141,6 +144,7 @@ def load_prm(path: str, dtype: torch.dtype | str, trainable: bool = False):
         raise
     except Exception as error:  # what a folder that is no model makes of the libraries is beyond a list
         raise JudgeError(f"PRM {path} cannot be loaded: {first_line(error)}") from None
+    model.config.running_min = config.get("running_min", False)  # an adapter's base does not know
     if not tokenizer.is_fast:
         raise JudgeError(f"PRM {path}: it has no fast tokenizer (tokenizer.json)")
     try:
@@ -224,6 +228,7 @@ class ProcessRewardModel(StepJudge):
         model, self.format = load_prm(self.path, torch.float32 if device == "cpu" else "auto")
         self.model = model.to(device, model.dtype).eval()  # peft keeps what it trained in float32
         self.device = self.model.device
+        self.running_min = self.model.config.running_min
         self.context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)  # None: without limit
 
     def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
@@ -235,7 +240,7 @@ class ProcessRewardModel(StepJudge):
             if self.context_length and len(ids) > self.context_length:
                 results[i] = None
             else:
-                first = skip[i] if skip else 0
+                first = skip[i] if skip and not self.running_min else 0
                 rows.append(_Row(i, first, ids, places[first:]))
         for batch in batches(rows, self.batch_tokens):
             values = iter(self._values(batch))
@@ -245,6 +250,9 @@ class ProcessRewardModel(StepJudge):
                 if broken is not None:
                     place = where(*solutions[row.solution], broken)
                     raise JudgeError(f"PRM {self.path}: the model's logits are not finite at {place}")
+        if self.running_min:
+            firsts = skip or [0] * len(solutions)
+            results = [scores and [*accumulate(scores, min)][first:] for scores, first in zip(results, firsts, strict=True)]
         return results
 
     @torch.inference_mode()

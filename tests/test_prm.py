@@ -125,6 +125,17 @@ def test_all_steps_are_scored_in_one_pass_and_skipped_ones_are_context(judge):
     assert max(differences(skipped, expected)) < 1e-5
 
 
+def test_the_least_value_so_far_where_the_config_asks_for_it(judge, prm_dir, tmp_path):
+    """Labels that say what a step keeps: a solution that has lost its value does not get it back, whatever is skipped."""
+    least = ProcessRewardModel(changed(prm_dir, tmp_path / "least", running_min=True), device="cpu")
+    for values, scores in zip(judge.score_steps(SOLUTIONS), least.score_steps(SOLUTIONS), strict=True):
+        assert scores == pytest.approx([min(values[: k + 1]) for k in range(len(values))], abs=1e-5)
+    skip = [k % 3 for k in range(len(SOLUTIONS))]
+    cut = [scores[first:] for scores, first in zip(least.score_steps(SOLUTIONS), skip, strict=True)]
+    assert max(differences(least.score_steps(SOLUTIONS, skip), cut)) < 1e-5
+    assert least.score_steps(SOLUTIONS) != judge.score_steps(SOLUTIONS)
+
+
 def test_a_solution_that_outgrows_the_context_gets_none(judge):
     fits, long = STEPS, STEPS
     while len(judge.format.encode([(PROMPT, long)])[0][0]) <= 512:

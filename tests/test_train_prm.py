@@ -254,7 +254,19 @@ def adapter(folder) -> Path:
     return folder / "adapter"
 
 
-LORA = ["--use_peft", "--lora_r", "4", "--lora_dropout", "0", "--lora_target_modules", "all-linear", "--learning_rate", "0.01"]
+LORA = [
+    "--use_peft",
+    "--running_min",
+    "true",
+    "--lora_r",
+    "4",
+    "--lora_dropout",
+    "0",
+    "--lora_target_modules",
+    "all-linear",
+    "--learning_rate",
+    "0.01",
+]
 
 
 def test_an_adapter_holds_head_and_step_token_and_judges(folder, adapter):
@@ -270,6 +282,7 @@ def test_an_adapter_holds_head_and_step_token_and_judges(folder, adapter):
     assert tokens.shape == (1, 64) and not torch.allclose(tokens[0], mean, atol=1e-4)
     judge = ProcessRewardModel(adapter, device="cpu")
     assert judge.model.config.step_token == "<next>" and len(judge.format.tokenizer) == 650
+    assert judge.running_min  # from the adapter's folder: its base is no PRM
     solutions = [(row.prompt, [*row.prefix, row.step]) for row in ROWS[:6]]
     scores = judge.score_steps(solutions)
     merged = judge.model.merge_and_unload()

@@ -54,6 +54,14 @@ class PRMConfig(MiniatureDefaults, TrainingArguments):
         metadata={"help": "Labels become 1 from this value on and 0 below it (above 0, up to 1); without it they stay soft."},
     )
 
+    running_min: bool = field(
+        default=False,
+        metadata={
+            "help": "Labels say what a step keeps of the value before it (utils/build_mcts_dataset.py --labels relative): the model's "
+            "score of a step is then the least of all steps so far."
+        },
+    )
+
     def __post_init__(self):
         if self.hard_labels is not None and not 0 < self.hard_labels <= 1:
             raise ValueError(f"hard_labels: expected a number above 0, up to 1, got {self.hard_labels}")
@@ -157,6 +165,7 @@ class PRMTrainer(Trainer):
         limits = args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = min(filter(None, limits), default=None)
         self.branches = takes_branches(model, self.max_length)
+        model.config.running_min = args.running_min  # it is read where the model scores
         self.balance = ""
         self._sums: dict[str, Tensor] = {}  # train, eval -> sums since the last log
         if peft_config is not None:
