@@ -621,6 +621,8 @@ def test_rank_by_keyboard_kill_and_go_on(table, tmp_path):
 @in_browser
 @pytest.mark.slow
 def test_label_steps_and_see_agreement(table, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
     port = free_port()
     rows = read_answers(table)
     write_answers(table, [replace(row, rank=1 + k % 4, ranker=name) for name in ("Ann", "Ben") for k, row in enumerate(rows)])
@@ -639,24 +641,21 @@ def test_label_steps_and_see_agreement(table, tmp_path):
                 assert "1.000" in page.text() or tab.text != "Agreement"
         said = {}
         for done in range(1, 5):
-            steps = tuple(page.items())
-            labels = ["right" if step in ("Step 1: 1", "Step 2: 3", "Answer: 3", "Answer: 1") else "wrong" for step in steps]
-            said[page.prompt(), steps] = [1 if label == "right" else 0 for label in labels]
-            keys = {"right": "1r"[done % 2], "wrong": "2w"[done % 2]}
-            page.press(*(keys[label] for label in labels[:-1]), "3" if done == 4 else keys[labels[-1]], "\ue007")
-            if done == 4:
-                said[page.prompt() if page.all(".prompt") else "", steps] = None
-                page.see("All 4 solutions are done")
-            else:
-                page.see(f"{done} of 4 solutions done")
+            prompt, steps = page.prompt(), tuple(page.items())
+            labels = [int(step in ("Step 1: 1", "Step 2: 3", "Answer: 3", "Answer: 1")) for step in steps]
+            keys = ["w1"[label] if done % 2 else "2r"[label] for label in labels]
+            if done == 4:  # unsure of the last step
+                labels[-1], keys[-1] = None, "3"
+            page.press(*keys, Keys.ENTER)
+            said[prompt, steps] = labels
+            page.see(f"{done} of 4 solutions done")
+        page.see("All 4 solutions are done")
         assert driver.execute_script("return window.hacked") is None
         assert page.network() == {f"127.0.0.1:{port}"}
-    judge = HumanJudge(tmp_path / "labels.jsonl")
     written = [LabelledSolution.from_row(row) for _, row in read_rows(tmp_path / "labels.jsonl")]
-    assert {(row.prompt, tuple(row.steps)) for row in written} == SOLUTIONS
-    for row in written[:3]:
-        assert row.labels == said[row.prompt, tuple(row.steps)] == judge.score_steps([(row.prompt, row.steps)])[0]
-    assert written[3].labels[-1] is None and judge.score_steps([(written[3].prompt, written[3].steps)]) == [None]
+    assert {(row.prompt, tuple(row.steps)): row.labels for row in written} == said and set(said) == SOLUTIONS
+    scores = HumanJudge(tmp_path / "labels.jsonl").score_steps([(row.prompt, row.steps) for row in written])
+    assert scores == [*(row.labels for row in written[:3]), None]
 
 
 @in_browser
@@ -690,7 +689,7 @@ def take_picture(path: Path) -> None:
         write_answers(Path(folder) / "answers.csv", rows)
         port = free_port()
         with (
-            browser(Path(folder) / "profile", 1200, 860) as driver,
+            browser(Path(folder) / "profile", 1200, 900) as driver,
             server(port, "--input", "answers.csv", "--ranker", "Ann", cwd=Path(folder)),
         ):
             page = Page(driver)

@@ -249,13 +249,13 @@ def main() -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     for proxies in ("NO_PROXY", "no_proxy"):  # Gradio asks its own page whether it is there
         os.environ[proxies] = ",".join(filter(None, [os.environ.get(proxies), "127.0.0.1"]))
-    held = [hold(args.output or args.input)]
+    solutions = load_solutions(args.steps) if args.steps else None
+    held = [hold(path) for path in (args.output or args.input, *([args.labels] if args.steps else []))]  # until the process ends
     ranking = AnswerRanking(args.input, args.output)
-    labelling = None
-    if args.steps:
-        held.append(hold(args.labels))
-        labelling = StepLabelling(load_solutions(args.steps), args.labels)
+    labelling = StepLabelling(solutions, args.labels) if solutions else None
     serve(args, build_page(ranking, labelling, args.ranker), threading.Event().wait)
+    for handle in held:
+        handle.close()
 
 
 if __name__ == "__main__":
