@@ -57,8 +57,8 @@ class PRMConfig(MiniatureDefaults, TrainingArguments):
     running_min: bool = field(
         default=False,
         metadata={
-            "help": "Labels say what a step keeps of the value before it (utils/build_mcts_dataset.py --labels relative): the score "
-            "of a step is then the least of all steps so far."
+            "help": "Labels say what a step keeps of the value before it (utils/build_mcts_dataset.py --labels relative): a step's "
+            "score is then the least of all steps so far."
         },
     )
 
