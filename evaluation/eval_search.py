@@ -52,6 +52,10 @@ class SearchArgs(JudgeArgs, PolicyArgs):
     aggregates: list[str] = field(
         default_factory=lambda: [*AGGREGATES], metadata={"help": "how step scores may become one number", "choices": [*AGGREGATES]}
     )
+    controls: list[str] = field(
+        default_factory=lambda: [*CONTROLS],
+        metadata={"help": "who else guides the best strategy: chance, or the samples among each other", "choices": [*CONTROLS]},
+    )
     n: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"help": "proposals a step, or whole solutions"})
     samples: int = field(default=64, metadata={"help": "the largest n of the strategies that share one pool of whole solutions"})
     beams: int = field(default=Budget.beams, metadata={"help": "beams of beam, subtrees of dvts, walks of mcts"})
@@ -404,7 +408,7 @@ def main() -> None:
             for settings in wanted(args, one, sizes):
                 label = "one pool of solutions" if len(settings) > 1 else f"{settings[0].strategy} {settings[0].n}"
                 found |= lab.measure(settings, problems, f"{split}: {label}")
-            for guide in CONTROLS if chosen["strategy"] else ():
+            for guide in args.controls if chosen["strategy"] else ():
                 for n in args.n:
                     setting = Setting(chosen["strategy"], n, chosen["aggregates"][chosen["strategy"]], guide)
                     found |= lab.measure([setting], problems, f"{split}: {setting.name} {n}")
@@ -414,7 +418,7 @@ def main() -> None:
         lab.close()
 
     title = f"{report.policy}, guided by {judge_name(args)}"
-    controls = [Setting(chosen["strategy"], 1, guide=guide).name for guide in CONTROLS]
+    controls = [Setting(chosen["strategy"], 1, guide=guide).name for guide in args.controls]
     frontier_plot(outputs["plot"], {split: report.frontier(split) for split in splits}, controls, title)
     extras = {"chosen": chosen, "equal_tokens": report.equal_tokens, "trend_p": report.trend_p, "left_out": report.left_out}
     write_result(outputs["result"], report.metrics, asdict(args), [args.seed], **extras)
