@@ -36,6 +36,7 @@ NAME = "response_reward"
 CHUNK = 64  # problems that are sampled together
 ALIKE = 0.05  # texts of equal length: as many lines, and characters that differ by this share at most
 NEVER = -math.inf  # the log-prob of an empty answer
+MAKES_ANSWERS = "python utils/build_ranked_responses.py --rank_by exact"
 
 
 @dataclass
@@ -112,7 +113,7 @@ class Pair:
 def read_groups(args: RewardEvalArgs) -> tuple[list[Group], bool]:
     """The groups, and whether they are pairs that go by subset. Raises RecordError or UserError."""
     if args.data.endswith(".csv"):
-        check_input(args.data, "make answers" if args.data == RewardEvalArgs.data else None)
+        check_input(args.data, MAKES_ANSWERS if args.data == RewardEvalArgs.data else None)
         rows = read_answers(args.data)
         check_groups(rows, args.data)
         wanted = args.data_split or ("test" if any(row.split for row in rows) else "")

@@ -5,14 +5,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from reasoning.records import write_records
 from reward_model.base import JudgeError
 from reward_model.process_reward_model import ProcessRewardModel, StepTokens, from_causal_lm
-from utils.cli import UserError
-from utils.judges import JudgeArgs, check_judge, judge_name
+from utils.judges import JudgeArgs, check_judge, judge_name, open_judge
 
 PROMPT = "Mia has 12 apples. She buys 3 times as many. How many apples does Mia have now?"
 STEPS = ["Step 1: 12 * 3 = 36", "Step 2: 12 + 36 = 48", "Answer: 48"]
@@ -259,9 +257,13 @@ def test_without_a_path_it_is_the_embedded_one(tmp_path):
     args = JudgeArgs(judge="prm", judge_path=str(tmp_path / "prm-mini"))
     assert judge_name(args) == "prm-mini" and judge_name(JudgeArgs(judge="prm", judge_path="org/shepherd")) == "prm-shepherd"
     default = JudgeArgs(judge="prm")
-    if (ROOT / "models/prm-mini").exists():
-        check_judge(default)
-    else:
-        with pytest.raises(UserError, match=r"prm-mini not found: run `python train.py prm"):
-            check_judge(default)
+    check_judge(default)
     assert default.judge_path.endswith("models/prm-mini")
+    with open_judge(default) as judge:
+        prompt = "Ben has 40 pens. He gives away 12 pens. The pens become 2 times as many. How many pens does Ben have now?"
+        right, wrong = (
+            ["Step 1: 40 - 12 = 28", "Step 2: 28 * 2 = 56", "Answer: 56"],
+            ["Step 1: 40 - 12 = 28", "Step 2: 28 + 2 = 30", "Answer: 30"],
+        )
+        (of_right, of_wrong) = judge.score_steps([(prompt, right), (prompt, wrong)])
+    assert min(of_right) > 0.5 > of_wrong[1] and of_wrong[2] <= of_wrong[1] and of_right[0] == pytest.approx(of_wrong[0], abs=1e-5)

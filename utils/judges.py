@@ -99,7 +99,7 @@ USES = {  # judge -> its own arguments, first what it is called by
 }
 CHANGE_NO_SCORE = {"threads", "judge_requests", "judge_cache"}
 DEFAULT_PRM = at_root("models/prm-mini")
-MAKES_PRM = "python train.py prm --output_dir models/prm-mini"
+MAKES_PRM = "make models-prm"
 FILES = ("judge_path", "judge_problems", "judge_labels")
 NEEDED = {  # without a default
     "judge_model": "the name of its model",
