@@ -31,7 +31,7 @@ ROWS = {  # name -> what train.py is told, seeds
 @dataclass
 class PPOTableArguments:
     rows: list[str] = field(default_factory=lambda: [*ROWS], metadata={"help": "rows of the table", "choices": [*ROWS]})
-    seeds: int | None = field(default=None, metadata={"help": "seeds of every row (default: 3 of step PPO with prm-mini, 1 of the others)"})
+    seeds: int | None = field(default=None, metadata={"help": "seeds of every row (default: 3 of step PPO with prm-mini, else 1)"})
     limit: int | None = field(default=None, metadata={"help": "the first problems of each split (default: all)"})
     output_dir: str = field(default_factory=lambda: at_root("evaluation/results"), metadata={"help": "folder of ppo.json"})
 
