@@ -18,13 +18,13 @@ from test_openai_judge import Server, chat, completion
 from reasoning.grading import grade_steps, is_correct
 from reasoning.problems import problems
 from reasoning.ranking import check_groups, groups, read_answers, split_of
-from reasoning.records import Problem, is_kept_out
+from reasoning.records import Problem, is_kept_out, write_records
 from reasoning.steps import split_steps
 from reward_model.base import JudgeError, PromptTooLong
 from search.policy import Policy
 from search.remote import RemotePolicy
-from utils.build_ranked_responses import KINDS, LEARNED, Sample, group_of_four, kind_of, main, put_in
-from utils.cli import run
+from utils.build_ranked_responses import KINDS, AnswerArguments, Sample, group_of_four, kind_of, main, put_in, read_tasks
+from utils.cli import held_out_prompts, run
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "utils/build_ranked_responses.py"
@@ -89,16 +89,17 @@ def script(monkeypatch, *args: object) -> None:
     run(main)
 
 
-SMALL = ("--answers", 3, "--limit", 66, "--rank_by", "exact", "--model_name_or_path", POLICY, "--max_new_tokens", 120)
+SMALL = ("--answers", 2, "--input", "problems.jsonl", "--rank_by", "exact", "--model_name_or_path", POLICY, "--max_new_tokens", 100)
 
 
 def test_exact_groups_and_a_killed_run(monkeypatch, tmp_path, capsys):
-    """Killed after its first 64 prompts, with a torn row behind them; started again it ends with the undisturbed run's bytes."""
+    """Killed after its first 128 prompts, with a torn row behind them; started again it ends with the undisturbed run's bytes."""
     monkeypatch.chdir(tmp_path)
+    tasks = {task.prompt: task for task in itertools.islice(problems("train"), 130)}
+    write_records("problems.jsonl", tasks.values())
     script(monkeypatch, *SMALL, "--output", "whole.csv")
     rows = read_answers("whole.csv")
     check_groups(rows, "whole.csv")
-    tasks = {task.prompt: task for task in itertools.islice(problems("train"), LEARNED, LEARNED + 66)}
     found = groups(rows)
     assert len(found) >= 10 and len(rows) == 4 * len(found)
     assert f"{len(found)} groups" in capsys.readouterr().out
@@ -116,16 +117,16 @@ def test_exact_groups_and_a_killed_run(monkeypatch, tmp_path, capsys):
 
     policy = Policy.load(POLICY)  # a row's settings give its answer again
     for row in [row for row in rows if not row.note][::20]:
-        settings = {"temperature": row.temperature, "top_p": row.top_p, "seed": row.seed, "max_new_tokens": 120}
+        settings = {"temperature": row.temperature, "top_p": row.top_p, "seed": row.seed, "max_new_tokens": 100}
         assert policy.texts([row.prompt], **settings)[0][0] == row.answer
-    assert {row.temperature for row in rows} == {0.7, 1.0, 1.3} and {row.seed for row in rows} == {0, 1, 2}
+    assert {(row.temperature, row.seed) for row in rows} == {(0.7, 0), (1.0, 1)}
 
     partial = tmp_path / "killed.csv.partial"
     command = [sys.executable, str(ROOT / SCRIPT), *map(str, SMALL), "--output", "killed.csv"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
-        if partial.exists() and partial.read_bytes().count(b"\n") > 64:
+        if partial.exists() and partial.read_bytes().count(b"\n") > 128:
             break
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -136,7 +137,7 @@ def test_exact_groups_and_a_killed_run(monkeypatch, tmp_path, capsys):
         script(monkeypatch, *SMALL, "--output", "killed.csv", "--seed", 1)
     assert "another job" in capsys.readouterr().err
     script(monkeypatch, *SMALL, "--output", "killed.csv")
-    assert "resuming: 64 of 66" in capsys.readouterr().out
+    assert "resuming: 128 of 130" in capsys.readouterr().out
     assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes() and not partial.exists()
 
 
@@ -259,3 +260,34 @@ def test_mistakes_are_one_line_and_nothing_is_written(monkeypatch, tmp_path, cap
     error = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and message in error[-1] and "error:" in error[-1]
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+def test_the_committed_groups_of_four():
+    """Made by the script's defaults, from problems that are not held out; right and wrong answers are alike in length and form."""
+    rows = read_answers(ROOT / "data/answers.csv")
+    check_groups(rows, "data/answers.csv")
+    tasks = {task.prompt: task.problem for task in read_tasks(AnswerArguments(rank_by="exact"))}
+    found = groups(rows)
+    splits = Counter(group[0].split for group in found.values())
+    assert splits["train"] >= 1000 and splits["test"] >= 250 and len(rows) == 4 * len(found)
+    assert {ranker for _, ranker in found} == {"rule:exact"} and not {prompt for prompt, _ in found} & held_out_prompts().keys()
+    alike = 0
+    for prompt, _ in found:
+        by_kind = {row.category: row for row in found[prompt, "rule:exact"]}
+        assert [by_kind[kind].rank for kind in KINDS] == [1, 2, 3, 4] and by_kind["right"].split == split_of(prompt)
+        assert [kind_of(sample(by_kind[kind].answer), tasks[prompt]) for kind in KINDS] == list(KINDS)
+        alike += by_kind["right"].answer.count("\n") == by_kind["wrong"].answer.count("\n")
+    assert alike / len(found) > 0.95
+
+
+def test_the_committed_answers_of_a_real_model():
+    rows = read_answers(ROOT / "data/answers_smollm2.csv")
+    check_groups(rows, "data/answers_smollm2.csv")
+    asked = [json.loads(line) for line in (ROOT / "data/prompts_real.jsonl").read_text().splitlines()]
+    assert Counter(row["category"] for row in asked).most_common() == [
+        (category, 8) for category in {row["category"]: 0 for row in asked}
+    ]
+    assert {(row.prompt, row.category) for row in rows} == {(row["prompt"], row["category"]) for row in asked}
+    assert len(rows) == 160 and {len(group) for group in groups(rows).values()} == {4}
+    assert {row.ranker for row in rows} == {"llm:claude"} and {row.generator for row in rows} == {"smollm2-135m-instruct"}
+    assert all(None not in (row.temperature, row.top_p, row.seed) for row in rows)
