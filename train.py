@@ -141,6 +141,15 @@ def peft_and_quantization(model_args) -> dict:
     return {"peft_config": get_peft_config(model_args), "quantization_config": get_quantization_config(model_args)}
 
 
+def dtype_of(model_args, what: str):
+    """The torch.dtype of the weights that training begins with. Raises ValueError where they are to be quantized."""
+    import torch
+
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ValueError(f"{what} is not trained on quantized weights: leave out --load_in_4bit and --load_in_8bit")
+    return getattr(torch, "float32" if model_args.dtype in (None, "auto") else model_args.dtype)
+
+
 def train_dpo(argv: list[str]) -> None:
     """Stepwise DPO, or any other loss of StepwiseDPOTrainer: scored pairs -> tuned policy."""
     from trainer.stepwise_dpo_trainer import StepwiseDPOConfig
@@ -188,15 +197,12 @@ def train_prm(argv: list[str]) -> None:
 def load_for_prm(name: str, model_args) -> dict:
     """What a PRM's training starts from: a PRM that goes on, or a causal LM made into one. An adapter is merged into its base; with
     --use_peft that of a PRM goes on. Raises ValueError."""
-    import torch
     from transformers import PreTrainedConfig
 
     from reward_model.process_reward_model import from_causal_lm, load_prm
     from search.policy import load_model
 
-    if model_args.load_in_4bit or model_args.load_in_8bit:
-        raise ValueError("a PRM is not trained on quantized weights: leave out --load_in_4bit and --load_in_8bit")
-    dtype = getattr(torch, "float32" if model_args.dtype in (None, "auto") else model_args.dtype)
+    dtype = dtype_of(model_args, "a PRM")
     config, _ = PreTrainedConfig.get_config_dict(name, revision=model_args.model_revision)
     is_prm = "step_token" in config
     if is_prm:
@@ -290,15 +296,12 @@ def accuracy_on(path: str, limit: int):
 def load_for_ppo(name: str, model_args, value_model: str | None) -> dict:
     """What step PPO starts from: a causal LM, an adapter merged into its base; an adapter's settings with --use_peft; the backbone
     of --value_model. Raises ValueError."""
-    import torch
     from transformers import AutoModel, AutoTokenizer
     from trl import get_peft_config
 
     from search.policy import base_of, load_model
 
-    if model_args.load_in_4bit or model_args.load_in_8bit:
-        raise ValueError("step PPO does not train on quantized weights: leave out --load_in_4bit and --load_in_8bit")
-    dtype = getattr(torch, "float32" if model_args.dtype in (None, "auto") else model_args.dtype)
+    dtype = dtype_of(model_args, "a policy of step PPO")
     policy, tokenizer = load_model(name, dtype, revision=model_args.model_revision)
     if hasattr(policy, "merge_and_unload"):
         if model_args.use_peft:
@@ -377,15 +380,12 @@ def read_ranked(args: DataArgs, kinds: list[str], record: type, made_by: str | N
 def load_for_reward(name: str, model_args, question: str) -> dict:
     """What a response reward model's training starts from: a reward model that goes on, an encoder, or a causal LM made into one.
     An adapter is merged into its base; with --use_peft that of a reward model goes on. Raises ValueError or JudgeError."""
-    import torch
     from transformers import PreTrainedConfig
 
     from reward_model.response_reward_model import from_causal_lm, is_reward_adapter, load_reward_model
     from search.policy import base_of, load_model
 
-    if model_args.load_in_4bit or model_args.load_in_8bit:
-        raise ValueError("a reward model is not trained on quantized weights: leave out --load_in_4bit and --load_in_8bit")
-    dtype = getattr(torch, "float32" if model_args.dtype in (None, "auto") else model_args.dtype)
+    dtype = dtype_of(model_args, "a reward model")
     revision = model_args.model_revision
     base, is_adapter = base_of(name, revision)
     kinds = PreTrainedConfig.get_config_dict(base)[0].get("architectures") or [""]

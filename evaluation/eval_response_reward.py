@@ -25,7 +25,7 @@ from evaluation.metrics import (
     reliability,
     write_result,
 )
-from reasoning.ranking import check_groups, groups, read_answers
+from reasoning.ranking import RankedGroup, check_groups, groups, read_answers
 from reasoning.records import Problem, RecordError, read_records
 from reasoning.rows import load_rows
 from utils.cli import UserError, at_root, check_input, check_output, parse_args, run
@@ -128,11 +128,11 @@ def read_groups(args: RewardEvalArgs) -> tuple[list[Group], bool]:
         return found[: args.limit], False
     found = []
     for where, row in islice(load_rows(args.data, split=args.data_split), args.limit):
-        for name in ("prompt", "chosen", "rejected"):
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise RecordError(f"{where}: field '{name}': expected a text, got {str(row.get(name))[:60]!r}")
-        subset = str(row.get("subset") or "")
-        found.append((row["prompt"], [Answer(row["chosen"], 1, subset), Answer(row["rejected"], 2, subset)]))
+        try:
+            pair, subset = RankedGroup.from_row(row), str(row.get("subset") or "")
+        except RecordError as error:
+            raise RecordError(f"{where}: {error}") from None
+        found.append((pair.prompt, [Answer(*of_pair, subset) for of_pair in zip(pair.answers, pair.ranks, strict=True)]))
     return found, True
 
 

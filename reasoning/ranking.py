@@ -5,14 +5,15 @@ The file is long: one row for each (prompt, answer, ranker). What a second ranke
 
 import csv
 import hashlib
-import io
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from reasoning.records import RecordError, write_text
+from reasoning.rows import read_table
 
 
 # One row of data/answers.csv, its cells one under the other (the published shape has the first three columns alone):
@@ -59,6 +60,33 @@ class RankedResponse:
         )
 
 
+# What a reward model learns from: a prompt with all answers that one ranker ranked (1 is the best, ties are allowed), or a pair of
+# texts (`prompt`, `chosen`, `rejected`), as preference data is published; a pair is kept as a group of two:
+#   {"prompt": "Mia has 12 apples. ...", "answers": ["Step 1: 12 + 14 = 26\\n...", "Step 1: 12 + 14 = 16\\n..."], "ranks": [1, 2]}
+@dataclass(frozen=True)
+class RankedGroup:
+    prompt: str
+    answers: list[str]
+    ranks: list[int]
+
+    @classmethod
+    def from_row(cls, row: Any) -> "RankedGroup":
+        """Raises RecordError if the row is neither."""
+        if not isinstance(row, dict):
+            raise RecordError(f"expected an object, got {str(row)[:60]!r}")
+        is_group = "answers" in row and "ranks" in row
+        names = ("prompt",) if is_group else ("prompt", "chosen", "rejected")
+        for name in names:
+            if not isinstance(row.get(name), str) or not row[name].strip():
+                raise RecordError(f"field '{name}': expected a text, got {str(row.get(name))[:60]!r}")
+        if not is_group:
+            return cls(row["prompt"], [row["chosen"], row["rejected"]], [1, 2])
+        group = cls(row["prompt"], row["answers"], row["ranks"])
+        if len(group.answers) != len(group.ranks):
+            raise RecordError(f"field 'ranks': expected one for each of {len(group.answers)} answers, got {len(group.ranks)}")
+        return group
+
+
 COLUMNS = [field.name for field in fields(RankedResponse)]
 
 
@@ -80,17 +108,14 @@ def read_answers(path: str | Path) -> list[RankedResponse]:
     """The rows of a table, in the order of the file. Comma, semicolon or tab between the cells, a byte-order mark, rows of nothing
     but empty cells: as spreadsheets write it. Columns but `prompt` and `answer` may be missing; an unknown one is refused, since
     whoever writes the file again would lose it. Raises RecordError with file and line."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{path}: not UTF-8 (byte {error.start + 1}); save the table as CSV UTF-8") from None
-    delimiter, names = _header(path, text)
+    _, names, rows = read_table(path, ("prompt", "answer"))
+    names = [name.strip().lower() for name in names]
+    for name in names:
+        if name not in COLUMNS or names.count(name) > 1:
+            wrong = "two columns are called" if name in COLUMNS else "unknown column"
+            raise RecordError(f"{path}:1: {wrong} {name!r}; known are {', '.join(COLUMNS)}: rename or remove it")
     answers = []
-    for line, cells in _lines(path, text, delimiter):
-        if line == 1 or not any(cells):
-            continue
-        if len(cells) != len(names):
-            raise RecordError(f"{path}:{line}: {len(cells)} cells, the header has {len(names)}")
+    for line, cells in rows:
         try:
             answers.append(RankedResponse.from_row(dict(zip(names, cells, strict=True))))
         except RecordError as error:
@@ -98,33 +123,6 @@ def read_answers(path: str | Path) -> list[RankedResponse]:
     if not answers:
         raise RecordError(f"{path}: no rows; expected a header ({', '.join(COLUMNS[:3])} ...) and one row an answer")
     return answers
-
-
-def _header(path: str | Path, text: str) -> tuple[str, list[str]]:
-    """(delimiter, names of the columns)"""
-    for delimiter in ",;\t":
-        names = [cell.strip().lower() for cell in next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])]
-        if "prompt" in names and "answer" in names:
-            break
-    else:
-        raise RecordError(f"{path}:1: expected a header (prompt, answer, rank ...), got {text[:60].splitlines()[:1]}")
-    for name in names:
-        if name not in COLUMNS or names.count(name) > 1:
-            wrong = "two columns are called" if name in COLUMNS else "unknown column"
-            raise RecordError(f"{path}:1: {wrong} {name!r}; known are {', '.join(COLUMNS)}: rename or remove it")
-    return delimiter, names
-
-
-def _lines(path: str | Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """(number of its first line, cells) of every row."""
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    line = 1
-    try:
-        for cells in rows:
-            yield line, cells
-            line = rows.line_num + 1
-    except csv.Error as error:
-        raise RecordError(f"{path}:{line}: not CSV ({error})") from None
 
 
 def write_answers(path: str | Path, rows: Iterable[RankedResponse]) -> None:

@@ -1,11 +1,12 @@
 """Rows of a data set, whatever it lies in: a local file (.jsonl, .json, .csv, .parquet), a folder of such, or a name on the hub."""
 
 import csv
+import io
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,31 @@ def _hub_rows(name: str, config: str | None, split: str | None) -> Iterator[tupl
 def show(value: Any) -> str:
     """The beginning of a value, for an error."""
     return json.dumps(value, ensure_ascii=False, default=str)[:60]
+
+
+def read_table(path: str | Path, needed: Sequence[str]) -> tuple[str, list[str], list[tuple[int, list[str]]]]:
+    """(delimiter, names of the columns as they stand there, (number of its first line, cells) of every row behind them) of a table
+    as spreadsheets write it: comma, semicolon or tab between the cells, with or without a byte-order mark; rows of nothing but empty cells
+    are left out. needed: columns that must be there, in whatever case. Raises RecordError with file and line."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path}: not UTF-8 (byte {error.start + 1}); save the table as CSV UTF-8") from None
+    for delimiter in ",;\t":
+        names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+        if {*needed} <= {name.strip().lower() for name in names}:
+            break
+    else:
+        raise RecordError(f"{path}:1: expected a header with {', '.join(needed)}, got {text[:60].splitlines()[:1]}")
+    reader, rows, line = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), [], 1
+    try:
+        for cells in reader:
+            rows.append((line, cells))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise RecordError(f"{path}:{line}: not CSV ({error})") from None
+    rows = [(line, cells) for line, cells in rows[1:] if any(cells)]
+    for line, cells in rows:
+        if len(cells) != len(names):
+            raise RecordError(f"{path}:{line}: {len(cells)} cells, the header has {len(names)}")
+    return delimiter, names, rows

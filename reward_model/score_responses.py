@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reasoning.records import PreferencePair, Prompt, RecordError, read_rows, write_records, write_text
+from reasoning.rows import read_table
 from reasoning.steps import split_steps
 from utils.cli import UserError, at_root, check_input, check_output, parse_args, refuse_held_out, run
 from utils.scorers import ScorerArgs, check_scorer, open_scorer
@@ -73,7 +74,7 @@ class Table:
         write_text(path, [text.getvalue()])
 
 
-def read_table(path: str) -> tuple[Table, list[tuple[str, str]]]:
+def read_responses(path: str) -> tuple[Table, list[tuple[str, str]]]:
     """The table, and (prompt, response) of each of its rows. Raises RecordError with file and line."""
     if path.endswith(".jsonl"):
         numbered = list(read_rows(path))
@@ -93,27 +94,9 @@ def read_table(path: str) -> tuple[Table, list[tuple[str, str]]]:
 
 
 def _read_csv(path: str) -> tuple[Table, list[int]]:
-    """Comma, semicolon or tab between the cells, with a byte-order mark or without."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{path}: not UTF-8 (byte {error.start + 1}); save the table as CSV UTF-8") from None
-    for delimiter in ",;\t":
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        if "prompt" in (reader.fieldnames or []):
-            break
-    else:
-        raise RecordError(f"{path}:1: expected a header with prompt and {', '.join(TEXTS[:2])}, got {text[:60].splitlines()[:1]}")
-    rows, lines = [], []
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise RecordError(f"{path}:{reader.line_num}: not as many cells as the {len(reader.fieldnames)} of the header")
-            rows.append(row)
-            lines.append(reader.line_num)
-    except csv.Error as error:
-        raise RecordError(f"{path}:{reader.line_num + 1}: not CSV ({error})") from None
-    return Table(rows, list(dict.fromkeys([*reader.fieldnames, "score"])), delimiter), lines
+    delimiter, names, rows = read_table(path, ("prompt",))
+    rows = [(line, dict(zip(names, cells, strict=True))) for line, cells in rows]
+    return Table([row for _, row in rows], list(dict.fromkeys([*names, "score"])), delimiter), [line for line, _ in rows]
 
 
 def _response(row: dict) -> str:
@@ -132,7 +115,7 @@ def scored(args: ScoreArgs) -> tuple[Table, list[tuple[str, str]], list[float]]:
         raise UserError("argument --output: expected a file that the result is written to")
     check_input(args.input)
     check_output(args.output, args.overwrite)
-    table, pairs = read_table(args.input)
+    table, pairs = read_responses(args.input)
     check_scorer(args)
     with open_scorer(args) as scorer:
         print(scorer)

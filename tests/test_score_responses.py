@@ -94,7 +94,7 @@ def test_pairs_are_the_best_against_the_worst(tmp_path, monkeypatch, scorer, sco
         (["score", "--output", "x.csv", "--input", "in.csv"], "question,answer\np,a\n", "in.csv:1: expected a header"),
         (["score", "--output", "x.csv", "--input", "in.csv"], "prompt,text\np,a\n", "in.csv:2: expected a field answer"),
         (["score", "--output", "x.csv", "--input", "in.csv"], "prompt,answer\np,\n", "in.csv:2: field 'answer': expected a text"),
-        (["score", "--output", "x.csv", "--input", "in.csv"], "prompt,answer\np,a,b\n", "in.csv:2: not as many cells"),
+        (["score", "--output", "x.csv", "--input", "in.csv"], "prompt,answer\np,a,b\n", "in.csv:2: 3 cells, the header has 2"),
         (["score", "--output", "in.csv", "--input", "in.csv"], "prompt,answer\np,a\n", "in.csv exists"),
         (
             ["filter", "--output", "x.csv", "--input", "in.csv", "--threshold", "nan"],

@@ -152,7 +152,7 @@ def test_any_judge_rewards(folder, monkeypatch, judge):
         ({"value_model": "nowhere"}, "model directory nowhere not found"),
         ({"value_model": "strange"}, "--value_model strange has another tokenizer than the policy"),
         ({"value_model": "prm", "use_peft": "true"}, "shares the policy's weights"),
-        ({"load_in_4bit": "true"}, "does not train on quantized weights"),
+        ({"load_in_4bit": "true"}, "a policy of step PPO is not trained on quantized weights"),
         ({"resume_from_checkpoint": "true"}, "no whole checkpoint"),
     ],
 )

@@ -13,44 +13,17 @@ center_rewards_coefficient * mean of (r_better + r_worse)^2, if it is given. All
 import itertools
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
-from reasoning.records import RecordError
+from reasoning.ranking import RankedGroup
 from reward_model.response_reward_model import ResponseTokens, longest
 from trainer.defaults import MiniatureDefaults
 
 logger = get_logger(__name__)
-
-
-# A row is a prompt with all answers that one ranker ranked (1 is the best, ties are allowed), or a pair of texts (`prompt`,
-# `chosen`, `rejected`), as preference data is published; a pair is kept as a group of two:
-#   {"prompt": "Mia has 12 apples. ...", "answers": ["Step 1: 12 + 14 = 26\\n...", "Step 1: 12 + 14 = 16\\n..."], "ranks": [1, 2]}
-@dataclass(frozen=True)
-class RankedGroup:
-    prompt: str
-    answers: list[str]
-    ranks: list[int]
-
-    @classmethod
-    def from_row(cls, row: Any) -> "RankedGroup":
-        """Raises RecordError if the row is neither."""
-        if not isinstance(row, dict):
-            raise RecordError(f"expected an object, got {str(row)[:60]!r}")
-        names = ("prompt",) if "answers" in row else ("prompt", "chosen", "rejected")
-        for name in names:
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise RecordError(f"field '{name}': expected a text, got {str(row.get(name))[:60]!r}")
-        if "answers" not in row:
-            return cls(row["prompt"], [row["chosen"], row["rejected"]], [1, 2])
-        group = cls(row["prompt"], row["answers"], row["ranks"])
-        if len(group.answers) != len(group.ranks):
-            raise RecordError(f"field 'ranks': expected one for each of {len(group.answers)} answers, got {len(group.ranks)}")
-        return group
 
 
 @dataclass
