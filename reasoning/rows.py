@@ -137,8 +137,8 @@ def show(value: Any) -> str:
 
 def read_table(path: str | Path, needed: Sequence[str]) -> tuple[str, list[str], list[tuple[int, list[str]]]]:
     """(delimiter, names of the columns as they stand there, (number of its first line, cells) of every row behind them) of a table
-    as spreadsheets write it: comma, semicolon or tab between the cells, with or without a byte-order mark; rows of nothing but empty cells
-    are left out. needed: columns that must be there, in whatever case. Raises RecordError with file and line."""
+    as spreadsheets write it: comma, semicolon or tab between the cells, with or without a byte-order mark; rows of nothing but
+    empty cells are left out. needed: columns that must be there, in whatever case. Raises RecordError with file and line."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
