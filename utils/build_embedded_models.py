@@ -48,7 +48,7 @@ class BuildArguments:
             f"(default: {LEARNING_RATES})"
         },
     )
-    trial_examples: int = field(default=40_000, metadata={"help": "texts that each of several learning rates is tried on"})
+    trial_examples: int = field(default=20_000, metadata={"help": "texts that each of several learning rates is tried on"})
     judge_learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of judge-mini, decayed linearly to 0"})
     validation: int = field(default=2000, metadata={"help": "validation problems for choices and the figures in the model cards"})
     seed: int = field(default=0, metadata={"help": "seed of initial weights, mistakes and order"})
