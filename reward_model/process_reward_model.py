@@ -99,13 +99,23 @@ class StepTokens(PRMFormat):
         return model(input_ids=ids, use_cache=False).logits[rows, places, 0]
 
 
-def from_causal_lm(model, tokenizer, step_token: str = STEP_TOKEN):
-    """A PRM that has learned nothing yet: the backbone of a causal LM, which it takes over, and a head of zeros: every value is .5.
-
-    `tokenizer` gets the step token, the backbone a row for it, the mean of all rows before it."""
+def add_step_token(model, tokenizer, step_token: str = STEP_TOKEN) -> None:
+    """The tokenizer gets the step token, the model a row of its embeddings for it, the mean of all rows before it."""
     new = step_token not in tokenizer.get_vocab()
     if new:
         tokenizer.add_tokens([AddedToken(step_token, special=True, normalized=False)], special_tokens=True)
+    rows, index = model.get_input_embeddings().num_embeddings, tokenizer.convert_tokens_to_ids(step_token)
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if new or index >= rows:
+        weight = model.get_input_embeddings().weight.data
+        weight[index] = weight[: min(index, rows)].float().mean(0).to(weight.dtype)
+
+
+def from_causal_lm(model, tokenizer, step_token: str = STEP_TOKEN):
+    """A PRM that has learned nothing yet: the backbone of a causal LM, which it takes over, and a head of zeros:
+    every value is .5."""
+    add_step_token(model, tokenizer, step_token)
     config = copy.deepcopy(model.config)
     config.num_labels, config.classifier_dropout, config.use_cache = 1, 0.0, False
     config.step_token = step_token
@@ -118,12 +128,6 @@ def from_causal_lm(model, tokenizer, step_token: str = STEP_TOKEN):
             module.to_empty(device=model.device)
             for weight in module.parameters():
                 torch.nn.init.zeros_(weight)
-    rows, index = prm.get_input_embeddings().num_embeddings, tokenizer.convert_tokens_to_ids(step_token)
-    if len(tokenizer) > rows:
-        prm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    if new or index >= rows:
-        weight = prm.get_input_embeddings().weight.data
-        weight[index] = weight[: min(index, rows)].float().mean(0).to(weight.dtype)
     return prm
 
 

@@ -161,6 +161,8 @@ def load_reward_model(
     if not tokenizer.is_fast:
         raise JudgeError(f"reward model {path}: it has no fast tokenizer (tokenizer.json)")
     model.config.reward_question = config.get("reward_question")  # an adapter's own is not its base's
+    for name in {"step_token", "running_min"} & vars(model.config).keys():  # it is no PRM any more
+        delattr(model.config, name)
     return with_padding(model, tokenizer), tokenizer
 
 

@@ -184,13 +184,13 @@ def _distance(text: str, other: str) -> tuple[int, int]:
 
 def put_in(sample: Sample, kind: str, problem: Problem, rng: random.Random) -> Sample | None:
     """The sample with an error that makes it of this kind, one of all that can be put in."""
-    ways = list((_changed_numbers if kind == "flawed" else _broken)(split_steps(sample.text), rng))
+    ways = list((changed_numbers if kind == "flawed" else _broken)(split_steps(sample.text), rng))
     rng.shuffle(ways)
     made = (Sample("\n".join(steps), sample.finished, sample.settings, note) for steps, note in ways)
     return next((one for one in made if kind_of(one, problem) == kind), None)
 
 
-def _changed_numbers(steps: list[str], rng: random.Random) -> Iterator[tuple[list[str], str]]:
+def changed_numbers(steps: list[str], rng: random.Random) -> Iterator[tuple[list[str], str]]:
     """One number of one step is off by a slip, as long as it was; what follows goes on as if it were not."""
     for k, step in enumerate(steps[:-1]):
         begin = STEP_NUMBER.match(step).end()
