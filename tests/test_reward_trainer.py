@@ -82,6 +82,23 @@ def test_the_loss_of_a_batch_by_hand(llama, tmp_path, options):
     assert len(batch["input_ids"]) == 2 * len(PAIRS) and trainer.balance == "5 pairs of 6 answers, 1 ties left out"
 
 
+def test_pairs_come_by_group_and_each_answer_is_read_once(llama, tmp_path):
+    trainer = make_trainer(llama, tmp_path)
+    sampler = trainer._get_train_sampler()
+    orders = set()
+    for epoch in range(8):
+        sampler.set_epoch(epoch)
+        orders.add(tuple(sampler))
+        assert list(sampler) == list(sampler)
+    assert orders == {(0, 1, 2, 3, 4), (3, 4, 0, 1, 2)} and len(sampler) == 5
+    read = []
+    hook = trainer.model.register_forward_pre_hook(lambda _, args, given: read.append(given["input_ids"]), with_kwargs=True)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.compute_loss(trainer.model, dict(batch)).backward()
+    hook.remove()
+    assert len(batch["input_ids"]) == 10 and [len(ids) for ids in read] == [6]
+
+
 @pytest.mark.parametrize("kind", ["llama", "distilbert"])
 def test_parameters_move_and_the_pairs_are_learned(llama, tmp_path, kind):
     folder = llama if kind == "llama" else make_distilbert(tmp_path / "bert")

@@ -8,12 +8,17 @@ loss = -mean over the pairs of a batch of log sigmoid(r_better - r_worse - m), m
 center_rewards_coefficient * mean of (r_better + r_worse)^2, if it is given. All pairs of a group: Ouyang et al. 2022 (arXiv
 2203.02155, equation 1); the margin: Touvron et al. 2023 (arXiv 2307.09288, equation 2); centering: Eisenstein et al. 2023 (arXiv
 2312.09244, equation 2). Responses become ids in reward_model/response_reward_model.py, for training as for scoring.
+
+The pairs of a group come one after the other, so that most of its answers are in one batch, and there each is read once (Ouyang et
+al., section 3.5: a forward pass an answer, not two a pair).
 """
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
@@ -55,6 +60,25 @@ def pairs_of(ranks: list[int]) -> list[tuple[int, int]]:
     return [(i, j) if ranks[i] < ranks[j] else (j, i) for i, j in places if ranks[i] != ranks[j]]
 
 
+class GroupSampler(torch.utils.data.Sampler):
+    """All rows, the groups of `sizes` rows in random order, another one every epoch."""
+
+    def __init__(self, sizes: list[int], seed: int):
+        ends = itertools.accumulate(sizes)
+        self.groups = [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(map(len, self.groups))
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(len(self.groups), generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        return itertools.chain.from_iterable(self.groups[k] for k in order.tolist())
+
+
 class ResponseRewardTrainer(RewardTrainer):
     """RewardTrainer on rows of RankedGroup; takes the same arguments, with a ResponseRewardConfig, a model that is loaded, and its
     tokenizer. peft_config: an adapter is trained, and the head with it.
@@ -70,7 +94,7 @@ class ResponseRewardTrainer(RewardTrainer):
             min(filter(None, limits), default=None),
             getattr(model.config, "reward_question", None),
         )
-        self.balance = ""
+        self.balance, self.sizes = "", []
         if peft_config is not None:
             head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
             peft_config.task_type = "SEQ_CLS"
@@ -83,10 +107,11 @@ class ResponseRewardTrainer(RewardTrainer):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         groups = [RankedGroup.from_row(row) for row in dataset]
         encoded = self.format.encode([(group.prompt, answer) for group in groups for answer in group.answers])
-        rows, ties, alike, rest = [], 0, 0, iter(encoded)
+        rows, sizes, ties, alike, rest = [], [], 0, 0, iter(encoded)
         for group in groups:
             ids = [next(rest)[0] for _ in group.answers]
             pairs = pairs_of(group.ranks)
+            sizes.append(len(pairs))
             ties += math.comb(len(ids), 2) - len(pairs)
             for better, worse in pairs:
                 alike += ids[better] == ids[worse]
@@ -103,10 +128,27 @@ class ResponseRewardTrainer(RewardTrainer):
         if alike:
             said += f"; {alike} pairs are alike after that"
         if dataset_name == "train":
-            self.balance = said
+            self.balance, self.sizes = said, sizes
         elif cut:
             logger.warning(f"{dataset_name}: {said}")
         return Dataset.from_list(rows)
+
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
+        if self.sizes and self.args.train_sampling_strategy == "random":
+            return GroupSampler(self.sizes, self.args.seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """RewardTrainer's, of a model that reads what stands in the batch several times once."""
+
+        def each_once(input_ids, attention_mask, **rest):
+            texts, place = torch.unique(torch.cat([input_ids, attention_mask], 1), dim=0, return_inverse=True)
+            ids, mask = texts.chunk(2, dim=1)
+            outputs = model(input_ids=ids, attention_mask=mask, **rest)
+            outputs.logits = outputs.logits[place]
+            return outputs
+
+        return super().compute_loss(each_once, inputs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
