@@ -99,6 +99,16 @@ def test_pairs_come_by_group_and_each_answer_is_read_once(llama, tmp_path):
     assert len(batch["input_ids"]) == 10 and [len(ids) for ids in read] == [6]
 
 
+def test_shuffled_ranks_say_nothing(llama, tmp_path):
+    groups = [GROUPS[0] | {"prompt": f"1 + {k}?"} for k in range(300)]
+    best, *_ = make_trainer(llama, tmp_path, groups[:1]).train_dataset["chosen_ids"]
+    rows = make_trainer(llama, tmp_path, groups, shuffle_ranks=True).train_dataset
+    of_best = [better[-len(best) + 8 :] == best[8:] for better in rows["chosen_ids"]]  # the same answer, to any prompt
+    assert len(rows) == 900 and 0.27 < sum(of_best) / len(rows) < 0.40
+    again = make_trainer(llama, tmp_path, groups, shuffle_ranks=True).train_dataset
+    assert again["chosen_ids"] == rows["chosen_ids"]
+
+
 @pytest.mark.parametrize("kind", ["llama", "distilbert"])
 def test_parameters_move_and_the_pairs_are_learned(llama, tmp_path, kind):
     folder = llama if kind == "llama" else make_distilbert(tmp_path / "bert")

@@ -15,8 +15,9 @@ al., section 3.5: a forward pass an answer, not two a pair).
 
 import itertools
 import math
+import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate.logging import get_logger
@@ -45,6 +46,10 @@ class ResponseRewardConfig(MiniatureDefaults, RewardConfig):
             "help": "Stands after the response where training starts from a causal LM, whose 'Yes' and 'No' the head begins "
             "with; '': the end-of-text token. Chat models and encoders have formats of their own, a reward model goes on with its."
         },
+    )
+
+    shuffle_ranks: bool = field(
+        default=False, metadata={"help": "The control: each training group's ranks are dealt out to its answers by chance."}
     )
 
     def __post_init__(self):
@@ -106,6 +111,9 @@ class ResponseRewardTrainer(RewardTrainer):
         if "chosen_ids" in dataset.column_names:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         groups = [RankedGroup.from_row(row) for row in dataset]
+        if args.shuffle_ranks and dataset_name == "train":
+            rng = random.Random(args.seed)
+            groups = [replace(group, ranks=rng.sample(group.ranks, len(group.ranks))) for group in groups]
         encoded = self.format.encode([(group.prompt, answer) for group in groups for answer in group.answers])
         rows, sizes, ties, alike, rest = [], [], 0, 0, iter(encoded)
         for group in groups:
