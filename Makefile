@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 
-.PHONY: demo test lint models models-policy models-prm models-large data rounds smollm2 smollm2-run clean
+.PHONY: demo test lint models models-policy models-prm models-reward models-large data rounds smollm2 smollm2-run clean
 
 $(VENV)/.installed: requirements.txt
 	@echo "Installing requirements.txt into $(VENV) (once, a few minutes) ..."
@@ -21,7 +21,7 @@ lint: $(VENV)/.installed
 	$(BIN) -m ruff check .
 	$(BIN) -m ruff format --check .
 
-models: models-policy models-prm  ## rebuild policy-mini, judge-mini and prm-mini; resumes when interrupted
+models: models-policy models-prm models-reward  ## rebuild policy-mini, judge-mini, prm-mini and reward-mini
 
 models-policy: $(VENV)/.installed  ## policy-mini and judge-mini (about 45 minutes on 2 cores)
 	$(BIN) utils/build_embedded_models.py --overwrite
@@ -32,6 +32,14 @@ models-prm: $(VENV)/.installed  ## prm-mini from the committed rows (about 10 mi
 	cp saved_model/prm_mini/config.json saved_model/prm_mini/model.safetensors saved_model/prm_mini/tokenizer*.json models/prm-mini/
 
 PRM_RECIPE := --num_train_epochs 2 --per_device_train_batch_size 8 --running_min true
+
+# From policy-mini with two layers that know what surprised it. In half precision; its card is kept.
+models-reward: $(VENV)/.installed  ## reward-mini from the committed ranked answers (about 25 minutes on one core)
+	$(BIN) utils/add_surprisal_layers.py --overwrite
+	$(BIN) train.py reward --model_name_or_path saved_model/policy_surprisal --question "" --output_dir saved_model/reward_mini --overwrite
+	@mkdir -p models/reward-mini
+	$(BIN) -c "from transformers import AutoModelForSequenceClassification as RM; RM.from_pretrained('saved_model/reward_mini', dtype='float16').save_pretrained('models/reward-mini')"
+	cp saved_model/reward_mini/tokenizer*.json models/reward-mini/
 
 models-large: $(VENV)/.installed  ## policy-large: policy-mini's recipe at three times the size, learning rate the best of three; resumes
 	$(BIN) utils/build_embedded_models.py --size large --overwrite
