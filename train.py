@@ -60,6 +60,7 @@ reward takes the same as prm, but for:
   --model_name_or_path MODEL     its backbone: a causal LM, an encoder, or a reward model that goes on    [models/judge-mini]
   --output_dir FOLDER            where the reward model goes                   [saved_model/response_reward_model]
   --rank_margin, --center_rewards_coefficient    of the loss (trainer/reward_trainer.py)
+  --shuffle_ranks true           the control, which has to learn nothing
 """
 
 DEFAULT_MODEL, JUDGE_MINI = at_root("models/policy-mini"), at_root("models/judge-mini")

@@ -11,16 +11,21 @@ events (a function of the text) decides by its hash which split a problem may be
 
 import hashlib
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from reasoning.records import Problem
+from reasoning.steps import STEP_NUMBER
 
 TRAP_MISTAKE_RATE = 0.60  # share of traps at which the pretraining text is wrong
 SLIP_RATE = 0.03  # share of all other steps at which it is wrong
+SLIPS = (-10, -2, -1, 1, 2, 10)  # by which a number that is changed is off
 MAX_VALUE = 99  # no reference value is larger: two-digit arithmetic is learned in minutes
 EVENT_COUNTS = {2: 0.34, 3: 0.34, 4: 0.22, 5: 0.06, 6: 0.04}
 HARD_EVENT_COUNTS = {5: 0.6, 6: 0.4}
+
+_NUMBER = re.compile(r"(?<![\d.])\d+(?![\d.])")
 
 # split -> (share of the hash space, in thousandths; seed; size; distribution of the number of events). Ranges do not overlap.
 SPLITS = {
@@ -247,3 +252,14 @@ def corrupted(story: Story, rng: random.Random) -> list[str]:
             text, value = event.equations(value)
         steps.append(f"Step {k + 1}: {text}")
     return [*steps, f"Answer: {value}"]
+
+
+def changed_numbers(steps: list[str], rng: random.Random) -> Iterator[tuple[list[str], str]]:
+    """One number of one step is off by a slip, as long as it was; what follows goes on as if it were not."""
+    for k, step in enumerate(steps[:-1]):
+        begin = STEP_NUMBER.match(step).end()
+        for number in _NUMBER.finditer(step, begin):
+            other = str(max(0, int(number[0]) + rng.choice(SLIPS)))
+            if len(other) == len(number[0]):
+                changed = step[: number.start()] + other + step[number.end() :]
+                yield [*steps[:k], changed, *steps[k + 1 :]], f"put in: {other} for {number[0]} in step {k + 1}"

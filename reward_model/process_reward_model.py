@@ -115,7 +115,6 @@ def add_step_token(model, tokenizer, step_token: str = STEP_TOKEN) -> None:
 def from_causal_lm(model, tokenizer, step_token: str = STEP_TOKEN):
     """A PRM that has learned nothing yet: the backbone of a causal LM, which it takes over, and a head of zeros:
     every value is .5."""
-    add_step_token(model, tokenizer, step_token)
     config = copy.deepcopy(model.config)
     config.num_labels, config.classifier_dropout, config.use_cache = 1, 0.0, False
     config.step_token = step_token
@@ -128,6 +127,7 @@ def from_causal_lm(model, tokenizer, step_token: str = STEP_TOKEN):
             module.to_empty(device=model.device)
             for weight in module.parameters():
                 torch.nn.init.zeros_(weight)
+    add_step_token(prm, tokenizer, step_token)
     return prm
 
 

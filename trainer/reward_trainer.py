@@ -49,7 +49,6 @@ class ResponseRewardConfig(MiniatureDefaults, RewardConfig):
             "with; '': the end-of-text token. Chat models and encoders have formats of their own, a reward model goes on with its."
         },
     )
-
     shuffle_ranks: bool = field(
         default=False, metadata={"help": "The control: each training group's ranks are dealt out to its answers by chance."}
     )

@@ -56,35 +56,31 @@ class SurprisalArguments:
 @dataclass(frozen=True)
 class Text:
     """A solution as the model knows it, and as it is read: the same, or with the step tokens of a PRM. source: for every token that
-    is read the place of the last one before it, or itself, that the model knows; added: whether that is not itself."""
+    is read the place of the last one before it, or itself, that the model knows (so a place that comes again is of one added)."""
 
     plain: list[int]
     read: list[int]
     source: list[int]
-    added: list[bool]
     step_of: list[int]  # -1: prompt
 
 
 def aligned(plain: list[int], step_of: list[int], read: list[int]) -> Text:
     """Raises ValueError if `read` is not `plain` with tokens added in between."""
-    source, added, steps, place = [], [], [], 0
+    source, steps, place = [], [], 0
     for index in read:
-        known = place < len(plain) and plain[place] == index
         steps.append(step_of[min(place, len(plain) - 1)])  # what is added belongs to the step that follows
-        place += known
+        place += place < len(plain) and plain[place] == index
         source.append(place - 1)
-        added.append(not known)
-    if place < len(plain) or added[0]:
+    if place < len(plain) or source[0] < 0:
         raise ValueError("the PRM's text is not the solution's with tokens added")
-    return Text(plain, read, source, added, steps)
+    return Text(plain, read, source, steps)
 
 
 def solutions(tokenizer, seed: int) -> Iterator[Text]:
     """Reference solutions of pretraining problems; in most of them a number or two are changed; step tokens in every other one."""
-    from reasoning.problems import stories
+    from reasoning.problems import changed_numbers, stories
     from reasoning.steps import encode_steps
     from reward_model.process_reward_model import StepTokens
-    from utils.build_ranked_responses import changed_numbers
 
     rng, tagged = random.Random(f"surprisal {seed}"), StepTokens(tokenizer)
     for number, story in enumerate(stories("pretrain")):
@@ -127,8 +123,9 @@ def build(args: SurprisalArguments, model, tokenizer) -> dict:
         `on` (B, L), where the tokens of solutions are; `step`, `solution` (B, L), the least log-prob of a token in it so far."""
         rows = list(itertools.islice(texts, args.batch_size))
         plain, ids = padded([row.plain for row in rows], 0), padded([row.read for row in rows], 0)
-        source, added, step_of = (padded([getattr(row, name) for row in rows], -1) for name in ("source", "added", "step_of"))
-        on, source = step_of >= 0, source.clamp(min=0)[..., None]
+        source, step_of = padded([row.source for row in rows], -1), padded([row.step_of for row in rows], -1)
+        on, added = step_of >= 0, F.pad(source[:, 1:] == source[:, :-1], (1, 0))
+        source = source.clamp(min=0)[..., None]
         written: list[Tensor] = []
         with torch.no_grad():
             expected = model(plain).logits.float().log_softmax(-1)
@@ -136,7 +133,7 @@ def build(args: SurprisalArguments, model, tokenizer) -> dict:
             body(ids, use_cache=False)
             hook.remove()
         token = F.pad(expected[:, :-1].gather(2, plain[:, 1:, None]), (0, 0, 1, 0)).gather(1, source)[..., 0]
-        token = token.clamp(min=FLOOR).masked_fill((added != 0) | ~on, 0)  # what is added surprises nobody
+        token = token.clamp(min=FLOOR).masked_fill(added | ~on, 0)  # what is added surprises nobody
         step = token.clone()
         for t in range(1, ids.shape[1]):
             goes_on = step_of[:, t] == step_of[:, t - 1]

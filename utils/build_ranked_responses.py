@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import json
 import random
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reasoning.answers import extract_answer
 from reasoning.grading import grade_steps, is_correct, step_value
 from reasoning.loaders import load_problems
-from reasoning.problems import problems
+from reasoning.problems import changed_numbers, problems
 from reasoning.ranking import RankedResponse, check_groups, split_of, write_answers
 from reasoning.records import Problem, Prompt, RecordError, ResumableRows
 from reasoning.rows import load_rows
@@ -40,8 +39,6 @@ from utils.policies import PolicyArgs, check_policy, open_policy, policy_identit
 UNIT = 128  # prompts answered together: with the same seeds a group always gives the same answers
 LEARNED = 12_000  # train problems whose samples judge-mini learned from: they come first
 KINDS = ("right", "flawed", "wrong", "malformed")  # from the best on
-SLIPS = (-10, -2, -1, 1, 2, 10)
-_NUMBER = re.compile(r"(?<![\d.])\d+(?![\d.])")
 
 
 @dataclass
@@ -188,17 +185,6 @@ def put_in(sample: Sample, kind: str, problem: Problem, rng: random.Random) -> S
     rng.shuffle(ways)
     made = (Sample("\n".join(steps), sample.finished, sample.settings, note) for steps, note in ways)
     return next((one for one in made if kind_of(one, problem) == kind), None)
-
-
-def changed_numbers(steps: list[str], rng: random.Random) -> Iterator[tuple[list[str], str]]:
-    """One number of one step is off by a slip, as long as it was; what follows goes on as if it were not."""
-    for k, step in enumerate(steps[:-1]):
-        begin = STEP_NUMBER.match(step).end()
-        for number in _NUMBER.finditer(step, begin):
-            other = str(max(0, int(number[0]) + rng.choice(SLIPS)))
-            if len(other) == len(number[0]):
-                changed = step[: number.start()] + other + step[number.end() :]
-                yield [*steps[:k], changed, *steps[k + 1 :]], f"put in: {other} for {number[0]} in step {k + 1}"
 
 
 def _broken(steps: list[str], rng: random.Random) -> Iterator[tuple[list[str], str]]:
