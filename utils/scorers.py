@@ -32,7 +32,7 @@ def check_scorer(args: ScorerArgs) -> None:
     if args.scorer == ScorerArgs.scorer and not trained:
         print(f"no trained reward model yet (`python train.py reward` makes one): {MINIATURE} scores", file=sys.stderr)
         args.scorer = MINIATURE
-    check_model(args.scorer, "python train.py reward --output_dir models/reward-mini" if args.scorer == MINIATURE else None)
+    check_model(args.scorer, "make models-reward" if args.scorer == MINIATURE else None)
 
 
 def open_scorer(args: ScorerArgs) -> "ResponseRewardModel":
