@@ -253,6 +253,8 @@ def train_ppo(argv: list[str]) -> None:
             super().__post_init__()
             if self.eval_limit < 0:
                 raise ValueError(f"eval_limit: expected 0 or more, got {self.eval_limit}")
+            if "response" in (self.judge, self.shuffled_judge) and self.states != "fresh":
+                raise ValueError("judge: response scores whole answers: give --states fresh")
 
     description, kinds = "Step PPO: a judge's scores of the policy's steps are its rewards.", ["step_values", "problems"]
     training = start(

@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.utils import find_adapter_config_file
 
 from reasoning.steps import PLAIN_TEMPLATE
-from reward_model.base import JudgeError, Response, ResponseScorer, short
+from reward_model.base import JudgeError, Response, ResponseScorer, Solution, StepJudge, short
 from reward_model.reading import PlainText, batches, first_line
 
 
@@ -255,3 +255,23 @@ class ResponseRewardModel(ResponseScorer):
 
     def __str__(self) -> str:
         return f"{self.path}: a response reward model, context {self.format.max_length or 'without limit'}, on {self.device}"
+
+
+class ResponseJudge(StepJudge):
+    """A ResponseScorer where a StepJudge is asked for: every step of a solution gets sigmoid of the score of the whole, as outcome
+    rewards do. Of a beginning that is the score of a response that was not finished."""
+
+    def __init__(self, scorer: ResponseScorer):
+        self.scorer = scorer
+
+    def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
+        asked = [len(steps) - first for (_, steps), first in zip(solutions, skip or [0] * len(solutions), strict=True)]
+        texts = [(prompt, "\n".join(steps)) for (prompt, steps), count in zip(solutions, asked, strict=True) if count]
+        scores = iter(torch.tensor(self.scorer.score(texts), dtype=torch.float64).sigmoid().tolist())
+        return [[next(scores)] * count if count else [] for count in asked]
+
+    def close(self) -> None:
+        self.scorer.close()
+
+    def __str__(self) -> str:
+        return str(self.scorer)

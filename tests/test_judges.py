@@ -78,7 +78,7 @@ def test_good_arguments_pass(tiny_gguf, tiny_model_dir):
     url = {"judge_base_url": "http://127.0.0.1:1/v1", "judge_model": "m"}
     good = {
         "gguf": {"judge_path": tiny_gguf, "threads": 1}, "hf": {"judge_path": tiny_model_dir},
-        "prm": {"judge_path": tiny_model_dir}, "openai": url, "exact": {},
+        "prm": {"judge_path": tiny_model_dir}, "response": {"judge_path": tiny_model_dir}, "openai": url, "exact": {},
         "shuffled": {"shuffled_judge": "openai"} | url, "random": {"seed": 3}, "human": {"judge_labels": TEST_PROBLEMS},
     }  # fmt: skip
     assert good.keys() == JUDGES.keys()
@@ -86,8 +86,8 @@ def test_good_arguments_pass(tiny_gguf, tiny_model_dir):
     for judge, arguments in good.items():
         check_judge(JudgeArgs(judge=judge, **arguments))
         names.append(judge_name(JudgeArgs(judge=judge, **arguments)))
-    called = ["tiny.F32", "hf-tiny-model", "prm-tiny-model", "openai-m", "exact", "shuffled-openai-m", "random-3"]
-    assert names == [*called, "human-problems_test"]
+    called = ["tiny.F32", "hf-tiny-model", "prm-tiny-model", "response-tiny-model", "openai-m", "exact", "shuffled-openai-m"]
+    assert names == [*called, "random-3", "human-problems_test"]
 
 
 def test_identity_is_what_changes_the_scores(tmp_path):

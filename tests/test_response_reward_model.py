@@ -1,6 +1,7 @@
 """The response reward model: what it reads, the same score alone and among others, what it refuses."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from reasoning.steps import PLAIN_TEMPLATE
 from reward_model.base import JudgeError
-from reward_model.response_reward_model import ResponseRewardModel, ResponseTokens, from_causal_lm
+from reward_model.response_reward_model import ResponseJudge, ResponseRewardModel, ResponseTokens, from_causal_lm
 
 PROMPT = "Mia has 12 apples. She buys 3 more. How many apples does Mia have now?"
 RESPONSES = ["Step 1: 12 + 3 = 15\nAnswer: 15", "Step 1: 12 * 3 = 36\nAnswer: 36", "?", "Answer: 15 </s> [SEP]", "é 🙂\n\n" * 20]
@@ -41,6 +42,19 @@ def test_the_same_score_alone_in_a_batch_and_beside_longer_ones(folders, name):
     assert scorer.score(PAIRS[::-1])[::-1] == pytest.approx(together, abs=1e-5)
     assert ResponseRewardModel(folders[name], batch_tokens=100, device="cpu").score(PAIRS) == pytest.approx(together, abs=1e-5)
     assert scorer.score([]) == []
+
+
+def test_as_a_judge_of_steps_it_gives_each_the_score_of_the_whole(folders):
+    with ResponseJudge(ResponseRewardModel(folders["question"], device="cpu")) as judge:
+        whole = 1 / (1 + math.exp(-judge.scorer.score_response(PROMPT, RESPONSES[0])))
+        begun = 1 / (1 + math.exp(-judge.scorer.score_response(PROMPT, "Step 1: 12 + 3 = 15")))
+        steps = RESPONSES[0].split("\n")
+        solutions = [(PROMPT, steps), (PROMPT, steps[:1]), (PROMPT, []), (PROMPT, steps), (PROMPT, steps)]
+        scores = judge.score_steps(solutions, skip=[0, 0, 0, 1, 2])
+        assert begun != pytest.approx(whole, abs=1e-3)
+        for of, expected in zip(scores, [[whole, whole], [begun], [], [whole], []], strict=True):
+            assert of == pytest.approx(expected, abs=1e-6)
+        assert judge.score_steps(solutions[1:2])[0] == pytest.approx([begun], abs=1e-6)
 
 
 def test_a_score_is_the_plain_forward_pass(folders):

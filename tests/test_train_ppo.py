@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT
+from reward_models import make_llama
 from safetensors.torch import load_file
 from test_prm import make_prm
 from test_smollm2 import TASKS, smollm2  # noqa: F401 (a fixture)
@@ -119,9 +120,14 @@ def test_a_value_function_may_begin_elsewhere(folder, monkeypatch):
     assert tokens.shape == load_file(folder / "prm/model.safetensors")["model.embed_tokens.weight"].shape
 
 
-@pytest.mark.parametrize("judge", ["exact", "shuffled"])
+@pytest.mark.parametrize("judge", ["exact", "shuffled", "response"])
 def test_any_judge_rewards(folder, monkeypatch, judge):
-    given = {"shuffled": {"judge_path": "prm", "shuffled_judge": "prm"}, "exact": {"judge_problems": "problems.jsonl"}}[judge]
+    make_llama(str(folder / "model"), folder / "reward")
+    given = {
+        "exact": {"judge_problems": "problems.jsonl"},
+        "shuffled": {"judge_path": "prm", "shuffled_judge": "prm"},
+        "response": {"judge_path": "reward", "states": "fresh"},
+    }[judge]
     options = {name: value for name, value in GIVEN.items() if name != "judge_path"} | given
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.chdir(folder)
@@ -148,6 +154,7 @@ def test_any_judge_rewards(folder, monkeypatch, judge):
         ({"model_name_or_path": "nowhere"}, "model directory nowhere not found"),
         ({"judge_path": "nowhere"}, "model directory nowhere not found"),
         ({"judge_path": "model"}, "model is no process reward model: its config.json names no step_token"),
+        ({"judge": "response"}, "response scores whole answers: give --states fresh"),
         ({"judge": "gguf"}, "prm is a folder, expected a file"),
         ({"value_model": "nowhere"}, "model directory nowhere not found"),
         ({"value_model": "strange"}, "--value_model strange has another tokenizer than the policy"),

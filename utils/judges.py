@@ -36,6 +36,12 @@ def _prm(args: "JudgeArgs") -> StepJudge:
     return ProcessRewardModel(args.judge_path)
 
 
+def _response(args: "JudgeArgs") -> StepJudge:
+    from reward_model.response_reward_model import ResponseJudge, ResponseRewardModel
+
+    return ResponseJudge(ResponseRewardModel(args.judge_path))
+
+
 def _openai(args: "JudgeArgs") -> StepJudge:
     from reward_model.openai_judge import OpenAIJudge
 
@@ -82,6 +88,7 @@ JUDGES = {
     "gguf": _gguf,
     "hf": _hf,
     "prm": _prm,
+    "response": _response,
     "openai": _openai,
     "exact": _exact,
     "shuffled": _shuffled,
@@ -92,14 +99,17 @@ USES = {  # judge -> its own arguments, first what it is called by
     "gguf": ("judge_path", "judge_template", "threads"),
     "hf": ("judge_path", "judge_template"),
     "prm": ("judge_path",),
+    "response": ("judge_path",),
     "openai": ("judge_model", "judge_base_url", "judge_template", "judge_samples", "judge_requests", "judge_cache"),
     "exact": ("judge_problems",),
     "random": ("seed",),
     "human": ("judge_labels",),
 }
 CHANGE_NO_SCORE = {"threads", "judge_requests", "judge_cache"}
-DEFAULT_PRM = at_root("models/prm-mini")
-MAKES_PRM = "make models-prm"
+MINIATURES = {  # judge -> its judge_path without one, and what makes it
+    "prm": (at_root("models/prm-mini"), "make models-prm"),
+    "response": (at_root("models/reward-mini"), "make models-reward"),
+}
 FILES = ("judge_path", "judge_problems", "judge_labels")
 NEEDED = {  # without a default
     "judge_model": "the name of its model",
@@ -116,17 +126,17 @@ class JudgeArgs:
         default="gguf",
         metadata={
             "help": "gguf: a GGUF file of the LLaMA architecture; hf: any causal LM through transformers; prm: a process reward "
-            "model; openai: any OpenAI-compatible server (key from OPENAI_API_KEY); exact: the checker, for ceilings; shuffled: "
-            "another judge's scores permuted over steps, a control; random: scores drawn by chance, a control; human: labels that "
-            "people made",
+            "model; response: a response reward model, each step has the score of the whole; openai: any OpenAI-compatible server "
+            "(key from OPENAI_API_KEY); exact: the checker, for ceilings; shuffled: another judge's scores permuted over steps, a "
+            "control; random: scores drawn by chance, a control; human: labels that people made",
             "choices": list(JUDGES),
         },
     )
     judge_path: str = field(
         default=at_root("models/judge-mini/judge-mini.Q8_0.gguf"),
         metadata={
-            "help": "gguf: its file; hf: a model directory, a GGUF file or a hub name; prm: a directory or a hub name "
-            f"(default {DEFAULT_PRM})"
+            "help": "gguf: its file; hf: a model directory, a GGUF file or a hub name; prm, response: a directory or a hub name "
+            f"(default {' and '.join(path for path, _ in MINIATURES.values())})"
         },
     )
     judge_template: str | None = field(
@@ -158,11 +168,12 @@ def _inner(args: JudgeArgs) -> str:
 
 
 def check_judge(args: JudgeArgs) -> None:
-    """Raises UserError for a mistake in the judge's arguments, before anything heavy is imported. Fills in the path of a PRM, which
-    has a default of its own."""
+    """Raises UserError for a mistake in the judge's arguments, before anything heavy is imported. Fills in the path of a reward
+    model, which has a default of its own."""
     inner = _inner(args)
-    if inner == "prm" and args.judge_path == JudgeArgs.judge_path:
-        args.judge_path = DEFAULT_PRM
+    path, made_by = MINIATURES.get(inner, (JudgeArgs.judge_path, "make models"))
+    if args.judge_path == JudgeArgs.judge_path:
+        args.judge_path = path
     used = {*USES[inner], "judge", "seed", *(["shuffled_judge"] if args.judge == "shuffled" else [])}
     for argument in fields(JudgeArgs):
         if argument.name not in used and getattr(args, argument.name) != argument.default:
@@ -170,13 +181,11 @@ def check_judge(args: JudgeArgs) -> None:
     for name, what in NEEDED.items():
         if name in used and not getattr(args, name):
             raise UserError(f"argument --{name}: --judge {inner} needs {what}")
-    made_by = "make models" if args.judge_path == JudgeArgs.judge_path else None
+    made_by = made_by if args.judge_path == path else None
     if inner == "gguf" or (inner == "hf" and args.judge_path.endswith(".gguf")):
         check_input(args.judge_path, made_by)
-    elif inner == "hf":
-        check_model(args.judge_path)
-    elif inner == "prm":
-        check_model(args.judge_path, MAKES_PRM if args.judge_path == DEFAULT_PRM else None)
+    elif inner in ("hf", *MINIATURES):
+        check_model(args.judge_path, made_by)
     for path in (args.judge_problems, args.judge_labels):
         if path is not None:
             check_input(path)
