@@ -16,9 +16,10 @@ own formats: reward_model/foreign_prms.py.
 
 import copy
 import json
+import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
@@ -30,9 +31,11 @@ from transformers.utils import find_adapter_config_file
 
 from reasoning.steps import format_prompt
 from reward_model.base import JudgeError, Solution, StepJudge, where
+from reward_model.branches import as_inputs, graft, takes_branches
 from reward_model.reading import PlainText, batches, first_line
 
 STEP_TOKEN = "<next>"
+PACKED = 512  # tokens of a row that holds several solutions, at most
 
 
 class PRMFormat:
@@ -75,8 +78,8 @@ class PRMFormat:
         """Where the values of the `count` steps are read: at their tags."""
         return [place for place, index in enumerate(ids) if index == self.tag_id]
 
-    def log_odds(self, model, ids: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-        """log (value / (1 - value)) at N places of a batch: ids (B, L), right-padded, rows (N,), places (N,) -> (N,)."""
+    def log_odds(self, model, rows: Tensor, places: Tensor, **inputs: Tensor) -> Tensor:
+        """log (value / (1 - value)) at N places of a batch: rows (N,), places (N,), inputs of `as_inputs` -> (N,)."""
         raise NotImplementedError
 
 
@@ -95,8 +98,8 @@ class StepTokens(PRMFormat):
         begins = super().places(ids, count)
         return [*(place - 1 for place in begins[1:]), len(ids) - 1] if begins else []
 
-    def log_odds(self, model, ids: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-        return model(input_ids=ids, use_cache=False).logits[rows, places, 0]
+    def log_odds(self, model, rows: Tensor, places: Tensor, **inputs: Tensor) -> Tensor:
+        return model(**inputs, use_cache=False).logits[rows, places, 0]
 
 
 def add_step_token(model, tokenizer, step_token: str = STEP_TOKEN) -> None:
@@ -203,12 +206,12 @@ def _with_adapter(path: str, adapter: str, tokenizer, step_token: str, dtype: to
 
 @dataclass
 class _Row:
-    """A solution to be read: its ids, and the positions where the values of its steps from `first` on are."""
+    """Solutions of one prompt, to be read together: a tree of tokens (reward_model/branches.py), and for each solution where the
+    values of its steps are that were asked for."""
 
-    solution: int
-    first: int
-    ids: list[int]
-    places: list[int]
+    ids: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    reads: list[tuple[int, list[int]]] = field(default_factory=list)  # (solution, places)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -234,42 +237,61 @@ class ProcessRewardModel(StepJudge):
         self.device = self.model.device
         self.running_min = self.model.config.running_min
         self.context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)  # None: without limit
+        self.branches = takes_branches(self.model, PACKED)
 
     def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
         """As in StepJudge."""
         results: list[list[float] | None] = [[] for _ in solutions]
-        asked = [i for i, first in enumerate(skip or [0] * len(solutions)) if first < len(solutions[i][1])]
-        rows = []
+        firsts = skip or [0] * len(solutions)
+        asked = [i for i, first in enumerate(firsts) if first < len(solutions[i][1])]
+        texts: list[tuple[list[int], int, list[int]]] = []  # (ids, solution, places)
         for i, (ids, places) in zip(asked, self.format.encode([solutions[i] for i in asked]), strict=True):
             if self.context_length and len(ids) > self.context_length:
                 results[i] = None
             else:
-                first = skip[i] if skip and not self.running_min else 0
-                rows.append(_Row(i, first, ids, places[first:]))
-        for batch in batches(rows, self.batch_tokens):
+                texts.append((ids, i, places if self.running_min else places[firsts[i] :]))
+        for batch in batches(self._rows(texts), self.batch_tokens):
             values = iter(self._values(batch))
-            for row in batch:
-                results[row.solution] = [round(next(values), 6) for _ in row.places]
-                broken = next((k for k, value in enumerate(results[row.solution], row.first) if value != value), None)
+            for i, places in (read for row in batch for read in row.reads):
+                scores = results[i] = [round(next(values), 6) for _ in places]
+                broken = next((k for k, value in enumerate(scores) if value != value), None)
                 if broken is not None:
-                    place = where(*solutions[row.solution], broken)
+                    place = where(*solutions[i], len(solutions[i][1]) - len(places) + broken)
                     raise JudgeError(f"PRM {self.path}: the model's logits are not finite at {place}")
         if self.running_min:
-            firsts = skip or [0] * len(solutions)
             results = [scores and [*accumulate(scores, min)][first:] for scores, first in zip(results, firsts, strict=True)]
         return results
 
+    def _rows(self, texts: list[tuple[list[int], int, list[int]]]) -> list[_Row]:
+        """Texts that have more than a half in common share a row, up to PACKED tokens; with less, attention to all of the row costs
+        what reading less saves."""
+        rows, path = [], []
+        for ids, solution, places in sorted(texts):
+            shared = 0
+            for place, token in zip(path, ids, strict=False):
+                if rows[-1].ids[place] != token:
+                    break
+                shared += 1
+            longer = len(rows[-1]) + len(ids) - shared if rows else math.inf
+            if not self.branches or shared <= len(ids) / 2 or longer > min(PACKED, self.batch_tokens):
+                rows.append(_Row())
+                shared = 0
+            path = graft(rows[-1].ids, rows[-1].parents, path, ids, shared)
+            rows[-1].reads.append((solution, [path[place] for place in places]))
+        return rows
+
     @torch.inference_mode()
     def _values(self, batch: list[_Row]) -> list[float]:
-        """The values of all steps of the rows, row by row."""
-        ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)  # (B, L), right-padded: earlier tokens never see it
-        for b, row in enumerate(batch):
-            ids[b, : len(row)] = torch.tensor(row.ids)
-        rows, places = torch.tensor([(b, place) for b, row in enumerate(batch) for place in row.places], device=self.device).T
+        """The values that were asked for, row by row."""
+        inputs = as_inputs([row.ids for row in batch], [row.parents for row in batch], 0)
+        asked = [(b, place) for b, row in enumerate(batch) for _, places in row.reads for place in places]
+        rows, places = torch.tensor(asked, device=self.device).T
         try:
-            return self.format.log_odds(self.model, ids.to(self.device), rows, places).float().sigmoid().tolist()
+            inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+            return self.format.log_odds(self.model, rows, places, **inputs).float().sigmoid().tolist()
         except torch.OutOfMemoryError:
-            raise JudgeError(f"PRM {self.path}: {ids.numel()} tokens at once do not fit on the GPU: lower batch_tokens") from None
+            tokens = inputs["input_ids"].numel()
+            raise JudgeError(f"PRM {self.path}: {tokens} tokens at once do not fit on the GPU: lower batch_tokens") from None
 
     def close(self) -> None:
         """Give the model's memory back."""

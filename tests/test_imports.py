@@ -23,7 +23,7 @@ ALLOWED = {  # library room -> what of the house it may import, by prefix
 }
 EXTRA = {  # a trainer and the encoder of the model it trains; the policy on a server and what asks it
     "remote.py": ["reward_model.openai_client"],
-    "prm_trainer.py": ["reward_model.process_reward_model"],
+    "prm_trainer.py": ["reward_model.process_reward_model", "reward_model.branches"],
     "reward_trainer.py": ["reward_model.response_reward_model"],
     "step_ppo_trainer.py": ["search.policy"],
 }

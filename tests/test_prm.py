@@ -115,12 +115,33 @@ def test_all_steps_are_scored_in_one_pass_and_skipped_ones_are_context(judge):
     )
     whole = judge.score_steps(SOLUTIONS)
     skipped = judge.score_steps(SOLUTIONS, skip=[2, 0, 0, 1, 1])
+    assert judge.score_steps(SOLUTIONS[:1], skip=[len(SOLUTIONS[0][1])]) == [[]]
     handle.remove()
-    longest = max(len(ids) for ids, _ in judge.format.encode(SOLUTIONS))
-    assert read == [(4, longest), (3, longest)]  # a solution that has nothing to be scored is not read
+    assert [rows for rows, _ in read] == [3, 2]  # the first two share a row; what has nothing to be scored is not read
     expected = [whole[0][2:], whole[1], [], whole[3][1:], []]
     assert [len(scores) for scores in skipped] == [len(scores) for scores in expected]
     assert max(differences(skipped, expected)) < 1e-5
+
+
+def test_what_proposals_share_is_read_once(judge, prm_dir):
+    """As a search asks: several next steps, of several beginnings, behind one problem, and another problem between them."""
+    next_steps = [f"Step 3: 47 - 5 = {k}" for k in range(40, 46)] + ["Answer: 47", STEPS[1]]
+    proposals = [(PROMPT, [*begun, step]) for begun in (STEPS[:2], [STEPS[0], "Step 2: 1 + 1 = 2"]) for step in next_steps]
+    proposals.insert(3, ("Short?", ["Answer: 1"]))
+    texts = [ids for ids, _ in judge.format.encode(proposals)]
+    read = []
+    handle = judge.model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(int((kwargs["attention_mask"][:, 0].sum(-1) > 0).sum())), with_kwargs=True
+    )
+    skip = [len(steps) - 1 for _, steps in proposals]
+    scores = judge.score_steps(proposals, skip)
+    handle.remove()
+    assert len(read) == 1 and read[0] < 0.5 * sum(map(len, texts))
+    expected = [[alone(prm_dir, prompt, steps)] for prompt, steps in proposals]
+    assert max(differences(scores, expected)) < 1e-5 and len({score for (score,) in scores}) == len(proposals)
+    small = ProcessRewardModel(prm_dir, batch_tokens=100, device="cpu")
+    assert max(differences(scores, small.score_steps(proposals, skip))) < 1e-5
+    assert all(len(row) <= 100 or len(row.reads) == 1 for row in small._rows([(ids, k, [0]) for k, ids in enumerate(texts)]))
 
 
 def test_the_least_value_so_far_where_the_config_asks_for_it(judge, prm_dir, tmp_path):

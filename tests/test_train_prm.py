@@ -26,7 +26,7 @@ from reasoning.loaders import load_step_values
 from reasoning.problems import problems
 from reasoning.records import LabelledSolution, RecordError, StepValue, is_kept_out, write_records
 from reward_model.process_reward_model import ProcessRewardModel
-from trainer.prm_trainer import IGNORED, DataCollatorForStepValues, LabelledSteps, PRMConfig, PRMTrainer, graft, pack
+from trainer.prm_trainer import IGNORED, DataCollatorForStepValues, LabelledSteps, PRMConfig, PRMTrainer, graft_labelled, pack
 from utils.cli import UserError, run
 
 PROBLEMS = list(itertools.islice(problems("train"), 20, 34))
@@ -107,16 +107,16 @@ def test_every_label_stands_once_and_paths_are_as_few_as_leaves():
 def test_a_row_of_branches_written_out():
     row = {"input_ids": [], "labels": [], "parents": []}
     no = IGNORED
-    path = graft(row, [], [5, 6, 7, 8], [no, 1.0, no, 0.5])
-    path = graft(row, path, [5, 6, 9], [no, no, 0.0])
-    path = graft(row, path, [5, 6, 9, 9, 4], [no, no, no, no, 0.25])
+    path = graft_labelled(row, [], [5, 6, 7, 8], [no, 1.0, no, 0.5])
+    path = graft_labelled(row, path, [5, 6, 9], [no, no, 0.0])
+    path = graft_labelled(row, path, [5, 6, 9, 9, 4], [no, no, no, no, 0.25])
     assert path == [0, 1, 4, 5, 6]
     assert row == {
         "input_ids": [5, 6, 7, 8, 9, 9, 4],
         "labels": [no, 1.0, no, 0.5, 0.0, no, 0.25],
         "parents": [-1, 0, 1, 2, 1, 4, 5],
     }
-    graft(row, path, [5, 6], [no, 0.0])  # a token that has a label already keeps it: the other one gets a token of its own
+    graft_labelled(row, path, [5, 6], [no, 0.0])  # a token that has a label already keeps it: the other one gets a token of its own
     assert row["parents"][7:] == [0] and row["labels"][7:] == [0.0] and row["labels"][1] == 1.0
     batch = DataCollatorForStepValues(0)([row, {"input_ids": [1, 2], "labels": [no, 1.0], "parents": [-1, 0]}])
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4, 1], [0, 1, *[0] * 6]]

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from reasoning.records import LabelledSolution, StepValue
+from reward_model.branches import as_inputs, graft, takes_branches
 from reward_model.process_reward_model import StepTokens
 from trainer.defaults import MiniatureDefaults
 
@@ -100,46 +101,31 @@ def pack(rows: Iterable[LabelledSolution]) -> tuple[list[LabelledSolution], int]
     return packed, repeated
 
 
-def graft(row: dict[str, list], path: list[int], ids: list[int], labels: list[float]) -> list[int]:
+def graft_labelled(row: dict[str, list], path: list[int], ids: list[int], labels: list[float]) -> list[int]:
     """Put a solution into a row that has others of the same prompt, as a branch: what it begins with like the last of them, whose
-    tokens lie at `path`, is there already. Returns where its tokens lie. `parents`: the place of the token before each."""
+    tokens lie at `path`, is there already, as far as no token has two labels. Returns where its tokens lie."""
     shared = 0
     for place, token, label in zip(path, ids, labels, strict=False):
         if row["input_ids"][place] != token or IGNORED not in (label, row["labels"][place]):
             break
         row["labels"][place] = max(label, row["labels"][place])
         shared += 1
-    path = path[:shared]
-    for token, label in zip(ids[shared:], labels[shared:], strict=True):
-        row["parents"].append(path[-1] if path else -1)
-        path.append(len(row["input_ids"]))
-        row["input_ids"].append(token)
-        row["labels"].append(label)
-    return path
+    row["labels"] += labels[shared:]
+    return graft(row["input_ids"], row["parents"], path, ids, shared)
 
 
 @dataclass
 class DataCollatorForStepValues:
-    """`input_ids` (B, L), right-padded; `labels` (B, L), IGNORED but where the value of a labelled step is read. Where a row
-    branches there are `attention_mask` (B, 1, L, L), by which a token sees itself and those that lead to it, and `position_ids`
-    (B, L), how many these are. Else causal attention does: it never sees the padding."""
+    """`labels` (B, L), IGNORED but where the value of a labelled step is read, and the inputs of `as_inputs`."""
 
     pad_token_id: int
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        longest = max(len(example["input_ids"]) for example in examples)
-
-        def padded(name: str, fill: float) -> Tensor:
-            return torch.tensor([example[name] + [fill] * (longest - len(example[name])) for example in examples])
-
-        batch = {"input_ids": padded("input_ids", self.pad_token_id), "labels": padded("labels", IGNORED)}
-        if any(example["parents"] != [*range(-1, len(example["parents"]) - 1)] for example in examples):
-            parents, rows = padded("parents", -1), torch.arange(len(examples))
-            sees = torch.eye(longest, dtype=torch.bool).repeat(len(examples), 1, 1)
-            for place in range(longest):  # a parent stands before its children
-                sees[:, place] |= sees[rows, parents[:, place]] & (parents[:, place] >= 0)[:, None]
-            batch |= {"attention_mask": sees[:, None], "position_ids": sees.sum(-1) - 1}
-        return batch
+        inputs = as_inputs(*([row[name] for row in examples] for name in ("input_ids", "parents")), self.pad_token_id)
+        labels = torch.full(inputs["input_ids"].shape, IGNORED)
+        for b, row in enumerate(examples):
+            labels[b, : len(row["labels"])] = torch.tensor(row["labels"])
+        return {**inputs, "labels": labels}
 
 
 class PRMTrainer(Trainer):
@@ -209,7 +195,7 @@ class PRMTrainer(Trainer):
             ):
                 examples.append({"input_ids": [], "labels": [], "parents": []})
                 path, prompt = [], solution.prompt
-            path = graft(examples[-1], path, ids[:end], [kept.get(place, IGNORED) for place in range(end)])
+            path = graft_labelled(examples[-1], path, ids[:end], [kept.get(place, IGNORED) for place in range(end)])
         if not examples:
             raise ValueError(f"{name}: none of {len(solutions)} solutions has a labelled step within {self.max_length} tokens")
         if lost:
@@ -254,18 +240,6 @@ class PRMTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save and is_peft_model(self.model):
             self.model.config.save_pretrained(output_dir or self.args.output_dir)  # it names the step token
-
-
-def takes_branches(model, max_length: int | None) -> bool:
-    """Whether the model reads a mask of our own in full: its attention is one of torch's, and has no window that is shorter than a
-    row. Other models get every solution as a row of its own."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    return (
-        getattr(model, "_supports_attention_backend", False)
-        and config._attn_implementation in ("sdpa", "eager")
-        and (window is None or (max_length is not None and max_length <= window))
-    )
 
 
 def _with_new_adapter(model, peft_config, step_token_id: int):
