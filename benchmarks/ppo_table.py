@@ -1,4 +1,4 @@
-"""Step PPO beside stepwise DPO, a control and a ceiling: greedy accuracy on all of the hard and the test problems.
+"""Step PPO beside stepwise DPO, a control and a ceiling: accuracy on all hard and test problems, greedy and sampled once.
 
     python benchmarks/ppo_table.py           # about an hour and a half on 2 cores; stopped, it goes on where it was
 
@@ -26,6 +26,12 @@ ROWS = {  # name -> what train.py is told, seeds
     "step PPO, shuffled rewards": (["ppo", "--judge", "shuffled", "--shuffled_judge", "prm"], 1),
     "stepwise DPO": (["dpo"], 1),
 }
+MEASURED = {  # name -> split, temperature
+    "hard": ("hard", 0.0),
+    "test": ("test", 0.0),
+    "hard, sampled": ("hard", 1.0),
+    "test, sampled": ("test", 1.0),
+}
 
 
 @dataclass
@@ -37,16 +43,16 @@ class PPOTableArguments:
 
 
 def accuracy(model: str, limit: int | None) -> dict[str, str]:
-    """Split -> a 0 or 1 a problem."""
+    """Name in MEASURED -> a 0 or 1 a problem."""
     from reasoning.grading import is_correct
     from reasoning.records import Problem, read_records
     from search.policy import Policy
 
     policy, found = Policy.load(model), {}
-    for split in ("hard", "test"):
+    for name, (split, temperature) in MEASURED.items():
         tasks = list(read_records(at_root(f"data/problems_{split}.jsonl"), Problem))[:limit]
-        answers = policy.generate([task.prompt for task in tasks], progress=f"{Path(model).name}: {split}")
-        found[split] = "".join(str(int(is_correct(a.steps, task))) for task, (a,) in zip(tasks, answers, strict=True))
+        answers = policy.generate([task.prompt for task in tasks], 1, temperature, progress=f"{Path(model).name}: {name}")
+        found[name] = "".join(str(int(is_correct(a.steps, task))) for task, (a,) in zip(tasks, answers, strict=True))
     return found
 
 
@@ -84,7 +90,7 @@ def main() -> None:
             for seed in range(args.seeds or seeds)
         ]
     metrics, table = {}, []
-    for split in ("hard", "test"):
+    for split in MEASURED:
         before = bits(base["correct"][split])
         metrics[f"{split}/base_accuracy"] = rate_metric(before)
         table.append((split, "base", metrics[f"{split}/base_accuracy"], "", "", "", ""))
@@ -98,7 +104,7 @@ def main() -> None:
             minutes = ", ".join(f"{row['seconds'] / 60:.0f}" for row in rows)
             table.append((split, name, right, gain, relative, ", ".join(f"{sum(c) / len(c):.3f}" for c in runs), minutes))
     columns = ["split", "training", "accuracy", "minus base", "relative", "each seed", "minutes, evaluation included"]
-    print_table("greedy exact accuracy", columns, table)
+    print_table("exact accuracy, greedy and sampled once at temperature 1", columns, table)
     write_result(Path(args.output_dir) / "ppo.json", metrics, asdict(args), [0, 1, 2])
     print(f"wrote {Path(args.output_dir) / 'ppo.json'}, {path}")
 
