@@ -230,7 +230,9 @@ def train_ppo(argv: list[str]) -> None:
     """Step PPO: beginnings of solutions, a judge -> a policy whose next steps score higher."""
     from dataclasses import dataclass, field, fields
 
-    from trainer.step_ppo_trainer import Beginning, StepPPOConfig, StepPPOTrainer
+    from trainer.step_ppo_config import StepPPOConfig
+    from trainer.step_ppo_episodes import Beginning
+    from trainer.step_ppo_trainer import StepPPOTrainer
     from utils.judges import JudgeArgs, check_judge, judge_name, open_judge
 
     @dataclass

@@ -26,6 +26,7 @@ EXTRA = {  # a trainer and the encoder of the model it trains; the policy on a s
     "prm_trainer.py": ["reward_model.process_reward_model", "reward_model.branches"],
     "reward_trainer.py": ["reward_model.response_reward_model"],
     "step_ppo_trainer.py": ["search.policy"],
+    "step_ppo_episodes.py": ["search.policy"],
 }
 STANDARD_LIBRARY_AND = {"reasoning": {"math_verify", "datasets"}}
 ONLY_IN = {  # package -> the files that may import it, besides

@@ -19,7 +19,9 @@ from reasoning.records import RecordError
 from reasoning.steps import encode_steps
 from reward_model.base import FixedJudge
 from search.policy import Policy, State
-from trainer.step_ppo_trainer import Beginning, Row, StepPPOConfig, StepPPOTrainer, action_logps, judge_rows, roll_out
+from trainer.step_ppo_config import StepPPOConfig
+from trainer.step_ppo_episodes import Beginning, Row, judge_rows, roll_out
+from trainer.step_ppo_trainer import StepPPOTrainer, action_logps
 
 PROMPTS = [f"Pick one, number {k}." for k in range(16)]
 ROWS = [{"prompt": prompt, "prefix": []} for prompt in PROMPTS]
@@ -534,7 +536,8 @@ sys.path[:0] = [{root!r}, {tests!r}]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from reward_model.base import FixedJudge
 from safetensors.torch import save_file
-from trainer.step_ppo_trainer import StepPPOConfig, StepPPOTrainer
+from trainer.step_ppo_config import StepPPOConfig
+from trainer.step_ppo_trainer import StepPPOTrainer
 
 torch.optim.AdamW = lambda groups, **_: torch.optim.SGD(groups)  # AdamW makes a step of rounding errors
 model, out, batch, accumulated = sys.argv[1:]

@@ -19,9 +19,8 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -33,213 +32,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainerState
 
-from reasoning.records import Problem, RecordError, StepValue, write_text
-from reasoning.steps import STEP_NUMBER, ends_solution
+from reasoning.records import RecordError, write_text
 from reward_model.base import PromptTooLong, StepJudge
 from search.policy import Policy, State
 from trainer.losses import approximate_kl, gae, ppo_policy_loss, ppo_value_loss, whiten
+from trainer.step_ppo_config import StepPPOConfig
+from trainer.step_ppo_episodes import FLAWS, Row, judge_rows, number_twins, roll_out
 
 logger = get_logger(__name__)
-
-# what the last step of a row may be, so that it scores 0 and no step follows it; `unanswered`: the text ends, and it is no answer,
-# which a judge that reads steps cannot see
-FLAWS = ("empty", "too_long", "repeated", "unanswered")
-
-
-# A row is a searched step (`prompt`, `prefix`, `step`, `score`), of which the beginning is kept, or a problem, whose solution
-# has not begun:
-@dataclass(frozen=True)
-class Beginning:
-    prompt: str
-    prefix: list[str] = field(default_factory=list)
-
-    @classmethod
-    def from_row(cls, row: Any) -> "Beginning":
-        """Raises RecordError if the row is neither."""
-        if isinstance(row, dict) and "step" in row:
-            value = StepValue.from_row(row)
-            return cls(value.prompt, value.prefix)
-        return cls(Problem.from_row(row).prompt)
-
-
-@dataclass
-class StepPPOConfig:
-    """What a run of step PPO may be told; names as in TRL's last PPOConfig where it has them. Raises ValueError for values that
-    make no sense."""
-
-    output_dir: str = field(default="saved_model/step_ppo", metadata={"help": "Where the tuned policy goes."})
-    run_name: str | None = field(default=None, metadata={"help": "Folder of its log in --logs_dir (default: output_dir's name)."})
-    states: str = field(
-        default="both",
-        metadata={
-            "help": "Where episodes begin: rows: at the beginnings of the data set, one step each; fresh: at every step of "
-            "solutions that the policy itself writes to the questions; both: half of each.",
-            "choices": ["rows", "fresh", "both"],
-        },
-    )
-    total_episodes: int = field(
-        default=2560,
-        metadata={
-            "help": "Beginnings that the policy goes on from in all, by one step, or from a fresh one to the end. An update takes "
-            "per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches of them on every device."
-        },
-    )
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Rows a device sees at once."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Such batches on every device to an optimizer step."})
-    num_mini_batches: int = field(default=4, metadata={"help": "Optimizer steps an update and epoch, each on rows of its own."})
-    num_ppo_epochs: int = field(default=2, metadata={"help": "Passes over the rows of an update."})
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of the policy, AdamW."})
-    value_learning_rate: float = field(
-        default=1e-3,
-        metadata={"help": "That of the value function's own weights; with --use_peft these are its head."},
-    )
-    lr_scheduler_type: str = field(
-        default="linear", metadata={"help": "linear: down to 0 over all updates; or constant.", "choices": ["linear", "constant"]}
-    )
-    max_grad_norm: float = field(
-        default=1.0, metadata={"help": "Longest gradient, of the policy's and of the value function's own weights each; 0: any."}
-    )
-    kl_coef: float = field(default=0.05, metadata={"help": "Reward taken off for a nat of log pi - log pi_ref, 0 or more."})
-    cliprange: float = field(default=0.2, metadata={"help": "How far from 1 a ratio pi / pi_old is still followed."})
-    cliprange_value: float = field(default=0.2, metadata={"help": "How far from the old value a value is followed, in reward."})
-    vf_coef: float = field(
-        default=0.1,
-        metadata={
-            "help": "Weight of the value loss where the value function shares the policy's weights, with --use_peft; elsewhere it "
-            "has weights and a learning rate of its own, and this does nothing."
-        },
-    )
-    gamma: float = field(default=1.0, metadata={"help": "Discount a token."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of generalized advantage estimation."})
-    whiten_advantages: bool = field(
-        default=True, metadata={"help": "Advantages of an update to mean 0, and to deviation 1 if it is more than noise."}
-    )
-    target_kl: float | None = field(
-        default=0.05,
-        metadata={"help": "Nats a token from the policy that sampled at which the rest of an update is skipped; empty: never."},
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling, and of the log-probs of what was sampled; above 0."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Longest step (TRL's response_length); a longer one scores 0."})
-    max_solution_steps: int = field(default=16, metadata={"help": "Steps after which a fresh solution is left as it is."})
-    bf16: bool = field(default=False, metadata={"help": "bf16 autocast; weights stay as --dtype says."})
-    use_cpu: bool = field(default=False, metadata={"help": "Use no GPU."})
-    seed: int = field(default=0, metadata={"help": "Of the order of beginnings, of sampling, of minibatches."})
-    eval_strategy: str = field(
-        default="steps",
-        metadata={
-            "help": "steps: look at kept-out beginnings and validation problems; no.",
-            "choices": ["steps", "no"],
-        },
-    )
-    eval_steps: float = field(default=0.2, metadata={"help": "Look every so many updates, or below 1 every such share of all."})
-    save_strategy: str = field(default="steps", metadata={"help": "steps: write checkpoints; no.", "choices": ["steps", "no"]})
-    save_steps: float = field(default=0.1, metadata={"help": "A checkpoint every so many updates, or below 1 a share of all."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept; older ones are deleted. Empty: all."})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "true: go on from the last checkpoint; or the folder of one."}
-    )
-    report_to: str = field(default="none", metadata={"help": "A tracker that accelerate knows, as tensorboard or wandb; or none."})
-    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
-
-    fp16 = False  # not offered; what is said of a training asks
-
-    def __post_init__(self):
-        whole = ("total_episodes", "per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches")
-        for name in (*whole, "num_ppo_epochs", "max_new_tokens", "max_solution_steps", "save_total_limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-        for name in ("learning_rate", "value_learning_rate", "max_grad_norm", "kl_coef", "vf_coef"):
-            if getattr(self, name) is not None and not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name}: expected a number of 0 or more, got {getattr(self, name)}")
-        for name in ("cliprange", "cliprange_value", "target_kl", "temperature", "eval_steps", "save_steps"):
-            if getattr(self, name) is not None and not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
-        for name, of_field in self.__dataclass_fields__.items():
-            choices = of_field.metadata.get("choices")
-            if choices and getattr(self, name) is not None and getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)}")
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu" if self.use_cpu or not torch.cuda.is_available() else "cuda")
-
-
-# --- episodes --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Row:
-    """A beginning and what the policy wrote after it: one episode a step. The actions are `state.ids[begin:]`, T tokens.
-
-    given: steps of the beginning; begin: its tokens. ends[k]: tokens up to the end of the k-th new step, from `begin` on. flaw: one
-    of FLAWS, if that is why the last step scores 0. scores: one a new step, None if the judge could not read them. twin: how many
-    rows before this one have the same beginning, which keeps their samples apart."""
-
-    state: State
-    is_fresh: bool
-    twin: int = 0
-    ends: list[int] = field(default_factory=list)
-    flaw: str = ""
-    scores: list[float] | None = None
-    logps: Tensor | None = None  # (T,) each, under the policy that sampled, and of its reference and its value function
-    ref_logps: Tensor | None = None
-    values: Tensor | None = None
-    entropy: Tensor | None = None
-
-    def __post_init__(self):
-        self.given, self.begin = len(self.state.steps), len(self.state.ids)
-
-    def add(self, child: State, max_steps: int) -> bool:
-        """Take the next step; returns whether another one is to follow."""
-        before, self.state = self.state, child
-        self.ends.append(len(child.ids) - self.begin)
-        if len(child.steps) == len(before.steps):
-            self.flaw = "empty"
-        elif child.status == "cut":
-            self.flaw = "too_long"
-        elif _without_number(child.steps[-1]) in map(_without_number, before.steps):
-            self.flaw = "repeated"
-        elif child.status == "finished" and not ends_solution(list(child.steps)):
-            self.flaw = "unanswered"
-        return self.is_fresh and not self.flaw and child.status == "open" and len(self.ends) < max_steps
-
-    def judged(self) -> tuple[str, tuple[str, ...]]:
-        """The solution as the judge is to see it: without a step that scores 0 in any case."""
-        return self.state.prompt, self.state.steps[: self.given + len(self.ends) - bool(self.flaw)]
-
-
-def _without_number(step: str) -> str:
-    """`Step 3: 2 + 2 = 4` -> `2 + 2 = 4`: to count on does not make a step new."""
-    return STEP_NUMBER.sub("", step, count=1).strip()
-
-
-def roll_out(policy: Policy, rows: Sequence[Row], temperature: float, max_new_tokens: int, max_steps: int, seed: int) -> None:
-    """Let the policy write after every row's beginning: one step, or to the end where the row is fresh. A row's samples come from
-    the seed, its beginning and its `twin` alone."""
-    going = list(rows)
-    while going:
-        further = []
-        for twin in sorted({row.twin for row in going}):
-            group = [row for row in going if row.twin == twin]
-            children = policy.next_steps([row.state for row in group], 1, temperature, max_new_tokens, (seed << 20) + twin)
-            further += [row for row, (child,) in zip(group, children, strict=True) if row.add(child, max_steps)]
-        going = further
-
-
-def judge_rows(judge: StepJudge, rows: Sequence[Row]) -> None:
-    """The judge's scores of the new steps, in one call; a flawed step scores 0."""
-    scored = judge.score_steps([row.judged() for row in rows], skip=[row.given for row in rows])
-    for row, scores in zip(rows, scored, strict=True):
-        row.scores = None if scores is None else [*scores, *[0.0] * bool(row.flaw)]
-
-
-# --- policy and value function ---------------------------------------------------------------------------------------------------
 
 
 class PolicyAndValue(nn.Module):
@@ -455,7 +255,7 @@ class StepPPOTrainer:
         begun = self.rows_per_update - fresh
         rows = [Row(state, True) for state in self._draw(self.prompts, update * fresh, fresh, "fresh")]
         rows += [Row(state, False) for state in self._draw(self.beginnings, update * begun, begun, "rows")]
-        return _number_twins(rows)
+        return number_twins(rows)
 
     def _experience(self) -> tuple[Batch, dict[str, float]]:
         args, update = self.args, self.state.global_step
@@ -599,7 +399,7 @@ class StepPPOTrainer:
             rows = [Row(state, True) for state in fresh] if self.args.states != "rows" else []
             rows += [Row(state, False) for state in begun] if self.args.states != "fresh" else []
             rows = random.Random(f"{self.args.seed} eval").sample(rows, min(len(rows), self.rows_per_update))
-            rows = self._play(_number_twins(rows), self.args.seed * 1_000_003)
+            rows = self._play(number_twins(rows), self.args.seed * 1_000_003)
             steps = Counter(tokens=0, number=0, scores=0.0)
             for row in rows:
                 if row.scores is not None:
@@ -658,14 +458,6 @@ class StepPPOTrainer:
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise RecordError(f"{folder}: no checkpoint of this training can be read from it ({error})") from None
         self.state.global_step, self.state.log_history = kept["global_step"], kept["log_history"]
-
-
-def _number_twins(rows: list[Row]) -> list[Row]:
-    seen: Counter[tuple[int, ...]] = Counter()
-    for row in rows:
-        row.twin = seen[row.state.ids]
-        seen[row.state.ids] += 1
-    return rows
 
 
 def _measure(batch: Batch) -> dict[str, float]:
