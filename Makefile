@@ -26,19 +26,23 @@ models: models-policy models-prm models-reward  ## rebuild policy-mini, judge-mi
 models-policy: $(VENV)/.installed  ## policy-mini and judge-mini (about 45 minutes on 2 cores)
 	$(BIN) utils/build_embedded_models.py --overwrite
 
-models-prm: $(VENV)/.installed  ## prm-mini from the committed rows (about 10 minutes on 2 cores); its card is kept
-	$(BIN) train.py prm $(PRM_RECIPE) --output_dir saved_model/prm_mini --overwrite
-	@mkdir -p models/prm-mini
-	cp saved_model/prm_mini/config.json saved_model/prm_mini/model.safetensors saved_model/prm_mini/tokenizer*.json models/prm-mini/
+# prm-mini and reward-mini begin with policy-mini and two layers that know what surprised it. In half precision; their cards are kept.
+SURPRISAL := saved_model/policy_surprisal
+HALF = $(BIN) -c "import sys, transformers as t; getattr(t, sys.argv[1]).from_pretrained(sys.argv[2], dtype='float16').save_pretrained(sys.argv[3])"
 
-PRM_RECIPE := --num_train_epochs 2 --per_device_train_batch_size 8 --running_min true
+$(SURPRISAL)/config.json: models/policy-mini/model.safetensors | $(VENV)/.installed
+	$(BIN) utils/add_surprisal_layers.py --output $(SURPRISAL) --overwrite
 
-# From policy-mini with two layers that know what surprised it. In half precision; its card is kept.
-models-reward: $(VENV)/.installed  ## reward-mini from the committed ranked answers (about 25 minutes on one core)
-	$(BIN) utils/add_surprisal_layers.py --overwrite
-	$(BIN) train.py reward --model_name_or_path saved_model/policy_surprisal --question "" --output_dir saved_model/reward_mini --overwrite
-	@mkdir -p models/reward-mini
-	$(BIN) -c "from transformers import AutoModelForSequenceClassification as RM; RM.from_pretrained('saved_model/reward_mini', dtype='float16').save_pretrained('models/reward-mini')"
+models-prm: $(SURPRISAL)/config.json  ## prm-mini from the committed rows (about 30 minutes on one core)
+	$(BIN) train.py prm --model_name_or_path $(SURPRISAL) $(PRM_RECIPE) --output_dir saved_model/prm_mini --overwrite
+	$(HALF) AutoModelForTokenClassification saved_model/prm_mini models/prm-mini
+	cp saved_model/prm_mini/tokenizer*.json models/prm-mini/
+
+PRM_RECIPE := --learning_rate 2e-4 --num_train_epochs 2 --per_device_train_batch_size 8 --running_min true
+
+models-reward: $(SURPRISAL)/config.json  ## reward-mini from the committed ranked answers (about 30 minutes on one core)
+	$(BIN) train.py reward --model_name_or_path $(SURPRISAL) --question "" --output_dir saved_model/reward_mini --overwrite
+	$(HALF) AutoModelForSequenceClassification saved_model/reward_mini models/reward-mini
 	cp saved_model/reward_mini/tokenizer*.json models/reward-mini/
 
 models-large: $(VENV)/.installed  ## policy-large: policy-mini's recipe at three times the size, learning rate the best of three; resumes
@@ -48,7 +52,7 @@ data: $(VENV)/.installed  ## rebuild the held-out problems, the pairs and their 
 	$(BIN) utils/build_problems.py --overwrite
 	$(BIN) utils/build_synthetic_dataset.py --overwrite
 	$(BIN) reward_model/evaluate_steps.py --overwrite
-	$(BIN) utils/build_mcts_dataset.py --limit 6000 --rollouts_per_state 4 --budget 12 --keep_dropped --labels relative --trees data/mcts_trees.jsonl --overwrite
+	$(BIN) utils/build_mcts_dataset.py --search per_step --limit 8000 --rollouts_per_state 4 --budget 16 --keep_dropped --labels relative --trees data/mcts_trees.jsonl --overwrite
 
 # Three on-policy rounds: sample from the policy of the round before on new problems, judge, train on, compare with the base.
 # Stopped at any moment, the same command goes on. `make rounds SEED=1`: another run, beside the first.
