@@ -38,7 +38,7 @@ models-prm: $(SURPRISAL)/config.json  ## prm-mini from the committed rows (about
 	$(HALF) AutoModelForTokenClassification saved_model/prm_mini models/prm-mini
 	cp saved_model/prm_mini/tokenizer*.json models/prm-mini/
 
-PRM_RECIPE := --learning_rate 2e-4 --num_train_epochs 2 --per_device_train_batch_size 8 --running_min true
+PRM_RECIPE := --learning_rate 4e-4 --num_train_epochs 2 --per_device_train_batch_size 8 --running_min true
 
 models-reward: $(SURPRISAL)/config.json  ## reward-mini from the committed ranked answers (about 30 minutes on one core)
 	$(BIN) train.py reward --model_name_or_path $(SURPRISAL) --question "" --output_dir saved_model/reward_mini --overwrite

@@ -5,8 +5,7 @@
 A model that can do arithmetic expects the right digit; a judge made of it still does not see the wrong one. What was expected is
 known in the last layer, at the token before, so no layer is left that could compare it with what came, and layers that are only put
 on top do not learn to from labels: their heads would have to find the token before first (docs/LOG.md). Here they are taught it,
-without labels, on solutions that it sampled at several temperatures and on others in which some numbers were changed, half of them
-as a PRM reads them, the model itself frozen:
+without labels, on solutions in which some numbers were changed, half of them as a PRM reads them, the model itself frozen:
 
 1. half of the heads of the first new layer look at the token before:    -log of the attention that it gets
 2. the top says the least log p(x_t | x_<t) of the step so far, and of the solution so far: smooth L1, from FLOOR to 0
@@ -31,8 +30,6 @@ from utils.cli import UserError, at_root, check_model, check_output, parse_args,
 FLOOR = -8.0  # nats: below it a token is as surprising as can be
 ATTENTION = 0.3  # weight of 1 beside the others, which have 1
 READ = ("step", "solution")
-TEMPERATURES = (1.0, 1.5, 2.0, 2.5)
-AT_ONCE = 256  # solutions that are sampled together
 CHECKED = 20  # batches that the figures at the end are measured on
 
 
@@ -45,7 +42,7 @@ class SurprisalArguments:
         default=at_root("saved_model/policy_surprisal"), metadata={"help": "folder of the model with two layers more"}
     )
     updates: int = field(default=1500, metadata={"help": "optimizer steps"})
-    batch_size: int = field(default=16, metadata={"help": "solutions an update: to pretraining problems, each once"})
+    batch_size: int = field(default=16, metadata={"help": "solutions an update: of pretraining problems, each once"})
     learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate of AdamW, decayed linearly to 0"})
     seed: int = field(default=0, metadata={"help": "seed of the new weights and of the errors put in"})
     overwrite: bool = field(default=False, metadata={"help": "replace the output"})
@@ -79,38 +76,26 @@ def aligned(plain: list[int], step_of: list[int], read: list[int]) -> Text:
     return Text(plain, read, source, steps)
 
 
-def solutions(model, tokenizer, seed: int) -> Iterator[Text]:
-    """Solutions of pretraining problems, half of them as the model writes them at several temperatures (or the reference, where it
-    comes to no end), half references in most of which a number or two are changed; step tokens in half of each."""
+def solutions(tokenizer, seed: int) -> Iterator[Text]:
+    """Reference solutions of pretraining problems; in most of them a number or two are changed; step tokens in every other one."""
     from reasoning.problems import changed_numbers, stories
-    from reasoning.steps import encode_steps, ends_solution
+    from reasoning.steps import encode_steps
     from reward_model.process_reward_model import StepTokens
-    from search.policy import Policy
 
-    rng, tagged, policy = random.Random(f"surprisal {seed}"), StepTokens(tokenizer), Policy(model, tokenizer)
-    problems = (story.problem() for story in stories("pretrain"))
-    for heat in itertools.cycle(TEMPERATURES):
-        tasks = list(itertools.islice(problems, 2 * AT_ONCE))
-        sampled = policy.generate([task.prompt for task in tasks[::2]], 1, heat, max_new_tokens=192, seed=seed)
-        for number, problem in enumerate(tasks):
-            steps = list(problem.steps)
-            if number % 2:
-                for _ in range(2):
-                    ways = list(changed_numbers(steps, rng))
-                    steps = rng.choice(ways)[0] if ways and rng.random() < 0.9 else steps
-            elif sampled[number // 2][0].finished and ends_solution(sampled[number // 2][0].steps):
-                steps = sampled[number // 2][0].steps
-            plain, step_of = encode_steps(tokenizer, problem.prompt, [], steps)
-            read = plain
-            if number % 4 > 1:
-                ((read, _),) = tagged.encode([(problem.prompt, steps)])
-                plain = [*plain[:-1], read[-1]]  # a PRM reads a newline at the end, and no end-of-text token
-            try:
-                yield aligned(plain, step_of, read)
-            except ValueError:
-                if number % 2:
-                    raise
-                continue  # words that a hot sample made up may be other tokens beside a step token
+    rng, tagged = random.Random(f"surprisal {seed}"), StepTokens(tokenizer)
+    for number, story in enumerate(stories("pretrain")):
+        problem = story.problem()
+        steps = list(problem.steps)
+        for _ in range(2):
+            ways = list(changed_numbers(steps, rng))
+            if ways and rng.random() < 0.9:
+                steps = rng.choice(ways)[0]
+        plain, step_of = encode_steps(tokenizer, problem.prompt, [], steps)
+        read = plain
+        if number % 2:
+            ((read, _),) = tagged.encode([(problem.prompt, steps)])
+            plain = [*plain[:-1], read[-1]]  # a PRM reads a newline at the end, and no end-of-text token
+        yield aligned(plain, step_of, read)
 
 
 def build(args: SurprisalArguments, model, tokenizer) -> dict:
@@ -125,7 +110,7 @@ def build(args: SurprisalArguments, model, tokenizer) -> dict:
 
     torch.manual_seed(args.seed)
     add_step_token(model, tokenizer)
-    texts = solutions(model, tokenizer, args.seed)
+    texts = solutions(tokenizer, args.seed)
     body, depth, device = model.model, model.config.num_hidden_layers, model.device
     model.requires_grad_(False).eval()
 
