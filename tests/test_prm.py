@@ -281,10 +281,10 @@ def test_without_a_path_it_is_the_embedded_one(tmp_path):
     check_judge(default)
     assert default.judge_path.endswith("models/prm-mini")
     with open_judge(default) as judge:
-        prompt = "Ben has 40 pens. He gives away 12 pens. The pens become 2 times as many. How many pens does Ben have now?"
+        prompt = "Ben has 48 pens. He gives away 12 pens. The pens become 2 times as many. How many pens does Ben have now?"
         right, wrong = (
-            ["Step 1: 40 - 12 = 28", "Step 2: 28 * 2 = 56", "Answer: 56"],
-            ["Step 1: 40 - 12 = 28", "Step 2: 28 + 2 = 30", "Answer: 30"],
+            ["Step 1: 48 - 12 = 36", "Step 2: 36 * 2 = 72", "Answer: 72"],
+            ["Step 1: 48 - 12 = 36", "Step 2: 36 + 2 = 38", "Answer: 38"],
         )
         (of_right, of_wrong) = judge.score_steps([(prompt, right), (prompt, wrong)])
     assert min(of_right) > 0.5 > of_wrong[1] and of_wrong[2] <= of_wrong[1] and of_right[0] == pytest.approx(of_wrong[0], abs=1e-5)
