@@ -72,7 +72,8 @@ def main() -> None:
 
     path = Path(args.output_dir) / "ppo.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = {(row["name"], row["seed"]): row for row in map(json.loads, path.read_text().splitlines() if path.exists() else [])}
+    rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    done = {(row["name"], row["seed"]): row for row in rows if row["correct"].keys() == MEASURED.keys()}
 
     def measured(name: str, seed: int, make) -> dict:
         if (name, seed) not in done:

@@ -20,7 +20,7 @@ from reasoning.steps import STEP_NUMBER
 
 TRAP_MISTAKE_RATE = 0.60  # share of traps at which the pretraining text is wrong
 SLIP_RATE = 0.03  # share of all other steps at which it is wrong
-SLIPS = (-10, -2, -1, 1, 2, 10)  # by which a number that is changed is off
+SLIPS = (-10, -2, -1, 1, 2, 10)  # by which a result is off then
 MAX_VALUE = 99  # no reference value is larger: two-digit arithmetic is learned in minutes
 EVENT_COUNTS = {2: 0.34, 3: 0.34, 4: 0.22, 5: 0.06, 6: 0.04}
 HARD_EVENT_COUNTS = {5: 0.6, 6: 0.4}
@@ -121,9 +121,9 @@ class Event:
         return f"{self.k} + {self.m} = {total}, {value} + {total} = {value + total}", value + total
 
     def slip(self, value: int, rng: random.Random) -> tuple[str, int]:
-        """A slip of the pen: the right equation with a result that is off by 1, 2 or 10."""
+        """A slip of the pen: the right equation with a result that is off by one of SLIPS."""
         text, after = self.equations(value)
-        wrong = max(0, after + rng.choice([-10, -2, -1, 1, 2, 10]))
+        wrong = max(0, after + rng.choice(SLIPS))
         wrong = wrong if wrong != after else after + 1
         return text[: text.rindex("=")] + f"= {wrong}", wrong
 

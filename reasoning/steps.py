@@ -7,6 +7,7 @@ by whoever tokenizes) if step K states the final answer, or a newline if the sol
 import bisect
 import itertools
 import re
+from collections.abc import Sequence
 
 from reasoning.answers import extract_answer
 
@@ -124,8 +125,8 @@ def encode_steps(tokenizer, prompt: str, prefix: list[str], steps: list[str]) ->
     return ([*ids, tokenizer.eos_token_id], [*step_of, len(steps) - 1]) if finished else (ids, step_of)
 
 
-def shared_prefix(first: list[str], second: list[str]) -> int:
-    """How many first steps two solutions share word for word."""
+def shared_prefix(first: Sequence, second: Sequence) -> int:
+    """How many first items two sequences share: steps of two solutions, tokens of two texts."""
     k = 0
     while k < min(len(first), len(second)) and first[k] == second[k]:
         k += 1

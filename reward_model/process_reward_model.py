@@ -16,7 +16,6 @@ own formats: reward_model/foreign_prms.py.
 
 import copy
 import json
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
-from reasoning.steps import format_prompt
+from reasoning.steps import format_prompt, shared_prefix
 from reward_model.base import JudgeError, Solution, StepJudge, where
 from reward_model.branches import as_inputs, graft, takes_branches
 from reward_model.reading import PlainText, batches, first_line
@@ -265,18 +264,13 @@ class ProcessRewardModel(StepJudge):
     def _rows(self, texts: list[tuple[list[int], int, list[int]]]) -> list[_Row]:
         """Texts that have more than a half in common share a row, up to PACKED tokens; with less, attention to all of the row costs
         what reading less saves."""
-        rows, path = [], []
+        rows, path, before = [], [], []
         for ids, solution, places in sorted(texts):
-            shared = 0
-            for place, token in zip(path, ids, strict=False):
-                if rows[-1].ids[place] != token:
-                    break
-                shared += 1
-            longer = len(rows[-1]) + len(ids) - shared if rows else math.inf
-            if not self.branches or shared <= len(ids) / 2 or longer > min(PACKED, self.batch_tokens):
+            shared = shared_prefix(before, ids) if self.branches else 0
+            if shared <= len(ids) / 2 or len(rows[-1]) + len(ids) - shared > min(PACKED, self.batch_tokens):
                 rows.append(_Row())
                 shared = 0
-            path = graft(rows[-1].ids, rows[-1].parents, path, ids, shared)
+            path, before = graft(rows[-1].ids, rows[-1].parents, path, ids, shared), ids
             rows[-1].reads.append((solution, [path[place] for place in places]))
         return rows
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.cli import at_root, check_model
+from utils.judges import MINIATURES
 
 if TYPE_CHECKING:
     from reward_model.response_reward_model import ResponseRewardModel
 
-MINIATURE = at_root("models/reward-mini")
+MINIATURE, MADE_BY = MINIATURES["response"]
 
 
 @dataclass
@@ -32,7 +33,7 @@ def check_scorer(args: ScorerArgs) -> None:
     if args.scorer == ScorerArgs.scorer and not trained:
         print(f"no trained reward model yet (`python train.py reward` makes one): {MINIATURE} scores", file=sys.stderr)
         args.scorer = MINIATURE
-    check_model(args.scorer, "make models-reward" if args.scorer == MINIATURE else None)
+    check_model(args.scorer, MADE_BY if args.scorer == MINIATURE else None)
 
 
 def open_scorer(args: ScorerArgs) -> "ResponseRewardModel":
