@@ -21,27 +21,31 @@ lint: $(VENV)/.installed
 	$(BIN) -m ruff check .
 	$(BIN) -m ruff format --check .
 
-models: models-policy models-prm models-reward  ## rebuild policy-mini, judge-mini, prm-mini and reward-mini
+models: models-policy models-surprisal models-prm models-reward  ## rebuild the models that are committed
 
 models-policy: $(VENV)/.installed  ## policy-mini and judge-mini (about 45 minutes on 2 cores)
 	$(BIN) utils/build_embedded_models.py --overwrite
 
-# prm-mini and reward-mini begin with policy-mini and two layers that know what surprised it. In half precision; their cards are kept.
-SURPRISAL := saved_model/policy_surprisal
+# Written in half precision; the cards are kept.
 HALF = $(BIN) -c "import sys, transformers as t; getattr(t, sys.argv[1]).from_pretrained(sys.argv[2], dtype='float16').save_pretrained(sys.argv[3])"
 
-$(SURPRISAL)/config.json: models/policy-mini/model.safetensors | $(VENV)/.installed
-	$(BIN) utils/add_surprisal_layers.py --output $(SURPRISAL) --overwrite
+models-surprisal: $(VENV)/.installed  ## policy-surprisal: policy-mini and two layers that know what surprised it (about 15 minutes on 2 cores)
+	$(BIN) utils/add_surprisal_layers.py --overwrite
+	$(HALF) AutoModelForCausalLM saved_model/policy_surprisal models/policy-surprisal
+	cp saved_model/policy_surprisal/tokenizer*.json models/policy-surprisal/
 
-models-prm: $(SURPRISAL)/config.json  ## prm-mini from the committed rows (about 30 minutes on one core)
-	$(BIN) train.py prm --model_name_or_path $(SURPRISAL) $(PRM_RECIPE) --output_dir saved_model/prm_mini --overwrite
+# First what a step is worth (mc), then what it keeps of that (relative): the same trees.
+PRM_RECIPE := --num_train_epochs 2 --per_device_train_batch_size 8 --overwrite
+
+models-prm: $(VENV)/.installed  ## prm-mini from the committed trees (about 30 minutes on 2 cores)
+	$(BIN) utils/build_mcts_dataset.py --from_trees data/mcts_trees.jsonl --keep_dropped --output data/mcts_values.jsonl --overwrite
+	$(BIN) train.py prm --model_name_or_path models/policy-surprisal --dataset_name data/mcts_values.jsonl --learning_rate 4e-4 $(PRM_RECIPE) --output_dir saved_model/prm_mc
+	$(BIN) train.py prm --model_name_or_path saved_model/prm_mc --learning_rate 3e-4 --running_min true $(PRM_RECIPE) --output_dir saved_model/prm_mini
 	$(HALF) AutoModelForTokenClassification saved_model/prm_mini models/prm-mini
 	cp saved_model/prm_mini/tokenizer*.json models/prm-mini/
 
-PRM_RECIPE := --learning_rate 4e-4 --num_train_epochs 2 --per_device_train_batch_size 8 --running_min true
-
-models-reward: $(SURPRISAL)/config.json  ## reward-mini from the committed ranked answers (about 30 minutes on one core)
-	$(BIN) train.py reward --model_name_or_path $(SURPRISAL) --question "" --output_dir saved_model/reward_mini --overwrite
+models-reward: $(VENV)/.installed  ## reward-mini from the committed ranked answers (about 10 minutes on 2 cores)
+	$(BIN) train.py reward --model_name_or_path models/policy-surprisal --question "" --output_dir saved_model/reward_mini --overwrite
 	$(HALF) AutoModelForSequenceClassification saved_model/reward_mini models/reward-mini
 	cp saved_model/reward_mini/tokenizer*.json models/reward-mini/
 
