@@ -9,7 +9,8 @@ sigmoid(r_a - r_b) is the probability that a is the better one (Bradley and Terr
     Right?
 
 Text becomes ids in `ResponseTokens`, to be learned from (trainer/reward_trainer.py) as to be scored here. Only a model that was
-trained with a question after the response is asked it, and names it in its config.json: "reward_question": "Right?".
+trained with a question after the response is asked it, and names it in its config.json: "reward_question": "Right?". One that
+began as a PRM reads as that did, with a step token before every line, and names that: "step_token": "<next>".
 
 A reward model is a plain directory for sequence classification with one label, as they are published: any of the hub's is read.
 """
@@ -26,18 +27,20 @@ from transformers.utils import find_adapter_config_file
 
 from reasoning.steps import PLAIN_TEMPLATE
 from reward_model.base import JudgeError, Response, ResponseScorer, Solution, StepJudge, short
+from reward_model.process_reward_model import StepTokens
 from reward_model.reading import PlainText, batches, first_line
 
 
 class ResponseTokens:
     """How a reward model reads a prompt and a response. max_length: in tokens, None for no limit. question: what stands after the
-    response.
+    response. step_token: what stands before each of its lines, of a model that began as a PRM and reads as that did.
 
     A chat model reads both in its own template, as a user's message and its answer; an encoder (BERT and its kin) as its two
     sentences, `[CLS] prompt [SEP] response [SEP]`; any other model in the template of reasoning/steps.py, with the question or an
     end-of-text token last. Words that look like control tokens stay words."""
 
-    def __init__(self, tokenizer, max_length: int | None = None, question: str | None = None):
+    def __init__(self, tokenizer, max_length: int | None = None, question: str | None = None, step_token: str | None = None):
+        self.steps = StepTokens(tokenizer, step_token) if step_token else None
         self.tokenizer, self.max_length, self.question = tokenizer, max_length, question
         self.plain = PlainText(tokenizer)
         self.is_chat = bool(tokenizer.chat_template)
@@ -49,15 +52,17 @@ class ResponseTokens:
         Unicode."""
         guarded = [self.plain.guard(prompt, [response]) for prompt, response in pairs]
         begins, end = self.plain.begins, []
-        if self.is_pair:
+        if self.steps:
+            texts = [ids for ids, _ in self.steps.encode([(prompt, response.splitlines()) for prompt, response in pairs])]
+            begins, texts = self._begins_apart(texts)
+        elif self.is_pair:
             between, end = self._frame()
             sides = iter(self.plain.ids([text for prompt, (response,) in guarded for text in (prompt, response)]))
             texts = [[*prompt, *between, *response] for prompt, response in zip(sides, sides, strict=True)]
         else:
             texts = self.plain.ids([self._text(prompt, response) for prompt, (response,) in guarded])
             if self.is_chat:  # its template writes itself what begins and ends a text
-                begins = begins if texts and texts[0][: len(begins)] == begins else []
-                texts = [ids[len(begins) :] for ids in texts]
+                begins, texts = self._begins_apart(texts)
             elif not self.question:
                 end = [index for index in [self.tokenizer.eos_token_id] if index is not None]
         encoded = []
@@ -66,6 +71,12 @@ class ResponseTokens:
             over = max(0, len(ids) - (self.max_length or len(ids)))
             encoded.append((ids[: len(begins)] + ids[len(begins) + over :], over))
         return encoded
+
+    def _begins_apart(self, texts: list[list[int]]) -> tuple[list[int], list[list[int]]]:
+        """(what begins every text, the texts without it)."""
+        begins = self.plain.begins
+        begins = begins if texts and texts[0][: len(begins)] == begins else []
+        return begins, [ids[len(begins) :] for ids in texts]
 
     def _text(self, prompt: str, response: str) -> str:
         if self.is_chat:
@@ -117,6 +128,11 @@ def with_padding(model, tokenizer):
     return model
 
 
+def format_of(model) -> tuple[str | None, str | None]:
+    """(question, step token) that a reward model was trained with."""
+    return getattr(model.config, "reward_question", None), getattr(model.config, "step_token", None)
+
+
 def longest(model, tokenizer) -> int | None:
     """The tokens that a model can read; None: without limit. (A tokenizer without a limit says 1e30.)"""
     limits = getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length
@@ -160,9 +176,9 @@ def load_reward_model(
         raise JudgeError(f"reward model {path} cannot be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise JudgeError(f"reward model {path}: it has no fast tokenizer (tokenizer.json)")
-    model.config.reward_question = config.get("reward_question")  # an adapter's own is not its base's
-    for name in {"step_token", "running_min"} & vars(model.config).keys():  # it is no PRM any more
-        delattr(model.config, name)
+    for name in ("reward_question", "step_token"):
+        setattr(model.config, name, config.get(name))  # an adapter's own is not its base's
+    vars(model.config).pop("running_min", None)  # it is no PRM any more
     return with_padding(model, tokenizer), tokenizer
 
 
@@ -216,8 +232,7 @@ class ResponseRewardModel(ResponseScorer):
         model, tokenizer = load_reward_model(self.path, torch.float32 if device == "cpu" else "auto")
         self.model = model.to(device, model.dtype).eval()  # peft keeps what it trained in float32
         self.device = self.model.device
-        question = getattr(self.model.config, "reward_question", None)
-        self.format = ResponseTokens(tokenizer, longest(self.model, tokenizer), question)
+        self.format = ResponseTokens(tokenizer, longest(self.model, tokenizer), *format_of(self.model))
         self.pad_token_id = self.model.config.get_text_config().pad_token_id or 0
 
     def score(self, pairs: Sequence[Response], progress: str | None = None) -> list[float]:

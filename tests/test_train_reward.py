@@ -12,14 +12,14 @@ import torch
 import yaml
 from conftest import ROOT
 from reward_models import make_distilbert, make_llama
-from safetensors.torch import load_file
 
 import train
 from reasoning.problems import problems
 from reasoning.ranking import RankedResponse, check_groups, groups, read_answers, write_answers
 from reasoning.records import RecordError, is_kept_out, write_records
+from reward_model.process_reward_model import ProcessRewardModel
 from reward_model.process_reward_model import from_causal_lm as prm_from_causal_lm
-from reward_model.response_reward_model import ResponseRewardModel
+from reward_model.response_reward_model import ResponseRewardModel, ResponseTokens
 from search.policy import load_model
 from utils.cli import UserError, run
 
@@ -105,17 +105,24 @@ def test_a_reward_model_goes_on_with_its_format(folder, tiny_model_dir, monkeypa
     assert after.format.question is None and before.score_response(*pair) == pytest.approx(after.score_response(*pair), abs=1e-5)
 
 
-def test_a_prm_gives_its_backbone_and_its_head(folder, tiny_model_dir, monkeypatch):
+def test_what_was_a_prm_reads_as_that_did(folder, tiny_model_dir, monkeypatch):
     model, tokenizer = load_model(tiny_model_dir, torch.float32)
     prm = prm_from_causal_lm(model, tokenizer)
-    torch.nn.init.ones_(prm.score.weight)
+    torch.nn.init.normal_(prm.score.weight, generator=torch.Generator().manual_seed(0))
     prm.save_pretrained(folder / "prm")
     tokenizer.save_pretrained(folder / "prm")
     train_here(folder, monkeypatch, dataset_name="answers.csv", model_name_or_path="prm", output_dir="of_prm", learning_rate=0)
     config = json.loads((folder / "of_prm" / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForSequenceClassification"] and not {"step_token", "running_min"} & config.keys()
-    assert (load_file(folder / "of_prm" / "model.safetensors")["score.weight"] == 1).all()
-    assert math.isfinite(ResponseRewardModel(folder / "of_prm", device="cpu").score_response(ROWS[0].prompt, ROWS[0].answer))
+    assert config["architectures"] == ["LlamaForSequenceClassification"] and config["step_token"] == "<next>"
+    assert "running_min" not in config
+    scorer, judge = ResponseRewardModel(folder / "of_prm", device="cpu"), ProcessRewardModel(folder / "prm", device="cpu")
+    (values,) = judge.score_steps([(ROWS[0].prompt, ROWS[0].answer.split("\n"))])  # the head's bias is 0
+    score = scorer.score_response(ROWS[0].prompt, ROWS[0].answer)
+    assert abs(score) > 0.01 and 1 / (1 + math.exp(-score)) == pytest.approx(values[-1], abs=1e-5)
+    (whole, _), (short, over) = (
+        ResponseTokens(tokenizer, n, None, "<next>").encode([("1 + 1?", "Answer: 2")])[0] for n in (None, 8)
+    )
+    assert short == [whole[0], *whole[-7:]] and over == len(whole) - 8
 
 
 def test_distilbert_by_its_config(folder, monkeypatch, capsys):

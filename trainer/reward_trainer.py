@@ -26,7 +26,7 @@ from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
 from reasoning.ranking import RankedGroup
-from reward_model.response_reward_model import ResponseTokens, longest
+from reward_model.response_reward_model import ResponseTokens, format_of, longest
 from trainer.defaults import MiniatureDefaults
 
 logger = get_logger(__name__)
@@ -46,7 +46,8 @@ class ResponseRewardConfig(MiniatureDefaults, RewardConfig):
         default="Right?",
         metadata={
             "help": "Stands after the response where training starts from a causal LM, whose 'Yes' and 'No' the head begins "
-            "with; '': the end-of-text token. Chat models and encoders have formats of their own, a reward model goes on with its."
+            "with; '': the end-of-text token. Chat models, encoders and PRMs have formats of their own, a reward model goes on "
+            "with its."
         },
     )
     shuffle_ranks: bool = field(
@@ -95,11 +96,7 @@ class ResponseRewardTrainer(RewardTrainer):
 
     def __init__(self, model, args: ResponseRewardConfig, processing_class=None, peft_config=None, **kwargs):
         limits = args.max_length, longest(model, processing_class)
-        self.format = ResponseTokens(
-            processing_class,
-            min(filter(None, limits), default=None),
-            getattr(model.config, "reward_question", None),
-        )
+        self.format = ResponseTokens(processing_class, min(filter(None, limits), default=None), *format_of(model))
         self.balance, self.sizes = "", []
         if peft_config is not None:
             head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
