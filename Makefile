@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 
-.PHONY: demo test lint models models-policy models-prm models-reward models-large data rounds smollm2 smollm2-run clean
+.PHONY: demo test lint models models-policy models-surprisal models-prm models-reward models-large data rounds smollm2 smollm2-run clean
 
 $(VENV)/.installed: requirements.txt
 	@echo "Installing requirements.txt into $(VENV) (once, a few minutes) ..."
@@ -44,8 +44,8 @@ models-prm: $(VENV)/.installed  ## prm-mini from the committed trees (about 30 m
 	$(HALF) AutoModelForTokenClassification saved_model/prm_mini models/prm-mini
 	cp saved_model/prm_mini/tokenizer*.json models/prm-mini/
 
-models-reward: $(VENV)/.installed  ## reward-mini from the committed ranked answers (about 10 minutes on 2 cores)
-	$(BIN) train.py reward --model_name_or_path models/policy-surprisal --question "" --output_dir saved_model/reward_mini --overwrite
+models-reward: $(VENV)/.installed  ## reward-mini from the committed ranked answers (about 15 minutes on one core)
+	$(BIN) train.py reward --model_name_or_path models/prm-mini --output_dir saved_model/reward_mini --overwrite
 	$(HALF) AutoModelForSequenceClassification saved_model/reward_mini models/reward-mini
 	cp saved_model/reward_mini/tokenizer*.json models/reward-mini/
 

@@ -92,7 +92,7 @@ def test_loop_ends_on_ctrl_c(model, judge, tmp_path):
     )  # fmt: skip
     assert os.read(process.stdout.fileno(), 2) == b"> "
     os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=120)  # far less, but on a machine that has much else to do
     assert process.returncode == 0 and b"Traceback" not in stderr, stderr.decode()
 
 
