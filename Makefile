@@ -26,13 +26,13 @@ models: models-policy models-surprisal models-prm models-reward  ## rebuild the 
 models-policy: $(VENV)/.installed  ## policy-mini and judge-mini (about 45 minutes on 2 cores)
 	$(BIN) utils/build_embedded_models.py --overwrite
 
-# Written in half precision; the cards are kept.
-HALF = $(BIN) -c "import sys, transformers as t; getattr(t, sys.argv[1]).from_pretrained(sys.argv[2], dtype='float16').save_pretrained(sys.argv[3])"
+# $(call COMMITTED,CLASS,NAME): saved_model/NAME becomes models/NAME, in half precision; its card is kept.
+COMMITTED = $(BIN) -c "import transformers as t; t.$(1).from_pretrained('saved_model/$(2)', dtype='float16').save_pretrained('models/$(2)')" \
+	&& cp saved_model/$(2)/tokenizer*.json models/$(2)/
 
 models-surprisal: $(VENV)/.installed  ## policy-surprisal: policy-mini and two layers that know what surprised it (about 15 minutes on 2 cores)
-	$(BIN) utils/add_surprisal_layers.py --overwrite
-	$(HALF) AutoModelForCausalLM saved_model/policy_surprisal models/policy-surprisal
-	cp saved_model/policy_surprisal/tokenizer*.json models/policy-surprisal/
+	$(BIN) utils/add_surprisal_layers.py --output saved_model/policy-surprisal --overwrite
+	$(call COMMITTED,AutoModelForCausalLM,policy-surprisal)
 
 # First what a step is worth (mc), then what it keeps of that (relative): the same trees.
 PRM_RECIPE := --num_train_epochs 2 --per_device_train_batch_size 8 --overwrite
@@ -40,14 +40,12 @@ PRM_RECIPE := --num_train_epochs 2 --per_device_train_batch_size 8 --overwrite
 models-prm: $(VENV)/.installed  ## prm-mini from the committed trees (about 30 minutes on 2 cores)
 	$(BIN) utils/build_mcts_dataset.py --from_trees data/mcts_trees.jsonl --keep_dropped --output data/mcts_values.jsonl --overwrite
 	$(BIN) train.py prm --model_name_or_path models/policy-surprisal --dataset_name data/mcts_values.jsonl --learning_rate 4e-4 $(PRM_RECIPE) --output_dir saved_model/prm_mc
-	$(BIN) train.py prm --model_name_or_path saved_model/prm_mc --learning_rate 3e-4 --running_min true $(PRM_RECIPE) --output_dir saved_model/prm_mini
-	$(HALF) AutoModelForTokenClassification saved_model/prm_mini models/prm-mini
-	cp saved_model/prm_mini/tokenizer*.json models/prm-mini/
+	$(BIN) train.py prm --model_name_or_path saved_model/prm_mc --learning_rate 3e-4 --running_min true $(PRM_RECIPE) --output_dir saved_model/prm-mini
+	$(call COMMITTED,AutoModelForTokenClassification,prm-mini)
 
 models-reward: $(VENV)/.installed  ## reward-mini from the committed ranked answers (about 15 minutes on one core)
-	$(BIN) train.py reward --model_name_or_path models/prm-mini --output_dir saved_model/reward_mini --overwrite
-	$(HALF) AutoModelForSequenceClassification saved_model/reward_mini models/reward-mini
-	cp saved_model/reward_mini/tokenizer*.json models/reward-mini/
+	$(BIN) train.py reward --model_name_or_path models/prm-mini --output_dir saved_model/reward-mini --overwrite
+	$(call COMMITTED,AutoModelForSequenceClassification,reward-mini)
 
 models-large: $(VENV)/.installed  ## policy-large: policy-mini's recipe at three times the size, learning rate the best of three; resumes
 	$(BIN) utils/build_embedded_models.py --size large --overwrite

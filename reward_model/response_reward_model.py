@@ -10,7 +10,7 @@ sigmoid(r_a - r_b) is the probability that a is the better one (Bradley and Terr
 
 Text becomes ids in `ResponseTokens`, to be learned from (trainer/reward_trainer.py) as to be scored here. Only a model that was
 trained with a question after the response is asked it, and names it in its config.json: "reward_question": "Right?". One that
-began as a PRM reads as that did, with a step token before every line, and names that: "step_token": "<next>".
+began as a PRM reads as that did, with a step token before every step, and names that: "reward_step_token": "<next>".
 
 A reward model is a plain directory for sequence classification with one label, as they are published: any of the hub's is read.
 """
@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
-from reasoning.steps import PLAIN_TEMPLATE
+from reasoning.steps import PLAIN_TEMPLATE, split_steps
 from reward_model.base import JudgeError, Response, ResponseScorer, Solution, StepJudge, short
 from reward_model.process_reward_model import StepTokens
 from reward_model.reading import PlainText, batches, first_line
@@ -33,18 +33,18 @@ from reward_model.reading import PlainText, batches, first_line
 
 class ResponseTokens:
     """How a reward model reads a prompt and a response. max_length: in tokens, None for no limit. question: what stands after the
-    response. step_token: what stands before each of its lines, of a model that began as a PRM and reads as that did.
+    response. step_token: what stands before each of its steps, of a model that began as a PRM and reads as that did.
 
     A chat model reads both in its own template, as a user's message and its answer; an encoder (BERT and its kin) as its two
     sentences, `[CLS] prompt [SEP] response [SEP]`; any other model in the template of reasoning/steps.py, with the question or an
     end-of-text token last. Words that look like control tokens stay words."""
 
     def __init__(self, tokenizer, max_length: int | None = None, question: str | None = None, step_token: str | None = None):
-        self.steps = StepTokens(tokenizer, step_token) if step_token else None
         self.tokenizer, self.max_length, self.question = tokenizer, max_length, question
-        self.plain = PlainText(tokenizer)
+        self.steps = StepTokens(tokenizer, step_token) if step_token else None
+        self.plain = self.steps.plain if self.steps else PlainText(tokenizer)
         self.is_chat = bool(tokenizer.chat_template)
-        self.is_pair = not self.is_chat and tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+        self.is_pair = not (self.is_chat or self.steps) and None not in (tokenizer.cls_token_id, tokenizer.sep_token_id)
 
     def encode(self, pairs: Sequence[Response]) -> list[tuple[list[int], int]]:
         """For every (prompt, response) its ids and how many more there would be without max_length. What is too long loses tokens
@@ -52,18 +52,16 @@ class ResponseTokens:
         Unicode."""
         guarded = [self.plain.guard(prompt, [response]) for prompt, response in pairs]
         begins, end = self.plain.begins, []
-        if self.steps:
-            texts = [ids for ids, _ in self.steps.encode([(prompt, response.splitlines()) for prompt, response in pairs])]
-            begins, texts = self._begins_apart(texts)
-        elif self.is_pair:
+        if self.is_pair:
             between, end = self._frame()
             sides = iter(self.plain.ids([text for prompt, (response,) in guarded for text in (prompt, response)]))
             texts = [[*prompt, *between, *response] for prompt, response in zip(sides, sides, strict=True)]
         else:
             texts = self.plain.ids([self._text(prompt, response) for prompt, (response,) in guarded])
             if self.is_chat:  # its template writes itself what begins and ends a text
-                begins, texts = self._begins_apart(texts)
-            elif not self.question:
+                begins = begins if texts and texts[0][: len(begins)] == begins else []
+                texts = [ids[len(begins) :] for ids in texts]
+            elif not (self.question or self.steps):
                 end = [index for index in [self.tokenizer.eos_token_id] if index is not None]
         encoded = []
         for text in texts:
@@ -72,13 +70,9 @@ class ResponseTokens:
             encoded.append((ids[: len(begins)] + ids[len(begins) + over :], over))
         return encoded
 
-    def _begins_apart(self, texts: list[list[int]]) -> tuple[list[int], list[list[int]]]:
-        """(what begins every text, the texts without it)."""
-        begins = self.plain.begins
-        begins = begins if texts and texts[0][: len(begins)] == begins else []
-        return begins, [ids[len(begins) :] for ids in texts]
-
     def _text(self, prompt: str, response: str) -> str:
+        if self.steps:
+            return self.steps.text(prompt, split_steps(response))
         if self.is_chat:
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
             return self.tokenizer.apply_chat_template(messages, tokenize=False)
@@ -130,7 +124,7 @@ def with_padding(model, tokenizer):
 
 def format_of(model) -> tuple[str | None, str | None]:
     """(question, step token) that a reward model was trained with."""
-    return getattr(model.config, "reward_question", None), getattr(model.config, "step_token", None)
+    return getattr(model.config, "reward_question", None), getattr(model.config, "reward_step_token", None)
 
 
 def longest(model, tokenizer) -> int | None:
@@ -176,9 +170,10 @@ def load_reward_model(
         raise JudgeError(f"reward model {path} cannot be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise JudgeError(f"reward model {path}: it has no fast tokenizer (tokenizer.json)")
-    for name in ("reward_question", "step_token"):
-        setattr(model.config, name, config.get(name))  # an adapter's own is not its base's
-    vars(model.config).pop("running_min", None)  # it is no PRM any more
+    model.config.reward_question = config.get("reward_question")  # an adapter's own is not its base's
+    model.config.reward_step_token = config.get("reward_step_token", config.get("step_token"))
+    for name in {"step_token", "running_min"} & vars(model.config).keys():  # it is no PRM any more
+        delattr(model.config, name)
     return with_padding(model, tokenizer), tokenizer
 
 

@@ -113,8 +113,8 @@ def test_what_was_a_prm_reads_as_that_did(folder, tiny_model_dir, monkeypatch):
     tokenizer.save_pretrained(folder / "prm")
     train_here(folder, monkeypatch, dataset_name="answers.csv", model_name_or_path="prm", output_dir="of_prm", learning_rate=0)
     config = json.loads((folder / "of_prm" / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForSequenceClassification"] and config["step_token"] == "<next>"
-    assert "running_min" not in config
+    assert config["architectures"] == ["LlamaForSequenceClassification"] and config["reward_step_token"] == "<next>"
+    assert not {"step_token", "running_min"} & config.keys()  # no one takes it for a PRM
     scorer, judge = ResponseRewardModel(folder / "of_prm", device="cpu"), ProcessRewardModel(folder / "prm", device="cpu")
     (values,) = judge.score_steps([(ROWS[0].prompt, ROWS[0].answer.split("\n"))])  # the head's bias is 0
     score = scorer.score_response(ROWS[0].prompt, ROWS[0].answer)
