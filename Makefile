@@ -44,7 +44,7 @@ models-prm: $(VENV)/.installed  ## prm-mini from the committed trees (about 30 m
 	$(call COMMITTED,AutoModelForTokenClassification,prm-mini)
 
 models-reward: $(VENV)/.installed  ## reward-mini from the committed ranked answers (about 15 minutes on one core)
-	$(BIN) train.py reward --model_name_or_path models/prm-mini --output_dir saved_model/reward-mini --overwrite
+	$(BIN) train.py reward --output_dir saved_model/reward-mini --overwrite
 	$(call COMMITTED,AutoModelForSequenceClassification,reward-mini)
 
 models-large: $(VENV)/.installed  ## policy-large: policy-mini's recipe at three times the size, learning rate the best of three; resumes

@@ -57,13 +57,13 @@ ppo has arguments of its own:
 reward takes the same as prm, but for:
   --dataset_name FILE_OR_NAME    ranked answers (CSV; its rows of the split train), or pairs: prompt, chosen, rejected
                                                                                [data/answers.csv]
-  --model_name_or_path MODEL     its backbone: a causal LM, an encoder, or a reward model that goes on    [models/judge-mini]
+  --model_name_or_path MODEL     its backbone: a causal LM, an encoder, or a reward model that goes on      [models/prm-mini]
   --output_dir FOLDER            where the reward model goes                   [saved_model/response_reward_model]
   --rank_margin, --center_rewards_coefficient    of the loss (trainer/reward_trainer.py)
   --shuffle_ranks true           the control, which has to learn nothing
 """
 
-DEFAULT_MODEL, JUDGE_MINI = at_root("models/policy-mini"), at_root("models/judge-mini")
+DEFAULT_MODEL, PRM_MINI = at_root("models/policy-mini"), at_root("models/prm-mini")
 PAIRS, STEP_VALUES, ANSWERS = (at_root(f"data/{name}") for name in ("rewarded.jsonl", "mcts_steps.jsonl", "answers.csv"))
 MADE_BY = {
     PAIRS: "python reward_model/evaluate_steps.py",
@@ -337,7 +337,7 @@ def train_reward(argv: list[str]) -> None:
     training = start(
         *("reward", ResponseRewardConfig, ["pairs"], RankedGroup, "groups", argv, "saved_model/response_reward_model"),
         "A response reward model on ranked answers.",
-        **{"data": ANSWERS, "model": JUDGE_MINI, "read": read_ranked},
+        **{"data": ANSWERS, "model": PRM_MINI, "read": read_ranked},
     )
     from trl import get_peft_config
 

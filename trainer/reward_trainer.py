@@ -38,7 +38,7 @@ class ResponseRewardConfig(MiniatureDefaults, RewardConfig):
     """RewardConfig of a response reward model. Raises ValueError for values that make no sense."""
 
     learning_rate: float = field(default=1.5e-4, metadata={"help": "Peak learning rate of AdamW."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the data."})
+    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the data."})
     per_device_train_batch_size: int = field(default=24, metadata={"help": "Pairs a device sees at once: six of a group of four."})
     rank_margin: float = field(
         default=0.0, metadata={"help": "Margin in the loss, for each rank that the two of a pair are apart; 0: none."}
