@@ -70,7 +70,7 @@ class AnswerArguments(PolicyArgs):
     max_new_tokens: int = field(default=256, metadata={"help": "tokens an answer may have"})
     seed: int = field(default=0, metadata={"help": "seed of the first answer"})
     limit: int | None = field(
-        default=None, metadata={"help": "use the first N prompts; default: all"}
+        default=None, metadata={"help": "use the first N prompts; default: 5120 of the train problems, all of --input"}
     )
     overwrite: bool = field(default=False, metadata={"help": "replace the output"})
 
@@ -106,7 +106,7 @@ def read_tasks(args: AnswerArguments) -> list[Task]:
     """Raises UserError if one of them is held out."""
     if args.input is None:
         of_generator = itertools.islice(problems("train"), LEARNED, None)
-        return [Task(task.prompt, "", task) for task in itertools.islice(of_generator, args.limit)]
+        return [Task(task.prompt, "", task) for task in itertools.islice(of_generator, args.limit or 5120)]
     if args.rank_by == "exact":
         rows = (Task(task.prompt, "", task) for task in load_problems(args.input))
     else:
