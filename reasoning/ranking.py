@@ -27,7 +27,7 @@ from reasoning.rows import read_table
 #   temperature  1.0                         of the sampling, 0 is greedy
 #   top_p        0.9                         of the sampling, above 0, at most 1
 #   seed         7                           of the sampling
-#   split        train                       train or test: a prompt with all its answers is in one of them
+#   split        train                       train, validation or test: a prompt with all its answers is in one of them
 #   note         two steps in one            anything the ranker wants to say
 @dataclass(frozen=True)
 class RankedResponse:

@@ -266,16 +266,17 @@ def test_the_committed_groups_of_four():
     """Made by the script's defaults, from problems that are not held out; right and wrong answers are alike in length and form."""
     rows = read_answers(ROOT / "data/answers.csv")
     check_groups(rows, "data/answers.csv")
-    tasks = {task.prompt: task.problem for task in read_tasks(AnswerArguments(rank_by="exact"))}
+    tasks = {task.prompt: task for task in read_tasks(AnswerArguments(rank_by="exact"))}
     found = groups(rows)
     splits = Counter(group[0].split for group in found.values())
-    assert splits["train"] >= 1000 and splits["test"] >= 300 and len(rows) == 4 * len(found)
+    assert splits["train"] >= 1000 and min(splits["validation"], splits["test"]) >= 300 and len(rows) == 4 * len(found)
     assert {ranker for _, ranker in found} == {"rule:exact"} and not {prompt for prompt, _ in found} & held_out_prompts().keys()
     alike = 0
     for prompt, _ in found:
         by_kind = {row.category: row for row in found[prompt, "rule:exact"]}
-        assert [by_kind[kind].rank for kind in KINDS] == [1, 2, 3, 4] and by_kind["right"].split == split_of(prompt)
-        assert [kind_of(sample(by_kind[kind].answer), tasks[prompt]) for kind in KINDS] == list(KINDS)
+        assert [by_kind[kind].rank for kind in KINDS] == [1, 2, 3, 4] and by_kind["right"].split == tasks[prompt].split
+        assert (by_kind["right"].split == "test") == (split_of(prompt) == "test")
+        assert [kind_of(sample(by_kind[kind].answer), tasks[prompt].problem) for kind in KINDS] == list(KINDS)
         alike += by_kind["right"].answer.count("\n") == by_kind["wrong"].answer.count("\n")
     assert alike / len(found) > 0.95
 

@@ -5,6 +5,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from test_smollm2 import smollm2  # noqa: F401 (a fixture)
 
 from evaluation.eval_search import Laboratory, Outcomes, Report, SearchArgs, Setting, as_dear, choose, trend, wanted
 from reasoning.records import Problem, read_records, write_records
@@ -57,6 +58,19 @@ def test_a_run_is_reported_and_done_once(run_script, tmp_path):
     without_seconds = [{**json.loads(line), "seconds": 0} for line in rows.splitlines()]
     repeated = [json.loads(line) for line in (tmp_path / "results/search.jsonl").read_text().splitlines()]
     assert [{**row, "seconds": 0} for row in repeated] == without_seconds
+
+
+@pytest.mark.slow
+def test_smollm2_step_by_step_on_two_problems(smollm2, run_script, tmp_path):  # noqa: F811
+    """A real pretrained model, which guides itself as a judge."""
+    models = {"model_name_or_path": smollm2, "judge_path": smollm2, "splits": "test", "choose_on": "validation"}
+    small = {"limit": 2, "choose_limit": 1, "n": 2, "samples": 2, "aggregates": "min", "max_steps": 3, "max_new_tokens": 96}
+    done = run_script("evaluation/eval_search.py", *arguments(tmp_path, **models, **small, strategies="step_greedy"))
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "results/search.json").read_text())["metrics"]
+    name = f"test/{Path(smollm2).name}/step_greedy"
+    assert metrics[f"{name}/2/accuracy"]["n"] == 2 and metrics[f"{name}/2/tokens"]["value"] > 0
+    assert 0 < metrics[f"{name}/2/judged_steps"]["value"] <= 6 and metrics[f"{name}-agreement/2/judged_steps"]["value"] == 0
 
 
 @pytest.fixture

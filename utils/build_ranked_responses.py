@@ -38,6 +38,7 @@ from utils.policies import PolicyArgs, check_policy, open_policy, policy_identit
 
 UNIT = 128  # prompts answered together: with the same seeds a group always gives the same answers
 LEARNED = 12_000  # train problems whose samples judge-mini learned from: they come first
+VALIDATION = range(15_200, 18_000)  # train problems, to choose between trainings of a reward model: none learns from their answers
 KINDS = ("right", "flawed", "wrong", "malformed")  # from the best on
 
 
@@ -69,9 +70,7 @@ class AnswerArguments(PolicyArgs):
     )
     max_new_tokens: int = field(default=256, metadata={"help": "tokens an answer may have"})
     seed: int = field(default=0, metadata={"help": "seed of the first answer"})
-    limit: int | None = field(
-        default=None, metadata={"help": "use the first N prompts; default: 5120 of the train problems, all of --input"}
-    )
+    limit: int | None = field(default=None, metadata={"help": "use the first N prompts; default: all"})
     overwrite: bool = field(default=False, metadata={"help": "replace the output"})
 
     def __post_init__(self):
@@ -100,13 +99,14 @@ class Task:
     prompt: str
     category: str = ""
     problem: Problem | None = None
+    split: str = ""  # of all its answers; "": split_of(prompt)
 
 
 def read_tasks(args: AnswerArguments) -> list[Task]:
     """Raises UserError if one of them is held out."""
     if args.input is None:
-        of_generator = itertools.islice(problems("train"), LEARNED, None)
-        return [Task(task.prompt, "", task) for task in itertools.islice(of_generator, args.limit or 5120)]
+        of_generator = itertools.islice(enumerate(problems("train")), LEARNED, None)
+        return [_task(number, problem) for number, problem in itertools.islice(of_generator, args.limit)]
     if args.rank_by == "exact":
         rows = (Task(task.prompt, "", task) for task in load_problems(args.input))
     else:
@@ -116,6 +116,11 @@ def read_tasks(args: AnswerArguments) -> list[Task]:
     if args.rank_by == "exact" and (bare := [task for task in tasks if not task.problem.steps]):
         raise UserError(f"{args.input}: --rank_by exact needs reference steps, there are none for {bare[0].prompt[:60]!r}")
     return tasks
+
+
+def _task(number: int, problem: Problem) -> Task:
+    split = split_of(problem.prompt)
+    return Task(problem.prompt, "", problem, "validation" if split == "train" and number in VALIDATION else split)
 
 
 def _prompts(name: str) -> Iterator[Task]:
@@ -211,7 +216,7 @@ def ranked(task: Task, samples: list[Sample], generator: str) -> tuple[list[Rank
             kind,
             f"{generator}+error" if sample.note else generator,
             **sample.settings,
-            split=split_of(task.prompt),
+            split=task.split or split_of(task.prompt),
             note=sample.note,
         )
         for rank, (kind, sample) in enumerate((group or {}).items(), 1)
@@ -223,11 +228,12 @@ def ranked(task: Task, samples: list[Sample], generator: str) -> tuple[list[Rank
 def unranked(task: Task, samples: list[Sample], generator: str) -> tuple[list[RankedResponse], str]:
     """(the answers that differ, why there are fewer than two)"""
     different: dict[str, Sample] = {}
+    split = task.split or split_of(task.prompt)
     for sample in samples:
         if sample.text:
             different.setdefault(sample.text, sample)
     rows = [
-        RankedResponse(task.prompt, text, None, "", task.category, generator, **sample.settings, split=split_of(task.prompt))
+        RankedResponse(task.prompt, text, None, "", task.category, generator, **sample.settings, split=split)
         for text, sample in different.items()
     ]
     return (rows, "") if len(rows) > 1 else ([], "all answers alike or empty")
@@ -295,7 +301,8 @@ def summary(args: AnswerArguments, rows: list[dict], answers: list[RankedRespons
     why_not = Counter(row["why_not"] for row in rows if row["why_not"])
     groups = Counter({answer.prompt: answer.split for answer in answers}.values())
     dropped = "; prompts without: " + ", ".join(f"{why}: {count}" for why, count in why_not.most_common()) if why_not else ""
-    print(f"{sum(groups.values())} groups ({groups['train']} train, {groups['test']} test){dropped}")
+    splits = ", ".join(f"{count} {split}" for split, count in groups.most_common())
+    print(f"{sum(groups.values())} groups ({splits}){dropped}")
 
 
 if __name__ == "__main__":
