@@ -15,7 +15,7 @@ from reward_models import make_distilbert, make_llama
 
 import train
 from reasoning.problems import problems
-from reasoning.ranking import RankedResponse, check_groups, groups, read_answers, write_answers
+from reasoning.ranking import RankedResponse, check_groups, read_answers, write_answers
 from reasoning.records import RecordError, is_kept_out, write_records
 from reward_model.process_reward_model import ProcessRewardModel
 from reward_model.process_reward_model import from_causal_lm as prm_from_causal_lm
