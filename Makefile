@@ -43,7 +43,7 @@ models-prm: $(VENV)/.installed  ## prm-mini from the committed trees (about 30 m
 	$(BIN) train.py prm --model_name_or_path saved_model/prm_mc --learning_rate 3e-4 --running_min true $(PRM_RECIPE) --output_dir saved_model/prm-mini
 	$(call COMMITTED,AutoModelForTokenClassification,prm-mini)
 
-models-reward: $(VENV)/.installed  ## reward-mini from the committed ranked answers (about 15 minutes on one core)
+models-reward: $(VENV)/.installed  ## reward-mini from the committed ranked answers (about 10 minutes on 2 cores)
 	$(BIN) train.py reward --output_dir saved_model/reward-mini --overwrite
 	$(call COMMITTED,AutoModelForSequenceClassification,reward-mini)
 
