@@ -57,7 +57,7 @@ ppo has arguments of its own:
 reward takes the same as prm, but for:
   --dataset_name FILE_OR_NAME    ranked answers (CSV; its rows of the split train), or pairs: prompt, chosen, rejected
                                                                                [data/answers.csv]
-  --model_name_or_path MODEL     its backbone: a causal LM, an encoder, or a reward model that goes on      [models/prm-mini]
+  --model_name_or_path MODEL     its backbone: a causal LM, an encoder, or a reward model that goes on    [models/prm-mini]
   --output_dir FOLDER            where the reward model goes                   [saved_model/response_reward_model]
   --rank_margin, --center_rewards_coefficient    of the loss (trainer/reward_trainer.py)
   --shuffle_ranks true           the control, which has to learn nothing

@@ -70,7 +70,7 @@ def pairs_of(ranks: list[int]) -> list[tuple[int, int]]:
 
 class GroupSampler(torch.utils.data.Sampler):
     """All rows, the groups of `sizes` rows in random order, another one every epoch; groups whose `lengths` are alike are near each
-    other, so that batches need little padding (a third less to compute for data/answers.csv)."""
+    other, so that batches need little padding (a fifth less to compute for data/answers.csv)."""
 
     def __init__(self, sizes: list[int], lengths: list[int], seed: int):
         ends = itertools.accumulate(sizes)

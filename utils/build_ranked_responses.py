@@ -301,7 +301,7 @@ def summary(args: AnswerArguments, rows: list[dict], answers: list[RankedRespons
     why_not = Counter(row["why_not"] for row in rows if row["why_not"])
     groups = Counter({answer.prompt: answer.split for answer in answers}.values())
     dropped = "; prompts without: " + ", ".join(f"{why}: {count}" for why, count in why_not.most_common()) if why_not else ""
-    splits = ", ".join(f"{count} {split}" for split, count in groups.most_common())
+    splits = ", ".join(f"{count} {split}" for split, count in groups.most_common()) or "none"
     print(f"{sum(groups.values())} groups ({splits}){dropped}")
 
 
