@@ -57,3 +57,15 @@ def run_script(tmp_path):
         return subprocess.run(command, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The model's directory; made by `make smollm2` if it is not there, and if that cannot be, the test is skipped."""
+    folder = ROOT / "models/smollm2-135m-instruct"
+    if not (folder / "config.json").is_file():
+        command = ["make", "-o", ".venv/.installed", f"BIN={sys.executable}", "smollm2"]
+        made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if made.returncode:
+            pytest.skip(made.stderr.splitlines()[0])
+    return str(folder)

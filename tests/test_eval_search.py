@@ -5,7 +5,6 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from test_smollm2 import smollm2  # noqa: F401 (a fixture)
 
 from evaluation.eval_search import Laboratory, Outcomes, Report, SearchArgs, Setting, as_dear, choose, trend, wanted
 from reasoning.records import Problem, read_records, write_records
@@ -61,7 +60,7 @@ def test_a_run_is_reported_and_done_once(run_script, tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2_step_by_step_on_two_problems(smollm2, run_script, tmp_path):  # noqa: F811
+def test_smollm2_step_by_step_on_two_problems(smollm2, run_script, tmp_path):
     """A real pretrained model, which guides itself as a judge."""
     models = {"model_name_or_path": smollm2, "judge_path": smollm2, "splits": "test", "choose_on": "validation"}
     small = {"limit": 2, "choose_limit": 1, "n": 2, "samples": 2, "aggregates": "min", "max_steps": 3, "max_new_tokens": 96}

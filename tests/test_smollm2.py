@@ -18,18 +18,6 @@ TASKS = [task for task in itertools.islice(problems("train"), 12) if len(task.st
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> str:
-    """The model's directory; made by `make smollm2` if it is not there, and if that cannot be, the test is skipped."""
-    folder = ROOT / "models/smollm2-135m-instruct"
-    if not (folder / "config.json").is_file():
-        command = ["make", "-o", ".venv/.installed", f"BIN={sys.executable}", "smollm2"]
-        made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if made.returncode:
-            pytest.skip(made.stderr.splitlines()[0])
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
 def trained(smollm2, tmp_path_factory) -> Path:
     """Three optimizer steps of the warm start, two problems each: `out`, `log.json` in `logs/out`."""
     folder = tmp_path_factory.mktemp("smollm2")

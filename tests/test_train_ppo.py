@@ -14,7 +14,7 @@ from conftest import ROOT
 from reward_models import make_llama
 from safetensors.torch import load_file
 from test_prm import make_prm
-from test_smollm2 import TASKS, smollm2  # noqa: F401 (a fixture)
+from test_smollm2 import TASKS
 from test_step_ppo_trainer import taught
 from test_train_prm import PROBLEMS, ROWS, flags
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -184,7 +184,7 @@ def test_mistakes_are_one_line(folder, monkeypatch, capsys, given, message):
 
 
 @pytest.mark.slow
-def test_smollm2_two_updates_on_two_problems(smollm2, tmp_path):  # noqa: F811
+def test_smollm2_two_updates_on_two_problems(smollm2, tmp_path):
     """A real pretrained model, its adapter rewarded by itself as a judge, then by the checker, which knows the answers."""
     write_records(tmp_path / "problems.jsonl", TASKS[:2])
     config = ["--config", str(local_config(tmp_path)), "--dtype", "float32", "--bf16", "false"]

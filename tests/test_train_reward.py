@@ -191,4 +191,4 @@ def test_every_group_of_the_committed_table_lands_in_one_split():
     for row in rows:
         splits.setdefault(row.prompt, set()).add(row.split)
     assert all(len(of_prompt) == 1 for of_prompt in splits.values())
-    assert set().union(*splits.values()) == {"train", "validation", "test"}
+    assert len(splits) >= 1000 and set().union(*splits.values()) == {"train", "validation", "test"}

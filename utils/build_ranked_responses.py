@@ -99,14 +99,21 @@ class Task:
     prompt: str
     category: str = ""
     problem: Problem | None = None
-    split: str = ""  # of all its answers; "": split_of(prompt)
+    to_choose: bool = False  # `validation` stands for `train`
+
+    @property
+    def split(self) -> str:
+        """Of all its answers."""
+        split = split_of(self.prompt)
+        return "validation" if self.to_choose and split == "train" else split
 
 
 def read_tasks(args: AnswerArguments) -> list[Task]:
     """Raises UserError if one of them is held out."""
     if args.input is None:
         of_generator = itertools.islice(enumerate(problems("train")), LEARNED, None)
-        return [_task(number, problem) for number, problem in itertools.islice(of_generator, args.limit)]
+        numbered = itertools.islice(of_generator, args.limit)
+        return [Task(problem.prompt, "", problem, number in VALIDATION) for number, problem in numbered]
     if args.rank_by == "exact":
         rows = (Task(task.prompt, "", task) for task in load_problems(args.input))
     else:
@@ -116,11 +123,6 @@ def read_tasks(args: AnswerArguments) -> list[Task]:
     if args.rank_by == "exact" and (bare := [task for task in tasks if not task.problem.steps]):
         raise UserError(f"{args.input}: --rank_by exact needs reference steps, there are none for {bare[0].prompt[:60]!r}")
     return tasks
-
-
-def _task(number: int, problem: Problem) -> Task:
-    split = split_of(problem.prompt)
-    return Task(problem.prompt, "", problem, "validation" if split == "train" and number in VALIDATION else split)
 
 
 def _prompts(name: str) -> Iterator[Task]:
@@ -216,7 +218,7 @@ def ranked(task: Task, samples: list[Sample], generator: str) -> tuple[list[Rank
             kind,
             f"{generator}+error" if sample.note else generator,
             **sample.settings,
-            split=task.split or split_of(task.prompt),
+            split=task.split,
             note=sample.note,
         )
         for rank, (kind, sample) in enumerate((group or {}).items(), 1)
@@ -228,12 +230,11 @@ def ranked(task: Task, samples: list[Sample], generator: str) -> tuple[list[Rank
 def unranked(task: Task, samples: list[Sample], generator: str) -> tuple[list[RankedResponse], str]:
     """(the answers that differ, why there are fewer than two)"""
     different: dict[str, Sample] = {}
-    split = task.split or split_of(task.prompt)
     for sample in samples:
         if sample.text:
             different.setdefault(sample.text, sample)
     rows = [
-        RankedResponse(task.prompt, text, None, "", task.category, generator, **sample.settings, split=split)
+        RankedResponse(task.prompt, text, None, "", task.category, generator, **sample.settings, split=task.split)
         for text, sample in different.items()
     ]
     return (rows, "") if len(rows) > 1 else ([], "all answers alike or empty")
