@@ -1,4 +1,4 @@
-"""Beam search over many problems together, against one problem at a time with the kept caches thrown away at every step.
+"""Beam search over many problems together, against one problem at a time with all kept caches thrown away at every step.
 
     python benchmarks/search.py          # a few minutes on 2 cores
 
@@ -47,16 +47,18 @@ def main() -> None:
     from reasoning.problems import problems
     from search.policy import Policy
 
+    def forget(policy: Policy, judge) -> None:
+        policy.decoder._kept.clear()
+        policy.decoder._kept_bytes = 0
+        if hasattr(judge, "_kept"):  # a PRM
+            judge._kept.clear()
+
     class Forgetful(Policy):
-        """Reads every beginning from its first token on, each time."""
+        """Reads every beginning from its first token on, each time, and makes the judge do the same."""
 
         def next_steps(self, *rest, **named):
-            self.forget()
+            forget(self, judge)
             return super().next_steps(*rest, **named)
-
-        def forget(self):
-            self.decoder._kept.clear()
-            self.decoder._kept_bytes = 0
 
     budget = Budget(args.n, args.beams)
     prompts = [task.prompt for task in islice(problems("validation"), args.limit)]
@@ -72,6 +74,7 @@ def main() -> None:
         for seed in trange(args.rounds, desc="rounds"):
             found = {}
             for name, search in ways.items():
+                forget(kept, judge)
                 start = time.perf_counter()
                 found[name] = search(seed)
                 seconds[name].append(time.perf_counter() - start)

@@ -49,8 +49,8 @@ class QwenMath(ForeignFormat):
         messages = [{"role": role, "content": content} for role, content in messages]
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
 
-    def log_odds(self, model, rows: Tensor, places: Tensor, **inputs: Tensor) -> Tensor:
-        logits = model.score(model.model(**inputs, use_cache=False).last_hidden_state[rows, places])  # (N, 2)
+    def log_odds(self, model, rows: Tensor, places: Tensor, **inputs) -> Tensor:
+        logits = model.score(model.model(**inputs).last_hidden_state[rows, places])  # (N, 2)
         return logits[:, 1] - logits[:, 0]
 
 
@@ -63,8 +63,8 @@ class SignTokens(ForeignFormat):
         super().__init__(tokenizer)
         self.sign_ids = [self.token_id(text, text[-1]) for text in self.signs]
 
-    def log_odds(self, model, rows: Tensor, places: Tensor, **inputs: Tensor) -> Tensor:
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[rows, places]  # (N, H)
+    def log_odds(self, model, rows: Tensor, places: Tensor, **inputs) -> Tensor:
+        hidden = model.base_model(**inputs).last_hidden_state[rows, places]  # (N, H)
         logits = model.get_output_embeddings()(hidden)[:, self.sign_ids]
         return logits[:, 0] - logits[:, 1]
 

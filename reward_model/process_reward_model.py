@@ -17,7 +17,8 @@ own formats: reward_model/foreign_prms.py.
 import copy
 import json
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -26,15 +27,17 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, PreTrainedConfig
+from transformers.cache_utils import Cache
 from transformers.utils import find_adapter_config_file
 
-from reasoning.steps import format_prompt, shared_prefix
+from reasoning.steps import ends_solution, format_prompt, shared_prefix
 from reward_model.base import JudgeError, Solution, StepJudge, where
-from reward_model.branches import as_inputs, graft, takes_branches
+from reward_model.branches import Past, as_cache, as_inputs, graft, takes_branches
 from reward_model.reading import PlainText, batches, first_line
 
 STEP_TOKEN = "<next>"
 PACKED = 512  # tokens of a row that holds several solutions, at most
+KEPT_BYTES = 1 << 30  # what the caches of beginnings may take; those longest out of use go first
 
 
 class PRMFormat:
@@ -77,8 +80,8 @@ class PRMFormat:
         """Where the values of the `count` steps are read: at their tags."""
         return [place for place, index in enumerate(ids) if index == self.tag_id]
 
-    def log_odds(self, model, rows: Tensor, places: Tensor, **inputs: Tensor) -> Tensor:
-        """log (value / (1 - value)) at N places of a batch: rows (N,), places (N,), inputs of `as_inputs` -> (N,)."""
+    def log_odds(self, model, rows: Tensor, places: Tensor, **inputs) -> Tensor:
+        """log (value / (1 - value)) at N places of a batch: rows (N,), places (N,), inputs of the model -> (N,)."""
         raise NotImplementedError
 
 
@@ -97,8 +100,8 @@ class StepTokens(PRMFormat):
         begins = super().places(ids, count)
         return [*(place - 1 for place in begins[1:]), len(ids) - 1] if begins else []
 
-    def log_odds(self, model, rows: Tensor, places: Tensor, **inputs: Tensor) -> Tensor:
-        return model(**inputs, use_cache=False).logits[rows, places, 0]
+    def log_odds(self, model, rows: Tensor, places: Tensor, **inputs) -> Tensor:
+        return model(**inputs).logits[rows, places, 0]
 
 
 def add_step_token(model, tokenizer, step_token: str = STEP_TOKEN) -> None:
@@ -204,16 +207,35 @@ def _with_adapter(path: str, adapter: str, tokenizer, step_token: str, dtype: to
 
 
 @dataclass
-class _Row:
-    """Solutions of one prompt, to be read together: a tree of tokens (reward_model/branches.py), and for each solution where the
-    values of its steps are that were asked for."""
+class _Text:
+    """A solution to be read: its ids, where the values of its steps are, how many of these are not asked for. past: its beginning,
+    where that was read before, and the values behind it are all that is read. goes_on: it is a beginning itself."""
 
+    solution: int
+    ids: list[int]
+    places: list[int]
+    skip: int
+    past: Past | None
+    goes_on: bool
+
+
+@dataclass
+class _Row:
+    """Solutions of one prompt, to be read together: a tree of tokens (reward_model/branches.py), behind a past that all of them
+    have; and where the tokens of each lie."""
+
+    past: Past | None
     ids: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
-    reads: list[tuple[int, list[int]]] = field(default_factory=list)  # (solution, places)
+    reads: list[tuple[_Text, list[int]]] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.past or ()) + len(self.ids)
+
+    def asked(self) -> Iterator[int]:
+        """The places where values are read, text by text."""
+        for text, path in self.reads:
+            yield from (path[place - len(self.past or ())] for place in text.places)
 
 
 class ProcessRewardModel(StepJudge):
@@ -222,7 +244,8 @@ class ProcessRewardModel(StepJudge):
     path: a model directory, a PEFT adapter directory or a hub name. batch_tokens: padded tokens of one forward pass (a longer
     solution is read alone). device: by default the GPU if there is one; the weights are in float32 on a CPU and as stored on a
     GPU. Code that comes with a model is never run. A score is rounded to 6 decimals and does not depend on the steps behind it;
-    what is batched together moves it by rounding errors only. Raises JudgeError if the model cannot be used."""
+    what is batched together moves it by rounding errors only. The cache of a solution without an answer is kept: whoever asks about
+    the steps that follow (`skip`) pays for these alone. Raises JudgeError if the model cannot be used."""
 
     left_out = "longer than the PRM's context"
 
@@ -237,59 +260,101 @@ class ProcessRewardModel(StepJudge):
         self.running_min = self.model.config.running_min
         self.context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)  # None: without limit
         self.branches = takes_branches(self.model, PACKED)
+        self._kept: deque[tuple[dict[tuple[int, ...], Past], int]] = deque()  # of each batch: its texts by their ids, bytes
 
     def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
         """As in StepJudge."""
         results: list[list[float] | None] = [[] for _ in solutions]
         firsts = skip or [0] * len(solutions)
         asked = [i for i, first in enumerate(firsts) if first < len(solutions[i][1])]
-        texts: list[tuple[list[int], int, list[int]]] = []  # (ids, solution, places)
+        texts: list[_Text] = []
         for i, (ids, places) in zip(asked, self.format.encode([solutions[i] for i in asked]), strict=True):
             if self.context_length and len(ids) > self.context_length:
                 results[i] = None
-            else:
-                texts.append((ids, i, places if self.running_min else places[firsts[i] :]))
-        for batch in batches(self._rows(texts), self.batch_tokens):
-            values = iter(self._values(batch))
-            for i, places in (read for row in batch for read in row.reads):
-                scores = results[i] = [round(next(values), 6) for _ in places]
-                broken = next((k for k, value in enumerate(scores) if value != value), None)
-                if broken is not None:
-                    place = where(*solutions[i], len(solutions[i][1]) - len(places) + broken)
-                    raise JudgeError(f"PRM {self.path}: the model's logits are not finite at {place}")
-        if self.running_min:
-            results = [scores and [*accumulate(scores, min)][first:] for scores, first in zip(results, firsts, strict=True)]
+                continue
+            first = firsts[i]
+            past = self._past(ids[: places[first - 1] + 1]) if first else None
+            read = first if past or not self.running_min else 0  # where there is no past, the least value so far is to be found
+            goes_on = self.branches and not ends_solution(list(solutions[i][1]))
+            texts.append(_Text(i, ids, places[read:], first - read, past, goes_on))
+        rows = self._rows(texts)
+        for of_kind in ([row for row in rows if row.past is None], [row for row in rows if row.past is not None]):
+            for batch in batches(of_kind, self.batch_tokens):
+                values, cache = self._values(batch)
+                for text in (text for row in batch for text, _ in row.reads):
+                    scores = [round(next(values), 6) for _ in text.places]
+                    broken = next((k for k, value in enumerate(scores) if value != value), None)
+                    if broken is not None:
+                        prompt, steps = solutions[text.solution]
+                        place = where(prompt, steps, len(steps) - len(scores) + broken)
+                        raise JudgeError(f"PRM {self.path}: the model's logits are not finite at {place}")
+                    if self.running_min:
+                        scores = [*accumulate(scores, min, initial=text.past.score if text.past else 1.0)][1:]
+                    results[text.solution] = scores[text.skip :]
+                if cache is not None:
+                    self._keep(batch, cache, results)
         return results
 
-    def _rows(self, texts: list[tuple[list[int], int, list[int]]]) -> list[_Row]:
-        """Texts that have more than a half in common share a row, up to PACKED tokens; with less, attention to all of the row costs
-        what reading less saves."""
+    def _rows(self, texts: list[_Text]) -> list[_Row]:
+        """Texts that have their past in common, or more than a half, share a row, up to PACKED tokens; with less, attention to all
+        of the row costs what reading less saves."""
         rows, path, before = [], [], []
-        for ids, solution, places in sorted(texts):
-            shared = shared_prefix(before, ids) if self.branches else 0
-            if shared <= len(ids) / 2 or len(rows[-1]) + len(ids) - shared > min(PACKED, self.batch_tokens):
-                rows.append(_Row())
-                shared = 0
-            path, before = graft(rows[-1].ids, rows[-1].parents, path, ids, shared), ids
-            rows[-1].reads.append((solution, [path[place] for place in places]))
+        for text in sorted(texts, key=lambda text: text.ids):
+            ids = text.ids[len(text.past or ()) :]
+            row = rows[-1] if rows and rows[-1].past is text.past and self.branches else None
+            shared = shared_prefix(before, ids) if row is not None else 0
+            fits = row is not None and len(row) + len(ids) - shared <= min(PACKED, self.batch_tokens)
+            if not fits or not (text.past or shared > len(ids) / 2):
+                row, shared = _Row(text.past), 0
+                rows.append(row)
+            path, before = graft(row.ids, row.parents, path, ids, shared), ids
+            row.reads.append((text, path))
         return rows
 
     @torch.inference_mode()
-    def _values(self, batch: list[_Row]) -> list[float]:
-        """The values that were asked for, row by row."""
-        inputs = as_inputs([row.ids for row in batch], [row.parents for row in batch], 0)
-        asked = [(b, place) for b, row in enumerate(batch) for _, places in row.reads for place in places]
+    def _values(self, batch: list[_Row]) -> tuple[Iterator[float], Cache | None]:
+        """The values that were asked for, row by row, and the cache behind them if one was needed."""
+        pasts = [row.past for row in batch if row.past is not None]
+        inputs = as_inputs([row.ids for row in batch], [row.parents for row in batch], 0, pasts)
+        asked = [(b, place) for b, row in enumerate(batch) for place in row.asked()]
         rows, places = torch.tensor(asked, device=self.device).T
+        cache = as_cache(pasts) if pasts or any(text.goes_on for row in batch for text, _ in row.reads) else None
         try:
             inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-            return self.format.log_odds(self.model, rows, places, **inputs).float().sigmoid().tolist()
+            inputs |= {"past_key_values": cache, "use_cache": cache is not None}
+            values = self.format.log_odds(self.model, rows, places, **inputs).float().sigmoid().tolist()
         except torch.OutOfMemoryError:
             tokens = inputs["input_ids"].numel()
             raise JudgeError(f"PRM {self.path}: {tokens} tokens at once do not fit on the GPU: lower batch_tokens") from None
+        return iter(values), cache
+
+    # --- beginnings that are kept
+
+    def _past(self, ids: list[int]) -> Past | None:
+        """The text of these ids, if it was kept."""
+        key = tuple(ids)
+        return next((kept[key] for kept, _ in self._kept if key in kept), None)
+
+    def _keep(self, batch: list[_Row], cache: Cache, results: Sequence[list[float] | None]) -> None:
+        """Keep the beginnings of a batch that was just read."""
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        first = cache.get_seq_length() - max(len(row.ids) for row in batch)  # columns behind the longest past
+        kept: dict[tuple[int, ...], Past] = {}
+        for b, row in enumerate(batch):
+            own = len(row.past or ())
+            for text, path in row.reads:
+                if text.goes_on:
+                    end = text.places[-1] + 1
+                    columns = [*range(first - own, first), *(first + place for place in path[: end - own])]
+                    kept[tuple(text.ids[:end])] = Past(layers, b, columns, results[text.solution][-1])
+        self._kept.append((kept, sum(keys.nbytes + values.nbytes for keys, values in layers)))
+        while sum(size for _, size in self._kept) > KEPT_BYTES:
+            self._kept.popleft()
 
     def close(self) -> None:
         """Give the model's memory back."""
         self.model = None
+        self._kept.clear()
 
     def __str__(self) -> str:
         context = self.context_length or "without limit"

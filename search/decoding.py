@@ -1,13 +1,14 @@
 """The engine under all sampling: rows that each go on from a beginning of their own, decoded together in one rectangular KV cache.
 
-A beginning is read once, whatever the number of its samples; rows that have ended leave the cache, and waiting beginnings enter.
-Where a step of a solution ends, the cache of what was read so far is kept, and whoever goes on from there need not read it again.
+A beginning is read once, and its samples are one row for as long as they draw the same tokens; where they part, the row splits:
+what samples have in common is never computed twice. Rows that have ended leave the cache, and waiting ones enter. Where a step of
+a solution ends, the cache of what was read so far is kept, and whoever goes on from there need not read it again.
 """
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -23,36 +24,61 @@ KEPT_BYTES = 2 << 30  # what the kept caches of steps may take; those longest ou
 
 @dataclass
 class Row:
-    """The `sample`-th row of a beginning: the ids it has got so far, EOS included, how many it may get, and how it ended."""
+    """Samples of a beginning that drew the same tokens so far: their numbers, the ids they have got, EOS included, how many they
+    may get, how they ended. `uniforms` (n, most): the random numbers of all samples of the beginning, one a token."""
 
     beginning: int
-    sample: int
+    samples: list[int]
     most: int
+    uniforms: np.ndarray
     ids: list[int] = field(default_factory=list)
     ended: str = ""  # "finished" by EOS, "step" at the end of a step, "cut" at `most`
 
+    def add(self, tokens: Sequence[int]) -> list["Row"]:
+        """Every sample gets its next token. Returns a row for each of the tokens that differ, this one among them."""
+        parts: dict[int, list[int]] = {}
+        for sample, token in zip(self.samples, tokens, strict=False):  # there may be more tokens: rows are padded
+            parts.setdefault(token, []).append(sample)
+        (token, self.samples), *others = parts.items()
+        split = [replace(self, samples=samples, ids=[*self.ids, other]) for other, samples in others]
+        self.ids.append(token)
+        return [self, *split]
+
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values with room for more: DynamicLayer moves everything at every token, which takes two fifths of all time on a
-    CPU. `keys` and `values` are what is in use of the two buffers; whoever wants other rows makes a new cache."""
+    """Keys and values with room for more tokens and rows: DynamicLayer moves everything at every token, which takes two fifths of
+    all time on a CPU. `keys` and `values` are what is in use of the two buffers."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
             self.buffers = self.keys, self.values
+        rows, heads, new, _ = key_states.shape
         used = self.keys.size(2)
-        columns = used + key_states.size(2)
+        columns = used + new
         if columns > self.buffers[0].size(2):
-            rows, heads, _, _ = key_states.shape
-            roomy = [new.new_empty(rows, heads, columns + ROOM, new.size(3)) for new in (key_states, value_states)]
+            roomy = [
+                states.new_empty(min(2 * rows, max(rows, MAX_ROWS)), heads, columns + ROOM, states.size(3))
+                for states in (key_states, value_states)
+            ]
             for buffer, old in zip(roomy, (self.keys, self.values), strict=True):
-                buffer[:, :, :used] = old
+                buffer[:rows, :, :used] = old
             self.buffers = tuple(roomy)
-        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, used:columns] = new
-        self.keys, self.values = (buffer[:, :, :columns] for buffer in self.buffers)
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:rows, :, used:columns] = states
+        self._use(rows, columns)
         return self.keys, self.values
+
+    def _use(self, rows: int, columns: int) -> None:
+        self.keys, self.values = (buffer[:rows, :, :columns] for buffer in self.buffers)
+
+    def copy_rows(self, sources: Tensor, targets: Tensor, rows: int) -> None:
+        """Write the rows `sources` over the rows `targets`, or behind all of them; `rows` there are afterwards."""
+        columns = self.keys.size(2)
+        for buffer in self.buffers:
+            buffer[targets, :, :columns] = buffer[sources, :, :columns]
+        self._use(rows, columns)
 
 
 Layers = list[tuple[Tensor, Tensor]]  # keys and values of every layer, each (rows, heads, tokens, size of a head)
@@ -61,22 +87,41 @@ Layers = list[tuple[Tensor, Tensor]]  # keys and values of every layer, each (ro
 @dataclass
 class _Batch:
     """Rows whose texts are in the cache, each at its right end: a row's are the last `lengths` (R,) of its columns. `logits` (R, V)
-    say what comes next; `uniforms` (R, most tokens) are a row's random numbers, `used` (R,) how many of them."""
+    say what comes next."""
 
     cache: Cache
     lengths: Tensor
     logits: Tensor
-    uniforms: Tensor
-    used: Tensor
     rows: list[Row]
 
-    def take(self, places: Tensor) -> "_Batch":
-        """These rows, and no more columns than they need."""
-        lengths = self.lengths[places]
-        first = self.cache.get_seq_length() - int(lengths.max())
-        layers = [(keys[places, :, first:], values[places, :, first:]) for keys, values in _layers(self.cache)]
-        rows = [self.rows[place] for place in places.tolist()]
-        return _Batch(_cache(layers), lengths, self.logits[places], self.uniforms[places], self.used[places], rows)
+    def go_on(self, going: Sequence[tuple[int, Row]]) -> None:
+        """What is left are these rows, each with the place that it had or split from."""
+        stay = dict(reversed(going))  # the first of a place
+        split = [(place, row) for place, row in going if stay[place] is not row]
+        room = self.cache.layers[0].buffers[0].size(0)
+        free = [place for place in range(room) if place not in stay]
+        if len(going) <= COMPACT_AT * len(self.rows) or len(split) > len(free):
+            places = torch.tensor([place for place, _ in going], device=self.lengths.device)
+            self.lengths, self.rows = self.lengths[places], [row for _, row in going]
+            first = self.cache.get_seq_length() - int(self.lengths.max())
+            self.cache = _cache([(keys[places, :, first:], values[places, :, first:]) for keys, values in _layers(self.cache)])
+            return
+        for place, row in stay.items():
+            self.rows[place] = row
+        if split:
+            origin = [*range(len(self.rows))]
+            for (source, row), target in zip(split, free, strict=False):
+                if target == len(self.rows):
+                    self.rows.append(row)
+                    origin.append(source)
+                else:
+                    self.rows[target], origin[target] = row, source
+            self.lengths = self.lengths[origin]
+            sources, targets = (
+                torch.tensor(places, device=self.lengths.device) for places in ([place for place, _ in split], free[: len(split)])
+            )
+            for layer in self.cache.layers:
+                layer.copy_rows(sources, targets, len(origin))
 
     def join(self, other: "_Batch") -> "_Batch":
         both = (self, other)
@@ -84,7 +129,7 @@ class _Batch:
             (_stack([keys for keys, _ in of_layer]), _stack([values for _, values in of_layer]))
             for of_layer in zip(*(_layers(batch.cache) for batch in both), strict=True)
         ]
-        tensors = [torch.cat([getattr(batch, name) for batch in both]) for name in ("lengths", "logits", "uniforms", "used")]
+        tensors = [torch.cat([getattr(batch, name) for batch in both]) for name in ("lengths", "logits")]
         return _Batch(_cache(layers), *tensors, self.rows + other.rows)
 
 
@@ -152,56 +197,63 @@ class Decoder:
         of the model's context or, with `one_step`, the end of a step. Beginnings are ids, one at least, fewer than the context.
         top_p, above 0: only the likeliest tokens that together reach this probability are drawn.
 
-        A row's random numbers come from seed, beginning and sample alone, so it does not matter what else is decoded."""
-        waiting = sorted(range(len(beginnings)), key=lambda i: -len(beginnings[i]))  # like lengths enter together
+        A sample's random numbers come from seed, beginning and number alone, so it does not matter what else is decoded."""
+        waiting = []
+        for i, ids in enumerate(beginnings):
+            most = min(max_new_tokens, self.context - len(ids))
+            uniforms = [_uniforms(seed, tuple(ids), sample, most) for sample in range(n if temperature else 0)]
+            waiting.append(Row(i, [*range(n)], most, np.array(uniforms)))
+        waiting.sort(key=lambda row: -len(beginnings[row.beginning]))  # like lengths enter together
         batch: _Batch | None = None
         while waiting or batch:
             free = MAX_ROWS - (len(batch.rows) if batch else 0)
-            if waiting and (batch is None or free >= max(n, (1 - COMPACT_AT) * MAX_ROWS)):
-                entering = [waiting.pop() for _ in range(min(len(waiting), max(1, free // n)))]
-                for group in self._enter({i: tuple(beginnings[i]) for i in entering}, n, max_new_tokens, seed):
+            if waiting and (batch is None or free >= (1 - COMPACT_AT) * MAX_ROWS):
+                entering = [waiting.pop() for _ in range(min(len(waiting), free))]
+                for group in self._enter([((*beginnings[row.beginning], *row.ids), row) for row in entering]):
                     batch = batch.join(group) if batch else group
-            tokens = self._choose(batch, temperature, top_p)
-            written = []
-            for place, (row, token) in enumerate(zip(batch.rows, tokens.tolist(), strict=True)):
-                if row.ended:
-                    continue
-                row.ids.append(token)
-                written.append(row)
-                if token in self.eos_ids:
-                    row.ended = "finished"
-                elif one_step and self._breaks(token) and self.text(row.ids):
-                    row.ended = "step"
-                    self._keep((*beginnings[row.beginning], *row.ids), batch, place)
-                elif len(row.ids) >= row.most:
-                    row.ended = "cut"
+            written, going = [], []
+            for place, (row, tokens) in enumerate(zip(batch.rows, self._choose(batch, temperature, top_p), strict=True)):
+                for part in row.add(tokens) if not row.ended else ():
+                    written.append(part)
+                    if part.ids[-1] in self.eos_ids:
+                        part.ended = "finished"
+                    elif one_step and self._breaks(part.ids[-1]) and self.text(part.ids):
+                        part.ended = "step"
+                        self._keep((*beginnings[part.beginning], *part.ids), batch, place)
+                    elif len(part.ids) >= part.most:
+                        part.ended = "cut"
+                    elif len(going) < MAX_ROWS:
+                        going.append((place, part))
+                    else:  # too many have split: it waits for room
+                        self._keep((*beginnings[part.beginning], *part.ids), batch, place)
+                        waiting.append(part)
             yield written
-            alive = [place for place, row in enumerate(batch.rows) if not row.ended]
-            if not alive:
+            if not going:
                 batch = None
                 continue
-            if len(alive) <= COMPACT_AT * len(batch.rows):
-                places = torch.tensor(alive, device=tokens.device)
-                batch, tokens = batch.take(places), tokens[places]
+            batch.go_on(going)
             batch.lengths = batch.lengths + 1
-            batch.logits = self._read(batch.cache, batch.lengths, tokens[:, None])
+            ids = torch.tensor([row.ids[-1:] for row in batch.rows], device=batch.lengths.device)
+            batch.logits = self._read(batch.cache, batch.lengths, ids)
 
-    def _choose(self, batch: _Batch, temperature: float, top_p: float) -> Tensor:
-        """The next token of every row, (R,): the likeliest at temperature 0, else the one at which the cumulative probability
-        passes the row's next random number."""
+    def _choose(self, batch: _Batch, temperature: float, top_p: float) -> list[list[int]]:
+        """The next token of every row's samples: the likeliest at temperature 0, else the one at which the cumulative probability
+        passes the sample's next random number. Rows with fewer samples than others have tokens too many."""
+        most = max(len(row.samples) for row in batch.rows)
         if temperature == 0:
-            return batch.logits.argmax(-1)
+            return batch.logits.argmax(-1, keepdim=True).expand(-1, most).tolist()
         probabilities = (batch.logits / temperature).softmax(-1)
         if top_p < 1:
             ordered, order = probabilities.sort(-1, descending=True)
             beyond = ordered.cumsum(-1) - ordered >= top_p  # those before it are enough
             probabilities = probabilities.masked_fill(beyond.gather(-1, order.argsort(-1)), 0)
         cumulative = probabilities.cumsum(-1)
-        last = batch.uniforms.size(1) - 1  # rows that have ended go on using their last number
-        uniform = batch.uniforms.gather(1, batch.used.clamp(max=last)[:, None])
-        batch.used = batch.used + 1
-        tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
-        return tokens.clamp(max=cumulative.size(1) - 1)
+        uniforms = np.zeros((len(batch.rows), most), dtype=np.float32)
+        for place, row in enumerate(batch.rows):
+            if not row.ended:
+                uniforms[place, : len(row.samples)] = row.uniforms[row.samples, len(row.ids)]
+        thresholds = torch.from_numpy(uniforms).to(cumulative.device) * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, thresholds, right=True).clamp(max=cumulative.size(1) - 1).tolist()
 
     def _read(self, cache: Cache, lengths: Tensor, ids: Tensor) -> Tensor:
         """Reads ids (R, M) into the cache; the logits (R, V) of what follows. `lengths` (R,): a row's tokens after that, which are
@@ -212,30 +264,28 @@ class Decoder:
         inputs = {"input_ids": ids, "attention_mask": (places >= 0).long(), "position_ids": positions}
         return self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
 
-    def _enter(self, beginnings: dict[int, tuple[int, ...]], n: int, max_new_tokens: int, seed: int) -> Iterator[_Batch]:
-        """Batches of n rows a beginning: of those whose cache was kept, and of the others, which are read."""
-        device = self.model.device
-        kept = {i: self._kept[ids] for i, ids in beginnings.items() if ids in self._kept}
-        for group in (list(kept), [i for i in beginnings if i not in kept]):
+    def _enter(self, entering: Sequence[tuple[tuple[int, ...], Row]]) -> Iterator[_Batch]:
+        """Batches of rows, each given with its ids from the first on: of those whose cache was kept, and of the others, which are
+        read."""
+        kept = [(ids, row) for ids, row in entering if ids in self._kept]
+        for group in (kept, [(ids, row) for ids, row in entering if ids not in self._kept]):
             if not group:
                 continue
-            lengths = torch.tensor([len(beginnings[i]) for i in group], device=device)
-            if group[0] in kept:
-                of_layers = zip(*(kept[i] for i in group), strict=True)
+            lengths = torch.tensor([len(ids) for ids, _ in group], device=self.model.device)
+            if group is kept:
+                of_layers = zip(*(self._kept[ids] for ids, _ in group), strict=True)
                 cache = _cache([(_stack([k for k, _ in layer]), _stack([v for _, v in layer])) for layer in of_layers])
-                ids = torch.tensor([beginnings[i][-1:] for i in group], device=device)
-                for i in group:
-                    self._kept.move_to_end(beginnings[i])
+                unread = [ids[-1:] for ids, _ in group]
+                for ids, row in group:
+                    if row.ids:  # it waited for room: nobody else goes on from within a step
+                        self._kept_bytes -= _bytes(self._kept.pop(ids))
+                    else:
+                        self._kept.move_to_end(ids)
             else:
                 cache, longest = _cache([]), int(lengths.max())
-                ids = torch.tensor([[0] * (longest - len(beginnings[i])) + [*beginnings[i]] for i in group], device=device)
-            logits = self._read(cache, lengths, ids)
-            cache = _cache([(k.repeat_interleave(n, 0), v.repeat_interleave(n, 0)) for k, v in _layers(cache)]) if n > 1 else cache
-            rows = [Row(i, k, min(max_new_tokens, self.context - len(beginnings[i]))) for i in group for k in range(n)]
-            most = min(max_new_tokens, self.context)
-            uniforms = torch.from_numpy(np.stack([_uniforms(seed, beginnings[row.beginning], row.sample, most) for row in rows]))
-            repeated = lengths.repeat_interleave(n)
-            yield _Batch(cache, repeated, logits.repeat_interleave(n, 0), uniforms.to(device), torch.zeros_like(repeated), rows)
+                unread = [(0,) * (longest - len(ids)) + ids for ids, _ in group]
+            logits = self._read(cache, lengths, torch.tensor(unread, device=self.model.device))
+            yield _Batch(cache, lengths, logits, [row for _, row in group])
 
     def _keep(self, ids: tuple[int, ...], batch: _Batch, place: int) -> None:
         """Keep the cache of a row for whoever goes on from its ids; the last of them is not read yet."""

@@ -199,8 +199,10 @@ class Policy:
             for rows in self.decoder.decode(beginnings, n, temperature, max_new_tokens, seed, one_step):
                 ended = [row for row in rows if row.ended]
                 for row in ended:
-                    children[row.beginning][row.sample] = self._child(states[row.beginning], row)
-                bar.update(len(ended))
+                    child = self._child(states[row.beginning], row)
+                    for sample in row.samples:
+                        children[row.beginning][sample] = child
+                bar.update(sum(len(row.samples) for row in ended))
         return children
 
     def _child(self, state: State, row: Row) -> State:

@@ -1,4 +1,5 @@
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,29 @@ def test_steps_add_up_to_what_transformers_writes(policy):
         assert policy.start(state.prompt, state.steps) == state == state.first(len(state.steps))
 
 
+def test_samples_are_one_row_until_they_part(monkeypatch):
+    """Rows are read as long as their samples agree, and split where they part, into room that is there, into more, or, past
+    MAX_ROWS, into the queue: the samples stay the same."""
+    policy = Policy.load(str(ROOT / "models/policy-mini"))
+    states = [policy.start(task.prompt) for task in itertools.islice(problems("validation"), 6)]
+    read, read_before = [], policy.decoder._read
+    monkeypatch.setattr(
+        policy.decoder, "_read", lambda cache, lengths, ids: read.append(ids.shape) or read_before(cache, lengths, ids)
+    )
+    together = policy.rollouts(states, n=64, seed=3)
+    distinct = [{state.ids for state in group} for group in together]
+    assert min(map(len, distinct)) > 1 and sum(map(len, distinct)) < 64 * 6 / 2
+    written = {(k, ids[:end]) for k, group in enumerate(distinct) for ids in group for end in range(len(states[k].ids), len(ids))}
+    assert len(written) <= sum(rows for rows, _ in read) < 1.34 * len(written)  # the rest are rows that ended and have not left yet
+    for most in (1, 4, 9):
+        monkeypatch.setattr("search.decoding.MAX_ROWS", most)
+        read.clear()
+        assert policy.rollouts(states, n=64, seed=3) == together
+        assert max(rows for rows, _ in read) <= most and not policy.decoder._kept and not policy.decoder._kept_bytes
+    monkeypatch.setattr("search.decoding.KEPT_BYTES", 0)  # those that wait are read anew
+    assert policy.rollouts(states[:2], n=64, seed=3) == together[:2]
+
+
 def test_kept_caches_do_not_outgrow_their_room(policy, monkeypatch):
     monkeypatch.setattr("search.decoding.KEPT_BYTES", 400_000)
     policy = Policy.load(str(ROOT / "models/policy-mini"))
@@ -115,16 +139,22 @@ def test_blank_lines_end_no_step(policy):
     assert ends[-1] == len(ids) and policy.decoder.step_ends(ids[:0]) == []
 
 
+def first_tokens(policy, ids, **more) -> Counter:
+    counts = Counter()
+    for row in next(policy.decoder.decode([ids], 2000, 1.0, 1, seed=0, **more)):
+        counts[row.ids[0]] += len(row.samples)
+    assert counts.total() == 2000
+    return counts
+
+
 def test_sampled_frequencies_are_the_models(policy):
     """The first token of 2,000 samples against the model's probabilities (chi-square over tokens expected more than 20 times)."""
-    from collections import Counter
-
     from scipy.stats import chisquare
 
     prompt_ids = policy.start(PROMPTS[0]).ids
     with torch.inference_mode():
         expected = policy.model(torch.tensor([prompt_ids])).logits[0, -1].softmax(-1) * 2000
-    counts = Counter(row.ids[0] for row in next(policy.decoder.decode([prompt_ids], 2000, 1.0, 1, seed=0)))
+    counts = first_tokens(policy, prompt_ids)
     often = [i for i in range(len(expected)) if expected[i] > 20]
     observed = [counts[i] for i in often] + [2000 - sum(counts[i] for i in often)]
     wanted = [expected[i].item() for i in often]
@@ -134,8 +164,6 @@ def test_sampled_frequencies_are_the_models(policy):
 def test_top_p_draws_the_nucleus_alone(policy):
     """The first token of 2,000 samples: the likeliest ones that together reach 0.6, as often as their share of them; below the
     likeliest's own probability it is the greedy one."""
-    from collections import Counter
-
     from scipy.stats import chisquare
 
     ids = policy.start(PROMPTS[0]).ids
@@ -147,7 +175,7 @@ def test_top_p_draws_the_nucleus_alone(policy):
         if sum(expected[token] for token in nucleus) >= 0.6:
             break
     assert 1 < len(nucleus) < len(expected) / 2
-    drawn = Counter(row.ids[0] for row in next(policy.decoder.decode([ids], 2000, 1.0, 1, 0, top_p=0.6)))
+    drawn = first_tokens(policy, ids, top_p=0.6)
     assert set(drawn) <= set(nucleus)
     often = [token for token in nucleus if expected[token] > 0.01]
     rest = [sum(expected[token] for token in nucleus if token not in often), 2000 - sum(drawn[token] for token in often)]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from reasoning.records import write_records
 from reward_model.base import JudgeError
-from reward_model.process_reward_model import ProcessRewardModel, StepTokens, from_causal_lm
+from reward_model.process_reward_model import ProcessRewardModel, StepTokens, _Text, from_causal_lm
 from utils.judges import JudgeArgs, check_judge, judge_name, open_judge
 
 PROMPT = "Mia has 12 apples. She buys 3 times as many. How many apples does Mia have now?"
@@ -109,6 +109,7 @@ def test_alone_in_a_batch_and_step_by_step_the_values_are_the_same(judge, prm_di
 
 
 def test_all_steps_are_scored_in_one_pass_and_skipped_ones_are_context(judge):
+    judge._kept.clear()
     read = []
     handle = judge.model.model.register_forward_pre_hook(
         lambda _, args, kwargs: read.append(tuple(args[0].shape)), with_kwargs=True
@@ -128,7 +129,8 @@ def test_what_proposals_share_is_read_once(judge, prm_dir):
     next_steps = [f"Step 3: 47 - 5 = {k}" for k in range(40, 46)] + ["Answer: 47", STEPS[1]]
     proposals = [(PROMPT, [*begun, step]) for begun in (STEPS[:2], [STEPS[0], "Step 2: 1 + 1 = 2"]) for step in next_steps]
     proposals.insert(3, ("Short?", ["Answer: 1"]))
-    texts = [ids for ids, _ in judge.format.encode(proposals)]
+    texts = judge.format.encode(proposals)
+    judge._kept.clear()
     read = []
     handle = judge.model.model.register_forward_pre_hook(
         lambda _, args, kwargs: read.append(int((kwargs["attention_mask"][:, 0].sum(-1) > 0).sum())), with_kwargs=True
@@ -136,12 +138,45 @@ def test_what_proposals_share_is_read_once(judge, prm_dir):
     skip = [len(steps) - 1 for _, steps in proposals]
     scores = judge.score_steps(proposals, skip)
     handle.remove()
-    assert len(read) == 1 and read[0] < 0.5 * sum(map(len, texts))
+    assert len(read) == 1 and read[0] < 0.5 * sum(len(ids) for ids, _ in texts)
     expected = [[alone(prm_dir, prompt, steps)] for prompt, steps in proposals]
     assert max(differences(scores, expected)) < 1e-5 and len({score for (score,) in scores}) == len(proposals)
     small = ProcessRewardModel(prm_dir, batch_tokens=100, device="cpu")
     assert max(differences(scores, small.score_steps(proposals, skip))) < 1e-5
-    assert all(len(row) <= 100 or len(row.reads) == 1 for row in small._rows([(ids, k, [0]) for k, ids in enumerate(texts)]))
+    rows = small._rows([_Text(k, ids, places, 0, None, False) for k, (ids, places) in enumerate(texts)])
+    assert all(len(row) <= 100 or len(row.reads) == 1 for row in rows)
+
+
+def rounds() -> list[list[tuple[str, list[str]]]]:
+    """What a search asks about, round by round: two problems, of each the next steps of several beginnings, those of one in any
+    order; answers that nothing follows."""
+    first = [(prompt, [f"Step 1: {k} + 1 = {k + 1}"]) for k in (12, 3, 36) for prompt in (PROMPT, "Short?")]
+    second = [(prompt, [*steps, f"Step 2: {k} - 1 = 0"]) for prompt, steps in first[:5] for k in (1, 2)] + [(PROMPT, ["Answer: 5"])]
+    third = [(prompt, [*steps, end]) for prompt, steps in second[:8:3] for end in ("Answer: 4", "Step 3: 4 * 4 = 16", "Answer: 40")]
+    return [first, second, third, [(prompt, [*steps, "Answer: 16"]) for prompt, steps in third if "Step 3" in steps[-1]]]
+
+
+@pytest.mark.parametrize("running_min", [False, True])
+def test_beginnings_are_not_read_again(prm_dir, tmp_path, monkeypatch, running_min):
+    path = changed(prm_dir, tmp_path / "prm", running_min=running_min)
+    judge, forgetful = (ProcessRewardModel(path, device="cpu") for _ in range(2))
+    read = []
+    judge.model.model.register_forward_pre_hook(lambda _, args, kwargs: read.append(args[0].shape), with_kwargs=True)
+    for number, proposals in enumerate(rounds()):
+        skip = [len(steps) - 1 for _, steps in proposals]
+        read.clear()
+        scores = judge.score_steps(proposals, skip)
+        forgetful._kept.clear()
+        assert max(differences(scores, forgetful.score_steps(proposals, skip))) < 1e-5
+        assert [len(of_step) for of_step in scores] == [1] * len(proposals)
+        if number > 1:  # all of it goes on from the round before
+            assert max(columns for _, columns in read) < 40 < len(judge.format.encode(proposals[:1])[0][0])
+    known = len(judge._kept)
+    judge.score_steps([(PROMPT, ["Step 1: 1 + 1 = 2", "Answer: 2"])])
+    assert len(judge._kept) == known  # an answer is not kept
+    monkeypatch.setattr("reward_model.process_reward_model.KEPT_BYTES", 0)
+    judge.score_steps(rounds()[0])
+    assert not judge._kept
 
 
 def test_the_least_value_so_far_where_the_config_asks_for_it(judge, prm_dir, tmp_path):
