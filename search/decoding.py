@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
 MAX_ROWS = 256  # sequences decoded at once: on two cores more rows do not raise the rate
@@ -49,22 +48,32 @@ class _RoomyLayer(DynamicLayer):
     """Keys and values with room for more tokens and rows: DynamicLayer moves everything at every token, which takes two fifths of
     all time on a CPU. `keys` and `values` are what is in use of the two buffers."""
 
+    def hold(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Take over keys and values, (R, H, T, D) each, under each other, aligned at the right end of T."""
+        if not self.is_initialized:
+            self.lazy_initialization(*parts[0])
+        rows, columns = sum(keys.size(0) for keys, _ in parts), max(keys.size(2) for keys, _ in parts)
+        self.buffers = []
+        for tensors in zip(*parts, strict=True):
+            _, heads, _, size = tensors[0].shape
+            buffer, end = tensors[0].new_empty(min(2 * rows, max(rows, MAX_ROWS)), heads, columns + ROOM, size), 0
+            for tensor in tensors:
+                start, end = end, end + tensor.size(0)
+                left = columns - tensor.size(2)
+                buffer[start:end, :, :left] = 0
+                buffer[start:end, :, left:columns] = tensor
+            self.buffers.append(buffer)
+        self._use(rows, columns)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-            self.buffers = self.keys, self.values
-        rows, heads, new, _ = key_states.shape
+            self.hold([(key_states, value_states)])
+            return self.keys, self.values
         used = self.keys.size(2)
-        columns = used + new
+        columns = used + key_states.size(2)
         if columns > self.buffers[0].size(2):
-            roomy = [
-                states.new_empty(min(2 * rows, max(rows, MAX_ROWS)), heads, columns + ROOM, states.size(3))
-                for states in (key_states, value_states)
-            ]
-            for buffer, old in zip(roomy, (self.keys, self.values), strict=True):
-                buffer[:rows, :, :used] = old
-            self.buffers = tuple(roomy)
+            self.hold([(self.keys, self.values)])
+        rows = key_states.size(0)
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:rows, :, used:columns] = states
         self._use(rows, columns)
@@ -104,7 +113,7 @@ class _Batch:
             places = torch.tensor([place for place, _ in going], device=self.lengths.device)
             self.lengths, self.rows = self.lengths[places], [row for _, row in going]
             first = self.cache.get_seq_length() - int(self.lengths.max())
-            self.cache = _cache([(keys[places, :, first:], values[places, :, first:]) for keys, values in _layers(self.cache)])
+            self.cache = _cache([[(keys[places, :, first:], values[places, :, first:]) for keys, values in _layers(self.cache)]])
             return
         for place, row in stay.items():
             self.rows[place] = row
@@ -125,29 +134,21 @@ class _Batch:
 
     def join(self, other: "_Batch") -> "_Batch":
         both = (self, other)
-        layers = [
-            (_stack([keys for keys, _ in of_layer]), _stack([values for _, values in of_layer]))
-            for of_layer in zip(*(_layers(batch.cache) for batch in both), strict=True)
-        ]
         tensors = [torch.cat([getattr(batch, name) for batch in both]) for name in ("lengths", "logits")]
-        return _Batch(_cache(layers), *tensors, self.rows + other.rows)
+        return _Batch(_cache([_layers(batch.cache) for batch in both]), *tensors, self.rows + other.rows)
 
 
 def _layers(cache: Cache) -> Layers:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def _cache(layers: Layers) -> Cache:
+def _cache(parts: Sequence[Layers]) -> Cache:
+    """The rows of all parts under each other, as a cache to go on from."""
     cache = Cache(layer_class_to_replicate=_RoomyLayer)  # all layers alike: those with a window keep everything as well
-    for index, (keys, values) in enumerate(layers):
-        cache.update(keys, values, index)
+    for of_layer in zip(*parts, strict=True):
+        cache.layers.append(_RoomyLayer())
+        cache.layers[-1].hold(of_layer)
     return cache
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """(R, H, T, D) tensors of several T under each other, aligned at the right end of T."""
-    longest = max(tensor.size(2) for tensor in tensors)
-    return torch.cat([pad(tensor, (0, 0, longest - tensor.size(2), 0)) for tensor in tensors])
 
 
 class Decoder:
@@ -273,8 +274,7 @@ class Decoder:
                 continue
             lengths = torch.tensor([len(ids) for ids, _ in group], device=self.model.device)
             if group is kept:
-                of_layers = zip(*(self._kept[ids] for ids, _ in group), strict=True)
-                cache = _cache([(_stack([k for k, _ in layer]), _stack([v for _, v in layer])) for layer in of_layers])
+                cache = _cache([self._kept[ids] for ids, _ in group])
                 unread = [ids[-1:] for ids, _ in group]
                 for ids, row in group:
                     if row.ids:  # it waited for room: nobody else goes on from within a step
