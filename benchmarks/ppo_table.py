@@ -10,7 +10,6 @@ ceiling) and by shuffled scores of prm-mini (the control that must not gain), an
 import json
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -58,11 +57,11 @@ def accuracy(model: str, limit: int | None) -> dict[str, str]:
 
 def train_and_measure(name: str, command: list[str], seed: int, limit: int | None) -> dict:
     folder = Path(at_root("saved_model/ppo_table")) / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
-    started = time.monotonic()
     if not (folder / "config.json").exists():
         given = ["--seed", str(seed), "--output_dir", str(folder), "--run_name", f"ppo_table/{folder.name}"]
         subprocess.run([sys.executable, at_root("train.py"), *command, *given], check=True)
-    return {"name": name, "seed": seed, "seconds": round(time.monotonic() - started), "correct": accuracy(str(folder), limit)}
+    log = json.loads(Path(at_root("logs/ppo_table"), folder.name, "log.json").read_text(encoding="utf-8"))
+    return {"name": name, "seed": seed, "seconds": round(log["seconds"]), "correct": accuracy(str(folder), limit)}
 
 
 def main() -> None:
@@ -104,7 +103,7 @@ def main() -> None:
             relative = f"{gain.value / metrics[f'{split}/base_accuracy'].value:+.0%}"
             minutes = ", ".join(f"{row['seconds'] / 60:.0f}" for row in rows)
             table.append((split, name, right, gain, relative, ", ".join(f"{sum(c) / len(c):.3f}" for c in runs), minutes))
-    columns = ["split", "training", "accuracy", "minus base", "relative", "each seed", "minutes, evaluation included"]
+    columns = ["split", "training", "accuracy", "minus base", "relative", "each seed", "minutes of training"]
     print_table("exact accuracy, greedy and sampled once at temperature 1", columns, table)
     write_result(Path(args.output_dir) / "ppo.json", metrics, asdict(args), [0, 1, 2])
     print(f"wrote {Path(args.output_dir) / 'ppo.json'}, {path}")

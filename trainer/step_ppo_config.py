@@ -32,7 +32,7 @@ class StepPPOConfig:
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Such batches on every device to an optimizer step."})
     num_mini_batches: int = field(default=4, metadata={"help": "Optimizer steps an update and epoch, each on rows of its own."})
     num_ppo_epochs: int = field(default=2, metadata={"help": "Passes over the rows of an update."})
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate of the policy, AdamW."})
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of the policy, AdamW."})
     value_learning_rate: float = field(
         default=1e-3,
         metadata={"help": "That of the value function's own weights; with --use_peft these are its head."},
@@ -43,7 +43,8 @@ class StepPPOConfig:
     max_grad_norm: float = field(
         default=1.0, metadata={"help": "Longest gradient, of the policy's and of the value function's own weights each; 0: any."}
     )
-    kl_coef: float = field(default=0.05, metadata={"help": "Reward taken off for a nat of log pi - log pi_ref, 0 or more."})
+    # from 0.2 on what is noise in the rewards does not move the policy for good (docs/LOG.md)
+    kl_coef: float = field(default=0.2, metadata={"help": "Reward taken off for a nat of log pi - log pi_ref, 0 or more."})
     cliprange: float = field(default=0.2, metadata={"help": "How far from 1 a ratio pi / pi_old is still followed."})
     cliprange_value: float = field(default=0.2, metadata={"help": "How far from the old value a value is followed, in reward."})
     vf_coef: float = field(
