@@ -386,18 +386,16 @@ def _explore(search: Callable[..., Search], prompts, policy, judge, budget: Budg
 def _propose(running: Sequence[tuple], policy, judge, budget: Budget, seed: int) -> list[list[list[Candidate]]]:
     """Of every search, for every candidate that it asked to go on, n next steps: merged, with scores."""
     parents = [(i, parent) for i, (_, _, request) in enumerate(running) for parent in request]
-    # The policy gives a state the same samples however often it is asked: where independent trees meet, each has a seed of its own.
-    met, again = Counter[tuple](), []
-    for i, parent in parents:
-        again.append(met[i, parent.state.steps])
-        met[i, parent.state.steps] += 1
+    met: dict[tuple, list[int]] = {}  # where independent trees meet, each has samples of its own
+    for place, (i, parent) in enumerate(parents):
+        met.setdefault((i, parent.state.steps), []).append(place)
     sampled: list[list[State]] = [[] for _ in parents]
-    for nth in sorted(set(again)):
-        places = [place for place, earlier in enumerate(again) if earlier == nth]
-        states = [parents[place][1].state for place in places]
-        groups = _sample(policy.next_steps, states, budget.n, budget, seed + nth * ANOTHER**2)
-        for place, group in zip(places, groups, strict=True):
-            sampled[place] = group
+    for times in sorted({len(places) for places in met.values()}):
+        groups = [places for places in met.values() if len(places) == times]
+        states = [parents[first][1].state for first, *_ in groups]
+        for places, samples in zip(groups, _sample(policy.next_steps, states, budget.n * times, budget, seed), strict=True):
+            for nth, place in enumerate(places):
+                sampled[place] = samples[nth * budget.n : (nth + 1) * budget.n]
     longer: list[list[list[Candidate]]] = [[] for _ in running]
     for (i, parent), states in zip(parents, sampled, strict=True):
         answer = running[i][0]

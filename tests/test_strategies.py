@@ -176,9 +176,11 @@ def test_all_advance_together_and_equal_proposals_are_scored_once():
 def test_trees_that_meet_have_samples_of_their_own():
     policy = Tree(GARDEN)
     (answer,) = STRATEGIES["dvts"](["p"], policy, judge_by(SCORES), Budget(n=3, beams=3), 5)
-    assert answer.proposals == 27
-    seeds = [seed for _, _, seed in policy.calls]
-    assert len(policy.calls) == 9 and len({*seeds}) == 3 and seeds[0] == 5  # this policy ignores seeds: the trees stay together
+    assert answer.proposals == 27 and policy.calls == [(1, 9, 5)] * 3  # this policy repeats itself: the trees stay together
+    policy = Tree(GARDEN | {(): [*"aaabbbccc"]})
+    (answer,) = STRATEGIES["dvts"](["p"], policy, judge_by(SCORES), Budget(n=3, beams=3), 5)
+    assert [c.state.steps for c, is_kept in answer.rounds[0] if is_kept] == [("a",), ("b",), ("c",)]
+    assert policy.calls == [(1, 9, 5)] + [(3, 3, 5)] * 2 and answer.steps == ["b", "b2", "Answer: 4"]
 
 
 STEPS = {  # proposal -> what is said of it
