@@ -303,12 +303,13 @@ class Training:
         state = trainer.state
         history = [log for log in state.log_history if "loss" in log]
         rows = [(word, history[0][name], history[-1][name]) for name, word in shown.items() if history and name in history[0]]
+        what = f"{what} {len(self.rows)} {self.noun} of {Path(self.args.dataset_name).name}"
         card = CARD.format(
             library="peft" if model_args.use_peft else "transformers",
             tags=tags,
             name=self.folder.resolve().name,
             base=Path(self.model).name if Path(self.model).is_dir() else self.model,
-            what=f"{what} {len(self.rows)} {self.noun} of {Path(self.args.dataset_name).name}",
+            what=what,
             table="\n".join(f"| {word} | {first:.4g} | {last:.4g} |" for word, first, last in rows),
             steps=state.global_step,
             seed=config.seed,
