@@ -37,7 +37,7 @@ from reward_model.reading import PlainText, batches, first_line
 
 STEP_TOKEN = "<next>"
 PACKED = 512  # tokens of a row that holds several solutions, at most
-KEPT_BYTES = 1 << 30  # what the caches of beginnings may take; those longest out of use go first
+KEPT_BYTES = 1 << 30  # what the caches of beginnings may take; the oldest go first
 
 
 class PRMFormat:

@@ -29,7 +29,7 @@ class Row:
     beginning: int
     samples: list[int]
     most: int
-    uniforms: np.ndarray
+    uniforms: np.ndarray | None = None
     ids: list[int] = field(default_factory=list)
     ended: str = ""  # "finished" by EOS, "step" at the end of a step, "cut" at `most`
 
@@ -194,22 +194,23 @@ class Decoder:
         one_step: bool = False,
         top_p: float = 1.0,
     ) -> Iterator[list[Row]]:
-        """After every token the rows that got it. There are n rows a beginning, each written until EOS, `max_new_tokens`, the end
-        of the model's context or, with `one_step`, the end of a step. Beginnings are ids, one at least, fewer than the context.
+        """After every token the rows that got it. A beginning has n samples, in as many rows as differ, each written until EOS,
+        `max_new_tokens`, the end of the model's context or, with `one_step`, the end of a step. Beginnings are ids, one at least,
+        fewer than the context.
         top_p, above 0: only the likeliest tokens that together reach this probability are drawn.
 
         A sample's random numbers come from seed, beginning and number alone, so it does not matter what else is decoded."""
-        waiting = []
-        for i, ids in enumerate(beginnings):
-            most = min(max_new_tokens, self.context - len(ids))
-            uniforms = [_uniforms(seed, tuple(ids), sample, most) for sample in range(n if temperature else 0)]
-            waiting.append(Row(i, [*range(n)], most, np.array(uniforms)))
+        waiting = [Row(i, [*range(n)], min(max_new_tokens, self.context - len(ids))) for i, ids in enumerate(beginnings)]
         waiting.sort(key=lambda row: -len(beginnings[row.beginning]))  # like lengths enter together
         batch: _Batch | None = None
         while waiting or batch:
             free = MAX_ROWS - (len(batch.rows) if batch else 0)
             if waiting and (batch is None or free >= (1 - COMPACT_AT) * MAX_ROWS):
                 entering = [waiting.pop() for _ in range(min(len(waiting), free))]
+                for row in entering:
+                    if temperature and row.uniforms is None:
+                        ids = tuple(beginnings[row.beginning])
+                        row.uniforms = np.array([_uniforms(seed, ids, sample, row.most) for sample in row.samples])
                 for group in self._enter([((*beginnings[row.beginning], *row.ids), row) for row in entering]):
                     batch = batch.join(group) if batch else group
             written, going = [], []
