@@ -347,7 +347,8 @@ class ProcessRewardModel(StepJudge):
                     end = text.places[-1] + 1
                     columns = [*range(first - own, first), *(first + place for place in path[: end - own])]
                     kept[tuple(text.ids[:end])] = Past(layers, b, columns, results[text.solution][-1])
-        self._kept.append((kept, sum(keys.nbytes + values.nbytes for keys, values in layers)))
+        if kept:
+            self._kept.append((kept, sum(keys.nbytes + values.nbytes for keys, values in layers)))
         while sum(size for _, size in self._kept) > KEPT_BYTES:
             self._kept.popleft()
 

@@ -43,7 +43,7 @@ class StepPPOConfig:
     max_grad_norm: float = field(
         default=1.0, metadata={"help": "Longest gradient, of the policy's and of the value function's own weights each; 0: any."}
     )
-    # from 0.2 on what is noise in the rewards does not move the policy for good (docs/LOG.md)
+    # with less, noise in the rewards moved the policy (shuffled rewards, docs/LOG.md)
     kl_coef: float = field(default=0.2, metadata={"help": "Reward taken off for a nat of log pi - log pi_ref, 0 or more."})
     cliprange: float = field(default=0.2, metadata={"help": "How far from 1 a ratio pi / pi_old is still followed."})
     cliprange_value: float = field(default=0.2, metadata={"help": "How far from the old value a value is followed, in reward."})
