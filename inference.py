@@ -22,7 +22,9 @@ from utils.scorers import check_scorer, open_scorer
 
 @dataclass
 class InferenceArgs(JudgeArgs, PolicyArgs):
-    prompt: str | None = field(default=None, metadata={"help": "the problem; without it and --input: a loop"})
+    prompt: str | None = field(
+        default=None, metadata={"help": "the problem; without it and --input: a loop"}
+    )
     model_name_or_path: str = field(
         default=at_root("saved_model/stepwise_dpo_tinyllama"),
         metadata={
@@ -31,30 +33,55 @@ class InferenceArgs(JudgeArgs, PolicyArgs):
         },
     )
     temperature: float | None = field(
-        default=None, metadata={"help": "0 is greedy; above, answers are sampled (default: 0; with --search 1)"}
+        default=None,
+        metadata={"help": "0 is greedy; above, answers are sampled (default: 0; with --search 1)"},
     )
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer, in tokens"})
     show_scores: bool = field(
-        default=False, metadata={"help": "the judge's score beside each step, 0 (wrong) to 1 (right); with --search all proposals"}
+        default=False,
+        metadata={
+            "help": "the judge's score beside each step, 0 (wrong) to 1 (right); with --search all proposals"
+        },
     )
     search: str | None = field(
-        default=None, metadata={"help": "search for the answer, guided by the judge", "choices": [*STRATEGIES]}
+        default=None,
+        metadata={"help": "search for the answer, guided by the judge", "choices": [*STRATEGIES]},
     )
-    n: int = field(default=Budget.n, metadata={"help": "with --search: proposals for each beginning, or whole solutions"})
-    beams: int = field(default=Budget.beams, metadata={"help": "with --search: beams of beam, subtrees of dvts, walks of mcts"})
-    max_steps: int = field(default=Budget.max_steps, metadata={"help": "with --search: most steps of a solution"})
+    n: int = field(
+        default=Budget.n,
+        metadata={"help": "with --search: proposals for each beginning, or whole solutions"},
+    )
+    beams: int = field(
+        default=Budget.beams,
+        metadata={"help": "with --search: beams of beam, subtrees of dvts, walks of mcts"},
+    )
+    max_steps: int = field(
+        default=Budget.max_steps, metadata={"help": "with --search: most steps of a solution"}
+    )
     aggregate: str = field(
         default=Budget.aggregate,
-        metadata={"help": "with --search: how the scores of the steps become one number", "choices": [*AGGREGATES]},
+        metadata={
+            "help": "with --search: how the scores of the steps become one number",
+            "choices": [*AGGREGATES],
+        },
     )
     scorer: str | None = field(
         default=None,
-        metadata={"help": "with --search best_of_n: a response reward model that scores whole answers, in place of the judge"},
+        metadata={
+            "help": "with --search best_of_n: a response reward model that scores whole answers, in place of the judge"
+        },
     )
-    input: str | None = field(default=None, metadata={"help": "JSONL with a field 'prompt' a row; needs --output"})
-    output: str | None = field(default=None, metadata={"help": "JSONL of the answers to --input, one row a prompt in its order"})
+    input: str | None = field(
+        default=None, metadata={"help": "JSONL with a field 'prompt' a row; needs --output"}
+    )
+    output: str | None = field(
+        default=None,
+        metadata={"help": "JSONL of the answers to --input, one row a prompt in its order"},
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace --output if it is there"})
-    seed: int = field(default=0, metadata={"help": "seed of sampled answers and of --judge shuffled"})
+    seed: int = field(
+        default=0, metadata={"help": "seed of sampled answers and of --judge shuffled"}
+    )
 
     def __post_init__(self):
         if self.temperature is None:
@@ -63,28 +90,55 @@ class InferenceArgs(JudgeArgs, PolicyArgs):
             raise ValueError(f"argument --temperature: expected 0 or more, got {self.temperature}")
         for name, least in (("max_new_tokens", 1), ("seed", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"argument --{name}: expected {least} or more, got {getattr(self, name)}")
+                raise ValueError(
+                    f"argument --{name}: expected {least} or more, got {getattr(self, name)}"
+                )
         if (self.input is None) != (self.output is None):
             raise ValueError("--input and --output go together")
         if self.input is not None and self.prompt is not None:
             raise ValueError("give --prompt or --input, not both")
-        self.budget = Budget(self.n, self.beams, self.max_steps, self.max_new_tokens, self.temperature, self.aggregate)
-        if self.search is None and self.budget != Budget(max_new_tokens=self.max_new_tokens, temperature=self.temperature):
-            raise ValueError("arguments --n, --beams, --max_steps and --aggregate: go with --search")
+        self.budget = Budget(
+            self.n,
+            self.beams,
+            self.max_steps,
+            self.max_new_tokens,
+            self.temperature,
+            self.aggregate,
+        )
+        if self.search is None and self.budget != Budget(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature
+        ):
+            raise ValueError(
+                "arguments --n, --beams, --max_steps and --aggregate: go with --search"
+            )
         if self.search not in (None, "greedy") and self.temperature == 0 and self.n > 1:
-            raise ValueError("argument --temperature: at 0 all proposals are alike, a --search has nothing to choose from")
-        if self.scorer is not None and (self.search != "best_of_n" or self.judge != JudgeArgs.judge):
-            raise ValueError("argument --scorer: goes with --search best_of_n, and without a --judge")
+            raise ValueError(
+                "argument --temperature: at 0 all proposals are alike, a --search has nothing to choose from"
+            )
+        if self.scorer is not None and (
+            self.search != "best_of_n" or self.judge != JudgeArgs.judge
+        ):
+            raise ValueError(
+                "argument --scorer: goes with --search best_of_n, and without a --judge"
+            )
         if self.judge != JudgeArgs.judge and not self.uses_judge:
-            raise ValueError("argument --judge: goes with --show_scores or a --search that it guides")
+            raise ValueError(
+                "argument --judge: goes with --show_scores or a --search that it guides"
+            )
         if self.judge == "shuffled" and self.search is not None:
-            raise ValueError("argument --judge: shuffled guides no search; scores by chance are --judge random")
+            raise ValueError(
+                "argument --judge: shuffled guides no search; scores by chance are --judge random"
+            )
         if self.judge == "shuffled" and self.input is None:
-            raise ValueError("argument --judge: shuffled permutes the scores of many answers, it needs --input")
+            raise ValueError(
+                "argument --judge: shuffled permutes the scores of many answers, it needs --input"
+            )
 
     @property
     def uses_judge(self) -> bool:
-        return self.scorer is None and (self.show_scores or self.search not in (None, *NEED_NO_JUDGE))
+        return self.scorer is None and (
+            self.show_scores or self.search not in (None, *NEED_NO_JUDGE)
+        )
 
 
 def check_prompt(prompt: str) -> None:
@@ -100,12 +154,17 @@ def check_prompt(prompt: str) -> None:
 def choose_model(args: InferenceArgs) -> str:
     """The model that answers: the trained one, or, where none is given and none was trained yet, the base."""
     default = InferenceArgs.model_name_or_path
-    trained = any((Path(default) / name).is_file() for name in ("config.json", "adapter_config.json"))
+    trained = any(
+        (Path(default) / name).is_file() for name in ("config.json", "adapter_config.json")
+    )
     if args.model_name_or_path != default or trained:
         check_model(args.model_name_or_path)
         return args.model_name_or_path
     check_model(BASE, "python utils/build_embedded_models.py")
-    print(f"no trained model yet (`python train.py` makes one): the base answers, {BASE}", file=sys.stderr)
+    print(
+        f"no trained model yet (`python train.py` makes one): the base answers, {BASE}",
+        file=sys.stderr,
+    )
     return BASE
 
 
@@ -116,12 +175,16 @@ def answer(policy, judge, prompt: str, args: InferenceArgs, seed: int) -> None:
         show(STRATEGIES[args.search]([prompt.strip()], policy, judge, args.budget, seed)[0], args)
         return
     prompt, steps, line = prompt.strip(), [], ""
-    for piece in itertools.chain(policy.stream(prompt, args.temperature, args.max_new_tokens, seed), ["\n"]):
+    for piece in itertools.chain(
+        policy.stream(prompt, args.temperature, args.max_new_tokens, seed), ["\n"]
+    ):
         *ends, rest = piece.split("\n")
         for text in ends:
             line += text
             if line.strip():
-                print(text + (f"   [{_score(judge, prompt, line.strip(), steps)}]" if judge else ""))
+                print(
+                    text + (f"   [{_score(judge, prompt, line.strip(), steps)}]" if judge else "")
+                )
                 steps.append(line.strip())
             line = ""
         print(rest, end="", flush=True)
@@ -140,12 +203,17 @@ def show(found: Answer, args: InferenceArgs) -> None:
         return
     for number, candidates in enumerate(found.rounds, 1):
         print("\n".join(_round(number, candidates, args)) + "\n")
-    scores = [f"   [{score:.2f}]" for score in (None if args.scorer else found.scores) or []] or [""] * len(found.steps)
+    scores = [f"   [{score:.2f}]" for score in (None if args.scorer else found.scores) or []] or [
+        ""
+    ] * len(found.steps)
     print("\n".join(step + score for step, score in zip(found.steps, scores, strict=True)))
     judged = f"score {found.scores[0]:.3f}" if args.scorer else f"{found.judged} steps judged"
     cost = f"{found.proposals} proposals, {found.tokens} tokens, {judged}, {found.seconds:.1f} s"
     left_out = f", {found.left_out} proposals left out" if found.left_out else ""
-    print(f"({args.search}: {cost}{left_out}{'' if found.finished else '; the answer did not end by itself'})", file=sys.stderr)
+    print(
+        f"({args.search}: {cost}{left_out}{'' if found.finished else '; the answer did not end by itself'})",
+        file=sys.stderr,
+    )
 
 
 def _round(number: int, candidates: Round, args: InferenceArgs) -> list[str]:
@@ -162,13 +230,21 @@ def _round(number: int, candidates: Round, args: InferenceArgs) -> list[str]:
         there = [pair for pair in candidates if whole or pair[0].state.steps[:-1] == parent]
         if len(parents) > 1:
             lines.append(f"  after {parent[-1]}" if parent else "  from the beginning")
-        for candidate, kept in sorted(there, key=lambda pair: (not pair[1], -pair[0].value(args.aggregate))):
+        for candidate, kept in sorted(
+            there, key=lambda pair: (not pair[1], -pair[0].value(args.aggregate))
+        ):
             scores = candidate.scores or []
-            value = f"{candidate.value(args.aggregate):.3f}" if candidate.scores is not None else "-----"
+            value = (
+                f"{candidate.value(args.aggregate):.3f}"
+                if candidate.scores is not None
+                else "-----"
+            )
             own = " ".join(f"{score:.2f}" for score in (scores if whole else scores[-1:]))
             text = " | ".join(candidate.state.steps if whole else candidate.state.steps[-1:])
             note = f"   ({candidate.note})" if candidate.note else ""
-            lines.append(f"  {'>' if kept else ' '} {value}  {candidate.count:3} x  [{own}]  {text}{note}")
+            lines.append(
+                f"  {'>' if kept else ' '} {value}  {candidate.count:3} x  [{own}]  {text}{note}"
+            )
     return lines
 
 
@@ -212,13 +288,18 @@ def search_file(policy, judge, prompts: list[str], args: InferenceArgs) -> None:
             bar.update(len(chunk))
     write_records(args.output, rows)
     print(
-        f"wrote {len(rows)} answers to {args.output}" + (f"; {left_out} proposals left out ({judge.left_out})" if left_out else "")
+        f"wrote {len(rows)} answers to {args.output}"
+        + (f"; {left_out} proposals left out ({judge.left_out})" if left_out else "")
     )
 
 
 def answer_file(policy, judge, prompts: list[str], args: InferenceArgs) -> None:
     replies = policy.generate(
-        prompts, temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed, progress="answers"
+        prompts,
+        temperature=args.temperature,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        progress="answers",
     )
     answers = [(prompt, reply.steps) for prompt, (reply,) in zip(prompts, replies, strict=True)]
     scores = score_all(judge, answers, "scores") if judge else [None] * len(answers)
@@ -227,7 +308,11 @@ def answer_file(policy, judge, prompts: list[str], args: InferenceArgs) -> None:
         for (prompt, steps), (reply,), of_steps in zip(answers, replies, scores, strict=True)
     ]
     write_records(args.output, rows)
-    unscored = f", {scores.count(None)} without scores ({judge.left_out})" if judge and None in scores else ""
+    unscored = (
+        f", {scores.count(None)} without scores ({judge.left_out})"
+        if judge and None in scores
+        else ""
+    )
     print(f"wrote {len(rows)} answers to {args.output}{unscored}")
 
 
@@ -251,8 +336,12 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading weights: it would stand in front of the answer
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
-    opened = open_scorer(args) if args.scorer else open_judge(args) if args.uses_judge else nullcontext()
+    sys.stdout.reconfigure(
+        errors="replace"
+    )  # a terminal that cannot show a character shows a question mark
+    opened = (
+        open_scorer(args) if args.scorer else open_judge(args) if args.uses_judge else nullcontext()
+    )
     with opened as judge:
         policy = open_policy(args)
         if args.input is not None:

@@ -64,7 +64,9 @@ reward takes the same as prm, but for:
 """
 
 DEFAULT_MODEL, PRM_MINI = at_root("models/policy-mini"), at_root("models/prm-mini")
-PAIRS, STEP_VALUES, ANSWERS = (at_root(f"data/{name}") for name in ("rewarded.jsonl", "mcts_steps.jsonl", "answers.csv"))
+PAIRS, STEP_VALUES, ANSWERS = (
+    at_root(f"data/{name}") for name in ("rewarded.jsonl", "mcts_steps.jsonl", "answers.csv")
+)
 MADE_BY = {
     PAIRS: "python reward_model/evaluate_steps.py",
     STEP_VALUES: "python utils/build_mcts_dataset.py",
@@ -120,17 +122,26 @@ def start(
     this repository and this machine. read: how rows are read, where it is not by the loaders."""
     import warnings
 
-    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' notes to each other, before they are told off
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # the libraries' notes to each other, before they are told off
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from trl import ModelConfig
 
     from search.policy import pick_device
 
     device, bf16 = pick_device()
-    defaults = {"dataset_name": data, "model_name_or_path": model, "output_dir": at_root(output_dir)}
+    defaults = {
+        "dataset_name": data,
+        "model_name_or_path": model,
+        "output_dir": at_root(output_dir),
+    }
     defaults |= {"use_cpu": device == "cpu", "bf16": bf16}
     args, config, model_args = parse_args(
-        *(DataArgs, config_class, ModelConfig), description=description, args=argv, defaults=defaults
+        *(DataArgs, config_class, ModelConfig),
+        description=description,
+        args=argv,
+        defaults=defaults,
     )
     rows = read(args, kinds, record, MADE_BY.get(args.dataset_name))
     return Training(command, args, config, model_args, rows, noun, model)
@@ -139,7 +150,10 @@ def start(
 def peft_and_quantization(model_args) -> dict:
     from trl import get_peft_config, get_quantization_config
 
-    return {"peft_config": get_peft_config(model_args), "quantization_config": get_quantization_config(model_args)}
+    return {
+        "peft_config": get_peft_config(model_args),
+        "quantization_config": get_quantization_config(model_args),
+    }
 
 
 def dtype_of(model_args, what: str):
@@ -147,7 +161,9 @@ def dtype_of(model_args, what: str):
     import torch
 
     if model_args.load_in_4bit or model_args.load_in_8bit:
-        raise ValueError(f"{what} is not trained on quantized weights: leave out --load_in_4bit and --load_in_8bit")
+        raise ValueError(
+            f"{what} is not trained on quantized weights: leave out --load_in_4bit and --load_in_8bit"
+        )
     return getattr(torch, "float32" if model_args.dtype in (None, "auto") else model_args.dtype)
 
 
@@ -156,13 +172,19 @@ def train_dpo(argv: list[str]) -> None:
     from trainer.stepwise_dpo_trainer import StepwiseDPOConfig
 
     output_dir, description = "saved_model/stepwise_dpo_tinyllama", "Stepwise DPO on scored pairs."
-    training = start("dpo", StepwiseDPOConfig, ["pairs"], ScoredPair, "pairs", argv, output_dir, description)
+    training = start(
+        "dpo", StepwiseDPOConfig, ["pairs"], ScoredPair, "pairs", argv, output_dir, description
+    )
     from trainer.stepwise_dpo_trainer import StepwiseDPOTrainer
 
     config = training.config
     with_peft = peft_and_quantization(training.model_args)
-    trainer = training.build(lambda **given: StepwiseDPOTrainer(**with_peft | given), needs_reference=True)
-    loss = " + ".join(config.loss_type) + (f", credit {config.credit}" if config.has_step_loss else "")
+    trainer = training.build(
+        lambda **given: StepwiseDPOTrainer(**with_peft | given), needs_reference=True
+    )
+    loss = " + ".join(config.loss_type) + (
+        f", credit {config.credit}" if config.has_step_loss else ""
+    )
     what = f"stepwise DPO ({loss}), steps scored by a judge, on"
     in_bar = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
     training.run(trainer, what, "trl, dpo, stepwise-dpo, reasoning", SHOWN_DPO, in_bar)
@@ -173,8 +195,19 @@ def train_sft(argv: list[str]) -> None:
     from trainer.sft_trainer import Solution, StepSFTConfig, StepSFTTrainer
 
     description = "Supervised training on step-by-step solutions."
-    training = start("sft", StepSFTConfig, ["problems", "pairs"], Solution, "solutions", argv, "saved_model/sft", description)
-    trainer = training.build(lambda **given: StepSFTTrainer(**peft_and_quantization(training.model_args) | given))
+    training = start(
+        "sft",
+        StepSFTConfig,
+        ["problems", "pairs"],
+        Solution,
+        "solutions",
+        argv,
+        "saved_model/sft",
+        description,
+    )
+    trainer = training.build(
+        lambda **given: StepSFTTrainer(**peft_and_quantization(training.model_args) | given)
+    )
     in_bar = {"loss": "loss", "mean_token_accuracy": "tokens right"}
     training.run(trainer, "supervised training (SFT) on", "trl, sft, reasoning", SHOWN_SFT, in_bar)
 
@@ -183,8 +216,21 @@ def train_prm(argv: list[str]) -> None:
     """A process reward model: values or labels of steps -> a model that values every step of a solution."""
     from trainer.prm_trainer import LabelledSteps, PRMConfig, PRMTrainer
 
-    description, kinds = "A process reward model (PRM) on step values.", ["step_values", "step_labels"]
-    training = start("prm", PRMConfig, kinds, LabelledSteps, "rows", argv, "saved_model/prm", description, STEP_VALUES)
+    description, kinds = (
+        "A process reward model (PRM) on step values.",
+        ["step_values", "step_labels"],
+    )
+    training = start(
+        "prm",
+        PRMConfig,
+        kinds,
+        LabelledSteps,
+        "rows",
+        argv,
+        "saved_model/prm",
+        description,
+        STEP_VALUES,
+    )
     from trl import get_peft_config
 
     adapter = {"peft_config": get_peft_config(training.model_args)}
@@ -192,7 +238,15 @@ def train_prm(argv: list[str]) -> None:
     what = "training as a process reward model (PRM) on"
     in_bar = {"loss": "loss", "values/good": "good steps", "values/bad": "bad steps"}
     tags = "prm, process-reward-model, reasoning"
-    training.run(trainer, what, tags, SHOWN_PRM, in_bar, use=f"{trainer.balance}. {SCORES}", note=trainer.balance)
+    training.run(
+        trainer,
+        what,
+        tags,
+        SHOWN_PRM,
+        in_bar,
+        use=f"{trainer.balance}. {SCORES}",
+        note=trainer.balance,
+    )
 
 
 def load_for_prm(name: str, model_args) -> dict:
@@ -214,7 +268,9 @@ def load_for_prm(name: str, model_args) -> dict:
     goes_on = {}
     if hasattr(model, "merge_and_unload"):
         if model_args.use_peft and not is_prm:
-            raise ValueError("it is an adapter, and a PRM's adapter needs a base that lies on disk: leave out --use_peft")
+            raise ValueError(
+                "it is an adapter, and a PRM's adapter needs a base that lies on disk: leave out --use_peft"
+            )
         if model_args.use_peft:
             goes_on = {"peft_config": None}
         else:
@@ -237,8 +293,12 @@ def train_ppo(argv: list[str]) -> None:
 
     @dataclass
     class PPOConfig(JudgeArgs, StepPPOConfig):
-        judge: str = field(default="prm", metadata={of.name: of for of in fields(JudgeArgs)}["judge"].metadata)
-        seed: int = field(default=0, metadata={of.name: of for of in fields(StepPPOConfig)}["seed"].metadata)
+        judge: str = field(
+            default="prm", metadata={of.name: of for of in fields(JudgeArgs)}["judge"].metadata
+        )
+        seed: int = field(
+            default=0, metadata={of.name: of for of in fields(StepPPOConfig)}["seed"].metadata
+        )
         value_model: str | None = field(
             default=None,
             metadata={
@@ -247,9 +307,13 @@ def train_ppo(argv: list[str]) -> None:
         )
         eval_problems: str = field(
             default=at_root("data/problems_hard_validation.jsonl"),
-            metadata={"help": "problems whose greedy answers are checked now and then: they are watched, not learned from"},
+            metadata={
+                "help": "problems whose greedy answers are checked now and then: they are watched, not learned from"
+            },
         )
-        eval_limit: int = field(default=200, metadata={"help": "the first so many of them; 0: none"})
+        eval_limit: int = field(
+            default=200, metadata={"help": "the first so many of them; 0: none"}
+        )
 
         def __post_init__(self):
             super().__post_init__()
@@ -258,16 +322,32 @@ def train_ppo(argv: list[str]) -> None:
             if "response" in (self.judge, self.shuffled_judge) and self.states != "fresh":
                 raise ValueError("judge: response scores whole answers: give --states fresh")
 
-    description, kinds = "Step PPO: a judge's scores of the policy's steps are its rewards.", ["step_values", "problems"]
+    description, kinds = (
+        "Step PPO: a judge's scores of the policy's steps are its rewards.",
+        ["step_values", "problems"],
+    )
     training = start(
-        *("ppo", PPOConfig, kinds, Beginning, "beginnings", argv, "saved_model/step_ppo", description),
+        *(
+            "ppo",
+            PPOConfig,
+            kinds,
+            Beginning,
+            "beginnings",
+            argv,
+            "saved_model/step_ppo",
+            description,
+        ),
         data=STEP_VALUES,
     )
     config = training.config
     check_judge(config)
     if config.value_model is not None:
         check_model(config.value_model)
-    evaluate = accuracy_on(config.eval_problems, config.eval_limit) if config.eval_strategy == "steps" else None
+    evaluate = (
+        accuracy_on(config.eval_problems, config.eval_limit)
+        if config.eval_strategy == "steps"
+        else None
+    )
     with open_judge(config) as judge:
         trainer = training.build(
             lambda **given: StepPPOTrainer(judge=judge, evaluate=evaluate, **given),
@@ -292,7 +372,9 @@ def accuracy_on(path: str, limit: int):
 
     def evaluate(policy) -> dict[str, float]:
         answers = policy.generate([task.prompt for task in tasks])
-        right = [is_correct(answer.steps, task) for (answer,), task in zip(answers, tasks, strict=True)]
+        right = [
+            is_correct(answer.steps, task) for (answer,), task in zip(answers, tasks, strict=True)
+        ]
         return {"exact_accuracy": sum(right) / len(right)}
 
     return evaluate
@@ -310,19 +392,38 @@ def load_for_ppo(name: str, model_args, value_model: str | None) -> dict:
     policy, tokenizer = load_model(name, dtype, revision=model_args.model_revision)
     if hasattr(policy, "merge_and_unload"):
         if model_args.use_peft:
-            raise ValueError("it is an adapter, and a new one needs a base that lies on disk: leave out --use_peft")
+            raise ValueError(
+                "it is an adapter, and a new one needs a base that lies on disk: leave out --use_peft"
+            )
         policy = policy.merge_and_unload().requires_grad_(True)  # PEFT had frozen the base
-    given = {"policy": policy, "processing_class": tokenizer, "peft_config": get_peft_config(model_args)}
+    given = {
+        "policy": policy,
+        "processing_class": tokenizer,
+        "peft_config": get_peft_config(model_args),
+    }
     if value_model is not None:
         if base_of(value_model)[1]:
             raise ValueError(f"--value_model {value_model} is an adapter: expected a whole model")
         vocabulary = AutoTokenizer.from_pretrained(value_model).get_vocab()
-        strange = next((token for token, index in tokenizer.get_vocab().items() if vocabulary.get(token) != index), None)
+        strange = next(
+            (
+                token
+                for token, index in tokenizer.get_vocab().items()
+                if vocabulary.get(token) != index
+            ),
+            None,
+        )
         if strange is not None:
-            raise ValueError(f"--value_model {value_model} has another tokenizer than the policy ({strange!r} for one)")
-        given["value_backbone"], loading = AutoModel.from_pretrained(value_model, dtype=dtype, output_loading_info=True)
+            raise ValueError(
+                f"--value_model {value_model} has another tokenizer than the policy ({strange!r} for one)"
+            )
+        given["value_backbone"], loading = AutoModel.from_pretrained(
+            value_model, dtype=dtype, output_loading_info=True
+        )
         if loading["missing_keys"]:  # transformers would fill them with random numbers
-            raise ValueError(f"--value_model {value_model}: weights are missing, {min(loading['missing_keys'])} for one")
+            raise ValueError(
+                f"--value_model {value_model}: weights are missing, {min(loading['missing_keys'])} for one"
+            )
     if model_args.attn_implementation:
         for model in (policy, given.get("value_backbone")):
             if model is not None:
@@ -335,7 +436,15 @@ def train_reward(argv: list[str]) -> None:
     from trainer.reward_trainer import RankedGroup, ResponseRewardConfig, ResponseRewardTrainer
 
     training = start(
-        *("reward", ResponseRewardConfig, ["pairs"], RankedGroup, "groups", argv, "saved_model/response_reward_model"),
+        *(
+            "reward",
+            ResponseRewardConfig,
+            ["pairs"],
+            RankedGroup,
+            "groups",
+            argv,
+            "saved_model/response_reward_model",
+        ),
         "A response reward model on ranked answers.",
         **{"data": ANSWERS, "model": PRM_MINI, "read": read_ranked},
     )
@@ -343,13 +452,25 @@ def train_reward(argv: list[str]) -> None:
 
     question = training.config.question
     trainer = training.build(
-        lambda **given: ResponseRewardTrainer(**{"peft_config": get_peft_config(training.model_args)} | given),
+        lambda **given: ResponseRewardTrainer(
+            **{"peft_config": get_peft_config(training.model_args)} | given
+        ),
         load=lambda name, model_args: load_for_reward(name, model_args, question),
     )
-    use = "It scores whole responses: `python reward_model/score_responses.py score --scorer FOLDER`."
+    use = (
+        "It scores whole responses: `python reward_model/score_responses.py score --scorer FOLDER`."
+    )
     what, tags = "training as a response reward model on", "trl, reward-model, reasoning"
     in_bar = {"loss": "loss", "accuracy": "told apart"}
-    training.run(trainer, what, tags, SHOWN_REWARD, in_bar, use=f"{trainer.balance}. {use}", note=trainer.balance)
+    training.run(
+        trainer,
+        what,
+        tags,
+        SHOWN_REWARD,
+        in_bar,
+        use=f"{trainer.balance}. {use}",
+        note=trainer.balance,
+    )
 
 
 def read_ranked(args: DataArgs, kinds: list[str], record: type, made_by: str | None) -> list:
@@ -369,9 +490,13 @@ def read_ranked(args: DataArgs, kinds: list[str], record: type, made_by: str | N
         if len(kept) < len(rows):
             print(f"{len(rows) - len(kept)} rows of {name} left out: not of the split train")
         for (prompt, _), ranked in groups(kept).items():
-            records.append(record(prompt, [row.answer for row in ranked], [row.rank for row in ranked]))
+            records.append(
+                record(prompt, [row.answer for row in ranked], [row.rank for row in ranked])
+            )
         if not records:
-            raise UserError(f"{name}: none of its {len(rows)} rows is ranked and of the split train")
+            raise UserError(
+                f"{name}: none of its {len(rows)} rows is ranked and of the split train"
+            )
     else:
         for where, row in load_rows(name, args.dataset_config, args.dataset_train_split):
             try:
@@ -387,22 +512,32 @@ def load_for_reward(name: str, model_args, question: str) -> dict:
     An adapter is merged into its base; with --use_peft that of a reward model goes on. Raises ValueError or JudgeError."""
     from transformers import PreTrainedConfig
 
-    from reward_model.response_reward_model import from_causal_lm, is_reward_adapter, load_reward_model
+    from reward_model.response_reward_model import (
+        from_causal_lm,
+        is_reward_adapter,
+        load_reward_model,
+    )
     from search.policy import base_of, load_model
 
     dtype = dtype_of(model_args, "a reward model")
     revision = model_args.model_revision
     base, is_adapter = base_of(name, revision)
     kinds = PreTrainedConfig.get_config_dict(base)[0].get("architectures") or [""]
-    makes_text = kinds[0].endswith(("ForCausalLM", "LMHeadModel")) and not (is_adapter and is_reward_adapter(name))
+    makes_text = kinds[0].endswith(("ForCausalLM", "LMHeadModel")) and not (
+        is_adapter and is_reward_adapter(name)
+    )
     if makes_text:
         model, tokenizer = load_model(name, dtype, revision=revision)
     else:
-        model, tokenizer = load_reward_model(name, dtype, new_head=True, trainable=model_args.use_peft, revision=revision)
+        model, tokenizer = load_reward_model(
+            name, dtype, new_head=True, trainable=model_args.use_peft, revision=revision
+        )
     goes_on = {}
     if hasattr(model, "merge_and_unload"):
         if model_args.use_peft and makes_text:
-            raise ValueError("it is an adapter, and a reward model's adapter needs a base that lies on disk: leave out --use_peft")
+            raise ValueError(
+                "it is an adapter, and a reward model's adapter needs a base that lies on disk: leave out --use_peft"
+            )
         if model_args.use_peft:
             goes_on = {"peft_config": None}
         else:
@@ -414,7 +549,13 @@ def load_for_reward(name: str, model_args, question: str) -> dict:
     return {"model": model, "processing_class": tokenizer, **goes_on}
 
 
-COMMANDS = {"dpo": train_dpo, "sft": train_sft, "prm": train_prm, "ppo": train_ppo, "reward": train_reward}
+COMMANDS = {
+    "dpo": train_dpo,
+    "sft": train_sft,
+    "prm": train_prm,
+    "ppo": train_ppo,
+    "reward": train_reward,
+}
 
 
 def main() -> None:
@@ -424,7 +565,9 @@ def main() -> None:
         return
     command = argv.pop(0) if argv and not argv[0].startswith("-") else "dpo"
     if command not in COMMANDS:
-        raise UserError(f"unknown command {command}: expected one of {', '.join(COMMANDS)} (see --help)")
+        raise UserError(
+            f"unknown command {command}: expected one of {', '.join(COMMANDS)} (see --help)"
+        )
     COMMANDS[command](argv)
 
 

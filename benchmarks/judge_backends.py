@@ -28,9 +28,12 @@ class BackendArguments:
         metadata={"help": "LLaMA model directory; it is exported to GGUF files"},
     )
     dataset_name: str = field(
-        default_factory=lambda: at_root("data/synthetic_dataset.jsonl"), metadata={"help": "preference pairs"}
+        default_factory=lambda: at_root("data/synthetic_dataset.jsonl"),
+        metadata={"help": "preference pairs"},
     )
-    limit: int = field(default=100, metadata={"help": "use the first LIMIT pairs: two solutions each"})
+    limit: int = field(
+        default=100, metadata={"help": "use the first LIMIT pairs: two solutions each"}
+    )
     quantization: list[str] = field(
         default_factory=lambda: ["F32", "Q8_0"],
         metadata={"help": "how the files are stored", "choices": ["F32", "F16", "Q8_0", "Q4_0"]},
@@ -47,10 +50,14 @@ def compare(path: Path, solutions: list) -> list[list[object]]:
         scores = score()
         rate = len(solutions) / (time.perf_counter() - start)
         apart = [
-            abs(a - b) for ours, theirs in zip(scores, reference or scores, strict=True) for a, b in zip(ours, theirs, strict=True)
+            abs(a - b)
+            for ours, theirs in zip(scores, reference or scores, strict=True)
+            for a, b in zip(ours, theirs, strict=True)
         ]
         flips = [
-            (a > 0.5) != (b > 0.5) for x, y in zip(scores, reference or scores, strict=True) for a, b in zip(x, y, strict=True)
+            (a > 0.5) != (b > 0.5)
+            for x, y in zip(scores, reference or scores, strict=True)
+            for a, b in zip(x, y, strict=True)
         ]
         rows.append(
             [
@@ -91,13 +98,26 @@ def main() -> None:
     from utils.export_gguf import export_gguf
 
     pairs = itertools.islice(read_records(args.dataset_name, PreferencePair), args.limit)
-    solutions = [(pair.prompt, [*pair.prefix, *steps]) for pair in pairs for steps in (pair.chosen, pair.rejected)]
+    solutions = [
+        (pair.prompt, [*pair.prefix, *steps])
+        for pair in pairs
+        for steps in (pair.chosen, pair.rejected)
+    ]
     for quantization in args.quantization:
         with TemporaryDirectory() as folder:
-            path = Path(folder) / f"{Path(args.model_name_or_path).resolve().name}.{quantization}.gguf"
+            path = (
+                Path(folder) / f"{Path(args.model_name_or_path).resolve().name}.{quantization}.gguf"
+            )
             export_gguf(args.model_name_or_path, path, quantization)
             rows = compare(path, solutions)
-        columns = ["judge", "solutions/s", "max |difference| to gguf", "mean", "verdicts at .5 that differ", "steps"]
+        columns = [
+            "judge",
+            "solutions/s",
+            "max |difference| to gguf",
+            "mean",
+            "verdicts at .5 that differ",
+            "steps",
+        ]
         print_table(f"{path.name}: {len(solutions)} solutions", columns, rows)
 
 

@@ -28,8 +28,14 @@ PAIRS = {  # name -> (file, the script that makes it and its arguments)
     "by answer, shuffled": (str(FOLDER / "shuffled.jsonl"), [SCORE, "--judge", "shuffled"]),
     "by judge, without scores": (BY_JUDGE, SAMPLE_BY_JUDGE),
     "by judge": (str(FOLDER / "by_judge_scored.jsonl"), [SCORE, "--input", BY_JUDGE]),
-    "by judge, exact": (str(FOLDER / "by_judge_exact.jsonl"), [SCORE, "--input", BY_JUDGE, "--judge", "exact"]),
-    "by judge, shuffled": (str(FOLDER / "by_judge_shuffled.jsonl"), [SCORE, "--input", BY_JUDGE, "--judge", "shuffled"]),
+    "by judge, exact": (
+        str(FOLDER / "by_judge_exact.jsonl"),
+        [SCORE, "--input", BY_JUDGE, "--judge", "exact"],
+    ),
+    "by judge, shuffled": (
+        str(FOLDER / "by_judge_shuffled.jsonl"),
+        [SCORE, "--input", BY_JUDGE, "--judge", "shuffled"],
+    ),
 }
 
 
@@ -43,7 +49,10 @@ class TableArguments:
         default_factory=lambda: at_root("docs/results/stability.json"),
         metadata={"help": "what benchmarks/stability.py wrote: the settings of DPO"},
     )
-    output_dir: str = field(default_factory=lambda: at_root("evaluation/results"), metadata={"help": "folder of main_table.json"})
+    output_dir: str = field(
+        default_factory=lambda: at_root("evaluation/results"),
+        metadata={"help": "folder of main_table.json"},
+    )
 
 
 def main() -> None:
@@ -51,10 +60,14 @@ def main() -> None:
     check_input(args.stability, "python benchmarks/stability.py")
     for path, command in PAIRS.values():
         if not Path(path).exists():
-            subprocess.run([sys.executable, at_root(command[0]), *command[1:], "--output", path], check=True)
+            subprocess.run(
+                [sys.executable, at_root(command[0]), *command[1:], "--output", path], check=True
+            )
     from evaluation.metrics import clustered_mean_metric, print_table, rate_metric, write_result
 
-    rate, epochs = json.loads(Path(args.stability).read_text())["chosen"]["stepwise uniform, no anchor"]
+    rate, epochs = json.loads(Path(args.stability).read_text())["chosen"][
+        "stepwise uniform, no anchor"
+    ]
     constant = {"lr_scheduler_type": "constant", "warmup_steps": 0}  # as it was chosen
     dpo = {"loss_type": ["sigmoid"], "learning_rate": rate, "num_train_epochs": epochs, **constant}
     rows = {
@@ -77,21 +90,39 @@ def main() -> None:
     ]  # fmt: skip
     output = Path(args.output_dir)
     done = run_all(runs, output / "main_table.jsonl", args.workers)
-    base = bits(run_all([base_run(PAIRS["by answer"][0], "test", args.test)], output / "main_table.jsonl", 1)[0]["correct"])
+    base = bits(
+        run_all(
+            [base_run(PAIRS["by answer"][0], "test", args.test)], output / "main_table.jsonl", 1
+        )[0]["correct"]
+    )
     metrics = {"base_accuracy": rate_metric(base)}
     table = [("base", "", metrics["base_accuracy"], "", "")]
     for name in rows:
         of_seeds: dict[int, list[int]] = {}
-        for row in sorted((row for row in done if row["name"] == name), key=lambda row: row["epoch"]):
+        for row in sorted(
+            (row for row in done if row["name"] == name), key=lambda row: row["epoch"]
+        ):
             of_seeds[row["seed"]] = bits(row["correct"])  # the last epoch's
         problem_of = [k for correct in of_seeds.values() for k in range(len(correct))]
         right = [c for correct in of_seeds.values() for c in correct]
-        gain = [c - before for correct in of_seeds.values() for c, before in zip(correct, base, strict=True)]
+        gain = [
+            c - before
+            for correct in of_seeds.values()
+            for c, before in zip(correct, base, strict=True)
+        ]
         metrics[f"{name}/accuracy"] = clustered_mean_metric(right, problem_of)
         metrics[f"{name}/accuracy_improvement"] = clustered_mean_metric(gain, problem_of)
         seeds = ", ".join(f"{sum(correct) / len(correct):.3f}" for correct in of_seeds.values())
         trained = next(row["pairs_trained"] for row in done if row["name"] == name)
-        table.append((name, trained, metrics[f"{name}/accuracy"], metrics[f"{name}/accuracy_improvement"], seeds))
+        table.append(
+            (
+                name,
+                trained,
+                metrics[f"{name}/accuracy"],
+                metrics[f"{name}/accuracy_improvement"],
+                seeds,
+            )
+        )
     title = f"greedy exact accuracy, {args.test:,} test problems, {args.seeds} seeds"
     print_table(title, ["training", "pairs", "accuracy", "minus base", "each seed"], table)
     write_result(output / "main_table.json", metrics, vars(args), range(args.seeds))

@@ -35,10 +35,20 @@ MEASURED = {  # name -> split, temperature
 
 @dataclass
 class PPOTableArguments:
-    rows: list[str] = field(default_factory=lambda: [*ROWS], metadata={"help": "rows of the table", "choices": [*ROWS]})
-    seeds: int | None = field(default=None, metadata={"help": "seeds of every row (default: 3 of step PPO with prm-mini, else 1)"})
-    limit: int | None = field(default=None, metadata={"help": "the first problems of each split (default: all)"})
-    output_dir: str = field(default_factory=lambda: at_root("evaluation/results"), metadata={"help": "folder of ppo.json"})
+    rows: list[str] = field(
+        default_factory=lambda: [*ROWS], metadata={"help": "rows of the table", "choices": [*ROWS]}
+    )
+    seeds: int | None = field(
+        default=None,
+        metadata={"help": "seeds of every row (default: 3 of step PPO with prm-mini, else 1)"},
+    )
+    limit: int | None = field(
+        default=None, metadata={"help": "the first problems of each split (default: all)"}
+    )
+    output_dir: str = field(
+        default_factory=lambda: at_root("evaluation/results"),
+        metadata={"help": "folder of ppo.json"},
+    )
 
 
 def accuracy(model: str, limit: int | None) -> dict[str, str]:
@@ -50,18 +60,38 @@ def accuracy(model: str, limit: int | None) -> dict[str, str]:
     policy, found = Policy.load(model), {}
     for name, (split, temperature) in MEASURED.items():
         tasks = list(read_records(at_root(f"data/problems_{split}.jsonl"), Problem))[:limit]
-        answers = policy.generate([task.prompt for task in tasks], 1, temperature, progress=f"{Path(model).name}: {name}")
-        found[name] = "".join(str(int(is_correct(a.steps, task))) for task, (a,) in zip(tasks, answers, strict=True))
+        answers = policy.generate(
+            [task.prompt for task in tasks], 1, temperature, progress=f"{Path(model).name}: {name}"
+        )
+        found[name] = "".join(
+            str(int(is_correct(a.steps, task))) for task, (a,) in zip(tasks, answers, strict=True)
+        )
     return found
 
 
 def train_and_measure(name: str, command: list[str], seed: int, limit: int | None) -> dict:
-    folder = Path(at_root("saved_model/ppo_table")) / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
+    folder = (
+        Path(at_root("saved_model/ppo_table")) / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
+    )
     if not (folder / "config.json").exists():
-        given = ["--seed", str(seed), "--output_dir", str(folder), "--run_name", f"ppo_table/{folder.name}"]
+        given = [
+            "--seed",
+            str(seed),
+            "--output_dir",
+            str(folder),
+            "--run_name",
+            f"ppo_table/{folder.name}",
+        ]
         subprocess.run([sys.executable, at_root("train.py"), *command, *given], check=True)
-    log = json.loads(Path(at_root("logs/ppo_table"), folder.name, "log.json").read_text(encoding="utf-8"))
-    return {"name": name, "seed": seed, "seconds": round(log["seconds"]), "correct": accuracy(str(folder), limit)}
+    log = json.loads(
+        Path(at_root("logs/ppo_table"), folder.name, "log.json").read_text(encoding="utf-8")
+    )
+    return {
+        "name": name,
+        "seed": seed,
+        "seconds": round(log["seconds"]),
+        "correct": accuracy(str(folder), limit),
+    }
 
 
 def main() -> None:
@@ -72,7 +102,9 @@ def main() -> None:
     path = Path(args.output_dir) / "ppo.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
-    done = {(row["name"], row["seed"]): row for row in rows if row["correct"].keys() == MEASURED.keys()}
+    done = {
+        (row["name"], row["seed"]): row for row in rows if row["correct"].keys() == MEASURED.keys()
+    }
 
     def measured(name: str, seed: int, make) -> dict:
         if (name, seed) not in done:
@@ -81,7 +113,9 @@ def main() -> None:
                 file.write(json.dumps(done[name, seed]) + "\n")
         return done[name, seed]
 
-    base = measured("base", 0, lambda: {"name": "base", "seed": 0, "correct": accuracy(BASE, args.limit)})
+    base = measured(
+        "base", 0, lambda: {"name": "base", "seed": 0, "correct": accuracy(BASE, args.limit)}
+    )
     of_rows = {}
     for name in args.rows:
         command, seeds = ROWS[name]
@@ -98,12 +132,36 @@ def main() -> None:
             runs = [bits(row["correct"][split]) for row in rows]
             problem_of = [k for correct in runs for k in range(len(correct))]
             right = clustered_mean_metric([c for correct in runs for c in correct], problem_of)
-            gain = clustered_mean_metric([c - b for correct in runs for c, b in zip(correct, before, strict=True)], problem_of)
-            metrics |= {f"{split}/{name}/accuracy": right, f"{split}/{name}/accuracy_improvement": gain}
+            gain = clustered_mean_metric(
+                [c - b for correct in runs for c, b in zip(correct, before, strict=True)],
+                problem_of,
+            )
+            metrics |= {
+                f"{split}/{name}/accuracy": right,
+                f"{split}/{name}/accuracy_improvement": gain,
+            }
             relative = f"{gain.value / metrics[f'{split}/base_accuracy'].value:+.0%}"
             minutes = ", ".join(f"{row['seconds'] / 60:.0f}" for row in rows)
-            table.append((split, name, right, gain, relative, ", ".join(f"{sum(c) / len(c):.3f}" for c in runs), minutes))
-    columns = ["split", "training", "accuracy", "minus base", "relative", "each seed", "minutes of training"]
+            table.append(
+                (
+                    split,
+                    name,
+                    right,
+                    gain,
+                    relative,
+                    ", ".join(f"{sum(c) / len(c):.3f}" for c in runs),
+                    minutes,
+                )
+            )
+    columns = [
+        "split",
+        "training",
+        "accuracy",
+        "minus base",
+        "relative",
+        "each seed",
+        "minutes of training",
+    ]
     print_table("exact accuracy, greedy and sampled once at temperature 1", columns, table)
     write_result(Path(args.output_dir) / "ppo.json", metrics, asdict(args), [0, 1, 2])
     print(f"wrote {Path(args.output_dir) / 'ppo.json'}, {path}")

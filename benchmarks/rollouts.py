@@ -20,10 +20,14 @@ from utils.cli import at_root, check_model, parse_args, run
 
 @dataclass
 class RolloutArguments:
-    model_name_or_path: str = field(default_factory=lambda: at_root("models/policy-mini"), metadata={"help": "the policy"})
+    model_name_or_path: str = field(
+        default_factory=lambda: at_root("models/policy-mini"), metadata={"help": "the policy"}
+    )
     limit: int = field(default=64, metadata={"help": "states"})
     rollouts: int = field(default=8, metadata={"help": "rollouts a state"})
-    one_by_one: int = field(default=32, metadata={"help": "rollouts with a call of their own, in every round"})
+    one_by_one: int = field(
+        default=32, metadata={"help": "rollouts with a call of their own, in every round"}
+    )
     rounds: int = field(default=3, metadata={"help": "how often each takes its turn"})
 
 
@@ -39,7 +43,9 @@ def main() -> None:
 
     policy = Policy.load(args.model_name_or_path)
     tasks = list(islice(problems("train"), args.limit))
-    states = [policy.start(task.prompt, task.steps[: k % len(task.steps)]) for k, task in enumerate(tasks)]
+    states = [
+        policy.start(task.prompt, task.steps[: k % len(task.steps)]) for k, task in enumerate(tasks)
+    ]
 
     def together(seed: int) -> int:
         wholes = policy.rollouts(states, args.rollouts, seed=seed)
@@ -50,10 +56,15 @@ def main() -> None:
         tokens = 0
         for k in range(args.one_by_one):
             ids = torch.tensor([states[k % len(states)].ids], device=policy.device)
-            tokens += policy.model.generate(ids, do_sample=True, top_k=0, max_new_tokens=256).size(1) - ids.size(1)
+            tokens += policy.model.generate(ids, do_sample=True, top_k=0, max_new_tokens=256).size(
+                1
+            ) - ids.size(1)
         return tokens
 
-    ways = {"in one batch": (together, args.limit * args.rollouts), "one call each": (one_by_one, args.one_by_one)}
+    ways = {
+        "in one batch": (together, args.limit * args.rollouts),
+        "one call each": (one_by_one, args.one_by_one),
+    }
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     together(args.rounds)  # whatever the first call has to set up
     for seed in trange(args.rounds, desc="rounds"):
@@ -62,11 +73,18 @@ def main() -> None:
             tokens = sample(seed)
             seconds = time.perf_counter() - start
             rates[name].append((count / seconds, tokens / seconds))
-    median = {name: [statistics.median(column) for column in zip(*of_rounds, strict=True)] for name, of_rounds in rates.items()}
-    table = [(name, f"{rollouts:.1f}", f"{tokens:.0f}") for name, (rollouts, tokens) in median.items()]
+    median = {
+        name: [statistics.median(column) for column in zip(*of_rounds, strict=True)]
+        for name, of_rounds in rates.items()
+    }
+    table = [
+        (name, f"{rollouts:.1f}", f"{tokens:.0f}") for name, (rollouts, tokens) in median.items()
+    ]
     title = f"{args.limit} states, {args.rollouts} rollouts each, median of {args.rounds} rounds"
     print_table(title, ["rollouts", "a second", "tokens a second"], table)
-    print(f"in one batch: {median['in one batch'][0] / median['one call each'][0]:.1f} times as many")
+    print(
+        f"in one batch: {median['in one batch'][0] / median['one call each'][0]:.1f} times as many"
+    )
 
 
 if __name__ == "__main__":

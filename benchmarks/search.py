@@ -23,8 +23,12 @@ from utils.judges import JudgeArgs, check_judge, open_judge
 
 @dataclass
 class SearchBenchmarkArguments(JudgeArgs):
-    judge: str = field(default="prm", metadata=next(f.metadata for f in fields(JudgeArgs) if f.name == "judge"))
-    model_name_or_path: str = field(default=at_root("models/policy-mini"), metadata={"help": "the policy"})
+    judge: str = field(
+        default="prm", metadata=next(f.metadata for f in fields(JudgeArgs) if f.name == "judge")
+    )
+    model_name_or_path: str = field(
+        default=at_root("models/policy-mini"), metadata={"help": "the policy"}
+    )
     limit: int = field(default=64, metadata={"help": "problems"})
     n: int = field(default=4, metadata={"help": "next steps proposed for each beam"})
     beams: int = field(default=4, metadata={"help": "beams"})
@@ -34,7 +38,9 @@ class SearchBenchmarkArguments(JudgeArgs):
         Budget(self.n, self.beams)
         for name in ("limit", "rounds"):
             if getattr(self, name) < 1:
-                raise ValueError(f"argument --{name}: expected 1 or more, got {getattr(self, name)}")
+                raise ValueError(
+                    f"argument --{name}: expected 1 or more, got {getattr(self, name)}"
+                )
 
 
 def main() -> None:
@@ -66,7 +72,9 @@ def main() -> None:
     with open_judge(args) as judge:
         ways: dict[str, Callable[[int], list[Answer]]] = {
             "together": lambda seed: beam(prompts, kept, judge, budget, seed),
-            "one at a time": lambda seed: [beam([prompt], forgetful, judge, budget, seed)[0] for prompt in prompts],
+            "one at a time": lambda seed: [
+                beam([prompt], forgetful, judge, budget, seed)[0] for prompt in prompts
+            ],
         }
         beam(prompts[:2], kept, judge, budget, args.rounds)  # whatever the first call has to set up
         seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -79,17 +87,31 @@ def main() -> None:
                 found[name] = search(seed)
                 seconds[name].append(time.perf_counter() - start)
                 tokens[name] = sum(answer.tokens for answer in found[name])
-            differ = [prompt for prompt, one, other in zip(prompts, *found.values(), strict=True) if one.steps != other.steps]
+            differ = [
+                prompt
+                for prompt, one, other in zip(prompts, *found.values(), strict=True)
+                if one.steps != other.steps
+            ]
             if differ:
-                raise UserError(f"seed {seed}: {len(differ)} of {len(prompts)} answers differ, the first for {differ[0]!r}")
+                raise UserError(
+                    f"seed {seed}: {len(differ)} of {len(prompts)} answers differ, the first for {differ[0]!r}"
+                )
     median = {name: statistics.median(of_rounds) for name, of_rounds in seconds.items()}
     rows = [
-        (name, f"{median[name]:.2f}", f"{args.limit / median[name]:.1f}", f"{tokens[name] / median[name]:,.0f}") for name in ways
+        (
+            name,
+            f"{median[name]:.2f}",
+            f"{args.limit / median[name]:.1f}",
+            f"{tokens[name] / median[name]:,.0f}",
+        )
+        for name in ways
     ]
     title = f"beam, {args.limit} problems, n {args.n}, {args.beams} beams, judge {judge}, median of {args.rounds} rounds"
     print_table(title, ["problems", "seconds", "a second", "tokens a second"], rows)
     ratio = median["one at a time"] / median["together"]
-    print(f"together: {ratio:.1f} times as fast; all {args.limit} answers are the same in every round")
+    print(
+        f"together: {ratio:.1f} times as fast; all {args.limit} answers are the same in every round"
+    )
 
 
 if __name__ == "__main__":

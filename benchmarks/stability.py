@@ -20,7 +20,10 @@ from utils.cli import at_root, check_input, parse_args, run
 RATES = (1.0, 3.0, 1 / 3)  # times the default
 EPOCHS = 3
 LOSSES = {
-    **{f"stepwise {credit}": {"credit": credit} for credit in ("first_error", "score", "normalized", "uniform")},
+    **{
+        f"stepwise {credit}": {"credit": credit}
+        for credit in ("first_error", "score", "normalized", "uniform")
+    },
     "step_dpo": {"loss_type": ["step_dpo"]},
     "full_step_dpo": {"loss_type": ["full_step_dpo"]},
 }
@@ -29,26 +32,42 @@ ANCHORS = {"anchor": {}, "no anchor": {"anchor_lambda": 0.0}}
 
 @dataclass
 class StabilityArguments:
-    pairs: str = field(default_factory=lambda: at_root("data/rewarded.jsonl"), metadata={"help": "scored pairs"})
+    pairs: str = field(
+        default_factory=lambda: at_root("data/rewarded.jsonl"), metadata={"help": "scored pairs"}
+    )
     limit: int = field(default=512, metadata={"help": "pairs to train on"})
     validation: int = field(default=500, metadata={"help": "validation problems of the grid"})
     test: int = field(default=1000, metadata={"help": "test problems of the three seeds"})
     seeds: int = field(default=3, metadata={"help": "seeds at the chosen learning rate"})
     workers: int = field(default=2, metadata={"help": "trainings at once"})
-    output_dir: str = field(default_factory=lambda: at_root("evaluation/results"), metadata={"help": "folder of stability.json"})
+    output_dir: str = field(
+        default_factory=lambda: at_root("evaluation/results"),
+        metadata={"help": "folder of stability.json"},
+    )
 
 
 def main() -> None:
     (args,) = parse_args(StabilityArguments, description=__doc__)
     check_input(args.pairs, "make data")
-    from evaluation.metrics import Metric, clustered_mean_metric, print_table, rate_metric, write_result
+    from evaluation.metrics import (
+        Metric,
+        clustered_mean_metric,
+        print_table,
+        rate_metric,
+        write_result,
+    )
     from evaluation.plots import stability_plot
     from trainer.stepwise_dpo_trainer import StepwiseDPOConfig
 
     default_rate = StepwiseDPOConfig.learning_rate
     output = Path(args.output_dir)
     common = {"pairs": args.pairs, "limit": args.limit, "each_epoch": True}
-    constant = {"lr_scheduler_type": "constant", "warmup_steps": 0, "num_train_epochs": EPOCHS, "precompute_ref_log_probs": True}
+    constant = {
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "num_train_epochs": EPOCHS,
+        "precompute_ref_log_probs": True,
+    }
     grid = [
         {
             **common, "name": f"{loss}, {anchor}", "seed": 0, "split": "validation", "problems": args.validation,
@@ -57,13 +76,16 @@ def main() -> None:
         for rate in RATES for loss in LOSSES for anchor in ANCHORS
     ]  # fmt: skip
     rows = run_all(grid, output / "stability_grid.jsonl", args.workers)
-    base = run_all([base_run(args.pairs, "validation", args.validation)], output / "stability_grid.jsonl", 1)[0]
+    base = run_all(
+        [base_run(args.pairs, "validation", args.validation)], output / "stability_grid.jsonl", 1
+    )[0]
     metrics: dict[str, Metric] = {"validation/base/accuracy": rate_metric(bits(base["correct"]))}
     table, best, drawn = [("base", "", *[str(metrics["validation/base/accuracy"])], "", "")], {}, {}
     for run_ in grid:
         name, rate = run_["name"], run_["settings"]["learning_rate"]
         of_run = sorted(
-            (row for row in rows if (row["name"], row["settings"]) == (name, run_["settings"])), key=lambda r: r["epoch"]
+            (row for row in rows if (row["name"], row["settings"]) == (name, run_["settings"])),
+            key=lambda r: r["epoch"],
         )
         measured = [rate_metric(bits(row["correct"])) for row in of_run]
         for row, metric in zip(of_run, measured, strict=True):
@@ -75,7 +97,9 @@ def main() -> None:
     title = f"exact accuracy, {args.validation} validation problems, {args.limit} pairs, constant lr, seed 0"
     print_table(title, ["loss", "lr", *[f"epoch {k + 1}" for k in range(EPOCHS)]], table)
     panels = {f"lr {rate:.1e}": drawn[rate] for rate in sorted(drawn)}
-    stability_plot(output / "stability.png", metrics["validation/base/accuracy"].value, panels, title)
+    stability_plot(
+        output / "stability.png", metrics["validation/base/accuracy"].value, panels, title
+    )
 
     final = [
         {
@@ -86,19 +110,31 @@ def main() -> None:
         for seed in range(args.seeds) for loss in LOSSES for anchor in ANCHORS
     ]  # fmt: skip
     rows = run_all(final, output / "stability_seeds.jsonl", args.workers)
-    base = run_all([base_run(args.pairs, "test", args.test)], output / "stability_seeds.jsonl", 1)[0]
+    base = run_all([base_run(args.pairs, "test", args.test)], output / "stability_seeds.jsonl", 1)[
+        0
+    ]
     metrics["test/base/accuracy"] = rate_metric(bits(base["correct"]))
     table = [("base", "", "", metrics["test/base/accuracy"], "")]
     for name, (_, rate, epochs) in best.items():
-        last = [bits(row["correct"]) for row in rows if row["name"] == name and row["epoch"] == epochs]
-        problem_of = [k for correct in last for k in range(len(correct))]  # a problem's answers are not independent
+        last = [
+            bits(row["correct"]) for row in rows if row["name"] == name and row["epoch"] == epochs
+        ]
+        problem_of = [
+            k for correct in last for k in range(len(correct))
+        ]  # a problem's answers are not independent
         pooled = clustered_mean_metric([c for correct in last for c in correct], problem_of)
         metrics[f"test/{name}/accuracy"] = pooled
         seeds = ", ".join(f"{sum(correct) / len(correct):.3f}" for correct in last)
         table.append((name, f"{rate:.1e}", epochs, pooled, seeds))
     title = f"exact accuracy, {args.test} test problems, lr and epochs chosen on validation, {args.seeds} seeds"
     print_table(title, ["loss", "lr", "epochs", "accuracy", "each seed"], table)
-    write_result(output / "stability.json", metrics, vars(args), range(args.seeds), chosen={n: b[1:] for n, b in best.items()})
+    write_result(
+        output / "stability.json",
+        metrics,
+        vars(args),
+        range(args.seeds),
+        chosen={n: b[1:] for n, b in best.items()},
+    )
     print(f"wrote {output / 'stability.json'} and {output / 'stability.png'}")
 
 

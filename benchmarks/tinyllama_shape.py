@@ -35,11 +35,20 @@ CHAT_TEMPLATE = (
 
 @dataclass
 class ShapeArguments:
-    judge_path: str | None = field(default=None, metadata={"help": "GGUF file to measure (default: one is made at the real shape)"})
-    quantization: str = field(default="Q4_0", metadata={"help": "of the file that is made", "choices": [*QUANTIZATIONS]})
+    judge_path: str | None = field(
+        default=None,
+        metadata={"help": "GGUF file to measure (default: one is made at the real shape)"},
+    )
+    quantization: str = field(
+        default="Q4_0", metadata={"help": "of the file that is made", "choices": [*QUANTIZATIONS]}
+    )
     layers: int = field(default=LAYERS, metadata={"help": "layers of the file that is made"})
-    solutions: int = field(default=6, metadata={"help": "solutions to score, of about 5 steps and 200 tokens each"})
-    threads: int | None = field(default=None, metadata={"help": "threads of the judge (default: as many as pay off)"})
+    solutions: int = field(
+        default=6, metadata={"help": "solutions to score, of about 5 steps and 200 tokens each"}
+    )
+    threads: int | None = field(
+        default=None, metadata={"help": "threads of the judge (default: as many as pay off)"}
+    )
 
 
 def tinyllama_tokenizer():
@@ -79,7 +88,11 @@ def write_tinyllama(folder: str | Path, layers: int = LAYERS) -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=layers, pad_token_id=2, tie_word_embeddings=False))
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                **SHAPE, num_hidden_layers=layers, pad_token_id=2, tie_word_embeddings=False
+            )
+        )
     finally:
         torch.set_default_dtype(before)
     model.save_pretrained(folder)
@@ -115,7 +128,9 @@ def make_file(folder: Path, layers: int, quantization: str) -> tuple[Path, dict[
     return path, took
 
 
-def measure(path: str | Path, count: int, threads: int | None) -> tuple[dict[str, float], list[list[float]]]:
+def measure(
+    path: str | Path, count: int, threads: int | None
+) -> tuple[dict[str, float], list[list[float]]]:
     """(what loading and scoring took, the scores). Prompt tokens are those that were evaluated, one after the other in a
     solution; what steps share is evaluated once and counted once."""
     from itertools import islice
@@ -123,7 +138,9 @@ def measure(path: str | Path, count: int, threads: int | None) -> tuple[dict[str
     from reasoning.problems import problems
     from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer
 
-    solutions = [(problem.prompt, problem.steps) for problem in islice(problems("validation"), count)]
+    solutions = [
+        (problem.prompt, problem.steps) for problem in islice(problems("validation"), count)
+    ]
     start = time.perf_counter()
     with TinyLlamaRewardScorer(path, threads=threads) as judge:
         loaded, used = time.perf_counter(), cpu_seconds(judge._process.pid)
@@ -150,7 +167,11 @@ def main() -> None:
     if args.judge_path is not None:
         check_input(args.judge_path)
     with tempfile.TemporaryDirectory() as folder:
-        path, took = (args.judge_path, {}) if args.judge_path else make_file(Path(folder), args.layers, args.quantization)
+        path, took = (
+            (args.judge_path, {})
+            if args.judge_path
+            else make_file(Path(folder), args.layers, args.quantization)
+        )
         figures, scores = measure(path, args.solutions, args.threads)
     for name, value in (took | figures).items():
         print(f"{name:28}{value:10.2f}" if isinstance(value, float) else f"{name:28}{value:7}")

@@ -18,20 +18,27 @@ class ExactJudge(StepJudge):
     def __init__(self, problems: Iterable[Problem]):
         self._unread, self._known = iter(problems), {}
 
-    def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
+    def score_steps(
+        self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
+    ) -> list[list[float] | None]:
         skip = skip or [0] * len(solutions)
         return [
-            grade_steps(list(steps), self._problem(prompt))[first:] for (prompt, steps), first in zip(solutions, skip, strict=True)
+            grade_steps(list(steps), self._problem(prompt))[first:]
+            for (prompt, steps), first in zip(solutions, skip, strict=True)
         ]
 
     def _problem(self, prompt: str) -> Problem:
         while prompt not in self._known:
             problem = next(self._unread, None)
             if problem is None:
-                raise JudgeError(f"judge exact: no reference for the problem {prompt[:60]!r} ...: give it in --judge_problems")
+                raise JudgeError(
+                    f"judge exact: no reference for the problem {prompt[:60]!r} ...: give it in --judge_problems"
+                )
             self._known[problem.prompt] = problem
         if not self._known[prompt].steps:
-            raise JudgeError(f"judge exact: the problem {prompt[:60]!r} ... has no reference steps to check against")
+            raise JudgeError(
+                f"judge exact: the problem {prompt[:60]!r} ... has no reference steps to check against"
+            )
         return self._known[prompt]
 
     def __str__(self) -> str:
@@ -45,7 +52,9 @@ class RandomJudge(StepJudge):
     def __init__(self, seed: int = 0):
         self.seed = seed
 
-    def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
+    def score_steps(
+        self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
+    ) -> list[list[float] | None]:
         skip = skip or [0] * len(solutions)
         return [
             [self._draw(prompt, steps[: k + 1]) for k in range(first, len(steps))]
@@ -67,12 +76,16 @@ class ShuffledJudge(StepJudge):
     def __init__(self, judge: StepJudge, seed: int = 0):
         self.judge, self.seed, self.left_out = judge, seed, judge.left_out
 
-    def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
+    def score_steps(
+        self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
+    ) -> list[list[float] | None]:
         scores = self.judge.score_steps(solutions, skip)
         pool = [score for solution in scores if solution for score in solution]
         random.Random(json.dumps([self.seed, solutions, skip])).shuffle(pool)
         drawn = iter(pool)
-        return [None if solution is None else [next(drawn) for _ in solution] for solution in scores]
+        return [
+            None if solution is None else [next(drawn) for _ in solution] for solution in scores
+        ]
 
     def close(self) -> None:
         self.judge.close()

@@ -30,18 +30,25 @@ KINDS = {
 
 @dataclass
 class CreditArgs:
-    models: list[str] = field(default_factory=list, metadata={"help": "tuned models: directories, each named by its last part"})
+    models: list[str] = field(
+        default_factory=list,
+        metadata={"help": "tuned models: directories, each named by its last part"},
+    )
     base_model: str = field(
-        default_factory=lambda: at_root("models/policy-mini"), metadata={"help": "the model all of them were trained from"}
+        default_factory=lambda: at_root("models/policy-mini"),
+        metadata={"help": "the model all of them were trained from"},
     )
     pairs: str = field(
-        default_factory=lambda: at_root("data/rewarded.jsonl"), metadata={"help": "pairs; those kept out of training are read"}
+        default_factory=lambda: at_root("data/rewarded.jsonl"),
+        metadata={"help": "pairs; those kept out of training are read"},
     )
     input: str = field(
-        default_factory=lambda: at_root("data/problems_test.jsonl"), metadata={"help": "JSONL of held-out problems with traps"}
+        default_factory=lambda: at_root("data/problems_test.jsonl"),
+        metadata={"help": "JSONL of held-out problems with traps"},
     )
     output_dir: str = field(
-        default_factory=lambda: at_root("evaluation/results"), metadata={"help": "folder of credit.json; the picture in ../plots"}
+        default_factory=lambda: at_root("evaluation/results"),
+        metadata={"help": "folder of credit.json; the picture in ../plots"},
     )
     limit: int | None = field(default=None, metadata={"help": "use the first LIMIT problems"})
     seed: int = field(default=0, metadata={"help": "seed of the bootstrap"})
@@ -83,7 +90,9 @@ def main() -> None:
         check_output(str(path), overwrite=True)
     problems = list(read_records(args.input, Problem))[: args.limit]
     if not all(problem.steps and problem.traps for problem in problems):
-        raise UserError(f"{args.input}: problems with steps and traps are needed, as reasoning/problems.py makes them")
+        raise UserError(
+            f"{args.input}: problems with steps and traps are needed, as reasoning/problems.py makes them"
+        )
 
     from reasoning.problems import problems as generate
 
@@ -91,7 +100,9 @@ def main() -> None:
     kept = [pair for pair in read_records(args.pairs, PreferencePair) if is_kept_out(pair.prompt)]
     pairs = [pair for pair in kept if pair.prompt in known]
     if not pairs:
-        raise UserError(f"{args.pairs}: none of its pairs was kept out of training and is of a train problem with known traps")
+        raise UserError(
+            f"{args.pairs}: none of its pairs was kept out of training and is of a train problem with known traps"
+        )
 
     from evaluation.metrics import clustered_mean_metric, print_table, write_result
     from evaluation.plots import credit_plot
@@ -105,7 +116,10 @@ def main() -> None:
         changes = defaultdict(list)
         for side in sides:
             rows = [(pair.prompt, pair.prefix, getattr(pair, side)) for pair in pairs]
-            logps = [[step.logp for step in steps] for steps in policy.step_logps(rows, f"{name}: {side}")]
+            logps = [
+                [step.logp for step in steps]
+                for steps in policy.step_logps(rows, f"{name}: {side}")
+            ]
             base_logps.setdefault(side, logps)
             for k, (steps, of_base) in enumerate(zip(logps, base_logps[side], strict=True)):
                 for kind, now, before in zip(kinds[side][k], steps, of_base, strict=True):
@@ -117,11 +131,17 @@ def main() -> None:
                 next_step["trap" if trap else "elsewhere"].append((float(step.greedy), k))
         for kind in KINDS if name != "base" else ():
             if changes[kind]:
-                metrics[f"{name}/logp_change/{kind}"] = clustered_mean_metric(*zip(*changes[kind], strict=True), args.seed)
+                metrics[f"{name}/logp_change/{kind}"] = clustered_mean_metric(
+                    *zip(*changes[kind], strict=True), args.seed
+                )
         for place, values in next_step.items():
-            metrics[f"{name}/next_step_accuracy/{place}"] = clustered_mean_metric(*zip(*values, strict=True), args.seed)
+            metrics[f"{name}/next_step_accuracy/{place}"] = clustered_mean_metric(
+                *zip(*values, strict=True), args.seed
+            )
 
-    write_result(output, metrics, asdict(args), [args.seed], pairs=len(pairs), problems=len(problems))
+    write_result(
+        output, metrics, asdict(args), [args.seed], pairs=len(pairs), problems=len(problems)
+    )
     credit_plot(picture, metrics, ["base", *names], KINDS)
 
     def row(name: str, kind: str, columns: list[str]) -> list:
@@ -131,7 +151,11 @@ def main() -> None:
     print_table(title, ["model", *KINDS], [row(name, "logp_change", list(KINDS)) for name in names])
     title = f"greedy step right after a right beginning, {len(problems):,} test problems"
     places = ["trap", "elsewhere"]
-    print_table(title, ["model", *places], [row(name, "next_step_accuracy", places) for name in ["base", *names]])
+    print_table(
+        title,
+        ["model", *places],
+        [row(name, "next_step_accuracy", places) for name in ["base", *names]],
+    )
     print(f"wrote {output} and {picture}")
 
 

@@ -34,7 +34,9 @@ from utils.scorers import ScorerArgs, check_scorer, open_scorer
 
 NAME = "response_reward"
 CHUNK = 64  # problems that are sampled together
-ALIKE = 0.05  # texts of equal length: as many lines, and characters that differ by this share at most
+ALIKE = (
+    0.05  # texts of equal length: as many lines, and characters that differ by this share at most
+)
 NEVER = -math.inf  # the log-prob of an empty answer
 MAKES_ANSWERS = "python utils/build_ranked_responses.py --rank_by exact"
 
@@ -49,17 +51,23 @@ class RewardEvalArgs(ScorerArgs, PolicyArgs):
     )
     data_split: str | None = field(
         default=None,
-        metadata={"help": "of a table: its rows of this split (default: test, if it has splits); of a hub data set: its split"},
+        metadata={
+            "help": "of a table: its rows of this split (default: test, if it has splits); of a hub data set: its split"
+        },
     )
     problems: str = field(
-        default=at_root("data/problems_test.jsonl"), metadata={"help": "JSONL of problems for best of n, with their answers"}
+        default=at_root("data/problems_test.jsonl"),
+        metadata={"help": "JSONL of problems for best of n, with their answers"},
     )
     n: int = field(default=8, metadata={"help": "samples of the policy a problem; 0: no best of n"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest sample, in tokens"})
     output_dir: str = field(
-        default=at_root("evaluation/results"), metadata={"help": f"folder of {NAME}.json; the picture is in ../plots"}
+        default=at_root("evaluation/results"),
+        metadata={"help": f"folder of {NAME}.json; the picture is in ../plots"},
     )
-    limit: int | None = field(default=None, metadata={"help": "use the first LIMIT groups and problems"})
+    limit: int | None = field(
+        default=None, metadata={"help": "use the first LIMIT groups and problems"}
+    )
     seed: int = field(default=0, metadata={"help": "seed of samples and bootstrap"})
 
     def __post_init__(self):
@@ -68,7 +76,9 @@ class RewardEvalArgs(ScorerArgs, PolicyArgs):
             if value is not None and value < least:
                 raise ValueError(f"argument --{name}: expected {least} or more, got {value}")
         if self.n == 1:
-            raise ValueError("argument --n: expected 2 or more to choose from, or 0 for no best of n")
+            raise ValueError(
+                "argument --n: expected 2 or more to choose from, or 0 for no best of n"
+            )
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,9 @@ class Pair:
     @property
     def equal_length(self) -> bool:
         a, b = self.better.text, self.worse.text
-        return a.count("\n") == b.count("\n") and abs(len(a) - len(b)) <= ALIKE * max(len(a), len(b))
+        return a.count("\n") == b.count("\n") and abs(len(a) - len(b)) <= ALIKE * max(
+            len(a), len(b)
+        )
 
     @property
     def longer(self) -> float:
@@ -124,7 +136,9 @@ def read_groups(args: RewardEvalArgs) -> tuple[list[Group], bool]:
             if len({row.rank for row in ranked}) > 1
         ]
         if not found:
-            raise UserError(f"{args.data}: no ranked group of the split {wanted or '(none)'} has a better and a worse answer")
+            raise UserError(
+                f"{args.data}: no ranked group of the split {wanted or '(none)'} has a better and a worse answer"
+            )
         return found[: args.limit], False
     found = []
     for where, row in islice(load_rows(args.data, split=args.data_split), args.limit):
@@ -132,13 +146,23 @@ def read_groups(args: RewardEvalArgs) -> tuple[list[Group], bool]:
             pair, subset = RankedGroup.from_row(row), str(row.get("subset") or "")
         except RecordError as error:
             raise RecordError(f"{where}: {error}") from None
-        found.append((pair.prompt, [Answer(*of_pair, subset) for of_pair in zip(pair.answers, pair.ranks, strict=True)]))
+        found.append(
+            (
+                pair.prompt,
+                [
+                    Answer(*of_pair, subset)
+                    for of_pair in zip(pair.answers, pair.ranks, strict=True)
+                ],
+            )
+        )
     return found, True
 
 
 def pairs_of(found: Sequence[Group], scores: Sequence[Sequence[float]]) -> list[Pair]:
     """All pairs of a group that do not share a rank; those of one prompt are a cluster."""
-    prompts = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in found))}
+    prompts = {
+        prompt: place for place, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in found))
+    }
     pairs = []
     for (prompt, answers), of_group in zip(found, scores, strict=True):
         for (a, r_a), (b, r_b) in combinations(zip(answers, of_group, strict=True), 2):
@@ -152,7 +176,9 @@ def pairs_of(found: Sequence[Group], scores: Sequence[Sequence[float]]) -> list[
 
 
 def accuracy(pairs: Sequence[Pair], seed: int) -> Metric:
-    return clustered_mean_metric([pair.told_apart for pair in pairs], [pair.cluster for pair in pairs], seed)
+    return clustered_mean_metric(
+        [pair.told_apart for pair in pairs], [pair.cluster for pair in pairs], seed
+    )
 
 
 def accuracies(pairs: Sequence[Pair], by_subset: bool, seed: int) -> dict[str, Metric]:
@@ -167,10 +193,16 @@ def accuracies(pairs: Sequence[Pair], by_subset: bool, seed: int) -> dict[str, M
     for name, of_part in list(parts.items()):
         if not by_subset or not name:
             parts[f"{name}equal_length/"] = [pair for pair in of_part if pair.equal_length]
-    return {f"{name}pairwise_accuracy": accuracy(of_part, seed) for name, of_part in parts.items() if of_part}
+    return {
+        f"{name}pairwise_accuracy": accuracy(of_part, seed)
+        for name, of_part in parts.items()
+        if of_part
+    }
 
 
-def rank_correlations(found: Sequence[Group], scores: Sequence[Sequence[float]], seed: int) -> dict[str, Metric]:
+def rank_correlations(
+    found: Sequence[Group], scores: Sequence[Sequence[float]], seed: int
+) -> dict[str, Metric]:
     """Means over groups, -1 to 1: of Spearman's and Kendall's (tau-b) correlation of score and rank (1: the order is the ranker's),
     and Spearman's of score and length, and of rank and length, which says what length there is to be biased by. A group in which
     one of the two is the same for all answers is left out."""
@@ -186,10 +218,16 @@ def rank_correlations(found: Sequence[Group], scores: Sequence[Sequence[float]],
     }
     metrics = {}
     for name, (correlation, first, second) in wanted.items():
-        defined = [(k, a, b) for k, (a, b) in enumerate(zip(first, second, strict=True)) if len({*a}) > 1 and len({*b}) > 1]
+        defined = [
+            (k, a, b)
+            for k, (a, b) in enumerate(zip(first, second, strict=True))
+            if len({*a}) > 1 and len({*b}) > 1
+        ]
         if defined:
             values = [correlation(a, b).statistic for _, a, b in defined]
-            metrics[name] = clustered_mean_metric(values, [found[k][0] for k, _, _ in defined], seed)
+            metrics[name] = clustered_mean_metric(
+                values, [found[k][0] for k, _, _ in defined], seed
+            )
     return metrics
 
 
@@ -197,13 +235,19 @@ def calibration(pairs: Sequence[Pair], seed: int) -> tuple[Metric, list[dict]]:
     """Is sigmoid(r - r') the share of pairs in which the first is better? The first is drawn by chance."""
     rng = random.Random(seed)
     first_is_better = [rng.random() < 0.5 for _ in pairs]
-    gaps = [pair.gap if first else -pair.gap for pair, first in zip(pairs, first_is_better, strict=True)]
+    gaps = [
+        pair.gap if first else -pair.gap for pair, first in zip(pairs, first_is_better, strict=True)
+    ]
     probabilities = [1 / (1 + math.exp(-max(-700.0, min(700.0, gap)))) for gap in gaps]
     labels, clusters = [float(first) for first in first_is_better], [pair.cluster for pair in pairs]
-    return calibration_metric(labels, probabilities, clusters, seed), reliability(labels, probabilities, clusters, seed)
+    return calibration_metric(labels, probabilities, clusters, seed), reliability(
+        labels, probabilities, clusters, seed
+    )
 
 
-def pick_best(args: RewardEvalArgs, problems: Sequence[Problem], policy, scorer) -> dict[str, list[float]]:
+def pick_best(
+    args: RewardEvalArgs, problems: Sequence[Problem], policy, scorer
+) -> dict[str, list[float]]:
     """Who picks -> exact accuracy for every problem: `chance` (the mean of the samples), the policy's own `log-prob` (mean of a
     token), `majority` (ties by what came first), the `scorer`, and the `oracle`."""
     from tqdm import tqdm
@@ -212,17 +256,26 @@ def pick_best(args: RewardEvalArgs, problems: Sequence[Problem], policy, scorer)
     from search.strategies import Budget, draw, pick_majority
 
     budget = Budget(n=args.n, max_new_tokens=args.max_new_tokens)
-    found: dict[str, list[float]] = {name: [] for name in ("chance", "log-prob", "majority", "scorer", "oracle")}
+    found: dict[str, list[float]] = {
+        name: [] for name in ("chance", "log-prob", "majority", "scorer", "oracle")
+    }
     with tqdm(total=len(problems), desc=f"best of {args.n}", unit="problem") as bar:
         for start in range(0, len(problems), CHUNK):
             chunk = problems[start : start + CHUNK]
             _, pools = draw([problem.prompt for problem in chunk], policy, None, budget, args.seed)
             texts = [
-                (problem.prompt, list(sample.state.steps)) for problem, pool in zip(chunk, pools, strict=True) for sample in pool
+                (problem.prompt, list(sample.state.steps))
+                for problem, pool in zip(chunk, pools, strict=True)
+                for sample in pool
             ]
             scores = scorer.score([(prompt, "\n".join(steps)) for prompt, steps in texts])
             written = policy.step_logps([(prompt, [], steps) for prompt, steps in texts if steps])
-            logps = iter([sum(step.logp for step in steps) / max(1, sum(step.tokens for step in steps)) for steps in written])
+            logps = iter(
+                [
+                    sum(step.logp for step in steps) / max(1, sum(step.tokens for step in steps))
+                    for steps in written
+                ]
+            )
             logps = [next(logps) if steps else NEVER for _, steps in texts]
             correct = [
                 [float(is_correct(list(sample.state.steps), problem)) for sample in pool]
@@ -245,7 +298,9 @@ def pick_best(args: RewardEvalArgs, problems: Sequence[Problem], policy, scorer)
 
 def best_of_n_metrics(found: dict[str, list[float]], n: int, seed: int) -> dict[str, Metric]:
     """best_of_<n>/<who>/accuracy, and the scorer's minus that of the others that know no answer (paired)."""
-    metrics = {f"best_of_{n}/{name}/accuracy": mean_metric(values, seed) for name, values in found.items()}
+    metrics = {
+        f"best_of_{n}/{name}/accuracy": mean_metric(values, seed) for name, values in found.items()
+    }
     for name in ("chance", "log-prob", "majority"):
         difference = [a - b for a, b in zip(found["scorer"], found[name], strict=True)]
         metrics[f"best_of_{n}/scorer/accuracy_over_{name}"] = mean_metric(difference, seed)
@@ -257,25 +312,40 @@ def main() -> None:
     found, by_subset = read_groups(args)
     problems: list[Problem] = []
     if args.n:
-        check_input(args.problems, "make data" if args.problems == RewardEvalArgs.problems else None)
+        check_input(
+            args.problems, "make data" if args.problems == RewardEvalArgs.problems else None
+        )
         problems = list(islice(read_records(args.problems, Problem), args.limit))
         check_policy(args)
     check_scorer(args)
-    result, plot = Path(args.output_dir) / f"{NAME}.json", Path(args.output_dir).parent / "plots" / f"{NAME}.png"
+    result, plot = (
+        Path(args.output_dir) / f"{NAME}.json",
+        Path(args.output_dir).parent / "plots" / f"{NAME}.png",
+    )
     for path in (result, plot):
         check_output(str(path), overwrite=True)
 
     from evaluation.plots import response_picture
 
     with open_scorer(args) as scorer:
-        flat = iter(scorer.score([(prompt, answer.text) for prompt, answers in found for answer in answers], progress="answers"))
+        flat = iter(
+            scorer.score(
+                [(prompt, answer.text) for prompt, answers in found for answer in answers],
+                progress="answers",
+            )
+        )
         scores = [[next(flat) for _ in answers] for _, answers in found]
         cut = scorer.cut
         picked = pick_best(args, problems, open_policy(args), scorer) if args.n else {}
     pairs = pairs_of(found, scores)
     metrics = accuracies(pairs, by_subset, args.seed)
-    bars = {name.removesuffix("pairwise_accuracy").strip("/").replace("/", ", ") or "all": of for name, of in metrics.items()}
-    in_longer = clustered_mean_metric([pair.longer for pair in pairs], [pair.cluster for pair in pairs], args.seed)
+    bars = {
+        name.removesuffix("pairwise_accuracy").strip("/").replace("/", ", ") or "all": of
+        for name, of in metrics.items()
+    }
+    in_longer = clustered_mean_metric(
+        [pair.longer for pair in pairs], [pair.cluster for pair in pairs], args.seed
+    )
     metrics["longer/pairwise_accuracy"] = in_longer
     metrics |= rank_correlations(found, scores, args.seed)
     metrics["calibration_error"], bins = calibration(pairs, args.seed)
@@ -295,15 +365,23 @@ def main() -> None:
     }
     title = f"{Path(args.scorer).name} on {len(found):,} groups of {Path(args.data).name}"
     response_picture(plot, title, card)
-    extras = {"groups": len(found), "reliability": [{**row, "right": asdict(row["right"])} for row in bins], "cut": cut}
+    extras = {
+        "groups": len(found),
+        "reliability": [{**row, "right": asdict(row["right"])} for row in bins],
+        "cut": cut,
+    }
     write_result(result, metrics, asdict(args), [args.seed], **extras)
     rows = [(name, metric, metric.n) for name, metric in metrics.items() if name not in best]
-    print_table(f"{title} (n: pairs, or groups; 95 % intervals by prompt)", ["metric", "value", "n"], rows)
+    print_table(
+        f"{title} (n: pairs, or groups; 95 % intervals by prompt)", ["metric", "value", "n"], rows
+    )
     if best:
-        heading = (
-            f"best of {args.n}: {len(problems):,} problems of {Path(args.problems).name}, {Path(args.model_name_or_path).name}"
+        heading = f"best of {args.n}: {len(problems):,} problems of {Path(args.problems).name}, {Path(args.model_name_or_path).name}"
+        print_table(
+            heading,
+            ["picked by", "exact accuracy"],
+            [(name.split("/", 1)[1], metric) for name, metric in best.items()],
         )
-        print_table(heading, ["picked by", "exact accuracy"], [(name.split("/", 1)[1], metric) for name, metric in best.items()])
     if cut:
         print(f"{cut} responses do not fit with their prompts, which lost their beginning")
     print(f"wrote {result} and {plot}")

@@ -20,13 +20,19 @@ RATES = ("accuracy", "unfinished")
 @dataclass
 class EvalArgs(JudgeArgs):
     base_model: str = field(
-        default=at_root("models/policy-mini"), metadata={"help": "policy before training: a model directory or a hub name"}
+        default=at_root("models/policy-mini"),
+        metadata={"help": "policy before training: a model directory or a hub name"},
     )
     tuned_model: str = field(
         default=at_root("saved_model/stepwise_dpo_tinyllama"),
-        metadata={"help": "policy after training", "aliases": ["--model_name_or_path", "--model-name-or-path"]},
+        metadata={
+            "help": "policy after training",
+            "aliases": ["--model_name_or_path", "--model-name-or-path"],
+        },
     )
-    input: str = field(default=at_root("data/problems_test.jsonl"), metadata={"help": "JSONL of held-out problems"})
+    input: str = field(
+        default=at_root("data/problems_test.jsonl"), metadata={"help": "JSONL of held-out problems"}
+    )
     pairs: str = field(
         default=at_root("data/rewarded.jsonl"),
         metadata={"help": "JSONL of pairs; the tenth that is kept out of training is used"},
@@ -35,9 +41,14 @@ class EvalArgs(JudgeArgs):
         default=at_root("evaluation/results"),
         metadata={"help": "folder of the results (replaced); pictures go to ../plots"},
     )
-    limit: int | None = field(default=None, metadata={"help": "use the first LIMIT problems; all if not given"})
+    limit: int | None = field(
+        default=None, metadata={"help": "use the first LIMIT problems; all if not given"}
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer, in tokens"})
-    seed: int = field(default=0, metadata={"help": "seed of the bootstrap and of --judge shuffled (the answers are greedy)"})
+    seed: int = field(
+        default=0,
+        metadata={"help": "seed of the bootstrap and of --judge shuffled (the answers are greedy)"},
+    )
 
     def __post_init__(self):
         for name in ("limit", "max_new_tokens"):
@@ -101,33 +112,60 @@ def main() -> None:
         for side, model in (("base", args.base_model), ("tuned", args.tuned_model)):
             policy = Policy.load(model)
             replies = policy.generate(
-                [problem.prompt for problem in problems], max_new_tokens=args.max_new_tokens, progress=f"{side} answers"
+                [problem.prompt for problem in problems],
+                max_new_tokens=args.max_new_tokens,
+                progress=f"{side} answers",
             )
             answers[side] = [reply[0] for reply in replies]
             chosen = policy.logps([(pair.prompt, pair.prefix, pair.chosen) for pair in pairs])
             rejected = policy.logps([(pair.prompt, pair.prefix, pair.rejected) for pair in pairs])
             margins[side] = [better - worse for better, worse in zip(chosen, rejected, strict=True)]
             del policy  # one model in memory at a time
-        both = [(problem.prompt, answers[side][k].steps) for k, problem in enumerate(problems) for side in answers]
-        of_both = score_all(judge, both, "scores")  # side by side: the judge reads a problem once, `shuffled` permutes over both
+        both = [
+            (problem.prompt, answers[side][k].steps)
+            for k, problem in enumerate(problems)
+            for side in answers
+        ]
+        of_both = score_all(
+            judge, both, "scores"
+        )  # side by side: the judge reads a problem once, `shuffled` permutes over both
         scores = {"base": of_both[::2], "tuned": of_both[1::2]}
 
-    scored = [k for k in range(len(problems)) if scores["base"][k] is not None and scores["tuned"][k] is not None]
+    scored = [
+        k
+        for k in range(len(problems))
+        if scores["base"][k] is not None and scores["tuned"][k] is not None
+    ]
     left_out = len(problems) - len(scored)
     if not scored:
-        raise UserError(f"nothing to compare: an answer to each of the {left_out} problems is {judge.left_out}")
-    measures = {side: [measure(problems[k], answers[side][k], scores[side][k]) for k in scored] for side in answers}
+        raise UserError(
+            f"nothing to compare: an answer to each of the {left_out} problems is {judge.left_out}"
+        )
+    measures = {
+        side: [measure(problems[k], answers[side][k], scores[side][k]) for k in scored]
+        for side in answers
+    }
     metrics = {}
     for name in ("reward", "reward_min", "accuracy", "step_accuracy", "unfinished", "steps"):
-        base, tuned = ([row[name] for row in measures[side] if name in row] for side in ("base", "tuned"))
+        base, tuned = (
+            [row[name] for row in measures[side] if name in row] for side in ("base", "tuned")
+        )
         if base:
             metrics |= compare(name, base, tuned, name in RATES, args.seed)
     if pairs:
         metrics |= compare("logp_margin", margins["base"], margins["tuned"], seed=args.seed)
 
-    write_records(outputs["answers"], (_row(problem, answers, scores, k) for k, problem in enumerate(problems)))
+    write_records(
+        outputs["answers"],
+        (_row(problem, answers, scores, k) for k, problem in enumerate(problems)),
+    )
     title = f"{len(scored):,} held-out problems, greedy answers"
-    comparison_plot(outputs["plot"], metrics, {"reward": "mean step reward (judge)", "accuracy": "exact accuracy"}, title)
+    comparison_plot(
+        outputs["plot"],
+        metrics,
+        {"reward": "mean step reward (judge)", "accuracy": "exact accuracy"},
+        title,
+    )
     write_result(
         outputs["result"],
         metrics,
@@ -139,12 +177,18 @@ def main() -> None:
         num_examples=len(scored),
         left_out=left_out,
     )
-    print_comparison(f"{title}\nbase: {args.base_model}\ntuned: {args.tuned_model}\njudge: {judge}", metrics)
+    print_comparison(
+        f"{title}\nbase: {args.base_model}\ntuned: {args.tuned_model}\njudge: {judge}", metrics
+    )
     if left_out:
-        print(f"{left_out} of {len(problems)} problems left out for both: an answer is {judge.left_out}")
+        print(
+            f"{left_out} of {len(problems)} problems left out for both: an answer is {judge.left_out}"
+        )
     if not pairs:
         print(f"{args.pairs} holds none of the pairs kept out of training: no logp_margin")
-    print(f"wrote {outputs['result']}, {outputs['answers']} (every answer with its scores) and {outputs['plot']}")
+    print(
+        f"wrote {outputs['result']}, {outputs['answers']} (every answer with its scores) and {outputs['plot']}"
+    )
 
 
 # One row of reward_score_comparison.jsonl; base_scores and tuned_scores are missing where the judge cannot score the answer:
@@ -155,7 +199,11 @@ def _row(problem: Problem, answers: dict, scores: dict, k: int) -> dict:
     row = {"prompt": problem.prompt, "answer": problem.answer}
     for side in answers:
         answer = answers[side][k]
-        row |= {f"{side}_steps": answer.steps, f"{side}_scores": scores[side][k], f"{side}_finished": answer.finished}
+        row |= {
+            f"{side}_steps": answer.steps,
+            f"{side}_scores": scores[side][k],
+            f"{side}_finished": answer.finished,
+        }
     return row
 
 

@@ -29,46 +29,97 @@ from utils.policies import PolicyArgs, check_policy, open_policy, policy_identit
 
 NAME = "search"
 CHUNK = 50  # problems that are searched together and remembered together
-CONTROLS = ("random", "agreement")  # who guides instead of the judge: chance, or the samples among each other
-USES_NOT = {"step_greedy": ("beams",)} | dict.fromkeys(("greedy", *PICKS), ("beams", "max_steps"))  # of the budget
-POOL_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # of majority votes, to find the one that costs as much
+CONTROLS = (
+    "random",
+    "agreement",
+)  # who guides instead of the judge: chance, or the samples among each other
+USES_NOT = {"step_greedy": ("beams",)} | dict.fromkeys(
+    ("greedy", *PICKS), ("beams", "max_steps")
+)  # of the budget
+POOL_SIZES = (
+    1,
+    2,
+    3,
+    4,
+    6,
+    8,
+    12,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+)  # of majority votes, to find the one that costs as much
 
 
 @dataclass
 class SearchArgs(JudgeArgs, PolicyArgs):
-    judge: str = field(default="prm", metadata=next(f.metadata for f in fields(JudgeArgs) if f.name == "judge"))
+    judge: str = field(
+        default="prm", metadata=next(f.metadata for f in fields(JudgeArgs) if f.name == "judge")
+    )
     splits: list[str] = field(
         default_factory=lambda: ["test", "hard"],
         metadata={"help": f"what is reported: {', '.join(HELD_OUT)}, or JSONL of problems"},
     )
     choose_on: list[str] = field(
-        default_factory=lambda: ["validation", "hard_validation"], metadata={"help": "splits on which is chosen"}
+        default_factory=lambda: ["validation", "hard_validation"],
+        metadata={"help": "splits on which is chosen"},
     )
     choose_limit: int = field(default=100, metadata={"help": "problems of each of them"})
     strategies: list[str] = field(
         default_factory=lambda: [name for name in STRATEGIES if name != "greedy"],
-        metadata={"help": "strategies besides greedy", "choices": [name for name in STRATEGIES if name != "greedy"]},
+        metadata={
+            "help": "strategies besides greedy",
+            "choices": [name for name in STRATEGIES if name != "greedy"],
+        },
     )
     aggregates: list[str] = field(
-        default_factory=lambda: [*AGGREGATES], metadata={"help": "how step scores may become one number", "choices": [*AGGREGATES]}
+        default_factory=lambda: [*AGGREGATES],
+        metadata={"help": "how step scores may become one number", "choices": [*AGGREGATES]},
     )
     controls: list[str] = field(
         default_factory=lambda: [*CONTROLS],
-        metadata={"help": "who else guides the best strategy: chance, or the samples among each other", "choices": [*CONTROLS]},
+        metadata={
+            "help": "who else guides the best strategy: chance, or the samples among each other",
+            "choices": [*CONTROLS],
+        },
     )
-    n: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"help": "proposals a step, or whole solutions"})
-    samples: int = field(default=64, metadata={"help": "the largest n of the strategies that share one pool of whole solutions"})
-    beams: int = field(default=Budget.beams, metadata={"help": "beams of beam, subtrees of dvts, walks of mcts"})
-    max_steps: int = field(default=Budget.max_steps, metadata={"help": "most steps of a solution that is searched step by step"})
-    max_new_tokens: int = field(default=Budget.max_new_tokens, metadata={"help": "longest answer, in tokens"})
-    temperature: float = field(default=Budget.temperature, metadata={"help": "of all samples (greedy has 0)"})
+    n: list[int] = field(
+        default_factory=lambda: [1, 4, 16],
+        metadata={"help": "proposals a step, or whole solutions"},
+    )
+    samples: int = field(
+        default=64,
+        metadata={"help": "the largest n of the strategies that share one pool of whole solutions"},
+    )
+    beams: int = field(
+        default=Budget.beams, metadata={"help": "beams of beam, subtrees of dvts, walks of mcts"}
+    )
+    max_steps: int = field(
+        default=Budget.max_steps,
+        metadata={"help": "most steps of a solution that is searched step by step"},
+    )
+    max_new_tokens: int = field(
+        default=Budget.max_new_tokens, metadata={"help": "longest answer, in tokens"}
+    )
+    temperature: float = field(
+        default=Budget.temperature, metadata={"help": "of all samples (greedy has 0)"}
+    )
     other_model: str | None = field(
-        default=None, metadata={"help": "another policy, unguided, to compare with: a model directory or a hub name"}
+        default=None,
+        metadata={
+            "help": "another policy, unguided, to compare with: a model directory or a hub name"
+        },
     )
     output_dir: str = field(
-        default=at_root("evaluation/results"), metadata={"help": "folder of search.json and search.jsonl; the picture in ../plots"}
+        default=at_root("evaluation/results"),
+        metadata={"help": "folder of search.json and search.jsonl; the picture in ../plots"},
     )
-    limit: int | None = field(default=None, metadata={"help": "use the first LIMIT problems of each split"})
+    limit: int | None = field(
+        default=None, metadata={"help": "use the first LIMIT problems of each split"}
+    )
     seed: int = field(default=0, metadata={"help": "seed of samples, bootstrap and random scores"})
 
     def __post_init__(self):
@@ -79,16 +130,26 @@ class SearchArgs(JudgeArgs, PolicyArgs):
         if self.seed < 0:
             raise ValueError(f"argument --seed: expected 0 or more, got {self.seed}")
         self.n = sorted({*self.n})
-        self.strategies, self.aggregates = list(dict.fromkeys(self.strategies)), list(dict.fromkeys(self.aggregates))
+        self.strategies, self.aggregates = (
+            list(dict.fromkeys(self.strategies)),
+            list(dict.fromkeys(self.aggregates)),
+        )
         for n in self.n:
             self.budget(n)
         if self.samples < max(self.n):
-            raise ValueError(f"argument --samples: expected {max(self.n)} or more, the largest --n, got {self.samples}")
+            raise ValueError(
+                f"argument --samples: expected {max(self.n)} or more, the largest --n, got {self.samples}"
+            )
         if self.judge == "shuffled":
-            raise ValueError("argument --judge: shuffled scores would depend on what is searched together; the control is random")
+            raise ValueError(
+                "argument --judge: shuffled scores would depend on what is searched together; the control is random"
+            )
 
     def budget(self, n: int, how: str | None = None) -> Budget:
-        values = {name: getattr(self, name) for name in ("beams", "max_steps", "max_new_tokens", "temperature")}
+        values = {
+            name: getattr(self, name)
+            for name in ("beams", "max_steps", "max_new_tokens", "temperature")
+        }
         return Budget(n=n, aggregate=how or Budget.aggregate, **values)
 
 
@@ -131,7 +192,11 @@ class Laboratory:
         self.rows: dict[str, dict] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+            whole = [
+                line
+                for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+                if line.endswith("\n")
+            ]
             self.rows = {row["key"]: row for row in map(json.loads, whole)}
             with open(path, "rb+") as file:  # what a killed run left of its last line goes
                 file.truncate(sum(len(line.encode()) for line in whole))
@@ -143,7 +208,11 @@ class Laboratory:
             elif what == "other":
                 self._open[what] = open_policy(PolicyArgs(self.args.other_model))
             else:
-                args = JudgeArgs(judge="random", seed=self.args.seed) if what == "random" else self.args
+                args = (
+                    JudgeArgs(judge="random", seed=self.args.seed)
+                    if what == "random"
+                    else self.args
+                )
                 self._open[what] = self._stack.enter_context(open_judge(args))
         return self._open[what]
 
@@ -157,12 +226,22 @@ class Laboratory:
         for name in USES_NOT.get(setting.strategy, ()):
             del budget[name]
         judge = self.guide if setting.guide == "judge" and setting.aggregate else None
-        what = {"policy": self.policies[policy], "judge": judge, **budget, **asdict(setting), "seed": self.args.seed}
+        what = {
+            "policy": self.policies[policy],
+            "judge": judge,
+            **budget,
+            **asdict(setting),
+            "seed": self.args.seed,
+        }
         what["problems"] = [(problem.prompt, problem.answer) for problem in chunk]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
     def measure(
-        self, settings: Sequence[Setting], problems: Sequence[Problem], label: str, policy: str = "own"
+        self,
+        settings: Sequence[Setting],
+        problems: Sequence[Problem],
+        label: str,
+        policy: str = "own",
     ) -> dict[Setting, Outcomes]:
         """The outcomes of settings that are measured together: one setting, or several that choose from one pool."""
         from tqdm import tqdm
@@ -174,30 +253,51 @@ class Laboratory:
                 keys = {setting: self.key(setting, policy, chunk) for setting in settings}
                 if not all(key in self.rows for key in keys.values()):
                     found = self._search(settings, chunk, policy)
-                    self._append([_row(keys[setting], label, setting, chunk, answers) for setting, answers in found.items()])
+                    self._append(
+                        [
+                            _row(keys[setting], label, setting, chunk, answers)
+                            for setting, answers in found.items()
+                        ]
+                    )
                 for setting, key in keys.items():
                     for name, values in asdict(outcomes[setting]).items():
                         setattr(outcomes[setting], name, values + self.rows[key][name])
                 bar.update(len(chunk))
         return outcomes
 
-    def _search(self, settings: Sequence[Setting], chunk: Sequence[Problem], policy: str) -> dict[Setting, list[Answer]]:
+    def _search(
+        self, settings: Sequence[Setting], chunk: Sequence[Problem], policy: str
+    ) -> dict[Setting, list[Answer]]:
         (first, *others), prompts = settings, [problem.prompt for problem in chunk]
         if not others:
-            judge = self.opened(first.guide) if first.aggregate and first.guide != "agreement" else None
+            judge = (
+                self.opened(first.guide) if first.aggregate and first.guide != "agreement" else None
+            )
             budget = self.args.budget(first.n, first.aggregate)
-            return {first: STRATEGIES[first.strategy](prompts, self.opened(policy), judge, budget, self.args.seed)}
+            return {
+                first: STRATEGIES[first.strategy](
+                    prompts, self.opened(policy), judge, budget, self.args.seed
+                )
+            }
         size = max(setting.n for setting in settings)
         judge = self.opened("judge") if any(setting.aggregate for setting in settings) else None
-        drawn, pools = draw(prompts, self.opened(policy), judge, self.args.budget(size), self.args.seed)
+        drawn, pools = draw(
+            prompts, self.opened(policy), judge, self.args.budget(size), self.args.seed
+        )
         found: dict[Setting, list[Answer]] = {setting: [] for setting in settings}
         for whole, pool in zip(drawn, pools, strict=True):
             of = votes(pool)
             for setting in settings:
                 part, share = pool[: setting.n], setting.n / size
-                answer = Answer(whole.prompt, seconds=whole.seconds * share, tokens=sum(sample.tokens for sample in part))
+                answer = Answer(
+                    whole.prompt,
+                    seconds=whole.seconds * share,
+                    tokens=sum(sample.tokens for sample in part),
+                )
                 if setting.aggregate:
-                    answer.judged = sum(len(steps) for steps in {sample.state.steps for sample in part})
+                    answer.judged = sum(
+                        len(steps) for steps in {sample.state.steps for sample in part}
+                    )
                     answer.left_out = sum(sample.scores is None for sample in part)
                 answer.take(PICKS[setting.strategy](part, setting.aggregate, of))
                 found[setting].append(answer)
@@ -213,16 +313,26 @@ class Laboratory:
 #   {"key": "0f3c...",                                  of everything it depends on; equal keys are never measured twice
 #    "what": "hard: beam 16", "strategy": "beam", "n": 16, "aggregate": "min", "guide": "judge",
 #    "correct": [1, 0, ...], "tokens": [830, ...], "judged": [95, ...], "left_out": [0, ...], "seconds": [0.21, ...]}
-def _row(key: str, label: str, setting: Setting, chunk: Sequence[Problem], answers: Sequence[Answer]) -> dict:
+def _row(
+    key: str, label: str, setting: Setting, chunk: Sequence[Problem], answers: Sequence[Answer]
+) -> dict:
     outcomes = Outcomes(
-        [int(is_correct(answer.steps, problem)) for answer, problem in zip(answers, chunk, strict=True)],
-        *([getattr(answer, name) for answer in answers] for name in ("tokens", "judged", "left_out")),
+        [
+            int(is_correct(answer.steps, problem))
+            for answer, problem in zip(answers, chunk, strict=True)
+        ],
+        *(
+            [getattr(answer, name) for answer in answers]
+            for name in ("tokens", "judged", "left_out")
+        ),
         [round(answer.seconds, 4) for answer in answers],
     )
     return {"key": key, "what": label, **asdict(setting), **asdict(outcomes)}
 
 
-def wanted(args: SearchArgs, aggregates: dict[str, list[str]], sizes: Sequence[int]) -> list[list[Setting]]:
+def wanted(
+    args: SearchArgs, aggregates: dict[str, list[str]], sizes: Sequence[int]
+) -> list[list[Setting]]:
     """The settings to be measured, in groups that are measured together: what chooses from a pool of whole solutions, at all
     `sizes`, and everything else by itself, at --n."""
     pool, alone = [], []
@@ -242,16 +352,26 @@ def choose(args: SearchArgs, lab: Laboratory, splits: dict[str, list[Problem]]) 
     accuracy: dict[Setting, list[float]] = {}
     for split, problems in splits.items():
         for settings in wanted(largest, tried, largest.n):
-            label = f"{split}, choosing: {settings[0].strategy} {settings[0].aggregate or ''}" if len(settings) == 1 else split
+            label = (
+                f"{split}, choosing: {settings[0].strategy} {settings[0].aggregate or ''}"
+                if len(settings) == 1
+                else split
+            )
             for setting, outcomes in lab.measure(settings, problems, label).items():
                 accuracy.setdefault(setting, []).append(sum(outcomes.correct) / len(problems))
     mean = {setting: sum(values) / len(values) for setting, values in accuracy.items()}
-    best = {name: max((s for s in mean if s.strategy == name), key=mean.__getitem__) for name in args.strategies}
+    best = {
+        name: max((s for s in mean if s.strategy == name), key=mean.__getitem__)
+        for name in args.strategies
+    }
     guided = [setting for setting in best.values() if setting.aggregate]
     return {
         "aggregates": {name: setting.aggregate for name, setting in best.items()},
         "strategy": max(guided, key=mean.__getitem__).strategy if guided else None,
-        "accuracies": {f"{s.strategy}/{s.aggregate}" if s.aggregate else s.strategy: value for s, value in mean.items()},
+        "accuracies": {
+            f"{s.strategy}/{s.aggregate}" if s.aggregate else s.strategy: value
+            for s, value in mean.items()
+        },
     }
 
 
@@ -266,7 +386,11 @@ def trend(outcomes: dict[int, Outcomes], seed: int) -> tuple[Metric, float | Non
     steps = np.log(sorted(outcomes)) / np.log(4)
     steps = steps - steps.mean()
     slopes = table @ steps / (steps @ steps)
-    p = page_trend_test(table, method="asymptotic").pvalue if table.shape[1] > 2 and len(table) > 1 else None
+    p = (
+        page_trend_test(table, method="asymptotic").pvalue
+        if table.shape[1] > 2 and len(table) > 1
+        else None
+    )
     return mean_metric(slopes, seed), None if p is None else float(p)
 
 
@@ -275,31 +399,51 @@ class Report:
 
     def __init__(self, args: SearchArgs, aggregates: dict[str, str | None]):
         self.args, self.aggregates = args, aggregates
-        self.policy, self.other = (Path(name).name if name else None for name in (args.model_name_or_path, args.other_model))
+        self.policy, self.other = (
+            Path(name).name if name else None
+            for name in (args.model_name_or_path, args.other_model)
+        )
         self.metrics: dict[str, Metric] = {}
         self.equal_tokens: dict[str, int] = {}
         self.trend_p: dict[str, float | None] = {}
         self.left_out: dict[str, int] = {}
 
-    def add(self, split: str, found: dict[Setting, Outcomes], greedy: Outcomes, other: Outcomes | None, curve: dict[int, Outcomes]):
+    def add(
+        self,
+        split: str,
+        found: dict[Setting, Outcomes],
+        greedy: Outcomes,
+        other: Outcomes | None,
+        curve: dict[int, Outcomes],
+    ):
         """One split. `found`: of every setting that is shown. `curve`: majority votes by their n, to compare with at equal cost."""
         seed = self.args.seed
         self._cost(f"{split}/{self.policy}/greedy/1", greedy)
         if other:
             self._cost(f"{split}/{self.other}/greedy/1", other)
-            self.metrics[f"{split}/{self.other}/greedy/1/accuracy_improvement"] = difference(greedy, other, seed)
+            self.metrics[f"{split}/{self.other}/greedy/1/accuracy_improvement"] = difference(
+                greedy, other, seed
+            )
         for setting, outcomes in found.items():
             name = f"{split}/{self.policy}/{setting.name}/{setting.n}"
             self._cost(name, outcomes)
             self.metrics[f"{name}/accuracy_improvement"] = difference(greedy, outcomes, seed)
             if other:
-                self.metrics[f"{name}/accuracy_over_{self.other}"] = difference(other, outcomes, seed)
+                self.metrics[f"{name}/accuracy_over_{self.other}"] = difference(
+                    other, outcomes, seed
+                )
             if curve and setting.strategy != "majority_vote":
                 n = as_dear(curve, outcomes)
                 self.equal_tokens[name] = n
-                self.metrics[f"{name}/accuracy_over_majority_vote"] = difference(curve[n], outcomes, seed)
+                self.metrics[f"{name}/accuracy_over_majority_vote"] = difference(
+                    curve[n], outcomes, seed
+                )
         for name in dict.fromkeys(setting.name for setting in found):
-            by_n = {setting.n: outcomes for setting, outcomes in found.items() if setting.name == name and setting.n in self.args.n}
+            by_n = {
+                setting.n: outcomes
+                for setting, outcomes in found.items()
+                if setting.name == name and setting.n in self.args.n
+            }
             if len(by_n) > 1:
                 key = f"{split}/{self.policy}/{name}/trend"
                 self.metrics[key], self.trend_p[key] = trend(by_n, seed)
@@ -322,10 +466,21 @@ class Report:
             _, policy, strategy, n = of.split("/")
             majority = self.metrics.get(f"{of}/accuracy_over_majority_vote", "")
             majority = f"{self.equal_tokens[of]}: {majority}" if majority else ""
-            better = [self.metrics.get(f"{of}/{key}", "") for key in ("accuracy_improvement", f"accuracy_over_{self.other}")]
-            cost = [f"{self.metrics[f'{of}/{key}'].value:,.0f}" for key in ("tokens", "judged_steps")]
+            better = [
+                self.metrics.get(f"{of}/{key}", "")
+                for key in ("accuracy_improvement", f"accuracy_over_{self.other}")
+            ]
+            cost = [
+                f"{self.metrics[f'{of}/{key}'].value:,.0f}" for key in ("tokens", "judged_steps")
+            ]
             how = self.aggregates.get(strategy.split("-")[0])
-            called = f"{policy}, {strategy}" if policy != self.policy else f"{strategy}, {how}" if how else strategy
+            called = (
+                f"{policy}, {strategy}"
+                if policy != self.policy
+                else f"{strategy}, {how}"
+                if how
+                else strategy
+            )
             row = [called, n, self.metrics[name], *cost, *better, majority]
             rows.append(row if self.other else [*row[:-2], majority])
         return rows
@@ -342,13 +497,17 @@ class Report:
                 of = name.removesuffix("/accuracy")
                 _, policy, strategy, _ = of.split("/")
                 line = strategy if policy == self.policy else f"{policy}, {strategy}"
-                lines.setdefault(line, []).append((self.metrics[f"{of}/tokens"], self.metrics[name]))
+                lines.setdefault(line, []).append(
+                    (self.metrics[f"{of}/tokens"], self.metrics[name])
+                )
         return lines
 
 
 def difference(base: Outcomes, better: Outcomes, seed: int) -> Metric:
     """Mean difference of accuracy over the same problems (paired bootstrap)."""
-    return mean_metric([after - before for before, after in zip(base.correct, better.correct, strict=True)], seed)
+    return mean_metric(
+        [after - before for before, after in zip(base.correct, better.correct, strict=True)], seed
+    )
 
 
 def as_dear(curve: dict[int, Outcomes], outcomes: Outcomes) -> int:
@@ -357,29 +516,43 @@ def as_dear(curve: dict[int, Outcomes], outcomes: Outcomes) -> int:
     return min(curve, key=lambda n: abs(math.log(max(1, sum(curve[n].tokens)) / tokens)))
 
 
-def check(args: SearchArgs) -> tuple[dict[str, list[Problem]], dict[str, list[Problem]], dict[str, Path]]:
+def check(
+    args: SearchArgs,
+) -> tuple[dict[str, list[Problem]], dict[str, list[Problem]], dict[str, Path]]:
     """The problems of the splits that are reported and of those on which is chosen, and where the outputs go; all that can be wrong
     is found here, before any work."""
     check_policy(args)
     check_judge(args)
     if args.other_model is not None:
-        check_model(args.other_model, "make models-large" if Path(args.other_model).name == "policy-large" else None)
+        check_model(
+            args.other_model,
+            "make models-large" if Path(args.other_model).name == "policy-large" else None,
+        )
         if Path(args.other_model).name == Path(args.model_name_or_path).name:
-            raise UserError(f"argument --other_model: is called as the policy is, {Path(args.other_model).name}: rename one")
+            raise UserError(
+                f"argument --other_model: is called as the policy is, {Path(args.other_model).name}: rename one"
+            )
     reported, chosen_on = (
-        {Path(name).stem.removeprefix("problems_"): name for name in names} for names in (args.splits, args.choose_on)
+        {Path(name).stem.removeprefix("problems_"): name for name in names}
+        for names in (args.splits, args.choose_on)
     )
     if len(reported) < len(args.splits) or len(chosen_on) < len(args.choose_on):
         raise UserError("argument --splits or --choose_on: two splits have the same name")
     if both := reported.keys() & chosen_on.keys():
-        raise UserError(f"argument --choose_on: nothing is chosen on what is reported, {', '.join(sorted(both))}")
+        raise UserError(
+            f"argument --choose_on: nothing is chosen on what is reported, {', '.join(sorted(both))}"
+        )
     problems = {}
     for split, name in (reported | chosen_on).items():
         path = at_root(f"data/problems_{name}.jsonl") if name in HELD_OUT else name
         check_input(path, "make data" if name in HELD_OUT else None)
         problems[split] = list(read_records(path, Problem))[: args.limit]
     folder = Path(args.output_dir)
-    outputs = {"rows": folder / f"{NAME}.jsonl", "result": folder / f"{NAME}.json", "plot": folder.parent / "plots" / f"{NAME}.png"}
+    outputs = {
+        "rows": folder / f"{NAME}.jsonl",
+        "result": folder / f"{NAME}.json",
+        "plot": folder.parent / "plots" / f"{NAME}.png",
+    }
     for path in outputs.values():
         check_output(str(path), overwrite=True)
     chosen_on = {split: problems[split][: args.choose_limit] for split in chosen_on}
@@ -396,45 +569,73 @@ def main() -> None:
     try:
         chosen = choose(args, lab, chosen_on)
         report = Report(args, chosen["aggregates"])
-        sizes = sorted({*args.n, *(size for size in POOL_SIZES if size <= args.samples), args.samples})
+        sizes = sorted(
+            {*args.n, *(size for size in POOL_SIZES if size <= args.samples), args.samples}
+        )
         shown = {*args.n, args.samples}
         one = {name: [how] for name, how in chosen["aggregates"].items()}
         for split, problems in splits.items():
             (greedy,) = lab.measure([Setting("greedy", 1)], problems, f"{split}: greedy").values()
             other = None
             if args.other_model is not None:
-                (other,) = lab.measure([Setting("greedy", 1)], problems, f"{split}: {report.other}", "other").values()
+                (other,) = lab.measure(
+                    [Setting("greedy", 1)], problems, f"{split}: {report.other}", "other"
+                ).values()
             found: dict[Setting, Outcomes] = {}
             for settings in wanted(args, one, sizes):
-                label = "one pool of solutions" if len(settings) > 1 else f"{settings[0].strategy} {settings[0].n}"
+                label = (
+                    "one pool of solutions"
+                    if len(settings) > 1
+                    else f"{settings[0].strategy} {settings[0].n}"
+                )
                 found |= lab.measure(settings, problems, f"{split}: {label}")
             for guide in args.controls if chosen["strategy"] else ():
                 for n in args.n:
-                    setting = Setting(chosen["strategy"], n, chosen["aggregates"][chosen["strategy"]], guide)
+                    setting = Setting(
+                        chosen["strategy"], n, chosen["aggregates"][chosen["strategy"]], guide
+                    )
                     found |= lab.measure([setting], problems, f"{split}: {setting.name} {n}")
-            curve = {setting.n: outcomes for setting, outcomes in found.items() if setting.strategy == "majority_vote"}
-            report.add(split, {s: o for s, o in found.items() if s.n in shown}, greedy, other, curve)
+            curve = {
+                setting.n: outcomes
+                for setting, outcomes in found.items()
+                if setting.strategy == "majority_vote"
+            }
+            report.add(
+                split, {s: o for s, o in found.items() if s.n in shown}, greedy, other, curve
+            )
     finally:
         lab.close()
 
     title = f"{report.policy}, guided by {judge_name(args)}"
     controls = [Setting(chosen["strategy"], 1, guide=guide).name for guide in args.controls]
-    frontier_plot(outputs["plot"], {split: report.frontier(split) for split in splits}, controls, title)
-    extras = {"chosen": chosen, "equal_tokens": report.equal_tokens, "trend_p": report.trend_p, "left_out": report.left_out}
+    frontier_plot(
+        outputs["plot"], {split: report.frontier(split) for split in splits}, controls, title
+    )
+    extras = {
+        "chosen": chosen,
+        "equal_tokens": report.equal_tokens,
+        "trend_p": report.trend_p,
+        "left_out": report.left_out,
+    }
     write_result(outputs["result"], report.metrics, asdict(args), [args.seed], **extras)
     tried = sorted(chosen["accuracies"].items(), key=lambda item: -item[1])
     on = ", ".join(f"{len(problems)} {split}" for split, problems in chosen_on.items())
-    print_table(f"chosen at n = {args.n[-1]} on {on}", ["strategy", "accuracy"], [(name, f"{value:.3f}") for name, value in tried])
+    print_table(
+        f"chosen at n = {args.n[-1]} on {on}",
+        ["strategy", "accuracy"],
+        [(name, f"{value:.3f}") for name, value in tried],
+    )
     for split, problems in splits.items():
-        heading = (
-            f"{split}: {len(problems):,} problems; {title}; tokens and judged steps a problem; a majority vote of as many tokens"
-        )
+        heading = f"{split}: {len(problems):,} problems; {title}; tokens and judged steps a problem; a majority vote of as many tokens"
         print_table(heading, report.columns(), report.rows(split))
     trends = [
-        (name.removesuffix("/trend"), report.metrics[name], "" if p is None else f"{p:.2g}") for name, p in report.trend_p.items()
+        (name.removesuffix("/trend"), report.metrics[name], "" if p is None else f"{p:.2g}")
+        for name, p in report.trend_p.items()
     ]
     if trends:
-        print_table("accuracy gained when n is multiplied by 4", ["search", "gain", "p (Page)"], trends)
+        print_table(
+            "accuracy gained when n is multiplied by 4", ["search", "gain", "p (Page)"], trends
+        )
     for name, count in report.left_out.items():
         print(f"{name}: {count} proposals were left out by the judge")
     print(f"wrote {outputs['result']}, {outputs['plot']} and {outputs['rows']} (every problem)")

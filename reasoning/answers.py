@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 # The ways a line states its final answer: "Answer: 52", "The answer is 52.", "#### 52", "\boxed{52}".
-_STATED = re.compile(r"(?:^|\b)(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*(?P<answer>\S.*)|^\s*####\s*(?P<hashes>\S.*)", re.IGNORECASE)
+_STATED = re.compile(
+    r"(?:^|\b)(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*(?P<answer>\S.*)|^\s*####\s*(?P<hashes>\S.*)",
+    re.IGNORECASE,
+)
 
 
 def _boxed(text: str) -> str | None:
@@ -46,23 +49,33 @@ def extract_answer(text: str) -> str | None:
 LONGEST = 300  # characters; what is longer is compared as text only
 SECONDS = 5.0  # of processor time for one comparison by math-verify
 
-_LAYOUT = re.compile(r"\\[!,;:]|\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[()\[\]]|\*\*|\\?[$£€]|\^\{?\\circ\}?|°")
+_LAYOUT = re.compile(
+    r"\\[!,;:]|\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[()\[\]]|\*\*|\\?[$£€]|\^\{?\\circ\}?|°"
+)
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mbox|mathrm|mathbf)\s*\{([^{}]*)\}")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _FRACTION = re.compile(r"(-?)\s*(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")  # 3/4 and 2 3/4
-_AMOUNT = re.compile(r"(?:^[-+]\s*|(?<![\d.])[-+])?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,2}(?!\d))?", re.IGNORECASE)
-_SHORT_WORDS = re.compile(r"cm|mm|km|kg|mg|ml|ft|in|lb|oz|hr|am|pm|mi|yd|is|he|an|at|by")  # others of two letters are variables
+_AMOUNT = re.compile(
+    r"(?:^[-+]\s*|(?<![\d.])[-+])?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,2}(?!\d))?", re.IGNORECASE
+)
+_SHORT_WORDS = re.compile(
+    r"cm|mm|km|kg|mg|ml|ft|in|lb|oz|hr|am|pm|mi|yd|is|he|an|at|by"
+)  # others of two letters are variables
 _NO_UNITS = re.compile(  # words that make another number of one
     r"\b(?:and|or|half|halves|of|to|times|plus|minus|negative|dozens?|hundreds?|thousands?|[mb]illions?|sqrt|sin|cos|tan|log|exp)\b",
     re.IGNORECASE,
 )
 _WORD = re.compile(r"[^\W\d_]+")
-_FUNCTIONS = re.compile(r"(?<![a-zA-Z\\])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![a-zA-Z])")  # as a programming language writes them
+_FUNCTIONS = re.compile(
+    r"(?<![a-zA-Z\\])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![a-zA-Z])"
+)  # as a programming language writes them
 
 
 def _tidy(text: str) -> str:
     """Without the signs that only lay it out: dollars of money and of LaTeX, bold, thin spaces, degrees, a closing full stop."""
-    text = _LAYOUT.sub("", text.replace("\u00a0", " ").replace("{,}", ",").replace("\\%", "%").replace("−", "-"))
+    text = _LAYOUT.sub(
+        "", text.replace("\u00a0", " ").replace("{,}", ",").replace("\\%", "%").replace("−", "-")
+    )
     return text.strip().rstrip(".").strip()
 
 
@@ -78,14 +91,21 @@ def _number(text: str) -> Fraction | None:
     text = re.sub(r"(?<=[a-z]{2})\^\{?[23]\}?", "", text)  # square and cubic units
     amounts = _AMOUNT.findall(text)
     rest = _AMOUNT.sub(" ", text)
-    if len(amounts) != 1 or re.search(r"[^\w\s.,;:'\"/-]|_", rest) or _has_variables(f"{before} {rest}") or _NO_UNITS.search(rest):
+    if (
+        len(amounts) != 1
+        or re.search(r"[^\w\s.,;:'\"/-]|_", rest)
+        or _has_variables(f"{before} {rest}")
+        or _NO_UNITS.search(rest)
+    ):
         return None
     return Fraction(re.sub(r"\s|\.$|\.(?=e)", "", amounts[0].lower()))
 
 
 def _has_variables(text: str) -> bool:
     """Whether there is a letter or two that are no short word: `3xy`."""
-    return any(len(word) < 3 and not _SHORT_WORDS.fullmatch(word.lower()) for word in _WORD.findall(text))
+    return any(
+        len(word) < 3 and not _SHORT_WORDS.fullmatch(word.lower()) for word in _WORD.findall(text)
+    )
 
 
 def _is_prose(text: str) -> bool:
@@ -117,10 +137,17 @@ def same_answer(answer: str | None, reference: str) -> bool:
     numbers = [_number(text) for text in worded]
     if None not in numbers:
         return numbers[0] == numbers[1]
-    if any(number is None and _is_prose(text) for number, text in zip(numbers, worded, strict=True)):
+    if any(
+        number is None and _is_prose(text) for number, text in zip(numbers, worded, strict=True)
+    ):
         return False
     # a number has lost its unit here, which math-verify would read as a product of variables
-    return _same_expression(*(text if number is None else str(number) for number, text in zip(numbers, pair, strict=True)))
+    return _same_expression(
+        *(
+            text if number is None else str(number)
+            for number, text in zip(numbers, pair, strict=True)
+        )
+    )
 
 
 class _TooLong(BaseException):
@@ -148,7 +175,10 @@ def _processor_limit(seconds: float) -> Iterator[None]:
 
 
 def _same_expression(answer: str, reference: str) -> bool:
-    from math_verify import parse, verify  # sympy takes a second to import, and plain numbers never need it
+    from math_verify import (
+        parse,
+        verify,
+    )  # sympy takes a second to import, and plain numbers never need it
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns when its own limit is off
 

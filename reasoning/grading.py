@@ -10,7 +10,9 @@ from reasoning.answers import extract_answer, same_answer
 from reasoning.records import Problem
 
 _NUMBER = r"\d+(?:\.\d+)?"
-_EQUATION = re.compile(rf"(?P<left>-?\s*{_NUMBER}(?:\s*[-+*/]\s*{_NUMBER})+)\s*=\s*(?P<right>-?\s*{_NUMBER})")
+_EQUATION = re.compile(
+    rf"(?P<left>-?\s*{_NUMBER}(?:\s*[-+*/]\s*{_NUMBER})+)\s*=\s*(?P<right>-?\s*{_NUMBER})"
+)
 _TERM = re.compile(rf"([-+*/]?)\s*({_NUMBER})")
 
 
@@ -47,7 +49,9 @@ def grade_steps(steps: list[str], problem: Problem) -> list[float]:
     right; everything from the first error on is 0. The reference (`problem.steps`) must be there.
     """
     if not problem.steps:
-        raise ValueError("this problem has no reference steps: its steps cannot be graded, only its answer")
+        raise ValueError(
+            "this problem has no reference steps: its steps cannot be graded, only its answer"
+        )
     scores, right = [], True
     for k, step in enumerate(steps):
         right = right and k < len(problem.steps) and _same_step(step, problem.steps[k])
@@ -60,7 +64,12 @@ def _same_step(step: str, reference: str) -> bool:
     if stated is not None:
         return same_answer(extract_answer(step), stated)
     value, true = step_value(step)
-    return true and value is not None and value == step_value(reference)[0] and extract_answer(step) is None
+    return (
+        true
+        and value is not None
+        and value == step_value(reference)[0]
+        and extract_answer(step) is None
+    )
 
 
 def is_correct(steps: list[str], problem: Problem) -> bool:

@@ -22,11 +22,20 @@ from typing import Any
 from reasoning.answers import extract_answer, same_answer
 from reasoning.records import LabelledSolution, PreferencePair, Problem, RecordError, StepValue
 from reasoning.rows import load_rows, show
-from reasoning.steps import CLOSING_STEP, STEP_NUMBER, one_line, split_sentences, split_steps, split_text
+from reasoning.steps import (
+    CLOSING_STEP,
+    STEP_NUMBER,
+    one_line,
+    split_sentences,
+    split_steps,
+    split_text,
+)
 
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 _FIRST_STEP = re.compile(rf"^{STEP_NUMBER.pattern}", re.IGNORECASE | re.MULTILINE)
-_PRM_ANSWER = re.compile(r"\s*^#\s*Answer\s*$\s*", re.MULTILINE)  # PRM800K ends a solution with "\n\n# Answer\n\n29"
+_PRM_ANSWER = re.compile(
+    r"\s*^#\s*Answer\s*$\s*", re.MULTILINE
+)  # PRM800K ends a solution with "\n\n# Answer\n\n29"
 
 # --- fields --------------------------------------------------------------------------------------------------------------------
 
@@ -60,10 +69,18 @@ def _label(value: Any, where: str) -> float | None:
     """true, false or a number from 0 to 1, which is a label; null, which is none."""
     if value is None or (isinstance(value, bool | int | float) and 0 <= value <= 1):
         return None if value is None else float(value)
-    raise RecordError(f"{where}: expected true, false, null or a number from 0 to 1, got {show(value)}")
+    raise RecordError(
+        f"{where}: expected true, false, null or a number from 0 to 1, got {show(value)}"
+    )
 
 
-def _solution(prompt: str, steps: list[str], labels: list[float | None], final_correct: bool | None, dropped: Counter):
+def _solution(
+    prompt: str,
+    steps: list[str],
+    labels: list[float | None],
+    final_correct: bool | None,
+    dropped: Counter,
+):
     """One LabelledSolution, or none (counted) if nobody labelled a step or a step is empty."""
     steps = [one_line(step) for step in steps]
     if all(label is None for label in labels):
@@ -78,7 +95,9 @@ def _solution(prompt: str, steps: list[str], labels: list[float | None], final_c
 def _in_one_line(record: Any) -> Any:
     """A record whose steps may have line breaks, without them."""
     names = [name for name in ("steps", "prefix", "chosen", "rejected") if hasattr(record, name)]
-    record = replace(record, **{name: [one_line(step) for step in getattr(record, name)] for name in names})
+    record = replace(
+        record, **{name: [one_line(step) for step in getattr(record, name)] for name in names}
+    )
     return replace(record, step=one_line(record.step)) if hasattr(record, "step") else record
 
 
@@ -87,7 +106,13 @@ def _in_one_line(record: Any) -> Any:
 
 def _reference(steps: list[str], answer: str) -> list[str]:
     """A reference solution as this project writes it: numbered steps, and the answer in a closing one."""
-    return [*[step if STEP_NUMBER.match(step) else f"Step {k}: {step}" for k, step in enumerate(steps, 1)], f"Answer: {answer}"]
+    return [
+        *[
+            step if STEP_NUMBER.match(step) else f"Step {k}: {step}"
+            for k, step in enumerate(steps, 1)
+        ],
+        f"Answer: {answer}",
+    ]
 
 
 def _gsm8k_problem(row: dict, dropped: Counter) -> Iterator[Problem]:
@@ -106,7 +131,11 @@ def _gsm8k_problem(row: dict, dropped: Counter) -> Iterator[Problem]:
 def _math_problem(row: dict, dropped: Counter) -> Iterator[Problem]:
     """`solution`: prose with the answer in \\boxed{}. Drawings in it are left out, and what is left is cut into sentences."""
     prompt, solution = _text(row, "problem"), _text(row, "solution")
-    answer = one_line(row["answer"]) if isinstance(row.get("answer"), str) else extract_answer(one_line(solution))
+    answer = (
+        one_line(row["answer"])
+        if isinstance(row.get("answer"), str)
+        else extract_answer(one_line(solution))
+    )
     if not answer:
         dropped["problems without a final answer"] += 1
         return
@@ -151,7 +180,9 @@ def _prm800k_labels(row: dict, dropped: Counter) -> Iterator[LabelledSolution]:
         chosen, human = step.get("chosen_completion"), step.get("human_completion")
         if chosen is not None:
             if not isinstance(chosen, int) or not 0 <= chosen < len(rated):
-                raise RecordError(f"{where}: chosen_completion {show(chosen)} is none of its {len(rated)} completions")
+                raise RecordError(
+                    f"{where}: chosen_completion {show(chosen)} is none of its {len(rated)} completions"
+                )
             goes_on = rated.pop(chosen)
         elif human is not None:
             goes_on = (_prm800k_text(human, where), 1.0)
@@ -166,11 +197,21 @@ def _prm800k_labels(row: dict, dropped: Counter) -> Iterator[LabelledSolution]:
     if not steps:
         dropped["solutions without a labelled step"] += 1
         return
-    whole = [_prm800k_text({"text": text}, "") for text in (row["question"].get("pre_generated_steps") or [])]
+    whole = [
+        _prm800k_text({"text": text}, "")
+        for text in (row["question"].get("pre_generated_steps") or [])
+    ]
     if whole[: len(steps)] == steps:
         labels, steps = labels + [None] * (len(whole) - len(steps)), whole
-    reference, answer = row["question"].get("ground_truth_answer"), extract_answer(one_line(steps[-1]))
-    final_correct = same_answer(answer, reference) if isinstance(reference, str) and answer is not None else None
+    reference, answer = (
+        row["question"].get("ground_truth_answer"),
+        extract_answer(one_line(steps[-1])),
+    )
+    final_correct = (
+        same_answer(answer, reference)
+        if isinstance(reference, str) and answer is not None
+        else None
+    )
     yield from _solution(prompt, steps, labels, final_correct, dropped)
     for texts, ratings in alternatives:
         yield from _solution(prompt, texts, ratings, None, dropped)
@@ -185,7 +226,9 @@ def _prm800k_text(completion: Any, where: str) -> str:
 def _prm800k_completion(completion: Any, where: str) -> tuple[str, float | None]:
     text = _prm800k_text(completion, where)
     if completion.get("rating") not in _RATINGS:
-        raise RecordError(f"{where}: expected a rating of -1, 0 or 1, got {show(completion.get('rating'))}")
+        raise RecordError(
+            f"{where}: expected a rating of -1, 0 or 1, got {show(completion.get('rating'))}"
+        )
     return text, _RATINGS[completion.get("rating")]
 
 
@@ -214,10 +257,18 @@ def _processbench_labels(row: dict, dropped: Counter) -> Iterator[LabelledSoluti
     prompt, steps = _text(row, "problem"), _texts(row, "steps")
     error = _field(row, "label", int, "a whole number")
     if not -1 <= error < len(steps):
-        raise RecordError(f"field 'label': expected -1 or the index of one of {len(steps)} steps, got {error}")
-    labels = [1.0] * len(steps) if error < 0 else [1.0] * error + [0.0] + [None] * (len(steps) - error - 1)
+        raise RecordError(
+            f"field 'label': expected -1 or the index of one of {len(steps)} steps, got {error}"
+        )
+    labels = (
+        [1.0] * len(steps)
+        if error < 0
+        else [1.0] * error + [0.0] + [None] * (len(steps) - error - 1)
+    )
     correct = row.get("final_answer_correct")
-    yield from _solution(prompt, steps, labels, correct if isinstance(correct, bool) else None, dropped)
+    yield from _solution(
+        prompt, steps, labels, correct if isinstance(correct, bool) else None, dropped
+    )
 
 
 def _trl_labels(row: dict, dropped: Counter) -> Iterator[LabelledSolution]:
@@ -226,15 +277,22 @@ def _trl_labels(row: dict, dropped: Counter) -> Iterator[LabelledSolution]:
         dropped["prompts of more than one turn"] += 1
         return
     steps = [_ANNOTATION.sub("", step) for step in _texts(row, "completions")]
-    labels = [_label(label, "field 'labels'") for label in _field(row, "labels", list, "a list of labels")]
+    labels = [
+        _label(label, "field 'labels'") for label in _field(row, "labels", list, "a list of labels")
+    ]
     if len(steps) != len(labels):
-        raise RecordError(f"field 'labels': expected one label for each of {len(steps)} steps, got {len(labels)}")
+        raise RecordError(
+            f"field 'labels': expected one label for each of {len(steps)} steps, got {len(labels)}"
+        )
     yield from _solution(prompt, steps, labels, None, dropped)
 
 
 def _own_labels(row: dict, dropped: Counter) -> Iterator[LabelledSolution]:
     solution = LabelledSolution.from_row(row)
-    yield from _solution(*(getattr(solution, name) for name in ("prompt", "steps", "labels", "final_correct")), dropped)
+    yield from _solution(
+        *(getattr(solution, name) for name in ("prompt", "steps", "labels", "final_correct")),
+        dropped,
+    )
 
 
 # --- Step-DPO, TRL: preferences --------------------------------------------------------------------------------------------------
@@ -244,7 +302,9 @@ def _step_dpo_pair(row: dict, dropped: Counter) -> Iterator[PreferencePair]:
     """One right and one wrong step after the same beginning: scores 1 and 0. The published beginning may end with the number of
     the step to come ("... Step 3:"), which goes in front of both."""
     prompt, beginning = _text(row, "prompt"), _field(row, "initial_reason_steps", str, "a text")
-    chosen, rejected = (one_line(_field(row, side, str, "a text")) for side in ("chosen", "rejected"))
+    chosen, rejected = (
+        one_line(_field(row, side, str, "a text")) for side in ("chosen", "rejected")
+    )
     for side, step in (("chosen", chosen), ("rejected", rejected)):
         if not step:
             dropped[f"pairs with an empty '{side}'"] += 1
@@ -256,7 +316,9 @@ def _step_dpo_pair(row: dict, dropped: Counter) -> Iterator[PreferencePair]:
     if chosen == rejected:
         dropped["pairs with the same step on both sides"] += 1
         return
-    yield PreferencePair(prompt, [chosen], [rejected], prefix, chosen_scores=[1.0], rejected_scores=[0.0])
+    yield PreferencePair(
+        prompt, [chosen], [rejected], prefix, chosen_scores=[1.0], rejected_scores=[0.0]
+    )
 
 
 def _prompt_text(prompt: Any) -> str | None:
@@ -275,9 +337,13 @@ def _message_texts(messages: Any, name: str) -> list[tuple[str, str]]:
     for message in messages if isinstance(messages, list) else [None]:
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, list):
-            content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+            content = "".join(
+                str(part.get("text", "")) for part in content if isinstance(part, dict)
+            )
         if not isinstance(content, str) or not isinstance(message.get("role"), str):
-            raise RecordError(f"field '{name}': expected a text or messages with role and content, got {show(messages)}")
+            raise RecordError(
+                f"field '{name}': expected a text or messages with role and content, got {show(messages)}"
+            )
         texts.append((message["role"], content))
     return texts
 
@@ -287,16 +353,27 @@ def _trl_pair(row: dict, dropped: Counter) -> Iterator[PreferencePair]:
     prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
     if all(isinstance(side, str) for side in sides):
         if prompt is None:  # both sides begin with it; cut between words, as TRL does
-            common = "".join(a for a, b in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(*sides, strict=False)))
+            common = "".join(
+                a
+                for a, b in itertools.takewhile(
+                    lambda ab: ab[0] == ab[1], zip(*sides, strict=False)
+                )
+            )
             prompt = re.match(r"(?s)(?:.*\s)?", common)[0]
             sides = [side[len(prompt) :] for side in sides]
             if not prompt.strip():
                 dropped["pairs without a common prompt"] += 1
                 return
     else:
-        messages = [_message_texts(side, name) for side, name in zip(sides, ("chosen", "rejected"), strict=True)]
+        messages = [
+            _message_texts(side, name)
+            for side, name in zip(sides, ("chosen", "rejected"), strict=True)
+        ]
         if prompt is None:
-            k = next((k for k, (a, b) in enumerate(zip(*messages, strict=False)) if a != b), min(map(len, messages)))
+            k = next(
+                (k for k, (a, b) in enumerate(zip(*messages, strict=False)) if a != b),
+                min(map(len, messages)),
+            )
             prompt, messages = row["chosen"][:k], [side[k:] for side in messages]
         if any([role for role, _ in side] != ["assistant"] for side in messages):
             dropped["pairs whose sides differ in more than one answer"] += 1
@@ -327,10 +404,17 @@ def _omegaprm_values(row: dict, dropped: Counter) -> Iterator[StepValue]:
     for k, node in enumerate(_field(row, "reasoning_steps", list, "a list"), 1):
         beginning = _field(node, "solution_prefix", str, "a text").strip()
         if not beginning.startswith(question):
-            raise RecordError(f"field 'reasoning_steps', item {k}: its solution_prefix does not begin with the question")
+            raise RecordError(
+                f"field 'reasoning_steps', item {k}: its solution_prefix does not begin with the question"
+            )
         steps = split_text(beginning.removeprefix(question))
         if steps:
-            value = {"prompt": question, "prefix": steps[:-1], "step": steps[-1], "score": node.get("mc_value")}
+            value = {
+                "prompt": question,
+                "prefix": steps[:-1],
+                "step": steps[-1],
+                "score": node.get("mc_value"),
+            }
             yield StepValue.from_row(value)
         else:
             dropped["values of a question without a step"] += 1
@@ -340,9 +424,14 @@ def _own_value(row: dict, dropped: Counter) -> Iterator[StepValue]:
     """Numbers of a CSV come as texts."""
     numbers = {name: row.get(name) for name in ("score", "rollouts", "visits")}
     try:
-        numbers = {name: json.loads(value) if isinstance(value, str) else value for name, value in numbers.items()}
+        numbers = {
+            name: json.loads(value) if isinstance(value, str) else value
+            for name, value in numbers.items()
+        }
     except ValueError:
-        raise RecordError(f"field 'score': expected a score from 0 to 1, got {show(row.get('score'))}") from None
+        raise RecordError(
+            f"field 'score': expected a score from 0 to 1, got {show(row.get('score'))}"
+        ) from None
     yield _in_one_line(StepValue.from_row({**row, **numbers}))
 
 
@@ -351,10 +440,16 @@ def three_columns(value: StepValue) -> dict[str, str | float]:
     `next_step`, `score`. Rollouts and visits are left out. Raises RecordError for a value that would come back as another one: the
     problem ends where the first line begins with `Step 1:`, so the first step has to begin so, and no line of the problem may."""
     value = _in_one_line(value)
-    row = {"question": "\n".join([value.prompt, *value.prefix]), "next_step": value.step, "score": value.score}
+    row = {
+        "question": "\n".join([value.prompt, *value.prefix]),
+        "next_step": value.step,
+        "score": value.score,
+    }
     (back,) = _three_column_value(row, Counter())
     if (back.prompt, back.prefix, back.step) != (value.prompt, value.prefix, value.step):
-        raise RecordError("three columns cannot say where this problem ends: expected a first step that begins with 'Step 1:'")
+        raise RecordError(
+            "three columns cannot say where this problem ends: expected a first step that begins with 'Step 1:'"
+        )
     return row
 
 
@@ -362,7 +457,11 @@ def _three_column_value(row: dict, dropped: Counter) -> Iterator[StepValue]:
     question = _text(row, "question")
     first = _FIRST_STEP.search(question)
     end = first.start() if first else len(question)
-    value = {"prompt": question[:end].strip(), "prefix": split_steps(question[end:]), "step": _text(row, "next_step")}
+    value = {
+        "prompt": question[:end].strip(),
+        "prefix": split_steps(question[end:]),
+        "step": _text(row, "next_step"),
+    }
     yield from _own_value({**value, "score": row["score"]}, dropped)
 
 
@@ -372,7 +471,12 @@ def _own_problem(row: dict, dropped: Counter) -> Iterator[Problem]:
 
 # --- shapes ----------------------------------------------------------------------------------------------------------------------
 
-KINDS = {"problems": Problem, "pairs": PreferencePair, "step_labels": LabelledSolution, "step_values": StepValue}
+KINDS = {
+    "problems": Problem,
+    "pairs": PreferencePair,
+    "step_labels": LabelledSolution,
+    "step_values": StepValue,
+}
 
 
 @dataclass(frozen=True)
@@ -402,23 +506,46 @@ SHAPES = [
     Shape(  # github.com/openai/prm800k
         "PRM800K",
         ("question", "label"),
-        {"step_labels": _prm800k_labels, "problems": _problem_with_answer("question.problem", "question.ground_truth_answer")},
+        {
+            "step_labels": _prm800k_labels,
+            "problems": _problem_with_answer("question.problem", "question.ground_truth_answer"),
+        },
         lambda row: isinstance(row["question"], dict),
     ),
-    Shape("Math-Shepherd", ("input", "label"), {"step_labels": _shepherd_labels}),  # peiyi9979/Math-Shepherd
-    Shape("ProcessBench", ("problem", "steps", "label"), {"step_labels": _processbench_labels}),  # Qwen/ProcessBench
+    Shape(
+        "Math-Shepherd", ("input", "label"), {"step_labels": _shepherd_labels}
+    ),  # peiyi9979/Math-Shepherd
+    Shape(
+        "ProcessBench", ("problem", "steps", "label"), {"step_labels": _processbench_labels}
+    ),  # Qwen/ProcessBench
     Shape(  # openreasoner/MATH-APS
         "OmegaPRM",
         ("question", "reasoning_steps"),
-        {"step_values": _omegaprm_values, "problems": _problem_with_answer("question", "final_answer")},
+        {
+            "step_values": _omegaprm_values,
+            "problems": _problem_with_answer("question", "final_answer"),
+        },
     ),
-    Shape("TRL stepwise supervision", ("prompt", "completions", "labels"), {"step_labels": _trl_labels}),
+    Shape(
+        "TRL stepwise supervision",
+        ("prompt", "completions", "labels"),
+        {"step_labels": _trl_labels},
+    ),
     Shape("labelled solutions", ("prompt", "steps", "labels"), {"step_labels": _own_labels}),
     Shape("step values", ("prompt", "step", "score"), {"step_values": _own_value}),
-    Shape("three columns", ("question", "next_step", "score"), {"step_values": _three_column_value}),  # of searched steps, as CSV
+    Shape(
+        "three columns", ("question", "next_step", "score"), {"step_values": _three_column_value}
+    ),  # of searched steps, as CSV
     Shape("pairs of steps", ("prompt", "chosen", "rejected"), {"pairs": _own_pair}, _has_steps),
-    Shape("TRL preference", ("chosen", "rejected"), {"pairs": _trl_pair}, lambda row: not _has_steps(row)),
-    Shape("problems", ("prompt", "answer"), {"problems": _own_problem}, lambda row: "rank" not in row),
+    Shape(
+        "TRL preference",
+        ("chosen", "rejected"),
+        {"pairs": _trl_pair},
+        lambda row: not _has_steps(row),
+    ),
+    Shape(
+        "problems", ("prompt", "answer"), {"problems": _own_problem}, lambda row: "rank" not in row
+    ),
     Shape("MATH", ("problem", "solution"), {"problems": _math_problem}),
     Shape("GSM8K", ("question", "answer"), {"problems": _gsm8k_problem}),
 ]
@@ -429,7 +556,9 @@ def shape_of(row: dict, where: str) -> Shape:
     for shape in SHAPES:
         if all(row.get(field) is not None for field in shape.fields) and shape.test(row):
             return shape
-    raise RecordError(f"{where}: fields {', '.join(row) or 'none'} are of no known shape; known: {'; '.join(map(str, SHAPES))}")
+    raise RecordError(
+        f"{where}: fields {', '.join(row) or 'none'} are of no known shape; known: {'; '.join(map(str, SHAPES))}"
+    )
 
 
 def find_shape(name: str, config: str | None = None, split: str | None = None) -> Shape:
@@ -439,7 +568,11 @@ def find_shape(name: str, config: str | None = None, split: str | None = None) -
 
 
 def load_records(
-    kinds: Sequence[str], name: str, config: str | None = None, split: str | None = None, dropped: Counter | None = None
+    kinds: Sequence[str],
+    name: str,
+    config: str | None = None,
+    split: str | None = None,
+    dropped: Counter | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """(where, record) of the first of `kinds` (KINDS) that the data set's shape gives. Raises RecordError."""
     convert, dropped = None, Counter() if dropped is None else dropped

@@ -39,20 +39,79 @@ SPLITS = {
 HELD_OUT = ("validation", "test", "hard_validation", "hard")
 
 NAMES = {
-    **dict.fromkeys(["Mia", "Ana", "Zoe", "Lily", "Nora", "Emma", "Ruth", "Sara", "Ines", "Tara", "Maya", "Lena"], "She"),
-    **dict.fromkeys(["Tom", "Ben", "Max", "Leo", "Sam", "Omar", "Ivan", "Paul", "Hugo", "Finn", "Ravi", "Noah"], "He"),
+    **dict.fromkeys(
+        [
+            "Mia",
+            "Ana",
+            "Zoe",
+            "Lily",
+            "Nora",
+            "Emma",
+            "Ruth",
+            "Sara",
+            "Ines",
+            "Tara",
+            "Maya",
+            "Lena",
+        ],
+        "She",
+    ),
+    **dict.fromkeys(
+        ["Tom", "Ben", "Max", "Leo", "Sam", "Omar", "Ivan", "Paul", "Hugo", "Finn", "Ravi", "Noah"],
+        "He",
+    ),
 }
 THINGS = [
-    *("apples", "books", "cards", "coins", "stamps", "shells", "marbles", "pencils", "beads", "stickers", "eggs", "plums"),
-    *("buttons", "nuts", "candles", "tickets", "roses", "cups", "stones", "cookies", "pears", "keys", "toys", "balls"),
+    *(
+        "apples",
+        "books",
+        "cards",
+        "coins",
+        "stamps",
+        "shells",
+        "marbles",
+        "pencils",
+        "beads",
+        "stickers",
+        "eggs",
+        "plums",
+    ),
+    *(
+        "buttons",
+        "nuts",
+        "candles",
+        "tickets",
+        "roses",
+        "cups",
+        "stones",
+        "cookies",
+        "pears",
+        "keys",
+        "toys",
+        "balls",
+    ),
 ]
 
 # kind of event -> its weight and surface forms. {P} is the pronoun, {t} the things, {k} and {m} the operands. A form that is
 # marked as a trap form is a trap wherever it stands; `lose` is one where its subtraction borrows.
 #   gain v + k, lose v - k, times v * k, share v / k, sets v + k * m, hand_out v - k * m
 FORMS: dict[str, tuple[float, list[tuple[str, bool]]]] = {
-    "gain": (0.16, [("{P} buys {k} more {t}.", False), ("{P} finds {k} {t}.", False), ("A friend brings {k} {t}.", False)]),
-    "lose": (0.14, [("{P} loses {k} {t}.", False), ("{P} sells {k} {t}.", False), ("Then {k} {t} go missing.", False)]),
+    "gain": (
+        0.16,
+        [
+            ("{P} buys {k} more {t}.", False),
+            ("{P} finds {k} {t}.", False),
+            ("A friend brings {k} {t}.", False),
+        ],
+    ),
+    "lose": (
+        0.14,
+        [
+            ("{P} loses {k} {t}.", False),
+            ("{P} sells {k} {t}.", False),
+            ("Then {k} {t} go missing.", False),
+        ],
+    ),
     "times": (
         0.17,
         [
@@ -63,7 +122,10 @@ FORMS: dict[str, tuple[float, list[tuple[str, bool]]]] = {
     ),
     "share": (
         0.19,
-        [("{P} makes {k} equal piles of {t} and keeps one.", False), ("{P} keeps only one of {k} equal shares.", False)],
+        [
+            ("{P} makes {k} equal piles of {t} and keeps one.", False),
+            ("{P} keeps only one of {k} equal shares.", False),
+        ],
     ),
     "sets": (
         0.17,
@@ -75,7 +137,13 @@ FORMS: dict[str, tuple[float, list[tuple[str, bool]]]] = {
             ("{P} finds {k} jars of {m} {t}.", False),
         ],
     ),
-    "hand_out": (0.17, [("{P} gives {m} {t} to each of {k} friends.", False), ("Then {k} friends take {m} {t} each.", False)]),
+    "hand_out": (
+        0.17,
+        [
+            ("{P} gives {m} {t} to each of {k} friends.", False),
+            ("Then {k} friends take {m} {t} each.", False),
+        ],
+    ),
 }
 
 
@@ -90,7 +158,12 @@ class Event:
 
     def apply(self, value: int) -> int:
         """How many things there are after it. Division rounds down: only a solution that already went wrong needs that."""
-        operations = {"gain": value + self.k, "lose": value - self.k, "times": value * self.k, "share": value // self.k}
+        operations = {
+            "gain": value + self.k,
+            "lose": value - self.k,
+            "times": value * self.k,
+            "share": value // self.k,
+        }
         product = {"sets": value + self.k * self.m, "hand_out": value - self.k * self.m}
         return {**operations, **product}[self.kind]
 
@@ -101,15 +174,27 @@ class Event:
 
     def text(self, pronoun: str, things: str) -> str:
         form = FORMS[self.kind][1][self.form][0]
-        return form.format(P=pronoun, t=things, k=self.k, m=self.m, doubles={2: "doubles", 3: "triples"}.get(self.k))
+        return form.format(
+            P=pronoun,
+            t=things,
+            k=self.k,
+            m=self.m,
+            doubles={2: "doubles", 3: "triples"}.get(self.k),
+        )
 
     def equations(self, value: int) -> tuple[str, int]:
         """The step's text without its number, and the value it reaches."""
         after = self.apply(value)
         if self.kind in ("sets", "hand_out"):
             sign = "+" if self.kind == "sets" else "-"
-            return f"{self.k} * {self.m} = {self.k * self.m}, {value} {sign} {self.k * self.m} = {after}", after
-        return f"{value} {dict(gain='+', lose='-', times='*', share='/')[self.kind]} {self.k} = {after}", after
+            return (
+                f"{self.k} * {self.m} = {self.k * self.m}, {value} {sign} {self.k * self.m} = {after}",
+                after,
+            )
+        return (
+            f"{value} {dict(gain='+', lose='-', times='*', share='/')[self.kind]} {self.k} = {after}",
+            after,
+        )
 
     def trap_mistake(self, value: int) -> tuple[str, int]:
         """What the writer writes who steps into the trap: text without its number, and the value it reaches."""
@@ -150,9 +235,13 @@ class Story:
 
     def problem(self) -> Problem:
         values = self.values()
-        steps = [f"Step {k + 1}: {event.equations(values[k])[0]}" for k, event in enumerate(self.events)]
+        steps = [
+            f"Step {k + 1}: {event.equations(values[k])[0]}" for k, event in enumerate(self.events)
+        ]
         traps = [event.is_trap(values[k]) for k, event in enumerate(self.events)]
-        return Problem(self.prompt(), str(values[-1]), [*steps, f"Answer: {values[-1]}"], [*traps, False])
+        return Problem(
+            self.prompt(), str(values[-1]), [*steps, f"Answer: {values[-1]}"], [*traps, False]
+        )
 
     def human_solution(self, rng: random.Random) -> tuple[list[str], list[bool | None]]:
         """(steps, mistakes) as the writer of the pretraining text writes them. `mistakes` says for each step but the closing one
@@ -262,4 +351,7 @@ def changed_numbers(steps: list[str], rng: random.Random) -> Iterator[tuple[list
             other = str(max(0, int(number[0]) + rng.choice(SLIPS)))
             if len(other) == len(number[0]):
                 changed = step[: number.start()] + other + step[number.end() :]
-                yield [*steps[:k], changed, *steps[k + 1 :]], f"put in: {other} for {number[0]} in step {k + 1}"
+                yield (
+                    [*steps[:k], changed, *steps[k + 1 :]],
+                    f"put in: {other} for {number[0]} in step {k + 1}",
+                )

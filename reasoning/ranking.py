@@ -52,9 +52,19 @@ class RankedResponse:
         return cls(
             **row
             | {
-                "rank": _number(row, "rank", "a whole number from 1 on", lambda value: value >= 1 and value.is_integer(), int),
-                "temperature": _number(row, "temperature", "a number from 0 on", lambda value: value >= 0),
-                "top_p": _number(row, "top_p", "a number above 0, at most 1", lambda value: 0 < value <= 1),
+                "rank": _number(
+                    row,
+                    "rank",
+                    "a whole number from 1 on",
+                    lambda value: value >= 1 and value.is_integer(),
+                    int,
+                ),
+                "temperature": _number(
+                    row, "temperature", "a number from 0 on", lambda value: value >= 0
+                ),
+                "top_p": _number(
+                    row, "top_p", "a number above 0, at most 1", lambda value: 0 < value <= 1
+                ),
                 "seed": _number(row, "seed", "a whole number", float.is_integer, int),
             }
         )
@@ -78,19 +88,25 @@ class RankedGroup:
         names = ("prompt",) if is_group else ("prompt", "chosen", "rejected")
         for name in names:
             if not isinstance(row.get(name), str) or not row[name].strip():
-                raise RecordError(f"field '{name}': expected a text, got {str(row.get(name))[:60]!r}")
+                raise RecordError(
+                    f"field '{name}': expected a text, got {str(row.get(name))[:60]!r}"
+                )
         if not is_group:
             return cls(row["prompt"], [row["chosen"], row["rejected"]], [1, 2])
         group = cls(row["prompt"], row["answers"], row["ranks"])
         if len(group.answers) != len(group.ranks):
-            raise RecordError(f"field 'ranks': expected one for each of {len(group.answers)} answers, got {len(group.ranks)}")
+            raise RecordError(
+                f"field 'ranks': expected one for each of {len(group.answers)} answers, got {len(group.ranks)}"
+            )
         return group
 
 
 COLUMNS = [field.name for field in fields(RankedResponse)]
 
 
-def _number(row: dict[str, str], name: str, expected: str, is_right, kind: type = float) -> float | None:
+def _number(
+    row: dict[str, str], name: str, expected: str, is_right, kind: type = float
+) -> float | None:
     """Spreadsheets write 1.0 for 1 beside empty cells, and 0,7 for 0.7."""
     text = row.get(name, "").strip()
     if not text:
@@ -98,7 +114,9 @@ def _number(row: dict[str, str], name: str, expected: str, is_right, kind: type 
     try:
         value = float(text.replace(",", "."))
         if math.isfinite(value) and is_right(value):
-            return kind(text) if kind is int and text.isdecimal() else kind(value)  # int of a float is off above 2**53
+            return (
+                kind(text) if kind is int and text.isdecimal() else kind(value)
+            )  # int of a float is off above 2**53
     except ValueError:
         pass
     raise RecordError(f"column '{name}': expected {expected} or an empty cell, got {text[:40]!r}")
@@ -113,7 +131,9 @@ def read_answers(path: str | Path) -> list[RankedResponse]:
     for name in names:
         if name not in COLUMNS or names.count(name) > 1:
             wrong = "two columns are called" if name in COLUMNS else "unknown column"
-            raise RecordError(f"{path}:1: {wrong} {name!r}; known are {', '.join(COLUMNS)}: rename or remove it")
+            raise RecordError(
+                f"{path}:1: {wrong} {name!r}; known are {', '.join(COLUMNS)}: rename or remove it"
+            )
     answers = []
     for line, cells in rows:
         try:
@@ -121,7 +141,9 @@ def read_answers(path: str | Path) -> list[RankedResponse]:
         except RecordError as error:
             raise RecordError(f"{path}:{line}: {error}") from None
     if not answers:
-        raise RecordError(f"{path}: no rows; expected a header ({', '.join(COLUMNS[:3])} ...) and one row an answer")
+        raise RecordError(
+            f"{path}: no rows; expected a header ({', '.join(COLUMNS[:3])} ...) and one row an answer"
+        )
     return answers
 
 
@@ -165,9 +187,13 @@ def check_groups(rows: Sequence[RankedResponse], path: str | Path) -> None:
     missing = {(row.prompt, row.ranker) for row in rows if row.rank is None}
     for row in rows:
         if (row.prompt, row.answer, row.ranker) in seen:
-            raise _mistake(path, row.prompt, f"the same answer twice{_by(row.ranker)}: {row.answer[:40]!r}")
+            raise _mistake(
+                path, row.prompt, f"the same answer twice{_by(row.ranker)}: {row.answer[:40]!r}"
+            )
         if splits.setdefault(row.prompt, row.split) != row.split:
-            raise _mistake(path, row.prompt, f"in two splits, {splits[row.prompt]!r} and {row.split!r}")
+            raise _mistake(
+                path, row.prompt, f"in two splits, {splits[row.prompt]!r} and {row.split!r}"
+            )
         seen.add((row.prompt, row.answer, row.ranker))
         answers[row.prompt].add(row.answer)
     for prompt, texts in answers.items():
@@ -178,11 +204,17 @@ def check_groups(rows: Sequence[RankedResponse], path: str | Path) -> None:
         if (prompt, ranker) in missing:
             raise _mistake(path, prompt, f"some of its answers have no rank{_by(ranker)}")
         if len(group) == 1:
-            raise _mistake(path, prompt, f"one of its answers is ranked{_by(ranker)}; a group is two or more")
+            raise _mistake(
+                path, prompt, f"one of its answers is ranked{_by(ranker)}; a group is two or more"
+            )
         dense = sorted(set(ranks)) == list(range(1, len(set(ranks)) + 1))
         if not dense and any(rank != 1 + ranks.index(rank) for rank in ranks):
             shown = ",".join(map(str, ranks))
-            raise _mistake(path, prompt, f"ranks {shown}{_by(ranker)} leave one out; ties are written 1,2,2,4 or 1,2,2,3")
+            raise _mistake(
+                path,
+                prompt,
+                f"ranks {shown}{_by(ranker)} leave one out; ties are written 1,2,2,4 or 1,2,2,3",
+            )
 
 
 def _by(ranker: str) -> str:

@@ -40,10 +40,14 @@ class Problem:
             prompt=_text(row, "prompt"),
             answer=_text(row, "answer"),
             steps=_steps(row, "steps", optional=True),
-            traps=_list(row, "traps", lambda value: isinstance(value, bool), "true or false", optional=True),
+            traps=_list(
+                row, "traps", lambda value: isinstance(value, bool), "true or false", optional=True
+            ),
         )
         if problem.traps and len(problem.traps) != len(problem.steps):
-            raise RecordError(f"field 'traps': expected one for each of {len(problem.steps)} steps, got {len(problem.traps)}")
+            raise RecordError(
+                f"field 'traps': expected one for each of {len(problem.steps)} steps, got {len(problem.traps)}"
+            )
         return problem
 
 
@@ -83,9 +87,13 @@ class PreferencePair:
         for side in ("chosen", "rejected"):
             steps, scores = getattr(pair, side), getattr(pair, f"{side}_scores")
             if scores is not None and len(scores) != len(steps):
-                raise RecordError(f"field '{side}_scores': expected one score for each of {len(steps)} steps, got {len(scores)}")
+                raise RecordError(
+                    f"field '{side}_scores': expected one score for each of {len(steps)} steps, got {len(scores)}"
+                )
         if (pair.chosen_scores is None) != (pair.rejected_scores is None):
-            raise RecordError("fields 'chosen_scores' and 'rejected_scores': expected both or neither")
+            raise RecordError(
+                "fields 'chosen_scores' and 'rejected_scores': expected both or neither"
+            )
         return pair
 
 
@@ -97,7 +105,9 @@ class ScoredPair(PreferencePair):
     def from_row(cls, row: Any) -> "ScoredPair":
         pair = super().from_row(row)
         if pair.chosen_scores is None:
-            raise RecordError("field 'chosen_scores' is missing: score the pairs first (python reward_model/evaluate_steps.py)")
+            raise RecordError(
+                "field 'chosen_scores' is missing: score the pairs first (python reward_model/evaluate_steps.py)"
+            )
         return pair
 
 
@@ -128,7 +138,9 @@ class StepValue:
             visits=_count(row, "visits"),
         )
         if not _is_score(value.score):
-            raise RecordError(f"field 'score': expected a score from 0 to 1, got {_kind(value.score)}")
+            raise RecordError(
+                f"field 'score': expected a score from 0 to 1, got {_kind(value.score)}"
+            )
         return value
 
 
@@ -150,14 +162,21 @@ class LabelledSolution:
         solution = cls(
             prompt=_text(row, "prompt"),
             steps=_steps(row, "steps"),
-            labels=_list(row, "labels", lambda value: value is None or _is_score(value), "a label from 0 to 1 or null"),
+            labels=_list(
+                row,
+                "labels",
+                lambda value: value is None or _is_score(value),
+                "a label from 0 to 1 or null",
+            ),
             final_correct=row.get("final_correct"),
         )
         if len(solution.labels) != len(solution.steps):
             expected = f"expected one label for each of {len(solution.steps)} steps, got {len(solution.labels)}"
             raise RecordError(f"field 'labels': {expected}")
         if not isinstance(solution.final_correct, bool | None):
-            raise RecordError(f"field 'final_correct': expected true or false, got {_kind(solution.final_correct)}")
+            raise RecordError(
+                f"field 'final_correct': expected true or false, got {_kind(solution.final_correct)}"
+            )
         return solution
 
 
@@ -187,7 +206,13 @@ def _object(row: Any) -> dict:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        type(None): "null",
+    }
     return names.get(type(value), f"the number {value}")
 
 
@@ -205,7 +230,9 @@ def _check_text(value: Any, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise RecordError(f"{where}: expected a text, got half of a Unicode surrogate pair") from None
+        raise RecordError(
+            f"{where}: expected a text, got half of a Unicode surrogate pair"
+        ) from None
     return value
 
 
@@ -219,7 +246,9 @@ def _list(row: dict, name: str, is_right, expected: str, optional: bool = False)
         raise RecordError(f"field '{name}': expected a list, got {_kind(values)}")
     for position, value in enumerate(values):
         if not is_right(value):
-            raise RecordError(f"field '{name}', item {position + 1}: expected {expected}, got {_kind(value)}")
+            raise RecordError(
+                f"field '{name}', item {position + 1}: expected {expected}, got {_kind(value)}"
+            )
     return values
 
 
@@ -231,7 +260,12 @@ def _steps(row: dict, name: str, optional: bool = False) -> list[str]:
 
 
 def _is_score(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value <= 1
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and 0 <= value <= 1
+    )
 
 
 def _scores(row: dict, name: str) -> list[float] | None:
@@ -265,7 +299,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
                     f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); expected one object a line"
                 ) from None
             except RecursionError:
-                raise RecordError(f"{path}:{number}: nested too deeply; expected one flat object a line") from None
+                raise RecordError(
+                    f"{path}:{number}: nested too deeply; expected one flat object a line"
+                ) from None
 
 
 def read_records(path: str | Path, kind: type[Record]) -> Iterator[Record]:
@@ -283,7 +319,12 @@ def read_records(path: str | Path, kind: type[Record]) -> Iterator[Record]:
 def to_line(record: Any) -> str:
     """One JSON line; fields that are None are left out."""
     row = record if isinstance(record, dict) else asdict(record)
-    return json.dumps({key: value for key, value in row.items() if value is not None}, ensure_ascii=False) + "\n"
+    return (
+        json.dumps(
+            {key: value for key, value in row.items() if value is not None}, ensure_ascii=False
+        )
+        + "\n"
+    )
 
 
 def write_records(path: str | Path, records: Iterable[Any]) -> int:
@@ -335,13 +376,17 @@ class ResumableRows:
     def __init__(self, output: str | Path, job: dict, unit: int = 1, overwrite: bool = False):
         self.path = Path(f"{output}.partial")
         header = to_line({"job": job}).encode()
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.pending(output, job) else []
+        lines = (
+            self.path.read_bytes().splitlines(keepends=True) if self.pending(output, job) else []
+        )
         if self.path.exists() and not lines and not overwrite:
             raise RecordError(
                 f"{self.path}: holds the rows of another job (other arguments or other input); "
                 "finish that job, remove the file, or give --overwrite"
             )
-        whole = [line for line in lines[1:] if line.endswith(b"\n")]  # a line without its newline is torn
+        whole = [
+            line for line in lines[1:] if line.endswith(b"\n")
+        ]  # a line without its newline is torn
         kept = whole[: len(whole) // unit * unit]
         self.rows: list[dict] = [json.loads(line) for line in kept]
         write_text(self.path, [(header + b"".join(kept)).decode()])

@@ -18,10 +18,17 @@ FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 
 def is_local(name: str) -> bool:
     """Whether a data set's name means a file or a folder, there or not, rather than one on the hub."""
-    return Path(name).exists() or name.endswith(FILE_TYPES) or name.startswith((".", "/")) or name.count("/") > 1
+    return (
+        Path(name).exists()
+        or name.endswith(FILE_TYPES)
+        or name.startswith((".", "/"))
+        or name.count("/") > 1
+    )
 
 
-def load_rows(name: str, config: str | None = None, split: str | None = None) -> Iterator[tuple[str, dict]]:
+def load_rows(
+    name: str, config: str | None = None, split: str | None = None
+) -> Iterator[tuple[str, dict]]:
     """(where, row) of every row; `where` is `file:line` or the nearest thing to it, for errors.
 
     `split`: of a folder, the files whose name has this word in it (default: train if there are such, else all); of a hub data
@@ -44,16 +51,27 @@ def load_rows(name: str, config: str | None = None, split: str | None = None) ->
 
 def folder_files(name: str, split: str | None = None) -> list[Path]:
     """The data files of a folder and of what it holds, or those with the word `split` in their names."""
-    files = sorted(path for path in Path(name).rglob("*") if path.suffix in FILE_TYPES and not path.name.startswith("."))
-    of_split = [path for path in files if (split or "train") in re.split(r"[^a-zA-Z0-9]+", path.stem)]
+    files = sorted(
+        path
+        for path in Path(name).rglob("*")
+        if path.suffix in FILE_TYPES and not path.name.startswith(".")
+    )
+    of_split = [
+        path for path in files if (split or "train") in re.split(r"[^a-zA-Z0-9]+", path.stem)
+    ]
     if not files or (split and not of_split):
-        raise RecordError(f"{name}: no {', '.join(FILE_TYPES)} file in this folder" + (f" for split '{split}'" if files else ""))
+        raise RecordError(
+            f"{name}: no {', '.join(FILE_TYPES)} file in this folder"
+            + (f" for split '{split}'" if files else "")
+        )
     return of_split or files
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
-        raise RecordError(f"{path} not found: expected a file, a folder, or the name of a data set on the hub")
+        raise RecordError(
+            f"{path} not found: expected a file, a folder, or the name of a data set on the hub"
+        )
     if path.suffix == ".parquet":
         return _parquet_rows(path)
     if path.suffix == ".csv":
@@ -84,7 +102,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
             for row in rows:
                 where = f"{path}:{rows.line_num}"
                 if None in row or None in row.values():
-                    raise RecordError(f"{where}: not as many cells as the {len(rows.fieldnames or [])} fields of the first line")
+                    raise RecordError(
+                        f"{where}: not as many cells as the {len(rows.fieldnames or [])} fields of the first line"
+                    )
                 yield where, {field: _cell(value) for field, value in row.items()}
         except (csv.Error, UnicodeDecodeError) as error:
             raise RecordError(f"{path}:{rows.line_num + 1}: not CSV in UTF-8 ({error})") from None
@@ -103,7 +123,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
     from datasets import load_dataset
 
     try:
-        for number, row in enumerate(load_dataset("parquet", data_files=str(path), split="train", streaming=True), 1):
+        for number, row in enumerate(
+            load_dataset("parquet", data_files=str(path), split="train", streaming=True), 1
+        ):
             yield f"{path}, row {number}", row
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, RecordError):
@@ -127,7 +149,9 @@ def _hub_rows(name: str, config: str | None, split: str | None) -> Iterator[tupl
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, RecordError):
             raise
-        raise RecordError(f"data set {name}: neither a file nor to be had from the hub ({one_line(str(error))})") from None
+        raise RecordError(
+            f"data set {name}: neither a file nor to be had from the hub ({one_line(str(error))})"
+        ) from None
 
 
 def show(value: Any) -> str:
@@ -135,21 +159,31 @@ def show(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)[:60]
 
 
-def read_table(path: str | Path, needed: Sequence[str]) -> tuple[str, list[str], list[tuple[int, list[str]]]]:
+def read_table(
+    path: str | Path, needed: Sequence[str]
+) -> tuple[str, list[str], list[tuple[int, list[str]]]]:
     """(delimiter, names of the columns as they stand there, (number of its first line, cells) of every row behind them) of a table
     as spreadsheets write it: comma, semicolon or tab between the cells, with or without a byte-order mark; rows of nothing but
     empty cells are left out. needed: columns that must be there, in whatever case. Raises RecordError with file and line."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecordError(f"{path}: not UTF-8 (byte {error.start + 1}); save the table as CSV UTF-8") from None
+        raise RecordError(
+            f"{path}: not UTF-8 (byte {error.start + 1}); save the table as CSV UTF-8"
+        ) from None
     for delimiter in ",;\t":
         names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
         if {*needed} <= {name.strip().lower() for name in names}:
             break
     else:
-        raise RecordError(f"{path}:1: expected a header with {', '.join(needed)}, got {text[:60].splitlines()[:1]}")
-    reader, rows, line = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), [], 1
+        raise RecordError(
+            f"{path}:1: expected a header with {', '.join(needed)}, got {text[:60].splitlines()[:1]}"
+        )
+    reader, rows, line = (
+        csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True),
+        [],
+        1,
+    )
     try:
         for cells in reader:
             rows.append((line, cells))

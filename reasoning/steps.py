@@ -84,7 +84,11 @@ def split_sentences(text: str) -> list[str]:
         begin = 0
         for end in _SENTENCE.finditer(piece):
             so_far = piece[begin : end.start()]
-            is_open = so_far.count("$") % 2 or so_far.count("{") != so_far.count("}") or so_far.count("\\[") != so_far.count("\\]")
+            is_open = (
+                so_far.count("$") % 2
+                or so_far.count("{") != so_far.count("}")
+                or so_far.count("\\[") != so_far.count("\\]")
+            )
             if not is_open and so_far.count("\\begin{") == so_far.count("\\end{"):
                 sentences.append(so_far)
                 begin = end.end()
@@ -99,10 +103,14 @@ def ends_solution(steps: list[str]) -> bool:
 
 def response_pieces(steps: list[str], finished: bool) -> list[str]:
     """The texts of the steps, joined they are the response: each with its closing newline, the last without if `finished`."""
-    return [step + ("" if finished and k == len(steps) - 1 else "\n") for k, step in enumerate(steps)]
+    return [
+        step + ("" if finished and k == len(steps) - 1 else "\n") for k, step in enumerate(steps)
+    ]
 
 
-def encode_steps(tokenizer, prompt: str, prefix: list[str], steps: list[str]) -> tuple[list[int], list[int]]:
+def encode_steps(
+    tokenizer, prompt: str, prefix: list[str], steps: list[str]
+) -> tuple[list[int], list[int]]:
     """Token ids of template, prompt, prefix and steps, and for every token the step it belongs to: 0 .. len(steps) - 1, or -1
     for what comes before the steps. The one place where text becomes ids for training and for scoring.
 
@@ -114,15 +122,21 @@ def encode_steps(tokenizer, prompt: str, prefix: list[str], steps: list[str]) ->
         *response_pieces(steps, finished),
     ]
     # a chat template writes the special tokens itself
-    encoded = tokenizer("".join(pieces), return_offsets_mapping=True, add_special_tokens=not tokenizer.chat_template)
+    encoded = tokenizer(
+        "".join(pieces), return_offsets_mapping=True, add_special_tokens=not tokenizer.chat_template
+    )
     ends = list(itertools.accumulate(map(len, pieces)))
     step_of, reached = [], 0
     for start, end in encoded["offset_mapping"]:
-        begin = min(start, reached)  # offsets may leave white space out (trim_offsets): a newline belongs to the step it closes
+        begin = min(
+            start, reached
+        )  # offsets may leave white space out (trim_offsets): a newline belongs to the step it closes
         step_of.append(min(bisect.bisect_right(ends, begin), len(steps)) - 1)
         reached = max(reached, end)
     ids = list(encoded["input_ids"])
-    return ([*ids, tokenizer.eos_token_id], [*step_of, len(steps) - 1]) if finished else (ids, step_of)
+    return (
+        ([*ids, tokenizer.eos_token_id], [*step_of, len(steps) - 1]) if finished else (ids, step_of)
+    )
 
 
 def shared_prefix(first: Sequence, second: Sequence) -> int:

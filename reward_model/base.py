@@ -25,7 +25,9 @@ class StepJudge(Protocol):
 
     left_out = "longer than the judge's context"  # what solutions that get None are
 
-    def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
+    def score_steps(
+        self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
+    ) -> list[list[float] | None]:
         """For every solution the scores of its steps, 0 (wrong) to 1 (right), each given the problem and all earlier steps.
 
         The first skip[i] steps of solution i (default none) are context and get no score; where nothing is to be scored the list is
@@ -88,7 +90,9 @@ class FixedJudge(StepJudge):
     def __init__(self, score: Callable[[str, str, Sequence[str]], float | None]):
         self.score = score
 
-    def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
+    def score_steps(
+        self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
+    ) -> list[list[float] | None]:
         scored = []
         for (prompt, steps), first in zip(solutions, skip or [0] * len(solutions), strict=True):
             scores = [self.score(prompt, steps[k], steps[:k]) for k in range(first, len(steps))]
@@ -111,12 +115,19 @@ class JudgeTemplate:
 
 PLAIN = JudgeTemplate(before=PLAIN_TEMPLATE, question="Right?")
 ASK = "Is the last step of this solution right? Answer Yes or No."
-CHAT = JudgeTemplate(before=PLAIN_TEMPLATE, question=f"\n{ASK}")  # what a chat model's own template makes a user's message of
+CHAT = JudgeTemplate(
+    before=PLAIN_TEMPLATE, question=f"\n{ASK}"
+)  # what a chat model's own template makes a user's message of
 TEMPLATES: dict[str, JudgeTemplate] = {
     "plain": PLAIN,
-    "zephyr": JudgeTemplate("<|user|>\nProblem: {prompt}\nSolution:\n", f"\n{ASK}</s>\n<|assistant|>\n"),
+    "zephyr": JudgeTemplate(
+        "<|user|>\nProblem: {prompt}\nSolution:\n", f"\n{ASK}</s>\n<|assistant|>\n"
+    ),
     "llama-2": JudgeTemplate("[INST] Problem: {prompt}\nSolution:\n", f"\n{ASK} [/INST]"),
-    "chatml": JudgeTemplate("<|im_start|>user\nProblem: {prompt}\nSolution:\n", f"\n{ASK}<|im_end|>\n<|im_start|>assistant\n"),
+    "chatml": JudgeTemplate(
+        "<|im_start|>user\nProblem: {prompt}\nSolution:\n",
+        f"\n{ASK}<|im_end|>\n<|im_start|>assistant\n",
+    ),
 }
 # What a model says of itself (its chat template, its name) when it wants a template other than plain; the first that fits is taken.
 TELLS = {
@@ -129,7 +140,9 @@ YES, NO = ("Yes", "yes", "YES"), ("No", "no", "NO")
 
 def fitting_template(says: str) -> str:
     """The name in TEMPLATES that fits what a model says of itself: its chat template, its name."""
-    return next((name for name, tell in TELLS.items() if re.search(tell, says, re.IGNORECASE)), "plain")
+    return next(
+        (name for name, tell in TELLS.items() if re.search(tell, says, re.IGNORECASE)), "plain"
+    )
 
 
 def short(text: str) -> str:

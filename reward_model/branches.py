@@ -37,7 +37,9 @@ def takes_branches(model, max_length: int | None) -> bool:
     )
 
 
-def graft(ids: list[int], parents: list[int], path: list[int], tokens: list[int], shared: int) -> list[int]:
+def graft(
+    ids: list[int], parents: list[int], path: list[int], tokens: list[int], shared: int
+) -> list[int]:
     """Put a text into a row, where it leaves the text at `path` behind its first `shared` tokens. parents: the place of the token
     before each, -1 for none. Returns where its tokens lie."""
     path = path[:shared]
@@ -48,7 +50,9 @@ def graft(ids: list[int], parents: list[int], path: list[int], tokens: list[int]
     return path
 
 
-def as_inputs(ids: list[list[int]], parents: list[list[int]], pad_token_id: int, pasts: Sequence[Past] = ()) -> dict[str, Tensor]:
+def as_inputs(
+    ids: list[list[int]], parents: list[list[int]], pad_token_id: int, pasts: Sequence[Past] = ()
+) -> dict[str, Tensor]:
     """`input_ids` (B, L), right-padded. Where a row branches, or goes on from a past, also `attention_mask` (B, 1, L, P + L), by
     which a token sees itself and those that lead to it, and `position_ids` (B, L), how many these are; P is the longest past, and
     shorter ones lie at its right end. Else causal attention does: it never sees the padding."""
@@ -76,7 +80,15 @@ def as_cache(pasts: Sequence[Past]) -> Cache:
     cache, longest = DynamicCache(), max(map(len, pasts), default=0)
     for index in range(len(pasts[0].layers) if pasts else 0):
         both = (
-            torch.stack([pad(past.layers[index][k][past.row][:, past.columns], (0, 0, longest - len(past), 0)) for past in pasts])
+            torch.stack(
+                [
+                    pad(
+                        past.layers[index][k][past.row][:, past.columns],
+                        (0, 0, longest - len(past), 0),
+                    )
+                    for past in pasts
+                ]
+            )
             for k in (0, 1)
         )
         cache.update(*both, index)

@@ -22,8 +22,12 @@ from utils.judges import CHUNK, JudgeArgs, check_judge, content_hash, judge_iden
 
 @dataclass
 class EvaluateArguments(JudgeArgs):
-    input: str = field(default=at_root("data/synthetic_dataset.jsonl"), metadata={"help": "preference pairs"})
-    output: str = field(default=at_root("data/rewarded.jsonl"), metadata={"help": "the pairs with their scores"})
+    input: str = field(
+        default=at_root("data/synthetic_dataset.jsonl"), metadata={"help": "preference pairs"}
+    )
+    output: str = field(
+        default=at_root("data/rewarded.jsonl"), metadata={"help": "the pairs with their scores"}
+    )
     judge_path: str = field(
         default=JudgeArgs.judge_path,
         metadata={
@@ -31,17 +35,30 @@ class EvaluateArguments(JudgeArgs):
             "aliases": ["--model_name_or_path"],
         },
     )
-    limit: int | None = field(default=None, metadata={"help": "score only so many pairs, drawn at random with --seed"})
-    seed: int = field(default=0, metadata={"help": "seed of the draw of --limit and of --judge shuffled"})
+    limit: int | None = field(
+        default=None, metadata={"help": "score only so many pairs, drawn at random with --seed"}
+    )
+    seed: int = field(
+        default=0, metadata={"help": "seed of the draw of --limit and of --judge shuffled"}
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace an existing output"})
 
 
 def score_pairs(judge: StepJudge, pairs: list[PreferencePair]) -> list[PreferencePair]:
     """The pairs with a score for every step of both sides; a pair without any if the judge cannot score one side."""
-    sides = [(pair.prompt, [*pair.prefix, *steps]) for pair in pairs for steps in (pair.chosen, pair.rejected)]
+    sides = [
+        (pair.prompt, [*pair.prefix, *steps])
+        for pair in pairs
+        for steps in (pair.chosen, pair.rejected)
+    ]
     scores = judge.score_steps(sides, skip=[len(pair.prefix) for pair in pairs for _ in range(2)])
-    both = [(None, None) if None in two else two for two in zip(scores[::2], scores[1::2], strict=True)]
-    return [replace(pair, chosen_scores=a, rejected_scores=b) for pair, (a, b) in zip(pairs, both, strict=True)]
+    both = [
+        (None, None) if None in two else two for two in zip(scores[::2], scores[1::2], strict=True)
+    ]
+    return [
+        replace(pair, chosen_scores=a, rejected_scores=b)
+        for pair, (a, b) in zip(pairs, both, strict=True)
+    ]
 
 
 def main() -> None:
@@ -53,14 +70,23 @@ def main() -> None:
         raise UserError(f"{args.output} is the input: give another --output")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, got {args.limit}")
-    job = judge_identity(args) | {"input": content_hash(args.input), "limit": args.limit, "seed": args.seed}
-    unit = 1 if args.judge == "gguf" else CHUNK // 2  # pairs at a time; gguf scores one by one, so it need lose none when killed
+    job = judge_identity(args) | {
+        "input": content_hash(args.input),
+        "limit": args.limit,
+        "seed": args.seed,
+    }
+    unit = (
+        1 if args.judge == "gguf" else CHUNK // 2
+    )  # pairs at a time; gguf scores one by one, so it need lose none when killed
     if not ResumableRows.pending(args.output, job):
         check_output(args.output, args.overwrite)
         check_output(str(left_out_path), args.overwrite)
     pairs = list(read_records(args.input, PreferencePair))
     if args.limit is not None and args.limit < len(pairs):
-        pairs = [pairs[index] for index in sorted(random.Random(args.seed).sample(range(len(pairs)), args.limit))]
+        pairs = [
+            pairs[index]
+            for index in sorted(random.Random(args.seed).sample(range(len(pairs)), args.limit))
+        ]
 
     from tqdm import tqdm
 
@@ -83,16 +109,25 @@ def main() -> None:
         write_records(left_out_path, left_out)
     if not scored:
         rows.finish()
-        raise UserError(f"no pair was scored, all {len(pairs)} are {judge.left_out}: see {left_out_path}")
+        raise UserError(
+            f"no pair was scored, all {len(pairs)} are {judge.left_out}: see {left_out_path}"
+        )
     write_records(args.output, scored)
     rows.finish()
 
-    chosen, rejected = [mean(pair.chosen_scores) for pair in scored], [mean(pair.rejected_scores) for pair in scored]
+    chosen, rejected = (
+        [mean(pair.chosen_scores) for pair in scored],
+        [mean(pair.rejected_scores) for pair in scored],
+    )
     print(f"pairs scored      {len(scored)}")
     print(f"mean step score   chosen {mean(chosen):.3f}, rejected {mean(rejected):.3f}")
-    print(f"chosen is higher  {mean([a > b for a, b in zip(chosen, rejected, strict=True)]):.3f} of pairs")
+    print(
+        f"chosen is higher  {mean([a > b for a, b in zip(chosen, rejected, strict=True)]):.3f} of pairs"
+    )
     if left_out:
-        print(f"left out          {len(left_out)} ({judge.left_out}), written without scores to {left_out_path}")
+        print(
+            f"left out          {len(left_out)} ({judge.left_out}), written without scores to {left_out_path}"
+        )
     print(f"wrote {args.output}: {len(scored)} pairs with a score for every step")
 
 

@@ -31,7 +31,11 @@ class _Qwen2PRM(Qwen2PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.model = Qwen2Model(config)
-        self.score = nn.Sequential(nn.Linear(config.hidden_size, config.hidden_size), nn.ReLU(), nn.Linear(config.hidden_size, 2))
+        self.score = nn.Sequential(
+            nn.Linear(config.hidden_size, config.hidden_size),
+            nn.ReLU(),
+            nn.Linear(config.hidden_size, 2),
+        )
         self.post_init()
 
 
@@ -47,7 +51,9 @@ class QwenMath(ForeignFormat):
         answer = "".join(step + self.tag for step in steps)
         messages = [("system", self.system), ("user", prompt), ("assistant", answer)]
         messages = [{"role": role, "content": content} for role, content in messages]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=False
+        )
 
     def log_odds(self, model, rows: Tensor, places: Tensor, **inputs) -> Tensor:
         logits = model.score(model.model(**inputs).last_hidden_state[rows, places])  # (N, 2)
@@ -88,13 +94,26 @@ class RLHFlow(SignTokens):
     def text(self, prompt: str, steps: list[str]) -> str:
         turns = [f"{prompt} {steps[0]}", *steps[1:]]
         messages = [
-            message for turn in turns for message in ({"role": "user", "content": turn}, {"role": "assistant", "content": "+"})
+            message
+            for turn in turns
+            for message in (
+                {"role": "user", "content": turn},
+                {"role": "assistant", "content": "+"},
+            )
         ]
         return self.tokenizer.apply_chat_template(messages, tokenize=False)
 
     def places(self, ids: list[int], count: int) -> list[int]:
-        ends = super().places(ids, count)[-2 * count :]  # of the turns; the template may write a system message before them
-        return [end - 2 for end in ends[1::2]]  # what stands before `+` and the end of an assistant's turn
+        ends = super().places(ids, count)[
+            -2 * count :
+        ]  # of the turns; the template may write a system message before them
+        return [
+            end - 2 for end in ends[1::2]
+        ]  # what stands before `+` and the end of an assistant's turn
 
 
-FOREIGN = {"Qwen2.5-Math-PRM": QwenMath, "math-shepherd-mistral-7b-prm": MathShepherd, "Llama3.1-8B-PRM": RLHFlow}
+FOREIGN = {
+    "Qwen2.5-Math-PRM": QwenMath,
+    "math-shepherd-mistral-7b-prm": MathShepherd,
+    "Llama3.1-8B-PRM": RLHFlow,
+}

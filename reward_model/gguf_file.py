@@ -14,15 +14,33 @@ from typing import Any
 
 from reward_model.base import JudgeError
 
-SCALARS = dict(enumerate(["B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d"]))  # GGUF value type -> struct format
+SCALARS = dict(
+    enumerate(["B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d"])
+)  # GGUF value type -> struct format
 STRING, ARRAY = 8, 9
 # tensor type -> numbers in a block, bytes of a block: what ctransformers 0.2.27 knows
 BLOCKS = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),  # F32 F16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0
     10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210),  # Q2_K Q3_K Q4_K Q5_K Q6_K
 }  # fmt: skip
-COUNTS = ["context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count"]
-MATRICES = ["attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"]  # of a layer
+COUNTS = [
+    "context_length",
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "attention.head_count",
+]
+MATRICES = [
+    "attn_norm",
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_output",
+    "ffn_norm",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_down",
+]  # of a layer
 MOST = 1 << 20  # a header with more fields or tensors than this is garbage
 
 
@@ -110,7 +128,9 @@ def read_gguf(path: str | Path, any_kind: bool = False) -> GGUFFile:
     return GGUFFile(str(path), metadata)
 
 
-def _read(data: mmap.mmap, blocks: dict[int, tuple[int, int]]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+def _read(
+    data: mmap.mmap, blocks: dict[int, tuple[int, int]]
+) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """(metadata, shape of every tensor), after every tensor was found to lie inside the file."""
     header = _Header(data)
     header.take(4)
@@ -150,17 +170,27 @@ def _read(data: mmap.mmap, blocks: dict[int, tuple[int, int]]) -> tuple[dict[str
 def _check(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises ValueError unless this is a LLaMA with a SentencePiece vocabulary, the only kind the judge's library is used for."""
     if metadata.get("general.architecture") != "llama":
-        raise ValueError(f"its architecture is {metadata.get('general.architecture')!r}, expected 'llama'")
+        raise ValueError(
+            f"its architecture is {metadata.get('general.architecture')!r}, expected 'llama'"
+        )
     for key in COUNTS:
         if not isinstance(metadata.get(f"llama.{key}"), int) or metadata[f"llama.{key}"] < 1:
             raise ValueError(f"its field 'llama.{key}' is missing or no count")
     if not isinstance(metadata.get("llama.attention.layer_norm_rms_epsilon"), float):
-        raise ValueError("its field 'llama.attention.layer_norm_rms_epsilon' is missing or no number")
+        raise ValueError(
+            "its field 'llama.attention.layer_norm_rms_epsilon' is missing or no number"
+        )
     if metadata.get("llama.rope.scaling.type", "none") != "none":
-        raise ValueError(f"its positions are scaled ({metadata['llama.rope.scaling.type']}), which the library would ignore")
+        raise ValueError(
+            f"its positions are scaled ({metadata['llama.rope.scaling.type']}), which the library would ignore"
+        )
     if metadata.get("tokenizer.ggml.model") != "llama":
-        raise ValueError(f"its tokenizer is {metadata.get('tokenizer.ggml.model')!r}, expected 'llama' (SentencePiece)")
-    vocabulary = [metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type")]
+        raise ValueError(
+            f"its tokenizer is {metadata.get('tokenizer.ggml.model')!r}, expected 'llama' (SentencePiece)"
+        )
+    vocabulary = [
+        metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type")
+    ]
     if not all(isinstance(part, list) and len(part) == len(vocabulary[0]) for part in vocabulary):
         raise ValueError("its tokens, scores and token types are missing or of different lengths")
     tokens, scores, types = vocabulary
@@ -175,7 +205,12 @@ def _check(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None
     for name in ("token_embd.weight", "output.weight"):
         expected = (metadata["llama.embedding_length"], len(tokens))
         if shapes.get(name) != expected:
-            raise ValueError(f"its tensor {name!r} is {shapes.get(name, 'missing')}, expected the shape {expected}")
-    for name in ["output_norm", *(f"blk.{k}.{part}" for k in range(metadata["llama.block_count"]) for part in MATRICES)]:
+            raise ValueError(
+                f"its tensor {name!r} is {shapes.get(name, 'missing')}, expected the shape {expected}"
+            )
+    for name in [
+        "output_norm",
+        *(f"blk.{k}.{part}" for k in range(metadata["llama.block_count"]) for part in MATRICES),
+    ]:
         if f"{name}.weight" not in shapes:
             raise ValueError(f"its tensor '{name}.weight' is missing")

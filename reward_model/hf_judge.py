@@ -36,7 +36,10 @@ from reward_model.gguf_file import read_gguf
 from reward_model.reading import PlainText, batches, first_line
 
 STEPS_HERE = "<<steps>>"
-TRIAL = ("2 + 3 = ?", ["Step 1: 2 + 3 = 5", "Step 2: 5 is 6", "Answer: 6"])  # a solution to try a model with
+TRIAL = (
+    "2 + 3 = ?",
+    ["Step 1: 2 + 3 = 5", "Step 2: 5 is 6", "Answer: 6"],
+)  # a solution to try a model with
 
 
 @dataclass
@@ -46,16 +49,22 @@ class _Row:
     solution: int
     first: int  # which of the solution's scores is that of texts[0]
     texts: list[list[int]]
-    shared: list[int] = field(default_factory=list)  # how many first ids texts[k] has in common with the last text
+    shared: list[int] = field(
+        default_factory=list
+    )  # how many first ids texts[k] has in common with the last text
 
     def __post_init__(self):
         trunk = self.texts[-1]
         for text in self.texts[:-1]:
-            most = min(len(text), len(trunk)) - 1  # each text keeps its last token, where the answer is read, to itself
+            most = (
+                min(len(text), len(trunk)) - 1
+            )  # each text keeps its last token, where the answer is read, to itself
             self.shared.append(next((i for i in range(most) if text[i] != trunk[i]), most))
 
     def __len__(self) -> int:
-        return len(self.texts[-1]) + sum(len(text) - n for text, n in zip(self.texts, self.shared, strict=False))
+        return len(self.texts[-1]) + sum(
+            len(text) - n for text, n in zip(self.texts, self.shared, strict=False)
+        )
 
 
 class HFJudge(StepJudge):
@@ -79,12 +88,16 @@ class HFJudge(StepJudge):
         if batch_tokens < 1:
             raise JudgeError(f"batch_tokens must be at least 1, got {batch_tokens}")
         if isinstance(template, str) and template not in TEMPLATES:
-            raise JudgeError(f"unknown judge template {template!r}: expected one of {', '.join(TEMPLATES)}")
+            raise JudgeError(
+                f"unknown judge template {template!r}: expected one of {', '.join(TEMPLATES)}"
+            )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer, self.model, name = _load(self.path, device)
         self.device = self.model.device
         config = self.model.config.get_text_config()
-        self.context_length = getattr(config, "max_position_embeddings", None)  # tokens; None: without limit
+        self.context_length = getattr(
+            config, "max_position_embeddings", None
+        )  # tokens; None: without limit
         self.window = getattr(config, "sliding_window", None)  # a row's mask knows nothing of it
         own = template is None and not self.path.endswith(".gguf") and self.tokenizer.chat_template
         if isinstance(template, JudgeTemplate):
@@ -92,10 +105,14 @@ class HFJudge(StepJudge):
         elif own:
             self.template, self.template_name = self._chat_template(), "chat"
         else:
-            self.template_name = template or fitting_template(f"{self.tokenizer.chat_template or ''}\n{name}")
+            self.template_name = template or fitting_template(
+                f"{self.tokenizer.chat_template or ''}\n{name}"
+            )
             self.template = TEMPLATES[self.template_name]
         self._plain = PlainText(self.tokenizer)
-        self._begins = [] if own else self._plain.begins  # a chat template writes what begins a text itself
+        self._begins = (
+            [] if own else self._plain.begins
+        )  # a chat template writes what begins a text itself
         self._yes, self._no = self._spellings(YES), self._spellings(NO)
         self.packed = self._reads_rows()
 
@@ -105,18 +122,29 @@ class HFJudge(StepJudge):
         """The model's own chat template around the question; a model that can think first is told not to."""
         message = {"role": "user", "content": CHAT.before + STEPS_HERE + CHAT.question}
         try:
-            text = self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True, enable_thinking=False)
+            text = self.tokenizer.apply_chat_template(
+                [message], tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
             before, question = text.split(STEPS_HERE)
         except Exception as error:  # templates are programs of their own
-            raise JudgeError(f"judge {self.path}: its chat template fails ({first_line(error)}): name a judge template") from None
+            raise JudgeError(
+                f"judge {self.path}: its chat template fails ({first_line(error)}): name a judge template"
+            ) from None
         return JudgeTemplate(before, question)
 
     def _spellings(self, words: Sequence[str]) -> torch.Tensor:
         """Ids of the tokens that are one of the words, alone or after a space (SentencePiece or byte-level)."""
         vocabulary = self.tokenizer.get_vocab()
-        ids = [vocabulary[piece] for word in words for piece in (word, f"▁{word}", f"Ġ{word}") if piece in vocabulary]
+        ids = [
+            vocabulary[piece]
+            for word in words
+            for piece in (word, f"▁{word}", f"Ġ{word}")
+            if piece in vocabulary
+        ]
         if not ids:
-            raise JudgeError(f"judge {self.path} cannot be used: its vocabulary has no token {' or '.join(words)}")
+            raise JudgeError(
+                f"judge {self.path} cannot be used: its vocabulary has no token {' or '.join(words)}"
+            )
         return torch.tensor(ids, device=self.device)
 
     def _texts(self, prompt: str, steps: Sequence[str], first: int) -> list[list[int]]:
@@ -124,16 +152,23 @@ class HFJudge(StepJudge):
         prompt, steps = self._plain.guard(prompt, steps)
         before = self.template.before.replace("{prompt}", prompt)
         lines = [f"{step}\n" for step in steps]
-        texts = [before + "".join(lines[: k + 1]) + self.template.question for k in range(first, len(steps))]
+        texts = [
+            before + "".join(lines[: k + 1]) + self.template.question
+            for k in range(first, len(steps))
+        ]
         return [self._begins + ids for ids in self._plain.ids(texts)]
 
     # --- scoring
 
-    def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
+    def score_steps(
+        self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
+    ) -> list[list[float] | None]:
         """As in StepJudge."""
         results: list[list[float] | None] = []
         packed, alone = [], []
-        for i, ((prompt, steps), first) in enumerate(zip(solutions, skip or [0] * len(solutions), strict=True)):
+        for i, ((prompt, steps), first) in enumerate(
+            zip(solutions, skip or [0] * len(solutions), strict=True)
+        ):
             texts = self._texts(prompt, steps, first) if first < len(steps) else []
             if texts and self.context_length and len(texts[-1]) > self.context_length:
                 results.append(None)
@@ -147,11 +182,17 @@ class HFJudge(StepJudge):
             for batch in batches(rows, self.batch_tokens):
                 scores = iter(self._score(read, batch))
                 for row in batch:
-                    for k, score in zip(range(row.first, row.first + len(row.texts)), scores, strict=False):
+                    for k, score in zip(
+                        range(row.first, row.first + len(row.texts)), scores, strict=False
+                    ):
                         if score != score:
                             prompt, steps = solutions[row.solution]
-                            place = where(prompt, steps, len(steps) - len(results[row.solution]) + k)
-                            raise JudgeError(f"judge {self.path}: the model's logits are not finite at {place}")
+                            place = where(
+                                prompt, steps, len(steps) - len(results[row.solution]) + k
+                            )
+                            raise JudgeError(
+                                f"judge {self.path}: the model's logits are not finite at {place}"
+                            )
                         results[row.solution][k] = round(score, 6)
         return results
 
@@ -160,7 +201,9 @@ class HFJudge(StepJudge):
             return self._log_odds(read(batch)).sigmoid().tolist()
         except torch.OutOfMemoryError:
             tokens = len(batch) * max(map(len, batch))
-            raise JudgeError(f"judge {self.path}: {tokens} tokens at once do not fit on the GPU: lower batch_tokens") from None
+            raise JudgeError(
+                f"judge {self.path}: {tokens} tokens at once do not fit on the GPU: lower batch_tokens"
+            ) from None
 
     def _log_odds(self, logits: torch.Tensor) -> torch.Tensor:
         """log P(yes) - log P(no), each summed over its spellings: (N, V) -> (N,)."""
@@ -173,7 +216,9 @@ class HFJudge(StepJudge):
         longest = max(map(len, batch))
         ids = torch.zeros(len(batch), longest, dtype=torch.long)  # (B, L)
         positions = torch.zeros_like(ids)
-        seen = torch.eye(longest, dtype=torch.bool).repeat(len(batch), 1, 1)  # (B, L, L); padding sees itself: no empty softmax
+        seen = torch.eye(longest, dtype=torch.bool).repeat(
+            len(batch), 1, 1
+        )  # (B, L, L); padding sees itself: no empty softmax
         asked: list[tuple[int, int]] = []
         for b, row in enumerate(batch):
             trunk = row.texts[-1]
@@ -182,27 +227,45 @@ class HFJudge(StepJudge):
             seen[b, :end, :end] = torch.ones(end, end, dtype=torch.bool).tril()
             for text, n in zip(row.texts, row.shared, strict=False):
                 start, end = end, end + len(text) - n
-                ids[b, start:end], positions[b, start:end] = torch.tensor(text[n:]), torch.arange(n, len(text))
+                ids[b, start:end], positions[b, start:end] = (
+                    torch.tensor(text[n:]),
+                    torch.arange(n, len(text)),
+                )
                 seen[b, start:end, :n] = True
-                seen[b, start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+                seen[b, start:end, start:end] = torch.ones(
+                    end - start, end - start, dtype=torch.bool
+                ).tril()
                 asked.append((b, end - 1))
             asked.append((b, len(trunk) - 1))
         device, dtype = self.device, self.model.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]  # added to the scores
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[
+            :, None
+        ]  # added to the scores
         hidden = self.model.base_model(
-            input_ids=ids.to(device), position_ids=positions.to(device), attention_mask=mask.to(device), use_cache=False
+            input_ids=ids.to(device),
+            position_ids=positions.to(device),
+            attention_mask=mask.to(device),
+            use_cache=False,
         ).last_hidden_state  # (B, L, H)
         rows, columns = torch.tensor(asked, device=device).T
-        return self.model.get_output_embeddings()(hidden[rows, columns])  # the vocabulary only where it is asked
+        return self.model.get_output_embeddings()(
+            hidden[rows, columns]
+        )  # the vocabulary only where it is asked
 
     @torch.inference_mode()
     def _read_texts(self, batch: list[_Row]) -> torch.Tensor:
         """Logits (N, V) at the end of every text, each text read on its own: for rows of one text."""
         texts = [row.texts[0] for row in batch]
         longest = max(map(len, texts))
-        ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts])  # (B, L), left-padded
+        ids = torch.tensor(
+            [[0] * (longest - len(text)) + text for text in texts]
+        )  # (B, L), left-padded
         mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        }
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         return self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
 
@@ -214,12 +277,20 @@ class HFJudge(StepJudge):
             rows = self._log_odds(self._read_rows([_Row(0, 0, texts)]))
         except (TypeError, ValueError, RuntimeError, AttributeError):
             rows = None
-        texts_alone = [self._log_odds(self._read_texts([_Row(0, k, [text])])) for k, text in enumerate(texts)]
+        texts_alone = [
+            self._log_odds(self._read_texts([_Row(0, k, [text])])) for k, text in enumerate(texts)
+        ]
         alone = torch.cat(texts_alone)
-        tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.3  # half precision: a few of its last bits
-        agrees = rows is not None and not (rows - alone).abs().max() > tolerance  # NaN is found where it is scored
+        tolerance = (
+            1e-3 if self.model.dtype == torch.float32 else 0.3
+        )  # half precision: a few of its last bits
+        agrees = (
+            rows is not None and not (rows - alone).abs().max() > tolerance
+        )  # NaN is found where it is scored
         if not agrees:
-            print(f"judge {self.path}: this architecture cannot share a solution's beginning between questions; slower without")
+            print(
+                f"judge {self.path}: this architecture cannot share a solution's beginning between questions; slower without"
+            )
         return agrees
 
     def close(self) -> None:
@@ -234,11 +305,17 @@ class HFJudge(StepJudge):
 def _load(path: str, device: str):
     """(tokenizer, model, what it is called). Raises JudgeError."""
     if path.endswith(".gguf"):
-        metadata = read_gguf(path, any_kind=True).metadata  # a damaged file is found before it is loaded
+        metadata = read_gguf(
+            path, any_kind=True
+        ).metadata  # a damaged file is found before it is loaded
         with TemporaryDirectory() as folder:  # beside other files transformers would mix them in
             os.symlink(os.path.abspath(path), f"{folder}/model.gguf")
-            tokenizer, model = _from_pretrained(path, device, folder, folder, gguf_file="model.gguf")
-        if metadata.get("tokenizer.ggml.model") == "llama" and metadata.get("tokenizer.ggml.add_space_prefix", True):
+            tokenizer, model = _from_pretrained(
+                path, device, folder, folder, gguf_file="model.gguf"
+            )
+        if metadata.get("tokenizer.ggml.model") == "llama" and metadata.get(
+            "tokenizer.ggml.add_space_prefix", True
+        ):
             # as in LLaMA's own tokenizer and in llama.cpp, what follows a control token begins with a space too
             space = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
             tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(space)
@@ -254,10 +331,14 @@ def _from_pretrained(path: str, device: str, tokenizer_path: str, model_path: st
         model, loading = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=dtype, use_safetensors=True, output_loading_info=True, **extra
         )
-    except Exception as error:  # what a file that is no model makes of the libraries is beyond a list
+    except (
+        Exception
+    ) as error:  # what a file that is no model makes of the libraries is beyond a list
         raise JudgeError(f"judge {path} cannot be loaded: {first_line(error)}") from None
     if loading["missing_keys"]:  # transformers fills them with random numbers
-        raise JudgeError(f"judge {path}: weights are missing, {min(loading['missing_keys'])} for one")
+        raise JudgeError(
+            f"judge {path}: weights are missing, {min(loading['missing_keys'])} for one"
+        )
     if not tokenizer.is_fast:
         raise JudgeError(f"judge {path}: it has no fast tokenizer (tokenizer.json)")
     return tokenizer, model.to(device).eval()
@@ -267,5 +348,7 @@ def _tokenizer_of(path: str) -> str:
     """Where a model's tokenizer is: an adapter that has none uses its base's."""
     adapter = Path(path) / "adapter_config.json"
     if adapter.is_file() and not (Path(path) / "tokenizer_config.json").is_file():
-        return json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or path
+        return (
+            json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or path
+        )
     return path

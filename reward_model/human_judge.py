@@ -19,13 +19,17 @@ class HumanJudge(StepJudge):
 
     def __init__(self, path: str | Path):
         self.path = path
-        self.labels: dict[tuple, list[int]] = defaultdict(list)  # (prompt, step 1, ..., step k) -> the labels of step k
+        self.labels: dict[tuple, list[int]] = defaultdict(
+            list
+        )  # (prompt, step 1, ..., step k) -> the labels of step k
         for row in read_records(path, LabelledSolution):
             for k, label in enumerate(row.labels):
                 if label is not None:
                     self.labels[row.prompt, *row.steps[: k + 1]].append(label)
 
-    def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
+    def score_steps(
+        self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
+    ) -> list[list[float] | None]:
         scored = []
         for (prompt, steps), first in zip(solutions, skip or [0] * len(solutions), strict=True):
             labels = [self.labels.get((prompt, *steps[: k + 1])) for k in range(first, len(steps))]

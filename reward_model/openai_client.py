@@ -18,7 +18,10 @@ import openai
 
 from reward_model.base import JudgeError, short
 
-TOO_LONG = re.compile(r"context.?(length|size|window)|too (long|many tokens)|maximum (number of )?tokens|max_model_len", re.I)
+TOO_LONG = re.compile(
+    r"context.?(length|size|window)|too (long|many tokens)|maximum (number of )?tokens|max_model_len",
+    re.I,
+)
 
 Reply = TypeVar("Reply")
 
@@ -42,15 +45,30 @@ class OpenAIServer:
     request; max_retries: how often it is sent again after a timeout, a lost connection, a rate limit or a server's fault, with the
     client's growing pauses. kept: added to errors after which one may go on. Raises JudgeError for arguments that cannot do."""
 
-    def __init__(self, name: str, base_url: str, in_flight: int, timeout: float, max_retries: int, kept: str = ""):
+    def __init__(
+        self,
+        name: str,
+        base_url: str,
+        in_flight: int,
+        timeout: float,
+        max_retries: int,
+        kept: str = "",
+    ):
         host = _host(name, base_url)
         if in_flight < 1:
             raise JudgeError(f"in_flight must be at least 1, got {in_flight}")
         self.base_url, self.in_flight, self.kept = base_url.rstrip("/"), in_flight, kept
         key = os.environ.get("OPENAI_API_KEY") or ("none" if _is_loopback(host) else None)
         if key is None:
-            raise JudgeError(f"{name} {base_url}: no key: set OPENAI_API_KEY in the environment (to anything, if none is needed)")
-        self._settings = {"base_url": self.base_url, "api_key": key, "timeout": timeout, "max_retries": max_retries}
+            raise JudgeError(
+                f"{name} {base_url}: no key: set OPENAI_API_KEY in the environment (to anything, if none is needed)"
+            )
+        self._settings = {
+            "base_url": self.base_url,
+            "api_key": key,
+            "timeout": timeout,
+            "max_retries": max_retries,
+        }
         self._called = f"{name} {self.base_url}"
 
     def __str__(self) -> str:
@@ -73,7 +91,14 @@ class OpenAIServer:
                 answer = await self._request(kind, body)
                 try:
                     return read(json.loads(answer))
-                except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+                except (
+                    ValueError,
+                    KeyError,
+                    IndexError,
+                    TypeError,
+                    AttributeError,
+                    RecursionError,
+                ):
                     raise JudgeError(
                         f"{self} answered what is no completion: {short(' '.join(answer.split()))}: does the URL lead to an "
                         "OpenAI-compatible server?"
@@ -88,13 +113,19 @@ class OpenAIServer:
         try:
             return (await client.with_raw_response.create(**body)).text
         except UnicodeEncodeError as error:
-            raise JudgeError(f"{self}: half of a Unicode surrogate pair cannot be sent: {short(error.object)}") from None
+            raise JudgeError(
+                f"{self}: half of a Unicode surrogate pair cannot be sent: {short(error.object)}"
+            ) from None
         except openai.APITimeoutError:
             timeout, tries = self._settings["timeout"], self._settings["max_retries"] + 1
-            raise JudgeError(f"{self} did not answer within {timeout:g} s, {tries} times.{self.kept}") from None
+            raise JudgeError(
+                f"{self} did not answer within {timeout:g} s, {tries} times.{self.kept}"
+            ) from None
         except openai.APIConnectionError as error:
             reason = _line(error.__cause__ or error)
-            raise JudgeError(f"{self} cannot be reached ({reason}): is the server running?{self.kept}") from None
+            raise JudgeError(
+                f"{self} cannot be reached ({reason}): is the server running?{self.kept}"
+            ) from None
         except openai.APIStatusError as error:
             said, status = _line(error), error.status_code
             if status in (400, 413, 422) and TOO_LONG.search(said):
@@ -107,7 +138,9 @@ class OpenAIServer:
                 404: f"is {body['model']} a model of this server, and does the URL end in /v1?",
                 429: "wait, or ask for a higher limit.",
             }.get(status, "see what the server says" if status < 500 else "see the server's log.")
-            raise JudgeError(f"{self}: {said}: {todo}{self.kept if status == 429 or status >= 500 else ''}") from None
+            raise JudgeError(
+                f"{self}: {said}: {todo}{self.kept if status == 429 or status >= 500 else ''}"
+            ) from None
         except openai.OpenAIError as error:
             raise JudgeError(f"{self}: {_line(error)}") from None
 
@@ -117,7 +150,9 @@ async def gather(coroutines: list[Coroutine]) -> list:
     results = await asyncio.gather(*coroutines, return_exceptions=True)
     failures = [result for result in results if isinstance(result, BaseException)]
     if failures:
-        raise next((failure for failure in failures if not isinstance(failure, Stopped)), failures[0])
+        raise next(
+            (failure for failure in failures if not isinstance(failure, Stopped)), failures[0]
+        )
     return results
 
 

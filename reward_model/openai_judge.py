@@ -18,11 +18,16 @@ from reward_model.base import CHAT, NO, TEMPLATES, YES, JudgeError, Solution, St
 from reward_model.openai_client import NoLogprobs, OpenAIServer, TooLong, gather
 
 MAX_TOKENS = 4  # of an answer: white space or a quote may come before the word
-TOP = {"chat": {"logprobs": True, "top_logprobs": 20}, "text": {"logprobs": 5}}  # as many as OpenAI's own endpoints allow
+TOP = {
+    "chat": {"logprobs": True, "top_logprobs": 20},
+    "text": {"logprobs": 5},
+}  # as many as OpenAI's own endpoints allow
 VERDICT = re.compile(r"\W*(yes|no)\b", re.I)
 
 Question = tuple[str, tuple[str, ...]]  # (prompt, steps): is the last of them right?
-Reply = dict[str, Any]  # {"text": what was answered, "top": for each of its tokens {spelling of yes or no: probability}, or None}
+Reply = dict[
+    str, Any
+]  # {"text": what was answered, "top": for each of its tokens {spelling of yes or no: probability}, or None}
 
 
 class OpenAIJudge(StepJudge):
@@ -48,34 +53,50 @@ class OpenAIJudge(StepJudge):
         kept = " What was answered is kept: run again to go on." if cache else ""
         self._server = OpenAIServer("judge", base_url, in_flight, timeout, max_retries, kept)
         if template is not None and template not in TEMPLATES:
-            raise JudgeError(f"unknown judge template {template!r}: expected one of {', '.join(TEMPLATES)}")
+            raise JudgeError(
+                f"unknown judge template {template!r}: expected one of {', '.join(TEMPLATES)}"
+            )
         if samples < 1:
             raise JudgeError(f"samples must be at least 1, got {samples}")
         self.base_url, self.model, self.samples = self._server.base_url, model, samples
-        self.kind, self.template = ("chat", CHAT) if template is None else ("text", TEMPLATES[template])
+        self.kind, self.template = (
+            ("chat", CHAT) if template is None else ("text", TEMPLATES[template])
+        )
         self._gives_logprobs: bool | None = None  # not known before the first answer
         self._cache = _Cache(cache)
 
-    def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
+    def score_steps(
+        self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
+    ) -> list[list[float] | None]:
         """As in StepJudge. Equal beginnings of several solutions are asked about once."""
         asked: list[list[Question]] = []
         for (prompt, steps), first in zip(solutions, skip or [0] * len(solutions), strict=True):
             asked.append([(prompt, tuple(steps[: k + 1])) for k in range(first, len(steps))])
-        scores = asyncio.run(self._score_all(list(dict.fromkeys(question for questions in asked for question in questions))))
+        scores = asyncio.run(
+            self._score_all(
+                list(dict.fromkeys(question for questions in asked for question in questions))
+            )
+        )
         results = [[scores[question] for question in questions] for questions in asked]
         return [None if None in result else result for result in results]
 
     async def _score_all(self, questions: list[Question]) -> dict[Question, float | None]:
         """The score of every question; None where it outgrows the context."""
         async with self._server.open():
-            alone = 1 if self._gives_logprobs is None else 0  # the first answer tells how the others are asked
+            alone = (
+                1 if self._gives_logprobs is None else 0
+            )  # the first answer tells how the others are asked
             scores = await gather([self._score(question) for question in questions[:alone]])
             scores += await gather([self._score(question) for question in questions[alone:]])
         return dict(zip(questions, scores, strict=True))
 
     async def _score(self, question: Question) -> float | None:
         prompt, steps = question
-        text = self.template.before.replace("{prompt}", prompt) + "".join(f"{step}\n" for step in steps) + self.template.question
+        text = (
+            self.template.before.replace("{prompt}", prompt)
+            + "".join(f"{step}\n" for step in steps)
+            + self.template.question
+        )
         try:
             score = None if self._gives_logprobs is False else await self._from_logprobs(text)
             return round(await self._from_verdicts(text) if score is None else score, 6)
@@ -91,7 +112,9 @@ class OpenAIJudge(StepJudge):
         if self._gives_logprobs is None:
             self._gives_logprobs = reply["top"] is not None
             if not self._gives_logprobs:
-                print(f"{self._server} gives no logprobs: a score is the share of yes among {self.samples} sampled verdicts")
+                print(
+                    f"{self._server} gives no logprobs: a score is the share of yes among {self.samples} sampled verdicts"
+                )
         for top in reply["top"] or []:
             yes, no = (sum(top.get(word, 0) for word in words) for words in (YES, NO))
             if yes + no > 0:
@@ -100,13 +123,23 @@ class OpenAIJudge(StepJudge):
 
     async def _from_verdicts(self, text: str) -> float:
         """The share of yes among the sampled verdicts that can be read: one request each, since servers ignore `n`."""
-        replies = await gather([self._ask(text, {"temperature": 1, "seed": seed}) for seed in range(self.samples)])
-        verdicts = [match[1].lower() for match in (VERDICT.match(reply["text"]) for reply in replies) if match]
+        replies = await gather(
+            [self._ask(text, {"temperature": 1, "seed": seed}) for seed in range(self.samples)]
+        )
+        verdicts = [
+            match[1].lower()
+            for match in (VERDICT.match(reply["text"]) for reply in replies)
+            if match
+        ]
         if not verdicts:
             raise JudgeError(
                 f"{self._server}: {self.model} was asked for Yes or No {self.samples} times and answered neither, "
                 f"but {short(replies[0]['text'])}: take another model"
-                + (" or, for a base model, a judge template such as plain" if self.kind == "chat" else "")
+                + (
+                    " or, for a base model, a judge template such as plain"
+                    if self.kind == "chat"
+                    else ""
+                )
             )
         return verdicts.count("yes") / len(verdicts)
 
@@ -114,9 +147,15 @@ class OpenAIJudge(StepJudge):
 
     async def _ask(self, text: str, parameters: dict) -> Reply:
         """The answer to one request: from the cache, or from the server and then into the cache."""
-        asked = {"messages": [{"role": "user", "content": text}]} if self.kind == "chat" else {"prompt": text}
+        asked = (
+            {"messages": [{"role": "user", "content": text}]}
+            if self.kind == "chat"
+            else {"prompt": text}
+        )
         body = {"model": self.model, "max_tokens": MAX_TOKENS, **asked, **parameters}
-        key = hashlib.sha256(json.dumps([self.base_url, self.kind, body], sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(
+            json.dumps([self.base_url, self.kind, body], sort_keys=True).encode()
+        ).hexdigest()
         if key not in self._cache.replies:
             self._cache.add(key, await self._server.ask(self.kind, body, self._read))
         return self._cache.replies[key]
@@ -127,7 +166,10 @@ class OpenAIJudge(StepJudge):
         text = (choice["message"]["content"] if self.kind == "chat" else choice["text"]) or ""
         logprobs = choice.get("logprobs") or {}
         if logprobs.get("content"):  # the chat form, which some servers use for both
-            places = [[(top["token"], top["logprob"]) for top in place["top_logprobs"]] for place in logprobs["content"]]
+            places = [
+                [(top["token"], top["logprob"]) for top in place["top_logprobs"]]
+                for place in logprobs["content"]
+            ]
         else:
             places = [list((place or {}).items()) for place in logprobs.get("top_logprobs") or []]
         top: list[dict[str, float]] = [{} for _ in places]

@@ -26,7 +26,12 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 from transformers.cache_utils import Cache
 from transformers.utils import find_adapter_config_file
 
@@ -62,13 +67,17 @@ class PRMFormat:
         """For every solution its ids, and for each of its steps the position where its value is read. The beginning of a solution
         has the ids and the positions that the whole begins with. Raises JudgeError for what is no Unicode."""
         texts = [self.text(*self.plain.guard(prompt, steps)) for prompt, steps in solutions]
-        begins = [] if self.tokenizer.chat_template else self.plain.begins  # a chat template writes what begins a text itself
+        begins = (
+            [] if self.tokenizer.chat_template else self.plain.begins
+        )  # a chat template writes what begins a text itself
         encoded = []
         for (prompt, steps), ids in zip(solutions, self.plain.ids(texts), strict=True):
             ids = begins + ids
             places = self.places(ids, len(steps))
             if len(places) != len(steps):
-                raise JudgeError(f"{len(places)} of {len(steps)} steps can be told apart in {where(prompt, steps, 0)}")
+                raise JudgeError(
+                    f"{len(places)} of {len(steps)} steps can be told apart in {where(prompt, steps, 0)}"
+                )
             encoded.append((ids, places))
         return encoded
 
@@ -94,7 +103,9 @@ class StepTokens(PRMFormat):
         super().__init__(tokenizer, tag)
 
     def text(self, prompt: str, steps: list[str]) -> str:
-        return format_prompt(prompt, self.tokenizer) + "".join(f"{self.tag}{step}\n" for step in steps)
+        return format_prompt(prompt, self.tokenizer) + "".join(
+            f"{self.tag}{step}\n" for step in steps
+        )
 
     def places(self, ids: list[int], count: int) -> list[int]:
         begins = super().places(ids, count)
@@ -108,8 +119,13 @@ def add_step_token(model, tokenizer, step_token: str = STEP_TOKEN) -> None:
     """The tokenizer gets the step token, the model a row of its embeddings for it, the mean of all rows before it."""
     new = step_token not in tokenizer.get_vocab()
     if new:
-        tokenizer.add_tokens([AddedToken(step_token, special=True, normalized=False)], special_tokens=True)
-    rows, index = model.get_input_embeddings().num_embeddings, tokenizer.convert_tokens_to_ids(step_token)
+        tokenizer.add_tokens(
+            [AddedToken(step_token, special=True, normalized=False)], special_tokens=True
+        )
+    rows, index = (
+        model.get_input_embeddings().num_embeddings,
+        tokenizer.convert_tokens_to_ids(step_token),
+    )
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if new or index >= rows:
@@ -151,7 +167,9 @@ def load_prm(path: str, dtype: torch.dtype | str, trainable: bool = False):
             model = _from_pretrained(family.model_class, path, dtype)
     except JudgeError:
         raise
-    except Exception as error:  # what a folder that is no model makes of the libraries is beyond a list
+    except (
+        Exception
+    ) as error:  # what a folder that is no model makes of the libraries is beyond a list
         raise JudgeError(f"PRM {path} cannot be loaded: {first_line(error)}") from None
     model.config.running_min = config.get("running_min", False)  # an adapter's base does not know
     if not tokenizer.is_fast:
@@ -161,7 +179,9 @@ def load_prm(path: str, dtype: torch.dtype | str, trainable: bool = False):
     except JudgeError as error:
         raise JudgeError(f"PRM {path}: {error}") from None
     if isinstance(form, StepTokens) and model.config.num_labels != 1:
-        raise JudgeError(f"PRM {path}: expected a head of one number a token, got {model.config.num_labels}")
+        raise JudgeError(
+            f"PRM {path}: expected a head of one number a token, got {model.config.num_labels}"
+        )
     return model, form
 
 
@@ -183,13 +203,17 @@ def _family(path: str, config: dict) -> tuple[type[PRMFormat], dict]:
 
 
 def _from_pretrained(model_class: type, path: str, dtype: torch.dtype | str):
-    model, loading = model_class.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    model, loading = model_class.from_pretrained(
+        path, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
     if loading["missing_keys"]:  # transformers fills them with random numbers
         raise ValueError(f"weights are missing, {min(loading['missing_keys'])} for one")
     return model
 
 
-def _with_adapter(path: str, adapter: str, tokenizer, step_token: str, dtype: torch.dtype | str, trainable: bool):
+def _with_adapter(
+    path: str, adapter: str, tokenizer, step_token: str, dtype: torch.dtype | str, trainable: bool
+):
     """An adapter on what it was trained on: a PRM, or a causal LM made into one as training does."""
     from peft import PeftModel
 
@@ -199,10 +223,14 @@ def _with_adapter(path: str, adapter: str, tokenizer, step_token: str, dtype: to
     if PreTrainedConfig.get_config_dict(base)[0].get("step_token"):
         model = _from_pretrained(AutoModelForTokenClassification, base, dtype)
     else:
-        model = from_causal_lm(_from_pretrained(AutoModelForCausalLM, base, dtype), tokenizer, step_token)
+        model = from_causal_lm(
+            _from_pretrained(AutoModelForCausalLM, base, dtype), tokenizer, step_token
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("error", message="Found missing adapter keys")  # peft would start them anew
+        warnings.filterwarnings(
+            "error", message="Found missing adapter keys"
+        )  # peft would start them anew
         return PeftModel.from_pretrained(model, path, is_trainable=trainable)
 
 
@@ -258,27 +286,40 @@ class ProcessRewardModel(StepJudge):
         self.model = model.to(device, model.dtype).eval()  # peft keeps what it trained in float32
         self.device = self.model.device
         self.running_min = self.model.config.running_min
-        self.context_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)  # None: without limit
+        self.context_length = getattr(
+            self.model.config.get_text_config(), "max_position_embeddings", None
+        )  # None: without limit
         self.branches = takes_branches(self.model, PACKED)
-        self._kept: deque[tuple[dict[tuple[int, ...], Past], int]] = deque()  # of each batch: its texts by their ids, bytes
+        self._kept: deque[tuple[dict[tuple[int, ...], Past], int]] = (
+            deque()
+        )  # of each batch: its texts by their ids, bytes
 
-    def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
+    def score_steps(
+        self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
+    ) -> list[list[float] | None]:
         """As in StepJudge."""
         results: list[list[float] | None] = [[] for _ in solutions]
         firsts = skip or [0] * len(solutions)
         asked = [i for i, first in enumerate(firsts) if first < len(solutions[i][1])]
         texts: list[_Text] = []
-        for i, (ids, places) in zip(asked, self.format.encode([solutions[i] for i in asked]), strict=True):
+        for i, (ids, places) in zip(
+            asked, self.format.encode([solutions[i] for i in asked]), strict=True
+        ):
             if self.context_length and len(ids) > self.context_length:
                 results[i] = None
                 continue
             first = firsts[i]
             past = self._past(ids[: places[first - 1] + 1]) if first else None
-            read = first if past or not self.running_min else 0  # where there is no past, the least value so far is to be found
+            read = (
+                first if past or not self.running_min else 0
+            )  # where there is no past, the least value so far is to be found
             goes_on = self.branches and not ends_solution(list(solutions[i][1]))
             texts.append(_Text(i, ids, places[read:], first - read, past, goes_on))
         rows = self._rows(texts)
-        for of_kind in ([row for row in rows if row.past is None], [row for row in rows if row.past is not None]):
+        for of_kind in (
+            [row for row in rows if row.past is None],
+            [row for row in rows if row.past is not None],
+        ):
             for batch in batches(of_kind, self.batch_tokens):
                 values, cache = self._values(batch)
                 for text in (text for row in batch for text, _ in row.reads):
@@ -287,9 +328,13 @@ class ProcessRewardModel(StepJudge):
                     if broken is not None:
                         prompt, steps = solutions[text.solution]
                         place = where(prompt, steps, len(steps) - len(scores) + broken)
-                        raise JudgeError(f"PRM {self.path}: the model's logits are not finite at {place}")
+                        raise JudgeError(
+                            f"PRM {self.path}: the model's logits are not finite at {place}"
+                        )
                     if self.running_min:
-                        scores = [*accumulate(scores, min, initial=text.past.score if text.past else 1.0)][1:]
+                        scores = [
+                            *accumulate(scores, min, initial=text.past.score if text.past else 1.0)
+                        ][1:]
                     results[text.solution] = scores[text.skip :]
                 if cache is not None:
                     self._keep(batch, cache, results)
@@ -303,7 +348,9 @@ class ProcessRewardModel(StepJudge):
             ids = text.ids[len(text.past or ()) :]
             row = rows[-1] if rows and rows[-1].past is text.past and self.branches else None
             shared = shared_prefix(before, ids) if row is not None else 0
-            fits = row is not None and len(row) + len(ids) - shared <= min(PACKED, self.batch_tokens)
+            fits = row is not None and len(row) + len(ids) - shared <= min(
+                PACKED, self.batch_tokens
+            )
             if not fits or not (text.past or shared > len(ids) / 2):
                 row, shared = _Row(text.past), 0
                 rows.append(row)
@@ -318,14 +365,22 @@ class ProcessRewardModel(StepJudge):
         inputs = as_inputs([row.ids for row in batch], [row.parents for row in batch], 0, pasts)
         asked = [(b, place) for b, row in enumerate(batch) for place in row.asked()]
         rows, places = torch.tensor(asked, device=self.device).T
-        cache = as_cache(pasts) if pasts or any(text.goes_on for row in batch for text, _ in row.reads) else None
+        cache = (
+            as_cache(pasts)
+            if pasts or any(text.goes_on for row in batch for text, _ in row.reads)
+            else None
+        )
         try:
             inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
             inputs |= {"past_key_values": cache, "use_cache": cache is not None}
-            values = self.format.log_odds(self.model, rows, places, **inputs).float().sigmoid().tolist()
+            values = (
+                self.format.log_odds(self.model, rows, places, **inputs).float().sigmoid().tolist()
+            )
         except torch.OutOfMemoryError:
             tokens = inputs["input_ids"].numel()
-            raise JudgeError(f"PRM {self.path}: {tokens} tokens at once do not fit on the GPU: lower batch_tokens") from None
+            raise JudgeError(
+                f"PRM {self.path}: {tokens} tokens at once do not fit on the GPU: lower batch_tokens"
+            ) from None
         return iter(values), cache
 
     # --- beginnings that are kept
@@ -338,15 +393,22 @@ class ProcessRewardModel(StepJudge):
     def _keep(self, batch: list[_Row], cache: Cache, results: Sequence[list[float] | None]) -> None:
         """Keep the beginnings of a batch that was just read."""
         layers = [(layer.keys, layer.values) for layer in cache.layers]
-        first = cache.get_seq_length() - max(len(row.ids) for row in batch)  # columns behind the longest past
+        first = cache.get_seq_length() - max(
+            len(row.ids) for row in batch
+        )  # columns behind the longest past
         kept: dict[tuple[int, ...], Past] = {}
         for b, row in enumerate(batch):
             own = len(row.past or ())
             for text, path in row.reads:
                 if text.goes_on:
                     end = text.places[-1] + 1
-                    columns = [*range(first - own, first), *(first + place for place in path[: end - own])]
-                    kept[tuple(text.ids[:end])] = Past(layers, b, columns, results[text.solution][-1])
+                    columns = [
+                        *range(first - own, first),
+                        *(first + place for place in path[: end - own]),
+                    ]
+                    kept[tuple(text.ids[:end])] = Past(
+                        layers, b, columns, results[text.solution][-1]
+                    )
         if kept:
             self._kept.append((kept, sum(keys.nbytes + values.nbytes for keys, values in layers)))
         while sum(size for _, size in self._kept) > KEPT_BYTES:

@@ -20,7 +20,9 @@ class PlainText:
         self.tokenizer = tokenizer
         whole = tokenizer("a")["input_ids"]
         self.begins: list[int] = whole[: whole.index(self._ids("a")[0])]
-        control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        control = [
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        ]
         control = "|".join(re.escape(text) for text in {*control, *marks} if len(text) > 1)
         self._control = re.compile(f"(?={control})(.)" if control else "(?!)()", re.DOTALL)
 
@@ -29,8 +31,12 @@ class PlainText:
         try:
             "".join((prompt, *steps)).encode()
         except UnicodeEncodeError:
-            raise JudgeError(f"prompt {short(prompt)}: half of a Unicode surrogate pair cannot be scored") from None
-        prompt, *steps = (self._control.sub(lambda match: match[1] + CUT, text) for text in (prompt, *steps))
+            raise JudgeError(
+                f"prompt {short(prompt)}: half of a Unicode surrogate pair cannot be scored"
+            ) from None
+        prompt, *steps = (
+            self._control.sub(lambda match: match[1] + CUT, text) for text in (prompt, *steps)
+        )
         return prompt, steps
 
     def ids(self, texts: list[str]) -> list[list[int]]:
@@ -42,11 +48,17 @@ class PlainText:
         """Ids of a text in pieces, each but the first tokenized as the middle of a text."""
         first, *rest = text.split(CUT)
         edge = len(self._ids(EDGE))
-        return self._ids(first) + [index for piece in rest for index in self._ids(EDGE + piece)[edge:]]
+        return self._ids(first) + [
+            index for piece in rest for index in self._ids(EDGE + piece)[edge:]
+        ]
 
     def _ids(self, texts):
         """Ids of a text, or of each of several."""
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return (
+            self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            if texts
+            else []
+        )
 
 
 def batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:

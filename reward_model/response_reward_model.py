@@ -39,12 +39,21 @@ class ResponseTokens:
     sentences, `[CLS] prompt [SEP] response [SEP]`; any other model in the template of reasoning/steps.py, with the question or an
     end-of-text token last. Words that look like control tokens stay words."""
 
-    def __init__(self, tokenizer, max_length: int | None = None, question: str | None = None, step_token: str | None = None):
+    def __init__(
+        self,
+        tokenizer,
+        max_length: int | None = None,
+        question: str | None = None,
+        step_token: str | None = None,
+    ):
         self.tokenizer, self.max_length, self.question = tokenizer, max_length, question
         self.steps = StepTokens(tokenizer, step_token) if step_token else None
         self.plain = self.steps.plain if self.steps else PlainText(tokenizer)
         self.is_chat = bool(tokenizer.chat_template)
-        self.is_pair = not (self.is_chat or self.steps) and None not in (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        self.is_pair = not (self.is_chat or self.steps) and None not in (
+            tokenizer.cls_token_id,
+            tokenizer.sep_token_id,
+        )
 
     def encode(self, pairs: Sequence[Response]) -> list[tuple[list[int], int]]:
         """For every (prompt, response) its ids and how many more there would be without max_length. What is too long loses tokens
@@ -54,10 +63,19 @@ class ResponseTokens:
         begins, end = self.plain.begins, []
         if self.is_pair:
             between, end = self._frame()
-            sides = iter(self.plain.ids([text for prompt, (response,) in guarded for text in (prompt, response)]))
-            texts = [[*prompt, *between, *response] for prompt, response in zip(sides, sides, strict=True)]
+            sides = iter(
+                self.plain.ids(
+                    [text for prompt, (response,) in guarded for text in (prompt, response)]
+                )
+            )
+            texts = [
+                [*prompt, *between, *response]
+                for prompt, response in zip(sides, sides, strict=True)
+            ]
         else:
-            texts = self.plain.ids([self._text(prompt, response) for prompt, (response,) in guarded])
+            texts = self.plain.ids(
+                [self._text(prompt, response) for prompt, (response,) in guarded]
+            )
             if self.is_chat:  # its template writes itself what begins and ends a text
                 begins = begins if texts and texts[0][: len(begins)] == begins else []
                 texts = [ids[len(begins) :] for ids in texts]
@@ -74,9 +92,16 @@ class ResponseTokens:
         if self.steps:
             return self.steps.text(prompt, split_steps(response))
         if self.is_chat:
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            messages = [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": response},
+            ]
             return self.tokenizer.apply_chat_template(messages, tokenize=False)
-        return PLAIN_TEMPLATE.replace("{prompt}", prompt) + response + (f"\n{self.question}" if self.question else "")
+        return (
+            PLAIN_TEMPLATE.replace("{prompt}", prompt)
+            + response
+            + (f"\n{self.question}" if self.question else "")
+        )
 
     def _frame(self) -> tuple[list[int], list[int]]:
         """What an encoder's tokenizer puts between two sentences, and behind them."""
@@ -107,9 +132,14 @@ def from_causal_lm(model, tokenizer, question: str = ""):
     for weight in weights:
         torch.nn.init.zeros_(weight)
     if hasattr(config, "reward_question"):
-        ids = [tokenizer(f"{question} {word}", add_special_tokens=False)["input_ids"][-1] for word in ("Yes", "No")]
+        ids = [
+            tokenizer(f"{question} {word}", add_special_tokens=False)["input_ids"][-1]
+            for word in ("Yes", "No")
+        ]
         rows = model.get_output_embeddings().weight
-        if [tokenizer.decode([index]).strip() for index in ids] == ["Yes", "No"] and weights[0].shape[1:] == rows.shape[1:]:
+        if [tokenizer.decode([index]).strip() for index in ids] == ["Yes", "No"] and weights[
+            0
+        ].shape[1:] == rows.shape[1:]:
             weights[0].data[0] = rows[ids[0]].detach() - rows[ids[1]].detach()
     return with_padding(reward_model, tokenizer)
 
@@ -118,28 +148,44 @@ def with_padding(model, tokenizer):
     """The model, told what padding is: LLaMA and its kin read the last token that is none."""
     config = model.config.get_text_config()
     if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        config.pad_token_id = (
+            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        )
     return model
 
 
 def format_of(model) -> tuple[str | None, str | None]:
     """(question, step token) that a reward model was trained with."""
-    return getattr(model.config, "reward_question", None), getattr(model.config, "reward_step_token", None)
+    return getattr(model.config, "reward_question", None), getattr(
+        model.config, "reward_step_token", None
+    )
 
 
 def longest(model, tokenizer) -> int | None:
     """The tokens that a model can read; None: without limit. (A tokenizer without a limit says 1e30.)"""
-    limits = getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length
+    limits = (
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        tokenizer.model_max_length,
+    )
     return min((limit for limit in limits if limit is not None and 0 < limit < 10**9), default=None)
 
 
 def is_reward_adapter(path: str) -> bool:
     """Whether an adapter is that of a reward model, and not that of a causal LM."""
-    return json.loads(Path(find_adapter_config_file(path)).read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS"
+    return (
+        json.loads(Path(find_adapter_config_file(path)).read_text(encoding="utf-8")).get(
+            "task_type"
+        )
+        == "SEQ_CLS"
+    )
 
 
 def load_reward_model(
-    path: str, dtype: torch.dtype | str, new_head: bool = False, trainable: bool = False, revision: str | None = None
+    path: str,
+    dtype: torch.dtype | str,
+    new_head: bool = False,
+    trainable: bool = False,
+    revision: str | None = None,
 ):
     """(model, tokenizer) of a directory, a PEFT adapter's directory, or a hub name (of a revision).
 
@@ -148,17 +194,30 @@ def load_reward_model(
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
         adapter = find_adapter_config_file(path, revision=revision)
-        base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path") if adapter else path
+        base = (
+            json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+            if adapter
+            else path
+        )
         if not base:
             raise ValueError("its adapter_config.json names no base_model_name_or_path")
         hub = {"revision": None if adapter else revision}
         if not new_head and not adapter:
             _check_head(path, config)
-        options = {"dtype": dtype, "num_labels": 1, "use_safetensors": True, "output_loading_info": True}
+        options = {
+            "dtype": dtype,
+            "num_labels": 1,
+            "use_safetensors": True,
+            "output_loading_info": True,
+        }
         model, loading = AutoModelForSequenceClassification.from_pretrained(base, **options, **hub)
         backbone = model.base_model_prefix
         head = [name for name, _ in model.named_children() if name != backbone]
-        missing = [key for key in loading["missing_keys"] if key.split(".")[0] not in head or not (new_head or adapter)]
+        missing = [
+            key
+            for key in loading["missing_keys"]
+            if key.split(".")[0] not in head or not (new_head or adapter)
+        ]
         if missing:  # transformers fills them with random numbers
             raise ValueError(f"weights are missing, {min(missing)} for one")
         tokenizer = AutoTokenizer.from_pretrained(path, **hub)
@@ -166,11 +225,15 @@ def load_reward_model(
             model = _with_adapter(model, path, trainable, needs=loading["missing_keys"])
     except JudgeError:
         raise
-    except Exception as error:  # what a folder that is no model makes of the libraries is beyond a list
+    except (
+        Exception
+    ) as error:  # what a folder that is no model makes of the libraries is beyond a list
         raise JudgeError(f"reward model {path} cannot be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise JudgeError(f"reward model {path}: it has no fast tokenizer (tokenizer.json)")
-    model.config.reward_question = config.get("reward_question")  # an adapter's own is not its base's
+    model.config.reward_question = config.get(
+        "reward_question"
+    )  # an adapter's own is not its base's
     model.config.reward_step_token = config.get("reward_step_token", config.get("step_token"))
     for name in {"step_token", "running_min"} & vars(model.config).keys():  # it is no PRM any more
         delattr(model.config, name)
@@ -182,7 +245,9 @@ def _check_head(path: str, config: dict) -> None:
     kinds = config.get("architectures") or []
     if not any(kind.endswith(("ForSequenceClassification", "RewardModel")) for kind in kinds):
         made = f"`python train.py reward --model_name_or_path {path}` makes one of it"
-        raise JudgeError(f"{path} is no reward model but {', '.join(kinds) or 'of no kind that its config.json names'}; {made}")
+        raise JudgeError(
+            f"{path} is no reward model but {', '.join(kinds) or 'of no kind that its config.json names'}; {made}"
+        )
     labels = len(config.get("id2label") or [0] * config.get("num_labels", 2))
     if labels != 1:
         raise JudgeError(f"{path} is a classifier with {labels} labels; a reward model has one")
@@ -198,7 +263,9 @@ def _with_adapter(model, path: str, trainable: bool, needs: Sequence[str]):
         raise ValueError(f"neither the adapter nor its base has {min(lost)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("error", message="Found missing adapter keys")  # peft would start them anew
+        warnings.filterwarnings(
+            "error", message="Found missing adapter keys"
+        )  # peft would start them anew
         return PeftModel.from_pretrained(model, path, is_trainable=trainable)
 
 
@@ -224,10 +291,14 @@ class ResponseRewardModel(ResponseScorer):
         if batch_tokens < 1:
             raise JudgeError(f"batch_tokens must be at least 1, got {batch_tokens}")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load_reward_model(self.path, torch.float32 if device == "cpu" else "auto")
+        model, tokenizer = load_reward_model(
+            self.path, torch.float32 if device == "cpu" else "auto"
+        )
         self.model = model.to(device, model.dtype).eval()  # peft keeps what it trained in float32
         self.device = self.model.device
-        self.format = ResponseTokens(tokenizer, longest(self.model, tokenizer), *format_of(self.model))
+        self.format = ResponseTokens(
+            tokenizer, longest(self.model, tokenizer), *format_of(self.model)
+        )
         self.pad_token_id = self.model.config.get_text_config().pad_token_id or 0
 
     def score(self, pairs: Sequence[Response], progress: str | None = None) -> list[float]:
@@ -237,18 +308,26 @@ class ResponseRewardModel(ResponseScorer):
         encoded = self.format.encode(pairs)
         self.cut += sum(over > 0 for _, over in encoded)
         scores = [0.0] * len(pairs)
-        with tqdm(total=len(pairs), desc=progress, unit="response", disable=progress is None) as bar:
-            for batch in batches([_Row(ids, place) for place, (ids, _) in enumerate(encoded)], self.batch_tokens):
+        with tqdm(
+            total=len(pairs), desc=progress, unit="response", disable=progress is None
+        ) as bar:
+            for batch in batches(
+                [_Row(ids, place) for place, (ids, _) in enumerate(encoded)], self.batch_tokens
+            ):
                 for row, score in zip(batch, self._scores(batch), strict=True):
                     if score != score:
-                        raise JudgeError(f"reward model {self.path}: its score of {short(pairs[row.place][1])} is not a number")
+                        raise JudgeError(
+                            f"reward model {self.path}: its score of {short(pairs[row.place][1])} is not a number"
+                        )
                     scores[row.place] = score
                 bar.update(len(batch))
         return scores
 
     @torch.inference_mode()
     def _scores(self, batch: list[_Row]) -> list[float]:
-        ids = torch.full((len(batch), max(map(len, batch))), self.pad_token_id)  # (B, L), right-padded
+        ids = torch.full(
+            (len(batch), max(map(len, batch))), self.pad_token_id
+        )  # (B, L), right-padded
         mask = torch.zeros_like(ids)
         for b, row in enumerate(batch):
             ids[b, : len(row)], mask[b, : len(row)] = torch.tensor(row), 1
@@ -274,10 +353,21 @@ class ResponseJudge(StepJudge):
     def __init__(self, scorer: ResponseScorer):
         self.scorer = scorer
 
-    def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
-        asked = [len(steps) - first for (_, steps), first in zip(solutions, skip or [0] * len(solutions), strict=True)]
-        texts = [(prompt, "\n".join(steps)) for (prompt, steps), count in zip(solutions, asked, strict=True) if count]
-        scores = iter(torch.tensor(self.scorer.score(texts), dtype=torch.float64).sigmoid().tolist())
+    def score_steps(
+        self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
+    ) -> list[list[float] | None]:
+        asked = [
+            len(steps) - first
+            for (_, steps), first in zip(solutions, skip or [0] * len(solutions), strict=True)
+        ]
+        texts = [
+            (prompt, "\n".join(steps))
+            for (prompt, steps), count in zip(solutions, asked, strict=True)
+            if count
+        ]
+        scores = iter(
+            torch.tensor(self.scorer.score(texts), dtype=torch.float64).sigmoid().tolist()
+        )
         return [[next(scores)] * count if count else [] for count in asked]
 
     def close(self) -> None:

@@ -15,10 +15,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reasoning.records import PreferencePair, Prompt, RecordError, read_rows, write_records, write_text
+from reasoning.records import (
+    PreferencePair,
+    Prompt,
+    RecordError,
+    read_rows,
+    write_records,
+    write_text,
+)
 from reasoning.rows import read_table
 from reasoning.steps import split_steps
-from utils.cli import UserError, at_root, check_input, check_output, parse_args, refuse_held_out, run
+from utils.cli import (
+    UserError,
+    at_root,
+    check_input,
+    check_output,
+    parse_args,
+    refuse_held_out,
+    run,
+)
 from utils.scorers import ScorerArgs, check_scorer, open_scorer
 
 HELP = """usage: python reward_model/score_responses.py COMMAND [ARGUMENTS]
@@ -41,16 +56,23 @@ TEXTS = ("answer", "response", "steps")  # what a response is called
 class ScoreArgs(ScorerArgs):
     input: str = field(
         default=at_root("data/answers.csv"),
-        metadata={"help": "CSV or JSONL with a prompt and a response a row: `prompt`, and `answer`, `response` or `steps`"},
+        metadata={
+            "help": "CSV or JSONL with a prompt and a response a row: `prompt`, and `answer`, `response` or `steps`"
+        },
     )
-    output: str | None = field(default=None, metadata={"help": "the result; rows are written as they came, CSV or JSONL"})
+    output: str | None = field(
+        default=None, metadata={"help": "the result; rows are written as they came, CSV or JSONL"}
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace --output if it is there"})
 
 
 @dataclass
 class FilterArgs(ScoreArgs):
     threshold: float | None = field(
-        default=None, metadata={"help": "keep every row that scores as much or more; without: the best row of each prompt"}
+        default=None,
+        metadata={
+            "help": "keep every row that scores as much or more; without: the best row of each prompt"
+        },
     )
 
 
@@ -96,7 +118,9 @@ def read_responses(path: str) -> tuple[Table, list[tuple[str, str]]]:
 def _read_csv(path: str) -> tuple[Table, list[int]]:
     delimiter, names, rows = read_table(path, ("prompt",))
     rows = [(line, dict(zip(names, cells, strict=True))) for line, cells in rows]
-    return Table([row for _, row in rows], list(dict.fromkeys([*names, "score"])), delimiter), [line for line, _ in rows]
+    return Table([row for _, row in rows], list(dict.fromkeys([*names, "score"])), delimiter), [
+        line for line, _ in rows
+    ]
 
 
 def _response(row: dict) -> str:
@@ -121,7 +145,9 @@ def scored(args: ScoreArgs) -> tuple[Table, list[tuple[str, str]], list[float]]:
         print(scorer)
         scores = scorer.score(pairs, progress="responses")
         if scorer.cut:
-            print(f"{scorer.cut} of {len(pairs)} responses do not fit with their prompts, which lost their beginning")
+            print(
+                f"{scorer.cut} of {len(pairs)} responses do not fit with their prompts, which lost their beginning"
+            )
     for row, score in zip(table.rows, scores, strict=True):
         row["score"] = round(score, 6)
     return table, pairs, scores
@@ -145,7 +171,11 @@ def score(argv: list[str]) -> None:
 
 def keep(argv: list[str]) -> None:
     """The best response to each prompt, or all over a threshold."""
-    (args,) = parse_args(FilterArgs, description="The best response to each prompt, or all over a threshold.", args=argv)
+    (args,) = parse_args(
+        FilterArgs,
+        description="The best response to each prompt, or all over a threshold.",
+        args=argv,
+    )
     if args.threshold is not None and not math.isfinite(args.threshold):
         raise UserError(f"argument --threshold: expected a number, got {args.threshold}")
     table, pairs, scores = scored(args)
@@ -163,11 +193,19 @@ def keep(argv: list[str]) -> None:
 #    "prefix": [], "chosen_scores": [0.97, ...], "rejected_scores": [0.03, ...]}
 def pairs(argv: list[str]) -> None:
     """Preference pairs: the best response to each prompt against the worst."""
-    (args,) = parse_args(ScoreArgs, description="Preference pairs: the best response to each prompt against the worst.", args=argv)
+    (args,) = parse_args(
+        ScoreArgs,
+        description="Preference pairs: the best response to each prompt against the worst.",
+        args=argv,
+    )
     if args.output is not None and not args.output.endswith(".jsonl"):
         raise UserError(f"argument --output: expected a .jsonl file, got {args.output}")
     table, texts, scores = scored(args)
-    kept_back = {text[0] for row, text in zip(table.rows, texts, strict=True) if row.get("split") not in (None, "", "train")}
+    kept_back = {
+        text[0]
+        for row, text in zip(table.rows, texts, strict=True)
+        if row.get("split") not in (None, "", "train")
+    }
     written, skipped = [], 0
     for prompt, places in by_prompt(texts).items():
         if prompt in kept_back:
@@ -183,13 +221,18 @@ def pairs(argv: list[str]) -> None:
         pair["rejected_scores"] = [round(1 - probability, 6)] * len(pair["rejected"])
         written.append(PreferencePair.from_row(pair))
     refuse_held_out(args.input, written)
-    for count, why in ((len(kept_back), "are not of the split train"), (skipped, "have one response, or equal ones")):
+    for count, why in (
+        (len(kept_back), "are not of the split train"),
+        (skipped, "have one response, or equal ones"),
+    ):
         if count:
             print(f"{count} prompts left out: they {why}")
     if not written:
         raise UserError(f"{args.input}: no prompt gives a pair, nothing was written")
     write_records(args.output, written)
-    print(f"wrote {len(written)} pairs to {args.output}: python train.py dpo --dataset_name {args.output} --loss_type sigmoid")
+    print(
+        f"wrote {len(written)} pairs to {args.output}: python train.py dpo --dataset_name {args.output} --loss_type sigmoid"
+    )
 
 
 COMMANDS = {"score": score, "filter": keep, "pairs": pairs}
@@ -201,7 +244,9 @@ def main() -> None:
         print(HELP, end="")
         return
     if command not in COMMANDS:
-        raise UserError(f"unknown command {command}: expected one of {', '.join(COMMANDS)} (see --help)")
+        raise UserError(
+            f"unknown command {command}: expected one of {', '.join(COMMANDS)} (see --help)"
+        )
     COMMANDS[command](argv)
 
 

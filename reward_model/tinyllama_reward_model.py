@@ -19,7 +19,18 @@ from itertools import pairwise
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-from reward_model.base import NO, TEMPLATES, YES, JudgeError, JudgeTemplate, Solution, StepJudge, fitting_template, short, where
+from reward_model.base import (
+    NO,
+    TEMPLATES,
+    YES,
+    JudgeError,
+    JudgeTemplate,
+    Solution,
+    StepJudge,
+    fitting_template,
+    short,
+    where,
+)
 from reward_model.gguf_file import GGUFFile, TokenType, read_gguf
 
 MAX_CONTEXT = 4096  # tokens; more only if asked for, since the cache grows with it
@@ -52,9 +63,19 @@ class TinyLlamaRewardScorer(StepJudge):
             if value is not None and value < 1:
                 raise JudgeError(f"{name} must be at least 1, got {value}")
         if isinstance(template, str) and template not in TEMPLATES:
-            raise JudgeError(f"unknown judge template {template!r}: expected one of {', '.join(TEMPLATES)}")
-        self.template_name = choose_template(self.file) if template is None else template if isinstance(template, str) else "given"
-        self.template = template if isinstance(template, JudgeTemplate) else TEMPLATES[self.template_name]
+            raise JudgeError(
+                f"unknown judge template {template!r}: expected one of {', '.join(TEMPLATES)}"
+            )
+        self.template_name = (
+            choose_template(self.file)
+            if template is None
+            else template
+            if isinstance(template, str)
+            else "given"
+        )
+        self.template = (
+            template if isinstance(template, JudgeTemplate) else TEMPLATES[self.template_name]
+        )
         self.context_length = min(self.file.context_length, context_length or MAX_CONTEXT)
         self.tokens_evaluated = 0
         self._text = _Text(self.file)
@@ -70,11 +91,16 @@ class TinyLlamaRewardScorer(StepJudge):
 
     # --- scoring
 
-    def score_steps(self, solutions: Sequence[Solution], skip: Sequence[int] | None = None) -> list[list[float] | None]:
+    def score_steps(
+        self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
+    ) -> list[list[float] | None]:
         """As in StepJudge. A solution that outgrows the context is found before anything is evaluated; a judge that failed can be
         used again: it starts afresh."""
         skip = skip or [0] * len(solutions)
-        return [self._score(prompt, steps, first) for (prompt, steps), first in zip(solutions, skip, strict=True)]
+        return [
+            self._score(prompt, steps, first)
+            for (prompt, steps), first in zip(solutions, skip, strict=True)
+        ]
 
     def _score(self, prompt: str, steps: Sequence[str], skip: int) -> list[float] | None:
         if skip >= len(steps):
@@ -84,7 +110,9 @@ class TinyLlamaRewardScorer(StepJudge):
             lines = [self._text.plain(step + "\n") for step in steps]
             question = self._text.control(self.template.question, begins=False)
         except UnicodeEncodeError:
-            raise JudgeError(f"prompt {short(prompt)}: half of a Unicode surrogate pair cannot be scored") from None
+            raise JudgeError(
+                f"prompt {short(prompt)}: half of a Unicode surrogate pair cannot be scored"
+            ) from None
         scores: list[float] = []
         try:
             self._start()
@@ -102,7 +130,9 @@ class TinyLlamaRewardScorer(StepJudge):
             return None
         if kind == "not finite":
             place = where(prompt, steps, skip + len(scores))
-            raise JudgeError(f"judge {self.file.path}: the model's logits are not finite at {place}")
+            raise JudgeError(
+                f"judge {self.file.path}: the model's logits are not finite at {place}"
+            )
         self.tokens_evaluated += value
         return scores
 
@@ -128,13 +158,19 @@ class TinyLlamaRewardScorer(StepJudge):
             raise JudgeError(f"{self._obituary()} while it loaded the file") from None
         if kind == "failed":
             self.close()
-            raise JudgeError(f"judge {self.file.path} cannot be loaded: {value} (a tensor of the wrong shape?)")
+            raise JudgeError(
+                f"judge {self.file.path} cannot be loaded: {value} (a tensor of the wrong shape?)"
+            )
         self.threads = value
 
     def _obituary(self) -> str:
         """How the worker ended, in words; cleans up after it."""
         status = self._process.wait()
-        how = signal.Signals(-status).name if status < 0 else f"exit code {status}: {self._last_words()}"
+        how = (
+            signal.Signals(-status).name
+            if status < 0
+            else f"exit code {status}: {self._last_words()}"
+        )
         self.close()
         return f"judge {self.file.path}: its process died ({how})"
 
@@ -158,7 +194,9 @@ class TinyLlamaRewardScorer(StepJudge):
 
 def choose_template(file: GGUFFile) -> str:
     """The name in TEMPLATES that fits what the file says of itself."""
-    return fitting_template(f"{file.metadata.get('tokenizer.chat_template', '')}\n{file.metadata.get('general.name', '')}")
+    return fitting_template(
+        f"{file.metadata.get('tokenizer.chat_template', '')}\n{file.metadata.get('general.name', '')}"
+    )
 
 
 class _Text:
@@ -168,9 +206,15 @@ class _Text:
         self.path = file.path
         kinds = list(zip(file.tokens, file.token_types, strict=True))
         self.ids = {token: index for index, token in enumerate(file.tokens)}
-        control = [token for token, kind in kinds if kind in (TokenType.CONTROL, TokenType.USER_DEFINED) and len(token) > 1]
+        control = [
+            token
+            for token, kind in kinds
+            if kind in (TokenType.CONTROL, TokenType.USER_DEFINED) and len(token) > 1
+        ]
         special = [token for token, kind in kinds if kind != TokenType.NORMAL and len(token) > 1]
-        self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
+        self._control = re.compile(
+            "|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)"
+        )
         self._special = re.compile(f"(?={'|'.join(map(re.escape, special))})")
         self._space = " " if file.metadata.get("tokenizer.ggml.add_space_prefix", True) else ""
         bos = file.metadata.get("tokenizer.ggml.bos_token_id", 1)
@@ -178,9 +222,13 @@ class _Text:
 
     def spellings(self, words: Sequence[str]) -> list[int]:
         """Ids of the tokens that are one of the words, alone or after a space."""
-        ids = [self.ids[token] for word in words for token in (word, f"▁{word}") if token in self.ids]
+        ids = [
+            self.ids[token] for word in words for token in (word, f"▁{word}") if token in self.ids
+        ]
         if not ids:
-            raise JudgeError(f"judge {self.path} cannot be used: its vocabulary has no token {' or '.join(words)}")
+            raise JudgeError(
+                f"judge {self.path} cannot be used: its vocabulary has no token {' or '.join(words)}"
+            )
         return ids
 
     def plain(self, text: str) -> list[Item]:
@@ -202,7 +250,9 @@ class _Text:
         for match in [*self._control.finditer(template), None]:
             text = template[end : match.start() if match else None]
             if text:
-                items += self.plain((self._space if begins or end else "") + text.replace("{prompt}", prompt))
+                items += self.plain(
+                    (self._space if begins or end else "") + text.replace("{prompt}", prompt)
+                )
             if match:
                 items.append(self.ids[match[0]])
                 end = match.end()
@@ -214,7 +264,9 @@ class _Text:
 
 def _serve(descriptor: int) -> None:
     """Score what comes through the pipe until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C goes to the whole group; the parent decides
     connection = Connection(descriptor)
     settings = connection.recv()
     try:
@@ -235,19 +287,29 @@ class _Model:
         from ctransformers.llm import LLM, Config
 
         cpu = Path("/proc/cpuinfo")
-        has_avx2 = cpu.exists() and " avx2 " in cpu.read_text()  # left to itself ctransformers takes a second to find out
-        config = Config(context_length=settings["context_length"], mmap=False)  # mmap crashes on a file that shrinks
+        has_avx2 = (
+            cpu.exists() and " avx2 " in cpu.read_text()
+        )  # left to itself ctransformers takes a second to find out
+        config = Config(
+            context_length=settings["context_length"], mmap=False
+        )  # mmap crashes on a file that shrinks
         self.llm = LLM(settings["path"], "gguf", config=config, lib="avx2" if has_avx2 else None)
         self.path, self.context_length = settings["path"], settings["context_length"]
         self.yes, self.no = settings["yes"], settings["no"]
         self.edge = len(self._tokenize(EDGE))
-        self.held: list[list[int]] = []  # the groups of tokens whose keys and values are in the cache
+        self.held: list[
+            list[int]
+        ] = []  # the groups of tokens whose keys and values are in the cache
         self.threads = self._choose_threads(settings["threads"])
 
     def _choose_threads(self, threads: int | None) -> int:
         """Threads that find no free core wait for each other by spinning, which can be a hundred times slower than one thread, and
         a small model gains little: unless told, take all cores only if the model is large and that is clearly faster now."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
         if threads or cores == 1 or os.path.getsize(self.path) < SMALL:
             return min(threads or 1, cores)
         seconds = {}
@@ -259,7 +321,9 @@ class _Model:
 
     def _tokenize(self, text: str) -> list[int]:
         data = text.encode()
-        buffer = (ctypes.c_int * (3 * len(data) + 8))()  # LLM.tokenize reserves a token a character, and an emoji has four
+        buffer = (
+            ctypes.c_int * (3 * len(data) + 8)
+        )()  # LLM.tokenize reserves a token a character, and an emoji has four
         return buffer[: self.llm.ctransformers_llm_tokenize(data, False, buffer)]
 
     def _ids(self, items: list[Item]) -> list[int]:
@@ -269,10 +333,14 @@ class _Model:
         return ids
 
     def _evaluate(self, ids: list[int], past: int) -> None:
-        if not self.llm.ctransformers_llm_batch_eval((ctypes.c_int * len(ids))(*ids), len(ids), past, BATCH, self.threads):
+        if not self.llm.ctransformers_llm_batch_eval(
+            (ctypes.c_int * len(ids))(*ids), len(ids), past, BATCH, self.threads
+        ):
             raise RuntimeError("the library could not evaluate")
 
-    def score(self, groups: list[list[Item]], question: list[Item], unscored: int, connection: Connection) -> None:
+    def score(
+        self, groups: list[list[Item]], question: list[Item], unscored: int, connection: Connection
+    ) -> None:
         """groups: the beginning, then one for each step, the first `unscored` of them mere context.
 
         The last bits of a result depend on which tokens are evaluated together. Each group is evaluated on its own and the
@@ -308,5 +376,7 @@ class _Model:
         """P(yes) / (P(yes) + P(no)) for the token that comes next."""
         logits = self.llm.ctransformers_llm_logits_data()
         top = max(logits[index] for index in self.yes + self.no)
-        yes, no = (sum(math.exp(logits[index] - top) for index in ids) for ids in (self.yes, self.no))
+        yes, no = (
+            sum(math.exp(logits[index] - top) for index in ids) for ids in (self.yes, self.no)
+        )
         return yes / (yes + no)

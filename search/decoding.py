@@ -36,10 +36,14 @@ class Row:
     def add(self, tokens: Sequence[int]) -> list["Row"]:
         """Every sample gets its next token. Returns a row for each of the tokens that differ, this one among them."""
         parts: dict[int, list[int]] = {}
-        for sample, token in zip(self.samples, tokens, strict=False):  # there may be more tokens: rows are padded
+        for sample, token in zip(
+            self.samples, tokens, strict=False
+        ):  # there may be more tokens: rows are padded
             parts.setdefault(token, []).append(sample)
         (token, self.samples), *others = parts.items()
-        split = [replace(self, samples=samples, ids=[*self.ids, other]) for other, samples in others]
+        split = [
+            replace(self, samples=samples, ids=[*self.ids, other]) for other, samples in others
+        ]
         self.ids.append(token)
         return [self, *split]
 
@@ -52,11 +56,19 @@ class _RoomyLayer(DynamicLayer):
         """Take over keys and values, (R, H, T, D) each, under each other, aligned at the right end of T."""
         if not self.is_initialized:
             self.lazy_initialization(*parts[0])
-        rows, columns = sum(keys.size(0) for keys, _ in parts), max(keys.size(2) for keys, _ in parts)
+        rows, columns = (
+            sum(keys.size(0) for keys, _ in parts),
+            max(keys.size(2) for keys, _ in parts),
+        )
         self.buffers = []
         for tensors in zip(*parts, strict=True):
             _, heads, _, size = tensors[0].shape
-            buffer, end = tensors[0].new_empty(min(2 * rows, max(rows, MAX_ROWS)), heads, columns + ROOM, size), 0
+            buffer, end = (
+                tensors[0].new_empty(
+                    min(2 * rows, max(rows, MAX_ROWS)), heads, columns + ROOM, size
+                ),
+                0,
+            )
             for tensor in tensors:
                 start, end = end, end + tensor.size(0)
                 left = columns - tensor.size(2)
@@ -65,7 +77,9 @@ class _RoomyLayer(DynamicLayer):
             self.buffers.append(buffer)
         self._use(rows, columns)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.hold([(key_states, value_states)])
             return self.keys, self.values
@@ -90,7 +104,9 @@ class _RoomyLayer(DynamicLayer):
         self._use(rows, columns)
 
 
-Layers = list[tuple[Tensor, Tensor]]  # keys and values of every layer, each (rows, heads, tokens, size of a head)
+Layers = list[
+    tuple[Tensor, Tensor]
+]  # keys and values of every layer, each (rows, heads, tokens, size of a head)
 
 
 @dataclass
@@ -113,7 +129,14 @@ class _Batch:
             places = torch.tensor([place for place, _ in going], device=self.lengths.device)
             self.lengths, self.rows = self.lengths[places], [row for _, row in going]
             first = self.cache.get_seq_length() - int(self.lengths.max())
-            self.cache = _cache([[(keys[places, :, first:], values[places, :, first:]) for keys, values in _layers(self.cache)]])
+            self.cache = _cache(
+                [
+                    [
+                        (keys[places, :, first:], values[places, :, first:])
+                        for keys, values in _layers(self.cache)
+                    ]
+                ]
+            )
             return
         for place, row in stay.items():
             self.rows[place] = row
@@ -127,15 +150,20 @@ class _Batch:
                     self.rows[target], origin[target] = row, source
             self.lengths = self.lengths[origin]
             sources, targets = (
-                torch.tensor(places, device=self.lengths.device) for places in ([place for place, _ in split], free[: len(split)])
+                torch.tensor(places, device=self.lengths.device)
+                for places in ([place for place, _ in split], free[: len(split)])
             )
             for layer in self.cache.layers:
                 layer.copy_rows(sources, targets, len(origin))
 
     def join(self, other: "_Batch") -> "_Batch":
         both = (self, other)
-        tensors = [torch.cat([getattr(batch, name) for batch in both]) for name in ("lengths", "logits")]
-        return _Batch(_cache([_layers(batch.cache) for batch in both]), *tensors, self.rows + other.rows)
+        tensors = [
+            torch.cat([getattr(batch, name) for batch in both]) for name in ("lengths", "logits")
+        ]
+        return _Batch(
+            _cache([_layers(batch.cache) for batch in both]), *tensors, self.rows + other.rows
+        )
 
 
 def _layers(cache: Cache) -> Layers:
@@ -144,7 +172,9 @@ def _layers(cache: Cache) -> Layers:
 
 def _cache(parts: Sequence[Layers]) -> Cache:
     """The rows of all parts under each other, as a cache to go on from."""
-    cache = Cache(layer_class_to_replicate=_RoomyLayer)  # all layers alike: those with a window keep everything as well
+    cache = Cache(
+        layer_class_to_replicate=_RoomyLayer
+    )  # all layers alike: those with a window keep everything as well
     for of_layer in zip(*parts, strict=True):
         cache.layers.append(_RoomyLayer())
         cache.layers[-1].hold(of_layer)
@@ -157,7 +187,9 @@ class Decoder:
     def __init__(self, model, tokenizer, eos_ids: set[int]):
         self.model, self.tokenizer, self.eos_ids = model, tokenizer, eos_ids
         self.context = getattr(model.config, "max_position_embeddings", 2048)
-        self._kept: OrderedDict[tuple[int, ...], Layers] = OrderedDict()  # ids -> cache of all of them but the last
+        self._kept: OrderedDict[tuple[int, ...], Layers] = (
+            OrderedDict()
+        )  # ids -> cache of all of them but the last
         self._kept_bytes = 0
         self._newlines: dict[int, bool] = {}
 
@@ -200,7 +232,10 @@ class Decoder:
         top_p, above 0: only the likeliest tokens that together reach this probability are drawn.
 
         A sample's random numbers come from seed, beginning and number alone, so it does not matter what else is decoded."""
-        waiting = [Row(i, [*range(n)], min(max_new_tokens, self.context - len(ids))) for i, ids in enumerate(beginnings)]
+        waiting = [
+            Row(i, [*range(n)], min(max_new_tokens, self.context - len(ids)))
+            for i, ids in enumerate(beginnings)
+        ]
         waiting.sort(key=lambda row: -len(beginnings[row.beginning]))  # like lengths enter together
         batch: _Batch | None = None
         while waiting or batch:
@@ -210,11 +245,17 @@ class Decoder:
                 for row in entering:
                     if temperature and row.uniforms is None:
                         ids = tuple(beginnings[row.beginning])
-                        row.uniforms = np.array([_uniforms(seed, ids, sample, row.most) for sample in row.samples])
-                for group in self._enter([((*beginnings[row.beginning], *row.ids), row) for row in entering]):
+                        row.uniforms = np.array(
+                            [_uniforms(seed, ids, sample, row.most) for sample in row.samples]
+                        )
+                for group in self._enter(
+                    [((*beginnings[row.beginning], *row.ids), row) for row in entering]
+                ):
                     batch = batch.join(group) if batch else group
             written, going = [], []
-            for place, (row, tokens) in enumerate(zip(batch.rows, self._choose(batch, temperature, top_p), strict=True)):
+            for place, (row, tokens) in enumerate(
+                zip(batch.rows, self._choose(batch, temperature, top_p), strict=True)
+            ):
                 for part in row.add(tokens) if not row.ended else ():
                     written.append(part)
                     if part.ids[-1] in self.eos_ids:
@@ -255,16 +296,32 @@ class Decoder:
             if not row.ended:
                 uniforms[place, : len(row.samples)] = row.uniforms[row.samples, len(row.ids)]
         thresholds = torch.from_numpy(uniforms).to(cumulative.device) * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, thresholds, right=True).clamp(max=cumulative.size(1) - 1).tolist()
+        return (
+            torch.searchsorted(cumulative, thresholds, right=True)
+            .clamp(max=cumulative.size(1) - 1)
+            .tolist()
+        )
 
     def _read(self, cache: Cache, lengths: Tensor, ids: Tensor) -> Tensor:
         """Reads ids (R, M) into the cache; the logits (R, V) of what follows. `lengths` (R,): a row's tokens after that, which are
         the last columns of the cache. M is more than 1 only where the cache is empty, with padding on the left."""
         columns = cache.get_seq_length() + ids.size(1)
-        places = torch.arange(columns, device=ids.device) - (columns - lengths)[:, None]  # (R, columns), below 0: padding
-        positions = places[:, -ids.size(1) :].clamp(0, self.context - 1)  # rows that have ended may go past the context
-        inputs = {"input_ids": ids, "attention_mask": (places >= 0).long(), "position_ids": positions}
-        return self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        places = (
+            torch.arange(columns, device=ids.device) - (columns - lengths)[:, None]
+        )  # (R, columns), below 0: padding
+        positions = places[:, -ids.size(1) :].clamp(
+            0, self.context - 1
+        )  # rows that have ended may go past the context
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": (places >= 0).long(),
+            "position_ids": positions,
+        }
+        return (
+            self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            .logits[:, -1]
+            .float()
+        )
 
     def _enter(self, entering: Sequence[tuple[tuple[int, ...], Row]]) -> Iterator[_Batch]:
         """Batches of rows, each given with its ids from the first on: of those whose cache was kept, and of the others, which are
@@ -293,7 +350,10 @@ class Decoder:
         if ids in self._kept:
             return
         length = int(batch.lengths[place])
-        layers = [(k[place, None, :, -length:].clone(), v[place, None, :, -length:].clone()) for k, v in _layers(batch.cache)]
+        layers = [
+            (k[place, None, :, -length:].clone(), v[place, None, :, -length:].clone())
+            for k, v in _layers(batch.cache)
+        ]
         self._kept[ids] = layers
         self._kept_bytes += _bytes(layers)
         while self._kept_bytes > KEPT_BYTES:
@@ -307,4 +367,6 @@ def _bytes(layers: Layers) -> int:
 def _uniforms(seed: int, beginning: tuple[int, ...], sample: int, most: int) -> np.ndarray:
     """The random numbers of a row, (most,), in [0, 1)."""
     key = hashlib.blake2b(repr((seed, beginning, sample)).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(key))).random(most, dtype=np.float32)
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key))).random(
+        most, dtype=np.float32
+    )

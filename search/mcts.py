@@ -27,7 +27,11 @@ if TYPE_CHECKING:  # nothing here needs torch
 # Luo et al. 2024, arXiv 2406.06592: what the authors used
 ALPHA, BETA, LENGTH, EXPLORATION = 0.5, 0.9, 500, 0.125
 
-DROPPED = ("always right", "never right", "prompt too long")  # Tree.ended of problems that are not searched, or only at the root
+DROPPED = (
+    "always right",
+    "never right",
+    "prompt too long",
+)  # Tree.ended of problems that are not searched, or only at the root
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,10 @@ class Tree:
             {
                 "steps": node.steps,
                 "visits": node.visits,
-                "rollouts": [{"steps": r.steps, "outcome": r.outcome, "tokens": r.tokens} for r in node.rollouts],
+                "rollouts": [
+                    {"steps": r.steps, "outcome": r.outcome, "tokens": r.tokens}
+                    for r in node.rollouts
+                ],
             }
             for node in self.nodes.values()
         ]
@@ -128,14 +135,21 @@ class Tree:
         try:
             tree = cls(row["prompt"], row["search"], row["ended"])
             for node in row["nodes"]:
-                rollouts = [Rollout(tuple(r["steps"]), r["outcome"], int(r["tokens"])) for r in node["rollouts"]]
+                rollouts = [
+                    Rollout(tuple(r["steps"]), r["outcome"], int(r["tokens"]))
+                    for r in node["rollouts"]
+                ]
                 steps = tuple(node["steps"])
                 tree.nodes[steps] = Node(steps, rollouts, int(node["visits"]))
         except (KeyError, TypeError, ValueError):
-            raise RecordError("no search tree; expected a row that utils/build_mcts_dataset.py --trees wrote") from None
+            raise RecordError(
+                "no search tree; expected a row that utils/build_mcts_dataset.py --trees wrote"
+            ) from None
         counts = tree.counts()
         if not all(steps in counts and steps[:-1] in counts for steps in tree.nodes):
-            raise RecordError("a search tree in which a state hangs in the air: a part of it is missing")
+            raise RecordError(
+                "a search tree in which a state hangs in the air: a part of it is missing"
+            )
         return tree
 
 
@@ -155,10 +169,14 @@ class Budget:
 
 
 Steps = tuple[str, ...]
-Search = Generator[tuple["State", int], list["State"], Tree]  # yields (state, n), is sent n rollouts, returns the tree
+Search = Generator[
+    tuple["State", int], list["State"], Tree
+]  # yields (state, n), is sent n rollouts, returns the tree
 
 
-def _evaluate(tree: Tree, state: "State", is_right: Callable[[Steps], bool], budget: Budget) -> Generator[Any, Any, Node]:
+def _evaluate(
+    tree: Tree, state: "State", is_right: Callable[[Steps], bool], budget: Budget
+) -> Generator[Any, Any, Node]:
     """Ask for rollouts from a state and put it into the tree."""
     rollouts = []
     for whole in (yield state, budget.rollouts_per_state):
@@ -169,7 +187,9 @@ def _evaluate(tree: Tree, state: "State", is_right: Callable[[Steps], bool], bud
     return node
 
 
-def _begin(tree: Tree, root: "State", is_right: Callable[[Steps], bool], budget: Budget) -> Generator[Any, Any, Node]:
+def _begin(
+    tree: Tree, root: "State", is_right: Callable[[Steps], bool], budget: Budget
+) -> Generator[Any, Any, Node]:
     """Evaluate the root. A problem that is always or never right has nothing to search: `tree.ended` says so."""
     node = yield from _evaluate(tree, root, is_right, budget)
     tree.ended = {0.0: "never right", 1.0: "always right"}.get(node.value, "")
@@ -213,7 +233,10 @@ def omegaprm(root: "State", is_right: Callable[[Steps], bool], budget: Budget) -
         node, rollout = pool.pop(best)
         node.visits += 1
         whole = rollout.state
-        right, wrong = len(node.steps), len(whole.steps)  # the first error is in steps right + 1 .. wrong
+        right, wrong = (
+            len(node.steps),
+            len(whole.steps),
+        )  # the first error is in steps right + 1 .. wrong
         for k in range(right + 1, wrong):  # what is known already of the beginnings of this rollout
             if whole.steps[:k] in tree.nodes:
                 if tree.nodes[whole.steps[:k]].value == 0:
@@ -253,7 +276,10 @@ def per_step(root: "State", is_right: Callable[[Steps], bool], budget: Budget) -
     return tree
 
 
-SEARCHES: dict[str, Callable[["State", Callable[[Steps], bool], Budget], Search]] = {"omegaprm": omegaprm, "per_step": per_step}
+SEARCHES: dict[str, Callable[["State", Callable[[Steps], bool], Budget], Search]] = {
+    "omegaprm": omegaprm,
+    "per_step": per_step,
+}
 
 Key = TypeVar("Key")
 
@@ -280,7 +306,9 @@ def run_searches(
         for n in sorted({n for _, _, (_, n) in running}):
             asked = [i for i, (_, _, request) in enumerate(running) if request[1] == n]
             states = [running[i][2][0] for i in asked]
-            for i, of_state in zip(asked, policy.rollouts(states, n, temperature, max_new_tokens, seed), strict=True):
+            for i, of_state in zip(
+                asked, policy.rollouts(states, n, temperature, max_new_tokens, seed), strict=True
+            ):
                 rollouts[i] = of_state
         sampled(sum(map(len, rollouts)))
         still = []

@@ -62,7 +62,9 @@ def load_model(
             raise ValueError(f"weights are missing, {min(loading['missing_keys'])} for one")
         if not is_adapter:
             return model, AutoTokenizer.from_pretrained(name, **hub)
-        return _add_adapter(model, name, trainable, revision), _tokenizer_of_adapter(name, base, revision)
+        return _add_adapter(model, name, trainable, revision), _tokenizer_of_adapter(
+            name, base, revision
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         place = "it" if base == name else f"it and its base {base}"
         reason = str(error).strip().replace(":\n", ": ").splitlines()[0]
@@ -76,13 +78,19 @@ def _add_adapter(model, name: str, trainable: bool, revision: str | None):
         raise ValueError("adapter_model.safetensors is missing")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("error", message="Found missing adapter keys")  # peft would start them anew
+        warnings.filterwarnings(
+            "error", message="Found missing adapter keys"
+        )  # peft would start them anew
         try:
-            model = PeftModel.from_pretrained(model, name, is_trainable=trainable, revision=revision)
+            model = PeftModel.from_pretrained(
+                model, name, is_trainable=trainable, revision=revision
+            )
         except UserWarning as warning:
             raise ValueError(str(warning)) from None
     if model.active_peft_config.is_prompt_learning:
-        raise ValueError(f"its adapter is of the type {model.active_peft_config.peft_type.value}, expected LoRA or its kin")
+        raise ValueError(
+            f"its adapter is of the type {model.active_peft_config.peft_type.value}, expected LoRA or its kin"
+        )
     return model
 
 
@@ -151,16 +159,24 @@ class Policy:
     def load(cls, model_name_or_path: str) -> "Policy":
         """Any causal LM or adapter, a directory or a hub name; in float32 on a CPU, as it is stored on a GPU."""
         device, _ = pick_device()
-        model, tokenizer = load_model(model_name_or_path, torch.float32 if device == "cpu" else "auto")
+        model, tokenizer = load_model(
+            model_name_or_path, torch.float32 if device == "cpu" else "auto"
+        )
         return cls(model.to(device), tokenizer)
 
     def start(self, prompt: str, steps: Sequence[str] = ()) -> State:
         """The state from which a prompt is answered, or its solution goes on after these steps. Raises PromptTooLong."""
-        ids, step_of = encode_steps(self.tokenizer, prompt, [], list(steps)) if steps else (self._prompt_ids(prompt), [])
+        ids, step_of = (
+            encode_steps(self.tokenizer, prompt, [], list(steps))
+            if steps
+            else (self._prompt_ids(prompt), [])
+        )
         self._check_length(prompt, ids)
         finished = bool(steps) and ids[-1] == self.tokenizer.eos_token_id
         ends = [step_of.index(k) for k in range(len(steps))] + [len(ids)]
-        return State(prompt, tuple(ids), tuple(ends), tuple(steps), "finished" if finished else "open")
+        return State(
+            prompt, tuple(ids), tuple(ends), tuple(steps), "finished" if finished else "open"
+        )
 
     def next_steps(
         self,
@@ -190,13 +206,21 @@ class Policy:
         """n whole solutions that begin with each open state, `max_new_tokens` longer at most; sampled as in `next_steps`."""
         return self._go_on(states, n, temperature, max_new_tokens, seed, progress, one_step=False)
 
-    def _go_on(self, states, n, temperature, max_new_tokens, seed, progress, one_step) -> list[list[State]]:
+    def _go_on(
+        self, states, n, temperature, max_new_tokens, seed, progress, one_step
+    ) -> list[list[State]]:
         if closed := [state for state in states if state.status != "open"]:
-            raise ValueError(f"a state that is {closed[0].status} cannot go on: {closed[0].steps[-1:]}")
+            raise ValueError(
+                f"a state that is {closed[0].status} cannot go on: {closed[0].steps[-1:]}"
+            )
         children: list[list[State | None]] = [[None] * n for _ in states]
-        with tqdm(total=len(states) * n, desc=progress, unit="sample", disable=progress is None) as bar:
+        with tqdm(
+            total=len(states) * n, desc=progress, unit="sample", disable=progress is None
+        ) as bar:
             beginnings = [state.ids for state in states]
-            for rows in self.decoder.decode(beginnings, n, temperature, max_new_tokens, seed, one_step):
+            for rows in self.decoder.decode(
+                beginnings, n, temperature, max_new_tokens, seed, one_step
+            ):
                 ended = [row for row in rows if row.ended]
                 for row in ended:
                     child = self._child(states[row.beginning], row)
@@ -210,7 +234,9 @@ class Policy:
         ends = self.decoder.step_ends(row.ids)
         steps = [self.decoder.text(row.ids[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
         ids = (*state.ids, *row.ids)
-        all_ends = (*state.ends, *(begin + end for end in ends)) if ends else (*state.ends[:-1], len(ids))
+        all_ends = (
+            (*state.ends, *(begin + end for end in ends)) if ends else (*state.ends[:-1], len(ids))
+        )
         status = {"step": "open" if len(ids) < self.context else "cut"}.get(row.ended, row.ended)
         return State(state.prompt, ids, all_ends, (*state.steps, *steps), status, len(row.ids))
 
@@ -226,7 +252,10 @@ class Policy:
         """n responses to every prompt. Temperature 0 is greedy. The same arguments give the same responses on the same machine."""
         states = [self.start(prompt) for prompt in prompts]
         return [
-            [Response(list(whole.steps), whole.status == "finished", whole.sampled) for whole in wholes]
+            [
+                Response(list(whole.steps), whole.status == "finished", whole.sampled)
+                for whole in wholes
+            ]
             for wholes in self.rollouts(states, n, temperature, max_new_tokens, seed, progress)
         ]
 
@@ -248,17 +277,23 @@ class Policy:
         for prompt, ids in zip(prompts, beginnings, strict=True):
             self._check_length(prompt, ids)
         texts = [("", False)] * len(prompts)
-        for rows in self.decoder.decode(beginnings, 1, temperature, max_new_tokens, seed, top_p=top_p):
+        for rows in self.decoder.decode(
+            beginnings, 1, temperature, max_new_tokens, seed, top_p=top_p
+        ):
             for row in rows:
                 if row.ended:
                     text = self.tokenizer.decode(row.ids, skip_special_tokens=True).strip()
                     texts[row.beginning] = (text, row.ended == "finished")
         return texts
 
-    def stream(self, prompt: str, temperature: float = 0.0, max_new_tokens: int = 256, seed: int = 0) -> Iterator[str]:
+    def stream(
+        self, prompt: str, temperature: float = 0.0, max_new_tokens: int = 256, seed: int = 0
+    ) -> Iterator[str]:
         """The text of one response, piece by piece as it is written."""
         text, ids = "", []
-        for (row,) in self.decoder.decode([self.start(prompt).ids], 1, temperature, max_new_tokens, seed):
+        for (row,) in self.decoder.decode(
+            [self.start(prompt).ids], 1, temperature, max_new_tokens, seed
+        ):
             ids = row.ids[:-1] if row.ended == "finished" else row.ids
             longer = self.tokenizer.decode(ids, skip_special_tokens=True)
             if not longer.endswith("\ufffd"):  # half of a character: wait for the rest
@@ -269,14 +304,24 @@ class Policy:
     def _prompt_ids(self, prompt: str, chat: bool = False) -> list[int]:
         message = {"role": "user", "content": prompt}
         template = self.tokenizer.apply_chat_template
-        text = template([message], tokenize=False, add_generation_prompt=True) if chat else format_prompt(prompt, self.tokenizer)
-        return self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template, verbose=False)["input_ids"]
+        text = (
+            template([message], tokenize=False, add_generation_prompt=True)
+            if chat
+            else format_prompt(prompt, self.tokenizer)
+        )
+        return self.tokenizer(
+            text, add_special_tokens=not self.tokenizer.chat_template, verbose=False
+        )["input_ids"]
 
     def _check_length(self, prompt: str, ids: Sequence[int]) -> None:
         if len(ids) >= self.context:
-            raise PromptTooLong(f"the prompt has {len(ids)} tokens, the policy's context holds {self.context}: {prompt[:60]!r} ...")
+            raise PromptTooLong(
+                f"the prompt has {len(ids)} tokens, the policy's context holds {self.context}: {prompt[:60]!r} ..."
+            )
 
-    def logps(self, rows: Sequence[tuple[str, list[str], list[str]]], progress: str | None = None) -> list[float]:
+    def logps(
+        self, rows: Sequence[tuple[str, list[str], list[str]]], progress: str | None = None
+    ) -> list[float]:
         """Mean token log-prob of the steps of (prompt, prefix, steps), given prompt and prefix. Rows longer than the context are
         cut at its end, and how many is said."""
         return [
@@ -286,16 +331,23 @@ class Policy:
 
     @torch.inference_mode()
     def step_logps(
-        self, rows: Sequence[tuple[str, list[str], list[str]]], progress: str | None = None, batch_size: int = 32
+        self,
+        rows: Sequence[tuple[str, list[str], list[str]]],
+        progress: str | None = None,
+        batch_size: int = 32,
     ) -> list[list[StepLogp]]:
         """One StepLogp for every step of (prompt, prefix, steps), each given all that stands before it. Rows longer than the
         context are cut at its end, and how many is said; a step of which nothing is left has no tokens."""
         results, cut = [], 0
-        for start in tqdm(range(0, len(rows), batch_size), desc=progress, unit="batch", disable=progress is None):
+        for start in tqdm(
+            range(0, len(rows), batch_size), desc=progress, unit="batch", disable=progress is None
+        ):
             batch = rows[start : start + batch_size]
             encoded = [encode_steps(self.tokenizer, *row) for row in batch]
             longest = min(self.context, max(len(ids) for ids, _ in encoded))
-            ids = torch.zeros(len(encoded), longest, dtype=torch.long)  # right-padded: later tokens never reach earlier ones
+            ids = torch.zeros(
+                len(encoded), longest, dtype=torch.long
+            )  # right-padded: later tokens never reach earlier ones
             for b, (row_ids, _) in enumerate(encoded):
                 cut += len(row_ids) > longest
                 ids[b, : len(row_ids)] = torch.tensor(row_ids[:longest])
@@ -309,7 +361,14 @@ class Policy:
                     if step >= 0:
                         places[step].append(place)
                 results.append(
-                    [StepLogp(sum(logps[b][i] for i in step), len(step), all(greedy[b][i] for i in step)) for step in places]
+                    [
+                        StepLogp(
+                            sum(logps[b][i] for i in step),
+                            len(step),
+                            all(greedy[b][i] for i in step),
+                        )
+                        for step in places
+                    ]
                 )
         if cut:
             print(

@@ -28,7 +28,9 @@ from reward_model.base import AGGREGATES, JudgeError, ResponseScorer, StepJudge,
 if TYPE_CHECKING:  # nothing here needs torch
     from search.policy import Policy, State
 
-RESOLUTION = 0.05  # values as close as this say the same; chosen on hard validation problems (docs/LOG.md)
+RESOLUTION = (
+    0.05  # values as close as this say the same; chosen on hard validation problems (docs/LOG.md)
+)
 AT_ONCE = 256  # samples of a state asked for in one call: more would only take memory
 EXPLORATION = 1.25  # of mcts: c of PUCT, as AlphaMath has it (Chen et al. 2024, arXiv 2405.03553)
 ANOTHER = 1 << 32  # from one seed to the next, where a state is sampled again
@@ -50,11 +52,15 @@ class Budget:
     def __post_init__(self):
         for name in ("n", "beams", "max_steps", "max_new_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"argument --{name}: expected 1 or more, got {getattr(self, name)}")
+                raise ValueError(
+                    f"argument --{name}: expected 1 or more, got {getattr(self, name)}"
+                )
         if not (self.temperature >= 0 and isfinite(self.temperature)):
             raise ValueError(f"argument --temperature: expected 0 or more, got {self.temperature}")
         if self.aggregate not in AGGREGATES:
-            raise ValueError(f"argument --aggregate: expected one of {', '.join(AGGREGATES)}, got {self.aggregate}")
+            raise ValueError(
+                f"argument --aggregate: expected one of {', '.join(AGGREGATES)}, got {self.aggregate}"
+            )
 
 
 @dataclass(eq=False)
@@ -79,7 +85,9 @@ class Candidate:
         return -1.0 if self.scores is None else round(aggregate(self.scores, how), 5)
 
 
-Round = list[tuple[Candidate, bool]]  # the candidates of a step of the search, and whether each was kept
+Round = list[
+    tuple[Candidate, bool]
+]  # the candidates of a step of the search, and whether each was kept
 
 
 @dataclass
@@ -118,26 +126,39 @@ def _best(candidates: Sequence[Candidate], how: str) -> Candidate:
 # --- sampling and scoring
 
 
-def _sample(how: Callable, states: Sequence["State"], n: int, budget: Budget, seed: int) -> list[list["State"]]:
+def _sample(
+    how: Callable, states: Sequence["State"], n: int, budget: Budget, seed: int
+) -> list[list["State"]]:
     """n samples of every state, by `policy.next_steps` or `policy.rollouts`."""
     groups: list[list[State]] = [[] for _ in states]
     try:
         for first in range(0, n, AT_ONCE):
             here = min(AT_ONCE, n - first)
-            sampled = how(states, here, budget.temperature, budget.max_new_tokens, seed + first * ANOTHER)
+            sampled = how(
+                states, here, budget.temperature, budget.max_new_tokens, seed + first * ANOTHER
+            )
             for group, more in zip(groups, sampled, strict=True):
                 group += more
-    except (MemoryError, RuntimeError) as error:  # torch has an error of its own on a GPU and a plain RuntimeError on a CPU
+    except (
+        MemoryError,
+        RuntimeError,
+    ) as error:  # torch has an error of its own on a GPU and a plain RuntimeError on a CPU
         if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
             raise
-        raise JudgeError(f"{n} samples of each of {len(states)} beginnings do not fit into memory: lower --n or --beams") from None
+        raise JudgeError(
+            f"{n} samples of each of {len(states)} beginnings do not fit into memory: lower --n or --beams"
+        ) from None
     return groups
 
 
 def _candidate(parent: Candidate, state: "State", budget: Budget) -> Candidate:
     """What was sampled after a parent; its scores are still those of the parent."""
     tokens = parent.tokens + state.sampled
-    if tokens >= budget.max_new_tokens and state.status == "open" and not ends_solution(list(state.steps)):
+    if (
+        tokens >= budget.max_new_tokens
+        and state.status == "open"
+        and not ends_solution(list(state.steps))
+    ):
         state = replace(state, status="cut")
     new = state.steps[len(parent.state.steps) :]
     note = ""
@@ -159,13 +180,23 @@ def _merge(candidates: Sequence[Candidate]) -> list[Candidate]:
     return list(merged.values())
 
 
-def _score(judge: StepJudge | ResponseScorer, answers: Sequence[Answer], groups: Sequence[Sequence[Candidate]]) -> None:
+def _score(
+    judge: StepJudge | ResponseScorer,
+    answers: Sequence[Answer],
+    groups: Sequence[Sequence[Candidate]],
+) -> None:
     """One call of the judge for the steps that have no score yet, one group an answer; the same text is asked once. A step that
     repeats an earlier one scores 0. A ResponseScorer's one score of a whole solution stands in place of those of its steps."""
     if hasattr(judge, "score_response"):
-        wholes = [(answer, whole) for answer, group in zip(answers, groups, strict=True) for whole in group]
+        wholes = [
+            (answer, whole)
+            for answer, group in zip(answers, groups, strict=True)
+            for whole in group
+        ]
         texts = [(answer.prompt, "\n".join(whole.state.steps)) for answer, whole in wholes]
-        known = dict(zip(dict.fromkeys(texts), judge.score(list(dict.fromkeys(texts))), strict=True))
+        known = dict(
+            zip(dict.fromkeys(texts), judge.score(list(dict.fromkeys(texts))), strict=True)
+        )
         for (_, whole), text in zip(wholes, texts, strict=True):
             whole.scores = [known[text]]
         return
@@ -173,11 +204,17 @@ def _score(judge: StepJudge | ResponseScorer, answers: Sequence[Answer], groups:
     for answer, group in zip(answers, groups, strict=True):
         for candidate in group:
             key = (answer.prompt, candidate.state.steps)
-            if candidate.scores is not None and len(candidate.scores) < len(candidate.state.steps) and key not in asked:
+            if (
+                candidate.scores is not None
+                and len(candidate.scores) < len(candidate.state.steps)
+                and key not in asked
+            ):
                 asked[key] = len(candidate.scores)
                 answer.judged += len(candidate.state.steps) - asked[key]
     solutions = [(prompt, list(steps)) for prompt, steps in asked]
-    fresh = dict(zip(asked, judge.score_steps(solutions, list(asked.values())) if asked else [], strict=True))
+    fresh = dict(
+        zip(asked, judge.score_steps(solutions, list(asked.values())) if asked else [], strict=True)
+    )
     for answer, group in zip(answers, groups, strict=True):
         for candidate in group:
             steps, known = candidate.state.steps, candidate.scores
@@ -187,7 +224,10 @@ def _score(judge: StepJudge | ResponseScorer, answers: Sequence[Answer], groups:
                 answer.left_out += candidate.count
             elif len(known) < len(steps):
                 new = zip(range(len(known), len(steps)), new, strict=True)
-                candidate.scores = [*known, *(0.0 if steps[k] in steps[:k] else score for k, score in new)]
+                candidate.scores = [
+                    *known,
+                    *(0.0 if steps[k] in steps[:k] else score for k, score in new),
+                ]
 
 
 def _agree(samples: Sequence[Candidate], shared: int) -> None:
@@ -195,7 +235,12 @@ def _agree(samples: Sequence[Candidate], shared: int) -> None:
     wrote it."""
     counts = Counter[tuple]()
     for sample in samples:
-        counts.update({sample.state.steps[:k]: sample.count for k in range(shared, len(sample.state.steps) + 1)})
+        counts.update(
+            {
+                sample.state.steps[:k]: sample.count
+                for k in range(shared, len(sample.state.steps) + 1)
+            }
+        )
     for sample in samples:
         steps = sample.state.steps
         shares = [counts[steps[: k + 1]] / counts[steps[:k]] for k in range(shared, len(steps))]
@@ -206,7 +251,11 @@ def _agree(samples: Sequence[Candidate], shared: int) -> None:
 
 
 def draw(
-    prompts: Sequence[str], policy: "Policy", judge: StepJudge | ResponseScorer | None, budget: Budget, seed: int
+    prompts: Sequence[str],
+    policy: "Policy",
+    judge: StepJudge | ResponseScorer | None,
+    budget: Budget,
+    seed: int,
 ) -> tuple[list[Answer], list[list[Candidate]]]:
     """n whole solutions of every prompt, with their scores, and what they cost: the pool that `PICKS` choose from. The first m of n
     samples are those that m would have got (without a judge their scores are not)."""
@@ -214,7 +263,10 @@ def draw(
     roots = [Candidate(policy.start(prompt)) for prompt in prompts]
     answers = [Answer(prompt, proposals=budget.n) for prompt in prompts]
     sampled = _sample(policy.rollouts, [root.state for root in roots], budget.n, budget, seed)
-    pools = [[_candidate(root, state, budget) for state in states] for root, states in zip(roots, sampled, strict=True)]
+    pools = [
+        [_candidate(root, state, budget) for state in states]
+        for root, states in zip(roots, sampled, strict=True)
+    ]
     for answer, pool in zip(answers, pools, strict=True):
         answer.tokens = sum(sample.tokens for sample in pool)
         if judge is None:
@@ -231,17 +283,27 @@ def votes(pool: Sequence[Candidate]) -> list[int]:
     places: dict[str, int] = {}
     found = []
     for k, sample in enumerate(pool):
-        result = extract_answer(sample.state.steps[-1]) if sample.state.steps and sample.state.status != "cut" else None
+        result = (
+            extract_answer(sample.state.steps[-1])
+            if sample.state.steps and sample.state.status != "cut"
+            else None
+        )
         if result is not None and result not in places:
-            places[result] = next((place for other, place in places.items() if same_answer(result, other)), k)
+            places[result] = next(
+                (place for other, place in places.items() if same_answer(result, other)), k
+            )
         found.append(-1 if result is None else places[result])
     return found
 
 
-def pick_majority(pool: Sequence[Candidate], how: str, of: Sequence[int] | None = None) -> Candidate:
+def pick_majority(
+    pool: Sequence[Candidate], how: str, of: Sequence[int] | None = None
+) -> Candidate:
     """A sample of the result that most come to (self-consistency, Wang et al. 2022, arXiv 2203.11171): the first; of equally
     frequent results the one that came first."""
-    counted = Counter(place for place in (votes(pool) if of is None else of[: len(pool)]) if place >= 0)
+    counted = Counter(
+        place for place in (votes(pool) if of is None else of[: len(pool)]) if place >= 0
+    )
     return pool[counted.most_common(1)[0][0]] if counted else pool[0]
 
 
@@ -250,7 +312,9 @@ def pick_best(pool: Sequence[Candidate], how: str, of: Sequence[int] | None = No
     return _best(pool, how)
 
 
-def pick_weighted(pool: Sequence[Candidate], how: str, of: Sequence[int] | None = None) -> Candidate:
+def pick_weighted(
+    pool: Sequence[Candidate], how: str, of: Sequence[int] | None = None
+) -> Candidate:
     """The best sample of the result whose samples have the highest sum of values (Li et al. 2022, arXiv 2206.02336)."""
     sums = Counter[int]()
     of = votes(pool) if of is None else of[: len(pool)]
@@ -302,25 +366,39 @@ weighted_vote = _from_pool(pick_weighted)
 
 # --- step by step
 
-Search = Generator[list[Candidate], list[list[Candidate]], Candidate]  # yields who goes on, is sent their next steps; the answer
+Search = Generator[
+    list[Candidate], list[list[Candidate]], Candidate
+]  # yields who goes on, is sent their next steps; the answer
 
 
 def _beams(root: Candidate, budget: Budget, rounds: list[Round], beams: int, trees: int) -> Search:
     """`trees` independent searches, each keeps the best `beams` candidates; a finished one holds its place until it is beaten."""
     kept = [[root]] * trees
     for _ in range(budget.max_steps):
-        live = [(tree, candidate) for tree in range(trees) for candidate in kept[tree] if not candidate.done]
+        live = [
+            (tree, candidate)
+            for tree in range(trees)
+            for candidate in kept[tree]
+            if not candidate.done
+        ]
         if not live:
             break
         longer = yield [candidate for _, candidate in live]
         shown: Round = []
         for tree in sorted({tree for tree, _ in live}):
             there = [candidate for candidate in kept[tree] if candidate.done]
-            there += [child for (owner, _), group in zip(live, longer, strict=True) if owner == tree for child in group]
+            there += [
+                child
+                for (owner, _), group in zip(live, longer, strict=True)
+                if owner == tree
+                for child in group
+            ]
             different: dict[tuple, Candidate] = {}
             for candidate in there:
                 different.setdefault((candidate.state.steps, candidate.done), candidate)
-            kept[tree] = sorted(different.values(), key=lambda c: _rank(c, budget.aggregate), reverse=True)[:beams]
+            kept[tree] = sorted(
+                different.values(), key=lambda c: _rank(c, budget.aggregate), reverse=True
+            )[:beams]
             shown += [(candidate, candidate in kept[tree]) for candidate in different.values()]
         rounds.append(shown)
     return _best([candidate for of_tree in kept for candidate in of_tree], budget.aggregate)
@@ -340,7 +418,9 @@ def _walks(root: Candidate, budget: Budget, rounds: list[Round]) -> Search:
     backed up along the walk. The first walk is `step_greedy`."""
 
     def score(node: _Node, parent: _Node) -> tuple:
-        quality = node.total / node.visits if node.visits else node.candidate.value(budget.aggregate)
+        quality = (
+            node.total / node.visits if node.visits else node.candidate.value(budget.aggregate)
+        )
         prior = node.candidate.share / parent.candidate.share
         value = quality + EXPLORATION * prior * sqrt(parent.visits) / (1 + node.visits)
         return not node.candidate.note, round(value / RESOLUTION), prior, value
@@ -363,11 +443,16 @@ def _walks(root: Candidate, budget: Budget, rounds: list[Round]) -> Search:
     return _best(ends, budget.aggregate)
 
 
-def _explore(search: Callable[..., Search], prompts, policy, judge, budget: Budget, seed: int, **shape: int) -> list[Answer]:
+def _explore(
+    search: Callable[..., Search], prompts, policy, judge, budget: Budget, seed: int, **shape: int
+) -> list[Answer]:
     """Run one search a prompt, all of them a round at a time."""
     start = time.perf_counter()
     answers = [Answer(prompt) for prompt in prompts]
-    searches = [search(Candidate(policy.start(answer.prompt)), budget, answer.rounds, **shape) for answer in answers]
+    searches = [
+        search(Candidate(policy.start(answer.prompt)), budget, answer.rounds, **shape)
+        for answer in answers
+    ]
     running = [(answer, walk, next(walk)) for answer, walk in zip(answers, searches, strict=True)]
     while running:
         longer = _propose(running, policy, judge, budget, seed)
@@ -383,7 +468,9 @@ def _explore(search: Callable[..., Search], prompts, policy, judge, budget: Budg
     return answers
 
 
-def _propose(running: Sequence[tuple], policy, judge, budget: Budget, seed: int) -> list[list[list[Candidate]]]:
+def _propose(
+    running: Sequence[tuple], policy, judge, budget: Budget, seed: int
+) -> list[list[list[Candidate]]]:
     """Of every search, for every candidate that it asked to go on, n next steps: merged, with scores."""
     parents = [(i, parent) for i, (_, _, request) in enumerate(running) for parent in request]
     met: dict[tuple, list[int]] = {}  # where independent trees meet, each has samples of its own
@@ -393,7 +480,9 @@ def _propose(running: Sequence[tuple], policy, judge, budget: Budget, seed: int)
     for times in sorted({len(places) for places in met.values()}):
         groups = [places for places in met.values() if len(places) == times]
         states = [parents[first][1].state for first, *_ in groups]
-        for places, samples in zip(groups, _sample(policy.next_steps, states, budget.n * times, budget, seed), strict=True):
+        for places, samples in zip(
+            groups, _sample(policy.next_steps, states, budget.n * times, budget, seed), strict=True
+        ):
             for nth, place in enumerate(places):
                 sampled[place] = samples[nth * budget.n : (nth + 1) * budget.n]
     longer: list[list[list[Candidate]]] = [[] for _ in running]
@@ -408,7 +497,11 @@ def _propose(running: Sequence[tuple], policy, judge, budget: Budget, seed: int)
             _agree(children, len(parent.state.steps))
         longer[i].append(children)
     if judge is not None:
-        _score(judge, [answer for answer, _, _ in running], [[c for group in groups for c in group] for groups in longer])
+        _score(
+            judge,
+            [answer for answer, _, _ in running],
+            [[c for group in groups for c in group] for groups in longer],
+        )
     return longer
 
 

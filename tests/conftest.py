@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread only waits for the first
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tiny models: a second thread only waits for the first
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -53,7 +55,13 @@ def run_script(tmp_path):
 
     def run(script: str, *args: object, **kwargs) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / script), *map(str, args)]
-        options = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 300, "stdin": subprocess.DEVNULL} | kwargs
+        options = {
+            "capture_output": True,
+            "text": True,
+            "cwd": tmp_path,
+            "timeout": 300,
+            "stdin": subprocess.DEVNULL,
+        } | kwargs
         return subprocess.run(command, **options)
 
     return run

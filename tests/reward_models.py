@@ -3,7 +3,9 @@
 from pathlib import Path
 
 
-def make_llama(model_dir: str, folder: Path, question: str = "Right?", context: int | None = None) -> str:
+def make_llama(
+    model_dir: str, folder: Path, question: str = "Right?", context: int | None = None
+) -> str:
     """A reward model with a random head on the backbone of a causal LM."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -11,7 +13,9 @@ def make_llama(model_dir: str, folder: Path, question: str = "Right?", context: 
     from reward_model.response_reward_model import from_causal_lm
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = from_causal_lm(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), tokenizer, question)
+    model = from_causal_lm(
+        AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), tokenizer, question
+    )
     torch.manual_seed(1)
     torch.nn.init.normal_(model.score.weight, std=0.5)
     model.config.max_position_embeddings = context or model.config.max_position_embeddings
@@ -33,19 +37,26 @@ def make_distilbert(folder: Path, head: bool = True) -> str:
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.:=+-*/,?!"
-    vocabulary = {token: k for k, token in enumerate([*special, *letters, *(f"##{letter}" for letter in letters)])}
+    vocabulary = {
+        token: k
+        for k, token in enumerate([*special, *letters, *(f"##{letter}" for letter in letters)])
+    }
     raw = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     raw.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     names = ("pad", "unk", "cls", "sep", "mask")
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, model_max_length=64, **{f"{name}_token": token for name, token in zip(names, special, strict=True)}
+        tokenizer_object=raw,
+        model_max_length=64,
+        **{f"{name}_token": token for name, token in zip(names, special, strict=True)},
     )
     config = DistilBertConfig(
         vocab_size=len(vocabulary), dim=32, hidden_dim=64, n_layers=2, n_heads=2, max_position_embeddings=64, num_labels=1,
         initializer_range=0.3,
     )  # fmt: skip
     torch.manual_seed(0)
-    (DistilBertForSequenceClassification if head else DistilBertForMaskedLM)(config).save_pretrained(folder)
+    (DistilBertForSequenceClassification if head else DistilBertForMaskedLM)(
+        config
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -24,7 +24,10 @@ def adapter(tmp_path_factory) -> str:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    model = get_peft_model(load_model(BASE, torch.float32)[0], LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        load_model(BASE, torch.float32)[0],
+        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.15)
@@ -39,7 +42,9 @@ def merged(adapter, tmp_path_factory) -> str:
     from peft import AutoPeftModelForCausalLM
 
     folder = tmp_path_factory.mktemp("merged") / "model"
-    AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32).merge_and_unload().save_pretrained(folder)
+    AutoPeftModelForCausalLM.from_pretrained(
+        adapter, dtype=torch.float32
+    ).merge_and_unload().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(f"{BASE}/{name}", folder)
     return str(folder)
@@ -48,11 +53,20 @@ def merged(adapter, tmp_path_factory) -> str:
 def test_a_policy_is_its_merged_model(adapter, merged):
     first, second, base = map(Policy.load, (adapter, merged, BASE))
     answers = first.generate(PROMPTS, max_new_tokens=60)
-    assert answers == second.generate(PROMPTS, max_new_tokens=60) != base.generate(PROMPTS, max_new_tokens=60)
+    assert (
+        answers
+        == second.generate(PROMPTS, max_new_tokens=60)
+        != base.generate(PROMPTS, max_new_tokens=60)
+    )
     sampling = {"n": 4, "temperature": 1.0, "max_new_tokens": 40, "seed": 3}
     assert first.generate(PROMPTS, **sampling) == second.generate(PROMPTS, **sampling)
-    assert "".join(first.stream(PROMPTS[0], max_new_tokens=60)) == "".join(second.stream(PROMPTS[0], max_new_tokens=60))
-    rows = [(PROMPTS[0], [], ["Step 1: 3 * 4 = 12, 12 + 12 = 24", "Answer: 24"]), (PROMPTS[1], ["Step 1: 40 - 17 = 23"], ["x"])]
+    assert "".join(first.stream(PROMPTS[0], max_new_tokens=60)) == "".join(
+        second.stream(PROMPTS[0], max_new_tokens=60)
+    )
+    rows = [
+        (PROMPTS[0], [], ["Step 1: 3 * 4 = 12, 12 + 12 = 24", "Answer: 24"]),
+        (PROMPTS[1], ["Step 1: 40 - 17 = 23"], ["x"]),
+    ]
     assert first.logps(rows) == pytest.approx(second.logps(rows), abs=1e-4)
     assert first.logps(rows) != pytest.approx(base.logps(rows), abs=0.01)
 
@@ -84,7 +98,10 @@ def train_from(model: str, folder: Path, *more: object, command: str = "dpo") ->
         "logs_dir": folder / "logs", "per_device_train_batch_size": 2, "num_train_epochs": 1, "logging_steps": 1, "save_steps": 2,
         "save_total_limit": 9, "learning_rate": 1e-3, "bf16": "false", "disable_tqdm": "true",
     }  # fmt: skip
-    train.COMMANDS[command]([str(part) for name, value in flags.items() for part in (f"--{name}", value)] + [*map(str, more)])
+    train.COMMANDS[command](
+        [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+        + [*map(str, more)]
+    )
     history = json.loads((folder / "logs/out/log.json").read_text())["history"]
     return [entry for entry in history if "loss" in entry]
 
@@ -99,12 +116,18 @@ def test_training_goes_on_with_an_adapter(adapter, tmp_path, capsys):
     """The reference is the adapter as it was: the first loss is ln 2. What comes out is an adapter on the same base."""
     history = train_from(adapter, tmp_path, "--use_peft", "--lora_r", 32)
     assert "going on with the adapter" in capsys.readouterr().out
-    assert history[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and history[0]["logps/chosen_vs_ref"] == pytest.approx(0, abs=1e-4)
+    assert history[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and history[0][
+        "logps/chosen_vs_ref"
+    ] == pytest.approx(0, abs=1e-4)
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["r"]) == (BASE, 4)
     assert not (tmp_path / "out/ref").exists() and not (tmp_path / "out/config.json").exists()
-    before, after = (weights_of(f"{folder}/adapter_model.safetensors") for folder in (adapter, tmp_path / "out"))
-    assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
+    before, after = (
+        weights_of(f"{folder}/adapter_model.safetensors") for folder in (adapter, tmp_path / "out")
+    )
+    assert before.keys() == after.keys() and all(
+        not torch.equal(before[name], after[name]) for name in before
+    )
     policy = Policy.load(str(tmp_path / "out"))
     assert policy.generate(PROMPTS[:1], max_new_tokens=10) and policy.tokenizer.eos_token == "</s>"
 
@@ -116,7 +139,9 @@ def test_a_stopped_training_of_an_adapter_goes_on(adapter, tmp_path):
         (tmp_path / "out" / name).unlink()
     shutil.rmtree(tmp_path / "out/checkpoint-4")
     again = train_from(adapter, tmp_path, "--use_peft")
-    assert [entry["loss"] for entry in again] == [entry["loss"] for entry in whole] and len(whole) == 4
+    assert [entry["loss"] for entry in again] == [entry["loss"] for entry in whole] and len(
+        whole
+    ) == 4
     weights = weights_of(tmp_path / "out/adapter_model.safetensors")
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
@@ -125,17 +150,29 @@ def test_a_stopped_training_of_an_adapter_goes_on(adapter, tmp_path):
 def test_without_use_peft_an_adapter_is_merged_first(adapter, merged, tmp_path, precomputed):
     """All weights are trained, and the reference is the merged model, not the base on disk."""
     history = train_from(adapter, tmp_path, "--precompute_ref_log_probs", precomputed)
-    assert history[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and history[0]["logps/chosen_vs_ref"] == pytest.approx(0, abs=1e-3)
-    assert (tmp_path / "out/config.json").exists() and not (tmp_path / "out/adapter_config.json").exists()
-    start, after = (weights_of(f"{folder}/model.safetensors") for folder in (merged, tmp_path / "out"))
+    assert history[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and history[0][
+        "logps/chosen_vs_ref"
+    ] == pytest.approx(0, abs=1e-3)
+    assert (tmp_path / "out/config.json").exists() and not (
+        tmp_path / "out/adapter_config.json"
+    ).exists()
+    start, after = (
+        weights_of(f"{folder}/model.safetensors") for folder in (merged, tmp_path / "out")
+    )
     distance = {name: (after[name] - start[name]).abs().max().item() for name in start}
     assert start.keys() == after.keys() and all(0 < far < 0.05 for far in distance.values())
 
 
 def test_supervised_training_goes_on_with_an_adapter(adapter, tmp_path):
     history = train_from(adapter, tmp_path, "--use_peft", command="sft")
-    before, after = (weights_of(f"{folder}/adapter_model.safetensors") for folder in (adapter, tmp_path / "out"))
-    assert history and before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
+    before, after = (
+        weights_of(f"{folder}/adapter_model.safetensors") for folder in (adapter, tmp_path / "out")
+    )
+    assert (
+        history
+        and before.keys() == after.keys()
+        and all(not torch.equal(before[name], after[name]) for name in before)
+    )
 
 
 def without_weights(folder: Path):
@@ -153,7 +190,9 @@ def without_a_matrix(folder: Path):
 def with_base(base: str | None):
     def change(folder: Path):
         config = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        (folder / "adapter_config.json").write_text(
+            json.dumps(config | {"base_model_name_or_path": base})
+        )
 
     return change
 
@@ -161,7 +200,9 @@ def with_base(base: str | None):
 def with_half_a_base(folder: Path):
     base = Path(shutil.copytree(BASE, folder.parent / "half"))
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    (base / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1})
+    )
     with_base(str(base))(folder)
 
 
@@ -174,7 +215,10 @@ def with_half_a_base(folder: Path):
         (with_base("models/gone/away"), "its base models/gone/away"),
         (with_half_a_base, r"its base \S+half \(weights are missing"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "no model can be loaded"),
-        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"rubbish" * 9), "deserializing"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"rubbish" * 9),
+            "deserializing",
+        ),
     ],
 )
 def test_half_an_adapter_is_one_line_that_names_it(adapter, tmp_path, change, expected):
@@ -197,15 +241,35 @@ def test_the_scripts_take_an_adapter(adapter, merged, run_script, tmp_path):
                 *("--output", out / "answers.jsonl", "--max_new_tokens", 60),
             ],
             "utils/build_synthetic_dataset.py": [
-                *("--model_name_or_path", model, "--limit", 12, "--samples", 4, "--output", out / "pairs.jsonl"),
+                *(
+                    "--model_name_or_path",
+                    model,
+                    "--limit",
+                    12,
+                    "--samples",
+                    4,
+                    "--output",
+                    out / "pairs.jsonl",
+                ),
             ],
             "evaluation/eval_reward_scores.py": [
-                *("--base_model", BASE, "--tuned_model", model, "--limit", 6, "--output_dir", out / "results"),
+                *(
+                    "--base_model",
+                    BASE,
+                    "--tuned_model",
+                    model,
+                    "--limit",
+                    6,
+                    "--output_dir",
+                    out / "results",
+                ),
             ],
         }
         for script, arguments in commands.items():
             result = run_script(script, *arguments)
             assert result.returncode == 0, result.stderr
     for name in ("answers.jsonl", "pairs.jsonl", "results/reward_score_comparison.jsonl"):
-        first, second = ([row for _, row in read_rows(tmp_path / kind / name)] for kind in ("adapter", "merged"))
+        first, second = (
+            [row for _, row in read_rows(tmp_path / kind / name)] for kind in ("adapter", "merged")
+        )
         assert first == second and first, name

@@ -29,11 +29,17 @@ def test_layers_that_learned_at_another_scale_give_the_same_on_the_model(tiny_mo
         for layer in layers:
             hidden = layer(hidden, position_embeddings=positions)
         put_on(model, layers, norm, 7)
-        torch.testing.assert_close(model.model(ids).last_hidden_state, norm(hidden), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            model.model(ids).last_hidden_state, norm(hidden), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_tokens_that_are_added_belong_to_the_step_that_follows():
-    text = aligned([7, 8, 1, 2, 9, 3, 4, 9], [-1, -1, 0, 0, 0, 1, 1, 1], [7, 8, 50, 60, 1, 2, 9, 50, 60, 3, 4, 9])
+    text = aligned(
+        [7, 8, 1, 2, 9, 3, 4, 9],
+        [-1, -1, 0, 0, 0, 1, 1, 1],
+        [7, 8, 50, 60, 1, 2, 9, 50, 60, 3, 4, 9],
+    )
     assert text.source == [0, 1, 1, 1, 2, 3, 4, 4, 4, 5, 6, 7]
     assert text.step_of == [-1, -1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
     with pytest.raises(ValueError, match="tokens added"):
@@ -42,10 +48,20 @@ def test_tokens_that_are_added_belong_to_the_step_that_follows():
 
 def test_the_script_leaves_the_model_below_as_it_is(run_script, tiny_model_dir, tmp_path):
     out = tmp_path / "deeper"
-    command = ["utils/add_surprisal_layers.py", "--model_name_or_path", tiny_model_dir, "--output", out, "--updates", 3]
+    command = [
+        "utils/add_surprisal_layers.py",
+        "--model_name_or_path",
+        tiny_model_dir,
+        "--output",
+        out,
+        "--updates",
+        3,
+    ]
     done = run_script(*command)
     assert done.returncode == 0, done.stderr
-    assert "AUROC" in done.stdout and "KL divergence" in done.stdout and f"wrote {out}" in done.stdout
+    assert (
+        "AUROC" in done.stdout and "KL divergence" in done.stdout and f"wrote {out}" in done.stdout
+    )
     before, after = (load_file(f"{folder}/model.safetensors") for folder in (tiny_model_dir, out))
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 4
     for name in before.keys() - {"model.norm.weight"}:  # the step token has a row of its own
@@ -59,7 +75,10 @@ def test_the_script_leaves_the_model_below_as_it_is(run_script, tiny_model_dir, 
     assert again.returncode == 2 and "--overwrite" in again.stderr and again.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("flags", "said"), [(["--updates", 0], "--updates"), (["--learning_rate", -1], "--learning_rate")])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [(["--updates", 0], "--updates"), (["--learning_rate", -1], "--learning_rate")],
+)
 def test_numbers_that_make_no_sense_are_refused(run_script, flags, said):
     done = run_script("utils/add_surprisal_layers.py", *flags)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

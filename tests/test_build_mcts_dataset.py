@@ -28,8 +28,19 @@ def built(tmp_path_factory) -> dict:
     """policy-mini on nine problems, one more that is said to have another answer, one that is too long, and one that was there."""
     folder = tmp_path_factory.mktemp("built")
     tasks = list(islice(problems("train"), 9))
-    write_records(folder / "problems.jsonl", [*tasks, Problem(UNANSWERED, "none"), Problem(TOO_LONG, "3"), tasks[3]])
-    command = [sys.executable, str(ROOT / SCRIPT), *map(str, SMALL), "--input", "problems.jsonl", "--output", "out/steps.jsonl"]
+    write_records(
+        folder / "problems.jsonl",
+        [*tasks, Problem(UNANSWERED, "none"), Problem(TOO_LONG, "3"), tasks[3]],
+    )
+    command = [
+        sys.executable,
+        str(ROOT / SCRIPT),
+        *map(str, SMALL),
+        "--input",
+        "problems.jsonl",
+        "--output",
+        "out/steps.jsonl",
+    ]
     command += ["--csv", "out/steps.csv", "--trees", "out/trees.jsonl"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -38,10 +49,17 @@ def built(tmp_path_factory) -> dict:
 
 def test_every_row_is_what_the_trees_say(built):
     folder = built["folder"]
-    assert sorted(path.name for path in (folder / "out").iterdir()) == ["steps.csv", "steps.jsonl", "trees.jsonl"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        "steps.csv",
+        "steps.jsonl",
+        "trees.jsonl",
+    ]
     rows = list(read_records(folder / "out/steps.jsonl", StepValue))
     trees = list(read_records(folder / "out/trees.jsonl", Tree))
-    assert [tree.prompt for tree in trees] == [task.prompt for task in built["tasks"]] + [UNANSWERED, TOO_LONG]
+    assert [tree.prompt for tree in trees] == [task.prompt for task in built["tasks"]] + [
+        UNANSWERED,
+        TOO_LONG,
+    ]
     assert rows == [row for tree in trees if tree.ended not in DROPPED for row in tree.values()[0]]
     assert [tree.ended for tree in trees[-2:]] == ["never right", "prompt too long"] and all(
         len(tree.rollouts) <= 16 for tree in trees
@@ -78,19 +96,29 @@ def test_the_table_has_three_columns_and_reads_back(built):
 def test_other_labels_of_the_same_trees(built, run_script, tmp_path):
     args = ("--from_trees", built["folder"] / "out/trees.jsonl")
     again = run_script(SCRIPT, *args, "--output", "again.jsonl")
-    assert again.returncode == 0 and (tmp_path / "again.jsonl").read_bytes() == (built["folder"] / "out/steps.jsonl").read_bytes()
+    assert (
+        again.returncode == 0
+        and (tmp_path / "again.jsonl").read_bytes()
+        == (built["folder"] / "out/steps.jsonl").read_bytes()
+    )
     rows = list(read_records(tmp_path / "again.jsonl", StepValue))
 
-    done = run_script(SCRIPT, *args, "--output", "relative.jsonl", "--labels", "relative", "--min_rollouts", 3)
+    done = run_script(
+        SCRIPT, *args, "--output", "relative.jsonl", "--labels", "relative", "--min_rollouts", 3
+    )
     relative = list(read_records(tmp_path / "relative.jsonl", StepValue))
     assert done.returncode == 0 and 0 < len(relative) < len(rows)
     values = {(row.prompt, *row.prefix, row.step): row.score for row in rows}
     for row in relative:
         before = values.get((row.prompt, *row.prefix))
         assert (row.rollouts >= 3 or ends_solution([row.step])) and (
-            before is None or row.score == min(1, values[(row.prompt, *row.prefix, row.step)] / before)
+            before is None
+            or row.score == min(1, values[(row.prompt, *row.prefix, row.step)] / before)
         )
-    assert f"wrote {len(relative)} step values" in done.stdout and "have no label and are left out" in done.stdout
+    assert (
+        f"wrote {len(relative)} step values" in done.stdout
+        and "have no label and are left out" in done.stdout
+    )
 
     kept = run_script(SCRIPT, *args, "--output", "kept.jsonl", "--keep_dropped")
     prompts = {row.prompt for row in read_records(tmp_path / "kept.jsonl", StepValue)}
@@ -102,16 +130,25 @@ def test_killed_and_started_again_it_ends_with_the_same_files(built):
     folder = built["folder"]
     command = [part.replace("out/", "killed/") for part in built["command"]]
     partial = folder / "killed/steps.jsonl.partial"
-    process = subprocess.Popen([*command, "--in_flight", "3"], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, "--in_flight", "3"],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (partial.exists() and partial.read_bytes().count(b"\n") > 2):
+    while time.monotonic() < deadline and not (
+        partial.exists() and partial.read_bytes().count(b"\n") > 2
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert [path.name for path in partial.parent.iterdir()] == [partial.name]
     with open(partial, "ab") as file:
         file.write(b'{"problem": 9, "tr')
-    resumed = subprocess.run([*command, "--in_flight", "2"], cwd=folder, capture_output=True, text=True)
+    resumed = subprocess.run(
+        [*command, "--in_flight", "2"], cwd=folder, capture_output=True, text=True
+    )
     assert resumed.returncode == 0 and "resuming: " in resumed.stdout, resumed.stderr
     for name in ("steps.jsonl", "steps.csv", "trees.jsonl"):
         assert (folder / "killed" / name).read_bytes() == (folder / "out" / name).read_bytes()
@@ -134,7 +171,9 @@ def test_a_search_without_steps_is_kept_for_other_arguments(run_script, tmp_path
 def test_held_out_problems_are_refused(built, run_script, tmp_path):
     held_out = json.loads((ROOT / "data/problems_hard.jsonl").read_text().splitlines()[7])
     write_records(tmp_path / "mine.jsonl", [{"prompt": "x", "answer": "1"}, held_out])
-    write_records(tmp_path / "trees.jsonl", [Tree(held_out["prompt"], "omegaprm", "never right").to_row()])
+    write_records(
+        tmp_path / "trees.jsonl", [Tree(held_out["prompt"], "omegaprm", "never right").to_row()]
+    )
     files = sorted(tmp_path.iterdir())
     for args in (["--input", "mine.jsonl"], ["--from_trees", "trees.jsonl"]):
         done = run_script(SCRIPT, *args, "--output", "steps.jsonl")
@@ -162,5 +201,7 @@ def test_held_out_problems_are_refused(built, run_script, tmp_path):
 def test_a_users_mistake_is_one_line_and_exit_code_2(run_script, tmp_path, args, message):
     (tmp_path / "there.csv").write_text("[1]\n")
     done = run_script(SCRIPT, "--output", "steps.jsonl", *args)
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["there.csv"]

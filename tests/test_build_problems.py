@@ -26,13 +26,30 @@ def test_held_out_files_are_the_committed_bytes(tmp_path, monkeypatch):
 
 
 def test_a_part_of_train(tmp_path, monkeypatch, capsys):
-    build(tmp_path, monkeypatch, "--split", "train", "--skip", "10", "--limit", "20", "--max_events", "3", "--output", "some.jsonl")
+    build(
+        tmp_path,
+        monkeypatch,
+        "--split",
+        "train",
+        "--skip",
+        "10",
+        "--limit",
+        "20",
+        "--max_events",
+        "3",
+        "--output",
+        "some.jsonl",
+    )
     assert capsys.readouterr().out == "wrote 20 problems to some.jsonl\n"
     some = list(read_records(tmp_path / "some.jsonl", Problem))
     whole = problems("train")
     skipped = [next(whole) for _ in range(10)]
-    expected = [task for task in (next(whole) for _ in range(60)) if task.prompt.count(". ") <= 4][:20]  # start, events, question
-    assert some == expected and not {task.prompt for task in some} & {task.prompt for task in skipped}
+    expected = [task for task in (next(whole) for _ in range(60)) if task.prompt.count(". ") <= 4][
+        :20
+    ]  # start, events, question
+    assert some == expected and not {task.prompt for task in some} & {
+        task.prompt for task in skipped
+    }
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,24 @@ from reasoning.steps import split_steps
 from reward_model.base import JudgeError, PromptTooLong
 from search.policy import Policy
 from search.remote import RemotePolicy
-from utils.build_ranked_responses import KINDS, AnswerArguments, Sample, group_of_four, kind_of, main, put_in, read_tasks
+from utils.build_ranked_responses import (
+    KINDS,
+    AnswerArguments,
+    Sample,
+    group_of_four,
+    kind_of,
+    main,
+    put_in,
+    read_tasks,
+)
 from utils.cli import held_out_prompts, run
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "utils/build_ranked_responses.py"
 POLICY = str(ROOT / "models/policy-mini")
-TASK = Problem("Mia has 2 apples. ...?", "10", ["Step 1: 2 + 3 = 5", "Step 2: 5 * 2 = 10", "Answer: 10"])
+TASK = Problem(
+    "Mia has 2 apples. ...?", "10", ["Step 1: 2 + 3 = 5", "Step 2: 5 * 2 = 10", "Answer: 10"]
+)
 RIGHT = "Step 1: 2 + 3 = 5\nStep 2: 5 * 2 = 10\nAnswer: 10"
 WRONG = "Step 1: 2 + 3 = 5\nStep 2: 5 + 2 = 7\nAnswer: 7"
 
@@ -60,8 +71,14 @@ def test_kinds(text, kind):
 
 
 def test_the_wrong_answer_is_the_one_most_like_the_right_one():
-    short, long, alike = "Step 1: 2 + 7 = 9\nAnswer: 9", f"{WRONG}0000", WRONG.replace("+ 2 = 7", "* 2 = 12").replace("7", "12")
-    group, _ = group_of_four(TASK, [sample(text) for text in (short, long, RIGHT, alike)], random.Random(0))
+    short, long, alike = (
+        "Step 1: 2 + 7 = 9\nAnswer: 9",
+        f"{WRONG}0000",
+        WRONG.replace("+ 2 = 7", "* 2 = 12").replace("7", "12"),
+    )
+    group, _ = group_of_four(
+        TASK, [sample(text) for text in (short, long, RIGHT, alike)], random.Random(0)
+    )
     assert group["wrong"].text == alike and list(group) == list(KINDS)
     assert not group["right"].note and group["flawed"].note and group["malformed"].note
     assert group_of_four(TASK, [sample(RIGHT)], random.Random(0)) == (None, "none wrong")
@@ -77,10 +94,18 @@ def test_what_is_sampled_is_not_made():
 def test_errors_put_in():
     """A flawed one is as long as the right one, and a number of it is another; there are several ways to be malformed."""
     made = [put_in(sample(RIGHT), "flawed", TASK, random.Random(k)) for k in range(40)]
-    assert all(len(one.text) == len(RIGHT) and sum(map(str.__ne__, one.text, RIGHT)) <= 2 for one in made)
-    assert {one.note[-6:] for one in made} == {"step 1", "step 2"} and len({one.text for one in made}) > 8
+    assert all(
+        len(one.text) == len(RIGHT) and sum(map(str.__ne__, one.text, RIGHT)) <= 2 for one in made
+    )
+    assert {one.note[-6:] for one in made} == {"step 1", "step 2"} and len(
+        {one.text for one in made}
+    ) > 8
     broken = [put_in(sample(RIGHT), "malformed", TASK, random.Random(k)) for k in range(40)]
-    assert Counter(one.note[:13] for one in broken).keys() == {"put in: cut o", "put in: no cl", "put in: step "}
+    assert Counter(one.note[:13] for one in broken).keys() == {
+        "put in: cut o",
+        "put in: no cl",
+        "put in: step ",
+    }
     assert all(one.text for one in broken)
 
 
@@ -89,7 +114,18 @@ def script(monkeypatch, *args: object) -> None:
     run(main)
 
 
-SMALL = ("--answers", 2, "--input", "problems.jsonl", "--rank_by", "exact", "--model_name_or_path", POLICY, "--max_new_tokens", 100)
+SMALL = (
+    "--answers",
+    2,
+    "--input",
+    "problems.jsonl",
+    "--rank_by",
+    "exact",
+    "--model_name_or_path",
+    POLICY,
+    "--max_new_tokens",
+    100,
+)
 
 
 def test_exact_groups_and_a_killed_run(monkeypatch, tmp_path, capsys):
@@ -104,26 +140,45 @@ def test_exact_groups_and_a_killed_run(monkeypatch, tmp_path, capsys):
     assert len(found) >= 10 and len(rows) == 4 * len(found)
     assert f"{len(found)} groups" in capsys.readouterr().out
     for (prompt, ranker), group in found.items():
-        assert ranker == "rule:exact" and {row.category: row.rank for row in group} == {kind: k for k, kind in enumerate(KINDS, 1)}
+        assert ranker == "rule:exact" and {row.category: row.rank for row in group} == {
+            kind: k for k, kind in enumerate(KINDS, 1)
+        }
         by_kind = {row.category: row for row in group}
-        scores = {kind: grade_steps(split_steps(row.answer), tasks[prompt]) for kind, row in by_kind.items()}
+        scores = {
+            kind: grade_steps(split_steps(row.answer), tasks[prompt])
+            for kind, row in by_kind.items()
+        }
         assert all(scores["right"]) and not all(scores["flawed"]) and not all(scores["wrong"])
-        right = {kind: is_correct(split_steps(row.answer), tasks[prompt]) for kind, row in by_kind.items()}
+        right = {
+            kind: is_correct(split_steps(row.answer), tasks[prompt])
+            for kind, row in by_kind.items()
+        }
         assert right["right"] and right["flawed"] and not right["wrong"]
         assert all(bool(row.note) == row.generator.endswith("+error") for row in group)
         assert {by_kind[kind].generator for kind in ("right", "wrong")} == {"policy-mini"}
-        assert {row.split for row in group} == {split_of(prompt)} and (split_of(prompt) == "test" or not is_kept_out(prompt))
-    assert len({tuple(row.rank for row in group) for group in found.values()}) > 5  # the order in the file tells nothing
+        assert {row.split for row in group} == {split_of(prompt)} and (
+            split_of(prompt) == "test" or not is_kept_out(prompt)
+        )
+    assert (
+        len({tuple(row.rank for row in group) for group in found.values()}) > 5
+    )  # the order in the file tells nothing
 
     policy = Policy.load(POLICY)  # a row's settings give its answer again
     for row in [row for row in rows if not row.note][::20]:
-        settings = {"temperature": row.temperature, "top_p": row.top_p, "seed": row.seed, "max_new_tokens": 100}
+        settings = {
+            "temperature": row.temperature,
+            "top_p": row.top_p,
+            "seed": row.seed,
+            "max_new_tokens": 100,
+        }
         assert policy.texts([row.prompt], **settings)[0][0] == row.answer
     assert {(row.temperature, row.seed) for row in rows} == {(0.7, 0), (1.0, 1)}
 
     partial = tmp_path / "killed.csv.partial"
     command = [sys.executable, str(ROOT / SCRIPT), *map(str, SMALL), "--output", "killed.csv"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if partial.exists() and partial.read_bytes().count(b"\n") > 128:
@@ -138,34 +193,79 @@ def test_exact_groups_and_a_killed_run(monkeypatch, tmp_path, capsys):
     assert "another job" in capsys.readouterr().err
     script(monkeypatch, *SMALL, "--output", "killed.csv")
     assert "resuming: 128 of 130" in capsys.readouterr().out
-    assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes() and not partial.exists()
+    assert (tmp_path / "killed.csv").read_bytes() == (
+        tmp_path / "whole.csv"
+    ).read_bytes() and not partial.exists()
 
 
 def test_prompts_of_any_kind_are_left_to_be_ranked(monkeypatch, tmp_path, tiny_model_dir, capsys):
     """With a chat template, a category, a quoted table as input; greedy answers are all alike, so there are fewer."""
     monkeypatch.chdir(tmp_path)
     model = Path(shutil.copytree(tiny_model_dir, tmp_path / "chatty"))
-    (model / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}:")
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.content }}]{% endfor %}:"
+    )
     with open("prompts.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["category", "prompt"], ["tale", 'Tell "this",\nplease'], ["", "Why?"], ["tale", "Why?"]])
-    given = ("--model_name_or_path", model, "--chat", "--max_new_tokens", 12, "--output", "answers.csv")
-    script(monkeypatch, *given, "--input", "prompts.csv", "--temperature", 0, 0.8, "--top_p", 1, 0.9, 0.8)
+        csv.writer(file).writerows(
+            [
+                ["category", "prompt"],
+                ["tale", 'Tell "this",\nplease'],
+                ["", "Why?"],
+                ["tale", "Why?"],
+            ]
+        )
+    given = (
+        "--model_name_or_path",
+        model,
+        "--chat",
+        "--max_new_tokens",
+        12,
+        "--output",
+        "answers.csv",
+    )
+    script(
+        monkeypatch,
+        *given,
+        "--input",
+        "prompts.csv",
+        "--temperature",
+        0,
+        0.8,
+        "--top_p",
+        1,
+        0.9,
+        0.8,
+    )
     rows = read_answers("answers.csv")
     check_groups(rows, "answers.csv")
     policy = Policy.load(str(model))
-    for prompt, category in (('Tell "this",\nplease', "tale"), ("Why?", "tale")):  # of a prompt that comes twice, the last
+    for prompt, category in (
+        ('Tell "this",\nplease', "tale"),
+        ("Why?", "tale"),
+    ):  # of a prompt that comes twice, the last
         settings = [(0, 1, 0), (0.8, 0.9, 1), (0, 0.8, 2), (0.8, 1, 3)]
         texts = [policy.texts([prompt], *how[:2], 12, how[2], chat=True)[0][0] for how in settings]
-        expected = {text: how for text, how in reversed([*zip(texts, settings, strict=True)]) if text}
-        assert len(expected) == 3  # the two greedy ones are alike
-        kept = {row.answer: (row.temperature, row.top_p, row.seed) for row in rows if row.prompt == prompt}
-        assert kept == expected
-        assert {(row.rank, row.ranker, row.category, row.generator) for row in rows if row.prompt == prompt} == {
-            (None, "", category, "chatty")
+        expected = {
+            text: how for text, how in reversed([*zip(texts, settings, strict=True)]) if text
         }
+        assert len(expected) == 3  # the two greedy ones are alike
+        kept = {
+            row.answer: (row.temperature, row.top_p, row.seed)
+            for row in rows
+            if row.prompt == prompt
+        }
+        assert kept == expected
+        assert {
+            (row.rank, row.ranker, row.category, row.generator)
+            for row in rows
+            if row.prompt == prompt
+        } == {(None, "", category, "chatty")}
     with pytest.raises(SystemExit):
         script(monkeypatch, *given, "--overwrite", "--input", "prompts.csv", "--temperature", 0)
-    assert "all answers alike or empty: 2" in (told := capsys.readouterr()).out and "nothing was written" in told.err
+    assert (
+        "all answers alike or empty: 2" in (told := capsys.readouterr()).out
+        and "nothing was written" in told.err
+    )
     assert read_answers("answers.csv") == rows and len(list(tmp_path.glob("*.csv*"))) == 2
 
 
@@ -181,26 +281,51 @@ def server(monkeypatch):
 def test_answers_from_a_server(server, monkeypatch, tmp_path):
     """Chats go to /chat/completions; what comes back is text, HTML or not."""
     monkeypatch.chdir(tmp_path)
-    server.answer = lambda number, body: chat(f" <script>alert({body['seed'] % 97})</script>\n\n'a', \"b\" ")
-    Path("prompts.jsonl").write_text('{"prompt": "Tell me a story"}\n{"prompt": "Why?", "category": "short"}\n')
-    given = ("--policy_base_url", server.url, "--model_name_or_path", "./some", "--chat", "--input", "prompts.jsonl")
+    server.answer = lambda number, body: chat(
+        f" <script>alert({body['seed'] % 97})</script>\n\n'a', \"b\" "
+    )
+    Path("prompts.jsonl").write_text(
+        '{"prompt": "Tell me a story"}\n{"prompt": "Why?", "category": "short"}\n'
+    )
+    given = (
+        "--policy_base_url",
+        server.url,
+        "--model_name_or_path",
+        "./some",
+        "--chat",
+        "--input",
+        "prompts.jsonl",
+    )
     script(monkeypatch, *given, "--output", "answers.csv", "--top_p", 0.9, "--max_new_tokens", 50)
     rows = read_answers("answers.csv")
-    assert [row.category for row in rows] == [""] * 4 + ["short"] * 4 and {row.generator for row in rows} == {"./some"}
-    assert all(row.answer.startswith("<script>alert(") and row.answer.endswith("</script>\n\n'a', \"b\"") for row in rows)
+    assert [row.category for row in rows] == [""] * 4 + ["short"] * 4 and {
+        row.generator for row in rows
+    } == {"./some"}
+    assert all(
+        row.answer.startswith("<script>alert(") and row.answer.endswith("</script>\n\n'a', \"b\"")
+        for row in rows
+    )
     asked = [request for request in server.requests if request["max_tokens"] == 50]
     assert len(asked) == 8 == len({request["seed"] for request in asked})
     assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
-    assert {request["temperature"] for request in asked} == {0.7, 1.0, 1.3} and {request["top_p"] for request in asked} == {0.9}
+    assert {request["temperature"] for request in asked} == {0.7, 1.0, 1.3} and {
+        request["top_p"] for request in asked
+    } == {0.9}
     assert {request["messages"][0]["content"] for request in asked} == {"Tell me a story", "Why?"}
 
 
 def test_texts_of_a_server(server):
     policy = RemotePolicy(server.url, "./some", max_retries=0)
     server.answer = lambda number, body: completion("Step 1: 1 + 1 = 2\nAnswer: 2\n")
-    assert policy.texts(["1 + 1?"], 0.7, 0.9, 40, 5) == [("Step 1: 1 + 1 = 2\nAnswer: 2", False)]  # finish_reason: length
+    assert policy.texts(["1 + 1?"], 0.7, 0.9, 40, 5) == [
+        ("Step 1: 1 + 1 = 2\nAnswer: 2", False)
+    ]  # finish_reason: length
     (request,) = server.requests
-    assert request["path"] == "/v1/completions" and request["prompt"].startswith("Problem: 1 + 1?") and "stop" not in request
+    assert (
+        request["path"] == "/v1/completions"
+        and request["prompt"].startswith("Problem: 1 + 1?")
+        and "stop" not in request
+    )
     assert (request["temperature"], request["top_p"], request["max_tokens"]) == (0.7, 0.9, 40)
     policy.texts(["1 + 1?", "1 + 1?"], seed=5), policy.texts(["1 + 1?"], seed=6)
     seeds = [request["seed"] for request in server.requests]
@@ -211,7 +336,9 @@ def test_texts_of_a_server(server):
     server.answer = lambda number, body: (400, {}, long)
     with pytest.raises(PromptTooLong, match="no room in the model's context behind 'Why"):
         policy.texts(["Why?"], chat=True)
-    server.answer = lambda number, body: chat("x") | {"choices": [{"message": 3, "finish_reason": "stop"}]}
+    server.answer = lambda number, body: (
+        chat("x") | {"choices": [{"message": 3, "finish_reason": "stop"}]}
+    )
     with pytest.raises(JudgeError, match="no completion"):
         policy.texts(["Why?"], chat=True)
 
@@ -224,10 +351,19 @@ HELD_OUT = (ROOT / "data/problems_test.jsonl").read_text().splitlines()[3]
     [
         (["--input", "nowhere.jsonl"], "nowhere.jsonl not found"),
         (["--input", "held_out.jsonl"], "held-out problem (problems_test.jsonl)"),
-        (["--input", "held_out.jsonl", "--rank_by", "exact"], "held-out problem (problems_test.jsonl)"),
-        (["--input", "bare.jsonl", "--rank_by", "exact"], "bare.jsonl: --rank_by exact needs reference steps"),
+        (
+            ["--input", "held_out.jsonl", "--rank_by", "exact"],
+            "held-out problem (problems_test.jsonl)",
+        ),
+        (
+            ["--input", "bare.jsonl", "--rank_by", "exact"],
+            "bare.jsonl: --rank_by exact needs reference steps",
+        ),
         (["--input", "empty.jsonl"], "empty.jsonl: no rows"),
-        (["--input", "odd.jsonl"], "odd.jsonl:2: field 'prompt': expected a text, got an empty one"),
+        (
+            ["--input", "odd.jsonl"],
+            "odd.jsonl:2: field 'prompt': expected a text, got an empty one",
+        ),
         (["--input", "number.jsonl"], "number.jsonl:1: field 'category': expected a text, got 3"),
         (["--answers", "1"], "--answers: expected 2 or more, got 1"),
         (["--temperature", "1", "-1"], "--temperature: expected 0 or more, got -1"),
@@ -242,7 +378,9 @@ HELD_OUT = (ROOT / "data/problems_test.jsonl").read_text().splitlines()[3]
         (["--output", "there.csv"], "there.csv exists: give --overwrite"),
     ],
 )
-def test_mistakes_are_one_line_and_nothing_is_written(monkeypatch, tmp_path, capsys, given, message):
+def test_mistakes_are_one_line_and_nothing_is_written(
+    monkeypatch, tmp_path, capsys, given, message
+):
     monkeypatch.chdir(tmp_path)
     files = {
         "held_out.jsonl": f'{{"prompt": "x", "answer": "1", "steps": ["Answer: 1"]}}\n{HELD_OUT}\n',
@@ -269,14 +407,24 @@ def test_the_committed_groups_of_four():
     tasks = {task.prompt: task for task in read_tasks(AnswerArguments(rank_by="exact"))}
     found = groups(rows)
     splits = Counter(group[0].split for group in found.values())
-    assert splits["train"] >= 1000 and min(splits["validation"], splits["test"]) >= 300 and len(rows) == 4 * len(found)
-    assert {ranker for _, ranker in found} == {"rule:exact"} and not {prompt for prompt, _ in found} & held_out_prompts().keys()
+    assert (
+        splits["train"] >= 1000
+        and min(splits["validation"], splits["test"]) >= 300
+        and len(rows) == 4 * len(found)
+    )
+    assert {ranker for _, ranker in found} == {"rule:exact"} and not {
+        prompt for prompt, _ in found
+    } & held_out_prompts().keys()
     alike = 0
     for prompt, _ in found:
         by_kind = {row.category: row for row in found[prompt, "rule:exact"]}
-        assert [by_kind[kind].rank for kind in KINDS] == [1, 2, 3, 4] and by_kind["right"].split == tasks[prompt].split
+        assert [by_kind[kind].rank for kind in KINDS] == [1, 2, 3, 4] and by_kind[
+            "right"
+        ].split == tasks[prompt].split
         assert (by_kind["right"].split == "test") == (split_of(prompt) == "test")
-        assert [kind_of(sample(by_kind[kind].answer), tasks[prompt].problem) for kind in KINDS] == list(KINDS)
+        assert [
+            kind_of(sample(by_kind[kind].answer), tasks[prompt].problem) for kind in KINDS
+        ] == list(KINDS)
         alike += by_kind["right"].answer.count("\n") == by_kind["wrong"].answer.count("\n")
     assert alike / len(found) > 0.95
 
@@ -284,11 +432,17 @@ def test_the_committed_groups_of_four():
 def test_the_committed_answers_of_a_real_model():
     rows = read_answers(ROOT / "data/answers_smollm2.csv")
     check_groups(rows, "data/answers_smollm2.csv")
-    asked = [json.loads(line) for line in (ROOT / "data/prompts_real.jsonl").read_text().splitlines()]
+    asked = [
+        json.loads(line) for line in (ROOT / "data/prompts_real.jsonl").read_text().splitlines()
+    ]
     assert Counter(row["category"] for row in asked).most_common() == [
         (category, 8) for category in {row["category"]: 0 for row in asked}
     ]
-    assert {(row.prompt, row.category) for row in rows} == {(row["prompt"], row["category"]) for row in asked}
+    assert {(row.prompt, row.category) for row in rows} == {
+        (row["prompt"], row["category"]) for row in asked
+    }
     assert len(rows) == 160 and {len(group) for group in groups(rows).values()} == {4}
-    assert {row.ranker for row in rows} == {"llm:claude"} and {row.generator for row in rows} == {"smollm2-135m-instruct"}
+    assert {row.ranker for row in rows} == {"llm:claude"} and {row.generator for row in rows} == {
+        "smollm2-135m-instruct"
+    }
     assert all(None not in (row.temperature, row.top_p, row.seed) for row in rows)

@@ -22,7 +22,9 @@ WRONG = ["Step 1: 2 + 3 = 5", "Step 2: 5 + 2 = 7", "Answer: 7"]
 
 def test_right_against_wrong_with_what_they_share_in_the_prefix():
     pair, _ = pair_by_answer(TASK, [WRONG, RIGHT, WRONG])
-    assert pair == PreferencePair(TASK.prompt, chosen=RIGHT[1:], rejected=WRONG[1:], prefix=RIGHT[:1])
+    assert pair == PreferencePair(
+        TASK.prompt, chosen=RIGHT[1:], rejected=WRONG[1:], prefix=RIGHT[:1]
+    )
 
 
 def test_a_side_that_is_a_beginning_of_the_other_keeps_a_step():
@@ -30,13 +32,17 @@ def test_a_side_that_is_a_beginning_of_the_other_keeps_a_step():
     assert (pair.prefix, pair.chosen, pair.rejected) == (RIGHT[:1], RIGHT[1:], RIGHT[1:2])
 
 
-@pytest.mark.parametrize(("samples", "why"), [([WRONG], "none right"), ([RIGHT, RIGHT], "none wrong")])
+@pytest.mark.parametrize(
+    ("samples", "why"), [([WRONG], "none right"), ([RIGHT, RIGHT], "none wrong")]
+)
 def test_no_pair(samples, why):
     assert pair_by_answer(TASK, samples) == (None, why)
 
 
 def test_best_against_worst_mean_score():
-    pair, _ = pair_by_judge(TASK, [WRONG, RIGHT, ["Answer: 3"]], [[1, 0.2, 0.1], [1, 0.9, 0.8], [0.5]])
+    pair, _ = pair_by_judge(
+        TASK, [WRONG, RIGHT, ["Answer: 3"]], [[1, 0.2, 0.1], [1, 0.9, 0.8], [0.5]]
+    )
     assert pair.chosen == RIGHT[1:] and pair.rejected == WRONG[1:]
     assert pair_by_judge(TASK, [RIGHT, RIGHT], [[1, 1, 1]] * 2) == (None, "all scored alike")
 
@@ -45,7 +51,10 @@ def test_samples_that_outgrow_the_judge_are_dropped():
     judge = FixedJudge(lambda prompt, step, previous: None if step == "long" else int(step) / 10)
     group, ended = [TASK, TASK], [[["1", "2"], ["long"], ["3"], ["3"]], [["4", "5"]]]
     fitting, scores = score_group(judge, group, ended)
-    assert fitting == [[["1", "2"], ["3"], ["3"]], [["4", "5"]]] and scores == [[[0.1, 0.2], [0.3], [0.3]], [[0.4, 0.5]]]
+    assert fitting == [[["1", "2"], ["3"], ["3"]], [["4", "5"]]] and scores == [
+        [[0.1, 0.2], [0.3], [0.3]],
+        [[0.4, 0.5]],
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +69,11 @@ def half_right(tiny_model_dir, tokenizer, tmp_path_factory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("half")
     tasks = [Problem(f"Mia has {k} apples.", str(k)) for k in range(1, 9)]
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    texts = [encode_steps(tokenizer, task.prompt, [], [f"Answer: {answer}"])[0] for task in tasks for answer in (task.answer, "0")]
+    texts = [
+        encode_steps(tokenizer, task.prompt, [], [f"Answer: {answer}"])[0]
+        for task in tasks
+        for answer in (task.answer, "0")
+    ]
     ids = torch.tensor(texts)  # all of one length
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(60):
@@ -75,7 +88,16 @@ def half_right(tiny_model_dir, tokenizer, tmp_path_factory) -> tuple[str, str]:
 
 def test_the_script(half_right, run_script, tmp_path):
     model, problems = half_right
-    args = ("--model_name_or_path", model, "--input", problems, "--output", "out/pairs.jsonl", "--max_new_tokens", 30)
+    args = (
+        "--model_name_or_path",
+        model,
+        "--input",
+        problems,
+        "--output",
+        "out/pairs.jsonl",
+        "--max_new_tokens",
+        30,
+    )
     done = run_script(SCRIPT, *args)
     assert done.returncode == 0, done.stderr
     pairs = list(read_records(tmp_path / "out/pairs.jsonl", PreferencePair))
@@ -84,7 +106,8 @@ def test_the_script(half_right, run_script, tmp_path):
         number = pair.prompt.split()[2]
         assert pair.chosen[-1] == f"Answer: {number}" and pair.rejected[-1] != f"Answer: {number}"
     assert (
-        f"wrote {len(pairs)} pairs to out/pairs.jsonl" in done.stdout.splitlines()[-1] and "8 problems, 64 samples" in done.stdout
+        f"wrote {len(pairs)} pairs to out/pairs.jsonl" in done.stdout.splitlines()[-1]
+        and "8 problems, 64 samples" in done.stdout
     )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["pairs.jsonl"]
 
@@ -97,21 +120,44 @@ def test_pairs_by_a_judge_that_knows_and_by_one_that_does_not(half_right, run_sc
     model, _ = half_right
     tasks = [Problem(f"Mia has {k} apples.", str(k), [f"Answer: {k}"]) for k in range(1, 9)]
     write_records(tmp_path / "problems.jsonl", tasks)
-    args = ("--model_name_or_path", model, "--input", "problems.jsonl", "--max_new_tokens", 30, "--pair_by", "judge")
+    args = (
+        "--model_name_or_path",
+        model,
+        "--input",
+        "problems.jsonl",
+        "--max_new_tokens",
+        30,
+        "--pair_by",
+        "judge",
+    )
     right = {}
     for judge in (["exact"], ["shuffled", "--shuffled_judge", "exact"]):
         output = tmp_path / f"{judge[0]}.jsonl"
-        done = run_script(SCRIPT, *args, "--judge", *judge, "--judge_problems", "problems.jsonl", "--output", output)
+        done = run_script(
+            SCRIPT,
+            *args,
+            "--judge",
+            *judge,
+            "--judge_problems",
+            "problems.jsonl",
+            "--output",
+            output,
+        )
         assert done.returncode == 0, done.stderr
         answers = {task.prompt: task.steps[-1] for task in tasks}
-        right[judge[0]] = [pair.chosen[-1] == answers[pair.prompt] for pair in read_records(output, PreferencePair)]
+        right[judge[0]] = [
+            pair.chosen[-1] == answers[pair.prompt] for pair in read_records(output, PreferencePair)
+        ]
     assert len(right["exact"]) >= 4 and all(right["exact"]) and not all(right["shuffled"])
 
 
 def test_killed_and_started_again_it_ends_with_the_same_file(half_right, tmp_path):
     """Killed after its first group of problems; a torn row is added to what it left."""
     model, _ = half_right
-    write_records(tmp_path / "problems.jsonl", [Problem(f"Mia has {k % 8 + 1} apples{'!' * (k // 8)}", "1") for k in range(200)])
+    write_records(
+        tmp_path / "problems.jsonl",
+        [Problem(f"Mia has {k % 8 + 1} apples{'!' * (k // 8)}", "1") for k in range(200)],
+    )
     command = [
         sys.executable,
         str(ROOT / SCRIPT),
@@ -122,12 +168,21 @@ def test_killed_and_started_again_it_ends_with_the_same_file(half_right, tmp_pat
         "--max_new_tokens",
         "12",
     ]
-    whole = subprocess.run([*command, "--output", "whole.jsonl"], cwd=tmp_path, capture_output=True, text=True)
+    whole = subprocess.run(
+        [*command, "--output", "whole.jsonl"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert whole.returncode == 0, whole.stderr
     partial = tmp_path / "killed.jsonl.partial"
-    process = subprocess.Popen([*command, "--output", "killed.jsonl"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*command, "--output", "killed.jsonl"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (partial.exists() and partial.read_bytes().count(b"\n") > 64):
+    while time.monotonic() < deadline and not (
+        partial.exists() and partial.read_bytes().count(b"\n") > 64
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -137,10 +192,14 @@ def test_killed_and_started_again_it_ends_with_the_same_file(half_right, tmp_pat
     weights = Path(model) / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # another model at the same place
-    other = subprocess.run([*command, "--output", "killed.jsonl"], cwd=tmp_path, capture_output=True, text=True)
+    other = subprocess.run(
+        [*command, "--output", "killed.jsonl"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert other.returncode == 2 and "another job" in other.stderr.splitlines()[-1]
     weights.write_bytes(data)
-    resumed = subprocess.run([*command, "--output", "killed.jsonl"], cwd=tmp_path, capture_output=True, text=True)
+    resumed = subprocess.run(
+        [*command, "--output", "killed.jsonl"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert resumed.returncode == 0 and "resuming" in resumed.stdout
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not partial.exists()
@@ -148,9 +207,13 @@ def test_killed_and_started_again_it_ends_with_the_same_file(half_right, tmp_pat
 
 def test_held_out_problems_are_refused(run_script, tmp_path, tiny_model_dir):
     held_out = (ROOT / "data/problems_hard.jsonl").read_text().splitlines()[7]
-    (tmp_path / "mine.jsonl").write_text(json.dumps({"prompt": "x", "answer": "1"}) + "\n" + held_out + "\n")
+    (tmp_path / "mine.jsonl").write_text(
+        json.dumps({"prompt": "x", "answer": "1"}) + "\n" + held_out + "\n"
+    )
     for pair_by in ("answer", "judge"):
-        done = run_script(SCRIPT, "--input", "mine.jsonl", "--output", "pairs.jsonl", "--pair_by", pair_by)
+        done = run_script(
+            SCRIPT, "--input", "mine.jsonl", "--output", "pairs.jsonl", "--pair_by", pair_by
+        )
         assert done.returncode == 2 and "held-out" in done.stderr and done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
 
@@ -187,5 +250,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(run_script, tmp_path, args,
     files = sorted(tmp_path.iterdir())
     output = [] if "--output" in args else ["--output", "pairs.jsonl"]
     done = run_script(SCRIPT, *args, *output)
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
     assert sorted(tmp_path.iterdir()) == files

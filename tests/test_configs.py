@@ -63,12 +63,27 @@ def test_a_script_takes_its_file(name):
 def test_what_one_writes_the_next_reads():
     files = {name: content(name) for name in SCRIPTS}
     assert files["build_synthetic_dataset"]["output"] == files["evaluate_steps"]["input"]
-    assert files["evaluate_steps"]["output"] == files["train"]["dataset_name"] == files["eval_reward_scores"]["pairs"]
-    assert files["train"]["output_dir"] == files["eval_reward_scores"]["tuned_model"] == files["inference"]["model_name_or_path"]
-    judges = {files[name]["judge_path"] for name in ("evaluate_steps", "eval_reward_scores", "inference")}
+    assert (
+        files["evaluate_steps"]["output"]
+        == files["train"]["dataset_name"]
+        == files["eval_reward_scores"]["pairs"]
+    )
+    assert (
+        files["train"]["output_dir"]
+        == files["eval_reward_scores"]["tuned_model"]
+        == files["inference"]["model_name_or_path"]
+    )
+    judges = {
+        files[name]["judge_path"] for name in ("evaluate_steps", "eval_reward_scores", "inference")
+    }
     assert len(judges) == 1 and judges.pop().endswith("tinyllama-1.1b-chat-v1.0.Q4_K_M.gguf")
-    models = {files["build_synthetic_dataset"]["model_name_or_path"], files["eval_reward_scores"]["base_model"]}
-    assert models == {files["train"]["model_name_or_path"]} == {"TinyLlama/TinyLlama-1.1B-Chat-v1.0"}
+    models = {
+        files["build_synthetic_dataset"]["model_name_or_path"],
+        files["eval_reward_scores"]["base_model"],
+    }
+    assert (
+        models == {files["train"]["model_name_or_path"]} == {"TinyLlama/TinyLlama-1.1B-Chat-v1.0"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +112,11 @@ def test_the_five_commands_run(tinyllama, run_script, tmp_path):
 
     judge = tmp_path / "judge.Q4_0.gguf"
     export_gguf(tinyllama, judge, "Q4_0")
-    pairs, rewarded, tuned = tmp_path / "pairs.jsonl", tmp_path / "rewarded.jsonl", tmp_path / "tuned"
+    pairs, rewarded, tuned = (
+        tmp_path / "pairs.jsonl",
+        tmp_path / "rewarded.jsonl",
+        tmp_path / "tuned",
+    )
     device, bf16 = pick_device()
     numbers = [] if bf16 else ["--bf16", "false", "--dtype", "float32"]
     short = ["--max_new_tokens", 8]
@@ -108,7 +127,16 @@ def test_the_five_commands_run(tinyllama, run_script, tmp_path):
         ],
         "evaluate_steps": ["--judge_path", judge, "--input", pairs, "--output", rewarded],
         "train": [
-            *("--model_name_or_path", tinyllama, "--dataset_name", rewarded, "--output_dir", tuned, "--logs_dir", tmp_path),
+            *(
+                "--model_name_or_path",
+                tinyllama,
+                "--dataset_name",
+                rewarded,
+                "--output_dir",
+                tuned,
+                "--logs_dir",
+                tmp_path,
+            ),
             *("--max_steps", 1, "--use_cpu", str(device == "cpu").lower(), *numbers),
         ],
         "eval_reward_scores": [
@@ -124,15 +152,30 @@ def test_the_five_commands_run(tinyllama, run_script, tmp_path):
             ),
             *("--pairs", rewarded, "--output_dir", tmp_path / "results", "--limit", 2, *short),
         ],
-        "inference": ["--model_name_or_path", tuned, "--judge_path", judge, "--prompt", "2 + 2 = ?", *short],
+        "inference": [
+            "--model_name_or_path",
+            tuned,
+            "--judge_path",
+            judge,
+            "--prompt",
+            "2 + 2 = ?",
+            *short,
+        ],
     }
     printed = {}
     for name, arguments in overrides.items():
-        result = run_script(SCRIPTS[name], "--config", FOLDER / f"{name}.yaml", *arguments, timeout=1200)
+        result = run_script(
+            SCRIPTS[name], "--config", FOLDER / f"{name}.yaml", *arguments, timeout=1200
+        )
         assert result.returncode == 0, f"{name}: {result.stderr[-2000:]}"
         printed[name] = result.stdout
     assert "template zephyr, context 2048" in printed["evaluate_steps"]
-    scores = [score for _, row in read_rows(rewarded) for side in ("chosen", "rejected") for score in row[f"{side}_scores"]]
+    scores = [
+        score
+        for _, row in read_rows(rewarded)
+        for side in ("chosen", "rejected")
+        for score in row[f"{side}_scores"]
+    ]
     assert len(set(scores)) > 2 and all(0 < score < 1 for score in scores)
     adapter = json.loads((tuned / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["base_model_name_or_path"]) == (16, tinyllama)

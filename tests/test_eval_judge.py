@@ -42,12 +42,20 @@ BY_HAND = {
     "best_of_n_over_chance/min": 1 / 3,
     "best_of_n_below_oracle/min": 0,
 }
-WITH_LOGPS = {"answer_auroc/log-prob": 2 / 8, "best_of_n/log-prob": 1 / 3, "best_of_n_over_log-prob/min": 1 / 3}
+WITH_LOGPS = {
+    "answer_auroc/log-prob": 2 / 8,
+    "best_of_n/log-prob": 1 / 3,
+    "best_of_n_over_log-prob/min": 1 / 3,
+}
 
 
 def judged(solutions=SOLUTIONS) -> list[Judged]:
     return [
-        Judged(LabelledSolution(prompt, [f"step {k}" for k in range(len(labels))], labels, correct), logp, scores)
+        Judged(
+            LabelledSolution(prompt, [f"step {k}" for k in range(len(labels))], labels, correct),
+            logp,
+            scores,
+        )
         for prompt, labels, scores, correct, logp in solutions
     ]
 
@@ -60,7 +68,11 @@ def test_the_card_by_hand():
         assert metric.value == pytest.approx(value), name
         if metric.n > 1 and name != "right_step_score/2":  # that one is of two problems
             assert metric.ci95[0] <= metric.value <= metric.ci95[1], name
-    assert (metrics["step_auroc"].n, metrics["processbench_f1"].n, metrics["answer_auroc/min"].n) == (11, 6, 6)
+    assert (
+        metrics["step_auroc"].n,
+        metrics["processbench_f1"].n,
+        metrics["answer_auroc/min"].n,
+    ) == (11, 6, 6)
     assert metrics["best_of_n/min"].n == metrics["best_of_n_over_chance/min"].n == 3
     assert found["notes"] == []
     assert [row[0] for row in found["by_position"]] == ["1", "2"]
@@ -76,13 +88,41 @@ def test_late_positions_are_pooled():
 @pytest.mark.parametrize(
     ("solutions", "absent", "said"),
     [
-        ([("A", [1], [0.9], True, None)], {"step_auroc", "kappa", "processbench_f1"}, "no solution with an error"),
-        ([("A", [0], [0.9], False, None)], {"step_auroc", "processbench_f1"}, "no solution without an error"),
-        ([("A", [1, None, 0], [0.9, 0.9, 0.1], None, None)], {"processbench_f1"}, "first error is not known"),
-        ([("A", [1, 0.5, 0], [0.9, 0.9, 0.1], None, None)], {"answer_auroc/min"}, "1 steps have a label between 0 and 1"),
-        ([("A", [1], [0.9], None, None), ("A", [0], [0.1], None, None)], {"best_of_n/min"}, "not said which final answers"),
-        ([("A", [1], [0.9], True, None), ("B", [0], [0.1], False, None)], {"best_of_n/min"}, "no problem has two"),
-        ([("A", [1], [0.9], True, None), ("A", [1], [0.1], True, None)], {"answer_auroc/min"}, "all answers are right"),
+        (
+            [("A", [1], [0.9], True, None)],
+            {"step_auroc", "kappa", "processbench_f1"},
+            "no solution with an error",
+        ),
+        (
+            [("A", [0], [0.9], False, None)],
+            {"step_auroc", "processbench_f1"},
+            "no solution without an error",
+        ),
+        (
+            [("A", [1, None, 0], [0.9, 0.9, 0.1], None, None)],
+            {"processbench_f1"},
+            "first error is not known",
+        ),
+        (
+            [("A", [1, 0.5, 0], [0.9, 0.9, 0.1], None, None)],
+            {"answer_auroc/min"},
+            "1 steps have a label between 0 and 1",
+        ),
+        (
+            [("A", [1], [0.9], None, None), ("A", [0], [0.1], None, None)],
+            {"best_of_n/min"},
+            "not said which final answers",
+        ),
+        (
+            [("A", [1], [0.9], True, None), ("B", [0], [0.1], False, None)],
+            {"best_of_n/min"},
+            "no problem has two",
+        ),
+        (
+            [("A", [1], [0.9], True, None), ("A", [1], [0.1], True, None)],
+            {"answer_auroc/min"},
+            "all answers are right",
+        ),
     ],
 )
 def test_what_cannot_be_said_is_left_out_and_said(solutions, absent, said):
@@ -94,7 +134,11 @@ def test_what_cannot_be_said_is_left_out_and_said(solutions, absent, said):
 
 
 def test_a_sample_without_steps_is_a_wrong_answer_nobody_picks():
-    empty = [("A", [], [], False, eval_judge.NEVER), ("A", [1], [0.2], True, -3.0), ("B", [0], [0.1], False, -1.0)]
+    empty = [
+        ("A", [], [], False, eval_judge.NEVER),
+        ("A", [1], [0.2], True, -3.0),
+        ("B", [0], [0.1], False, -1.0),
+    ]
     metrics = card(judged(empty), seed=0)["metrics"]
     assert metrics["best_of_n/min"].value == metrics["best_of_n/log-prob"].value == 1
     assert metrics["processbench_f1"].n == 2
@@ -107,7 +151,9 @@ def evaluate(tmp_path, monkeypatch, capsys):
     """Run the script's main: (exit code, stdout, stderr). DIR in an argument stands for the test's own folder."""
 
     def evaluate(*args: object) -> tuple[int, str, str]:
-        args = [str(arg).replace("DIR", str(tmp_path)) for arg in ("--output_dir", "DIR/results", *args)]
+        args = [
+            str(arg).replace("DIR", str(tmp_path)) for arg in ("--output_dir", "DIR/results", *args)
+        ]
         monkeypatch.setattr(sys, "argv", ["eval_judge.py", *args])
         code = 0
         try:
@@ -122,7 +168,11 @@ def evaluate(tmp_path, monkeypatch, capsys):
 def labelled(folder, column: int, skip: int = 0):
     """The solutions of the example with a column of it as labels; steps differ from one solution to the next."""
     rows = [
-        {"prompt": f"Problem {row[0]}", "steps": [f"{k}: step {j}" for j in range(len(row[1]))], "labels": row[column]}
+        {
+            "prompt": f"Problem {row[0]}",
+            "steps": [f"{k}: step {j}" for j in range(len(row[1]))],
+            "labels": row[column],
+        }
         | ({"final_correct": row[3]} if column == 1 else {})
         for k, row in enumerate(SOLUTIONS)
     ]
@@ -140,9 +190,17 @@ def test_any_judge_on_any_labels(evaluate, tmp_path):
     for name, value in BY_HAND.items():
         assert result["metrics"][name]["value"] == pytest.approx(value), name
     assert not set(WITH_LOGPS) & set(result["metrics"])
-    assert (result["judge"], result["left_out"], result["right_steps"]) == ("human-2", 1, pytest.approx(6 / 11))
+    assert (result["judge"], result["left_out"], result["right_steps"]) == (
+        "human-2",
+        1,
+        pytest.approx(6 / 11),
+    )
     assert sum(row["right"]["n"] for row in result["reliability"]) == 11
-    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
+    shown = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in out.splitlines()
+        if line.startswith("|")
+    ]
     assert ["processbench_f1", *shown_value(result, "processbench_f1"), "6"] in shown
     (row,) = [row for row in shown if row[0] == "min"]
     names = ("answer_auroc", "best_of_n", "best_of_n_over_chance", "best_of_n_below_oracle")
@@ -168,15 +226,32 @@ def test_the_checker_itself_gets_full_marks(evaluate, tmp_path, tiny_model_dir):
         assert values[name] == 1, name
     assert values["calibration_error"] == values["brier"] == 0
     assert values["best_of_n/chance"] < values["best_of_n/last"] <= values["best_of_n/oracle"]
-    assert values["best_of_n_over_log-prob/last"] == pytest.approx(values["best_of_n/last"] - values["best_of_n/log-prob"])
-    assert [(row["reward_rank"], row["accuracy_rank"]) for row in result["policies"]] == [(3, 3), (1, 1), (1, 1)]
-    assert result["policies"][0]["accuracy"]["value"] == 0 < result["policies"][1]["accuracy"]["value"]
+    assert values["best_of_n_over_log-prob/last"] == pytest.approx(
+        values["best_of_n/last"] - values["best_of_n/log-prob"]
+    )
+    assert [(row["reward_rank"], row["accuracy_rank"]) for row in result["policies"]] == [
+        (3, 3),
+        (1, 1),
+        (1, 1),
+    ]
+    assert (
+        result["policies"][0]["accuracy"]["value"] == 0 < result["policies"][1]["accuracy"]["value"]
+    )
     assert "Spearman 1.000" in out and "beginnings, 4 rollouts each" in out
-    assert values["prefix_auroc/judge"] == 1 > values["prefix_auroc/4 rollouts"] >= values["prefix_auroc/1 rollouts"] > 0.5
+    assert (
+        values["prefix_auroc/judge"]
+        == 1
+        > values["prefix_auroc/4 rollouts"]
+        >= values["prefix_auroc/1 rollouts"]
+        > 0.5
+    )
     assert values["equal_rollouts"] == 4 and values["step_auroc_over_log-prob"] > 0
     rows, n = result["value_reliability"], result["metrics"]["value_calibration_error"]["n"]
     gaps = [abs(row["score"] - row["right"]["value"]) * row["right"]["n"] / n for row in rows]
-    assert values["value_calibration_error"] == pytest.approx(sum(gaps)) and sum(row["right"]["n"] for row in rows) == n
+    assert (
+        values["value_calibration_error"] == pytest.approx(sum(gaps))
+        and sum(row["right"]["n"] for row in rows) == n
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,10 +260,16 @@ def test_the_checker_itself_gets_full_marks(evaluate, tmp_path, tiny_model_dir):
         (["--policies", "a", "b"], "--policies: expected 3 or more models to rank, got 2"),
         (["--policies", "none", "none", "none"], "model directory none not found"),
         (["--labels", "DIR/1.jsonl", "--samples", 2], "--samples: --labels does not use it"),
-        (["--labels", "DIR/1.jsonl", "--policies", "a", "b", "c"], "--policies: --labels does not use it"),
+        (
+            ["--labels", "DIR/1.jsonl", "--policies", "a", "b", "c"],
+            "--policies: --labels does not use it",
+        ),
         (["--labels", "DIR/none.jsonl"], "none.jsonl not found"),
         (["--labels", "DIR/problems.jsonl"], "no step_labels"),
-        (["--labels", "DIR/soft.jsonl"], "none of 1 solutions has a step that is labelled right or wrong"),
+        (
+            ["--labels", "DIR/soft.jsonl"],
+            "none of 1 solutions has a step that is labelled right or wrong",
+        ),
         (
             ["--labels", "DIR/1.jsonl", "--judge", "human", "--judge_labels", "DIR/strange.jsonl"],
             "each of the 7 solutions is not labelled",
@@ -210,6 +291,8 @@ def test_bad_input_is_one_line(evaluate, tmp_path, args, message):
     write_records(tmp_path / "strange.jsonl", [{"prompt": "Mia", "steps": ["a"], "labels": [1]}])
     before = sorted(path.name for path in tmp_path.rglob("*"))
     code, _, err = evaluate(*args)
-    (line,) = [line for line in err.splitlines() if line.strip() and "scores:" not in line]  # but for a progress bar
+    (line,) = [
+        line for line in err.splitlines() if line.strip() and "scores:" not in line
+    ]  # but for a progress bar
     assert code == 2 and message in line
     assert sorted(path.name for path in tmp_path.rglob("*")) == before

@@ -25,7 +25,10 @@ def teach(model_dir: str, folder: Path, solutions: list[tuple[str, list[str]]]) 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="right")
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    texts = [PLAIN_TEMPLATE.format(prompt=prompt) + "\n".join(steps) + "</s>" for prompt, steps in solutions]
+    texts = [
+        PLAIN_TEMPLATE.format(prompt=prompt) + "\n".join(steps) + "</s>"
+        for prompt, steps in solutions
+    ]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     for row, (prompt, _) in zip(labels, solutions, strict=True):
@@ -47,7 +50,9 @@ def export_judge(model_dir: str, folder: Path, context: int) -> str:
 
     shutil.copytree(model_dir, folder / "judge")
     config = json.loads((folder / "judge" / "config.json").read_text())
-    (folder / "judge" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
+    (folder / "judge" / "config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": context})
+    )
     export_gguf(folder / "judge", folder / "judge.gguf", "Q8_0")
     return str(folder / "judge.gguf")
 
@@ -57,7 +62,9 @@ def world(tiny_model_dir, tmp_path_factory) -> dict:
     """Eight problems that `tuned` solves and `base` half solves, a ninth too long for the judge, pairs, and a judge."""
     folder = tmp_path_factory.mktemp("world")
     rng = random.Random(0)
-    told = list(itertools.islice((story for story in stories("test") if len(story.events) == 2), COUNT))
+    told = list(
+        itertools.islice((story for story in stories("test") if len(story.events) == 2), COUNT)
+    )
     problems = [story.problem() for story in told]
     wrong = [(problems[k].prompt, corrupted(told[k], rng)) for k in range(WRONG)]
     right = [(problem.prompt, problem.steps) for problem in problems]
@@ -82,7 +89,12 @@ def world(tiny_model_dir, tmp_path_factory) -> dict:
 
 def flags(world: dict, **changes: object) -> list[str]:
     given = {name: world[name] for name in ("input", "pairs")}
-    given |= {"base_model": world["base"], "tuned_model": world["tuned"], "judge_path": world["judge"], "output_dir": "results"}
+    given |= {
+        "base_model": world["base"],
+        "tuned_model": world["tuned"],
+        "judge_path": world["judge"],
+        "output_dir": "results",
+    }
     given |= {"max_new_tokens": 80} | changes
     return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
@@ -97,23 +109,38 @@ def comparison(world, tmp_path_factory) -> dict:
     root = Path(__file__).resolve().parents[1]
     folder = tmp_path_factory.mktemp("comparison")
     command = [sys.executable, str(root / SCRIPT), *flags(world)]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ | {"COLUMNS": "80"}, timeout=600)
+    process = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"COLUMNS": "80"},
+        timeout=600,
+    )
     assert process.returncode == 0, process.stderr
     results = folder / "results"
     return {
         "folder": folder,
         "stdout": process.stdout,
         "result": json.loads((results / "reward_score_comparison.json").read_text()),
-        "rows": [json.loads(line) for line in (results / "reward_score_comparison.jsonl").read_text().splitlines()],
+        "rows": [
+            json.loads(line)
+            for line in (results / "reward_score_comparison.jsonl").read_text().splitlines()
+        ],
     }
 
 
 def test_numbers_are_those_of_the_kept_answers(world, comparison):
     rows, metrics = comparison["rows"], comparison["result"]["metrics"]
-    assert [row["prompt"] for row in rows[:COUNT]] == [problem.prompt for problem in world["problems"]] and len(rows) == COUNT + 1
+    assert [row["prompt"] for row in rows[:COUNT]] == [
+        problem.prompt for problem in world["problems"]
+    ] and len(rows) == COUNT + 1
     expected = {}
     for side in ("base", "tuned"):
-        measures = {name: [] for name in ("reward", "reward_min", "accuracy", "step_accuracy", "unfinished", "steps")}
+        measures = {
+            name: []
+            for name in ("reward", "reward_min", "accuracy", "step_accuracy", "unfinished", "steps")
+        }
         for row, problem in zip(rows[:COUNT], world["problems"], strict=True):
             steps, scores = row[f"{side}_steps"], row[f"{side}_scores"]
             assert len(steps) == len(scores) and all(0 <= score <= 1 for score in scores)
@@ -146,19 +173,31 @@ def test_log_prob_margins_are_those_of_the_models(world, comparison):
 
     assert 0 < len(world["kept_out"]) < 60
     for side in ("base", "tuned"):
-        tokenizer, model = AutoTokenizer.from_pretrained(world[side]), AutoModelForCausalLM.from_pretrained(world[side])
+        tokenizer, model = (
+            AutoTokenizer.from_pretrained(world[side]),
+            AutoModelForCausalLM.from_pretrained(world[side]),
+        )
 
         def mean_logp(pair, steps, tokenizer=tokenizer, model=model):
-            before = PLAIN_TEMPLATE.format(prompt=pair.prompt) + "".join(step + "\n" for step in pair.prefix)
-            ids = torch.tensor([[*tokenizer(before + "\n".join(steps))["input_ids"], tokenizer.eos_token_id]])
+            before = PLAIN_TEMPLATE.format(prompt=pair.prompt) + "".join(
+                step + "\n" for step in pair.prefix
+            )
+            ids = torch.tensor(
+                [[*tokenizer(before + "\n".join(steps))["input_ids"], tokenizer.eos_token_id]]
+            )
             start = len(tokenizer(before)["input_ids"])
             with torch.inference_mode():
                 logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
             return logps[start - 1 :].mean().item()
 
-        margins = [mean_logp(pair, pair.chosen) - mean_logp(pair, pair.rejected) for pair in world["kept_out"]]
+        margins = [
+            mean_logp(pair, pair.chosen) - mean_logp(pair, pair.rejected)
+            for pair in world["kept_out"]
+        ]
         metric = comparison["result"]["metrics"][f"{side}_logp_margin"]
-        assert metric["value"] == pytest.approx(np.mean(margins), abs=1e-4) and metric["n"] == len(margins)
+        assert metric["value"] == pytest.approx(np.mean(margins), abs=1e-4) and metric["n"] == len(
+            margins
+        )
 
 
 def test_result_file_has_every_key(world, comparison):
@@ -166,7 +205,9 @@ def test_result_file_has_every_key(world, comparison):
     metrics = result["metrics"]
     assert result["base_avg_score_diff"] == metrics["base_reward"]["value"]
     assert result["tuned_avg_score_diff"] == metrics["tuned_reward"]["value"]
-    assert result["improvement"] == pytest.approx(result["tuned_avg_score_diff"] - result["base_avg_score_diff"])
+    assert result["improvement"] == pytest.approx(
+        result["tuned_avg_score_diff"] - result["base_avg_score_diff"]
+    )
     assert result["num_examples"] == COUNT and result["left_out"] == 1 and result["seeds"] == [0]
     assert result["config"]["base_model"] == world["base"] and {"commit", "versions"} <= set(result)
     for name, metric in metrics.items():
@@ -174,50 +215,90 @@ def test_result_file_has_every_key(world, comparison):
 
 
 def test_a_problem_too_long_for_the_judge_is_left_out_for_both_and_said(comparison):
-    assert "base_scores" not in comparison["rows"][COUNT] and "tuned_scores" not in comparison["rows"][COUNT]
+    assert (
+        "base_scores" not in comparison["rows"][COUNT]
+        and "tuned_scores" not in comparison["rows"][COUNT]
+    )
     assert "1 of 9 problems left out for both" in comparison["stdout"]
 
 
 def test_table_and_files(comparison):
     lines = comparison["stdout"].splitlines()
-    assert [cell.strip() for cell in next(line for line in lines if "difference" in line).split("|")[1:-1]] == [
+    assert [
+        cell.strip()
+        for cell in next(line for line in lines if "difference" in line).split("|")[1:-1]
+    ] == [
         *("metric", "base", "tuned", "difference", "n"),
     ]
     assert sum(line.startswith("| ") for line in lines) == 8  # header and seven metrics
     assert "wrote " in lines[-1] and "reward_score_comparison.json" in lines[-1]
-    names = sorted(path.relative_to(comparison["folder"]).as_posix() for path in comparison["folder"].rglob("*.*"))
-    assert names == ["plots/reward_score_comparison.png", *(f"results/reward_score_comparison.{end}" for end in ("json", "jsonl"))]
+    names = sorted(
+        path.relative_to(comparison["folder"]).as_posix()
+        for path in comparison["folder"].rglob("*.*")
+    )
+    assert names == [
+        "plots/reward_score_comparison.png",
+        *(f"results/reward_score_comparison.{end}" for end in ("json", "jsonl")),
+    ]
 
 
 def test_limit_seed_and_no_references(world, comparison, run_script, tmp_path):
     """The first three problems without references: their scores are those of the full run, and there is no step_accuracy."""
-    write_records(tmp_path / "bare.jsonl", ({"prompt": p.prompt, "answer": p.answer} for p in world["problems"]))
+    write_records(
+        tmp_path / "bare.jsonl",
+        ({"prompt": p.prompt, "answer": p.answer} for p in world["problems"]),
+    )
     (tmp_path / "no_kept_out.jsonl").write_text(
-        "".join(line for line in Path(world["pairs"]).read_text().splitlines(True) if not is_kept_out(json.loads(line)["prompt"]))
+        "".join(
+            line
+            for line in Path(world["pairs"]).read_text().splitlines(True)
+            if not is_kept_out(json.loads(line)["prompt"])
+        )
     )
     changes = {"input": "bare.jsonl", "pairs": "no_kept_out.jsonl", "limit": 3, "seed": 7}
     process = run_script(SCRIPT, *flags(world, **changes))
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "results" / "reward_score_comparison.json").read_text())
-    rows = [json.loads(line) for line in (tmp_path / "results" / "reward_score_comparison.jsonl").read_text().splitlines()]
-    assert [row["tuned_steps"] for row in rows] == [row["tuned_steps"] for row in comparison["rows"][:3]]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "results" / "reward_score_comparison.jsonl")
+        .read_text()
+        .splitlines()
+    ]
+    assert [row["tuned_steps"] for row in rows] == [
+        row["tuned_steps"] for row in comparison["rows"][:3]
+    ]
     scores = np.concatenate([row["tuned_scores"] for row in rows])
-    assert scores == pytest.approx(np.concatenate([row["tuned_scores"] for row in comparison["rows"][:3]]), abs=1e-6)
+    assert scores == pytest.approx(
+        np.concatenate([row["tuned_scores"] for row in comparison["rows"][:3]]), abs=1e-6
+    )
     assert result["seeds"] == [7] and result["num_examples"] == 3
-    assert "base_step_accuracy" not in result["metrics"] and "base_logp_margin" not in result["metrics"]
+    assert (
+        "base_step_accuracy" not in result["metrics"]
+        and "base_logp_margin" not in result["metrics"]
+    )
     assert "none of the pairs kept out" in process.stdout
 
 
 def test_another_judge_and_the_control(world, run_script, tmp_path):
     """The checker gives tuned full marks and base fewer; with its scores permuted over both, little of the difference is left."""
-    folder = {"input": world["input"], "pairs": world["pairs"], "base_model": world["base"], "tuned_model": world["tuned"]}
+    folder = {
+        "input": world["input"],
+        "pairs": world["pairs"],
+        "base_model": world["base"],
+        "tuned_model": world["tuned"],
+    }
     exact = folder | {"judge_problems": world["input"], "limit": COUNT, "max_new_tokens": 80}
     found = {}
     for judge in ({"judge": "exact"}, {"judge": "shuffled", "shuffled_judge": "exact"}):
         changes = exact | judge | {"output_dir": judge["judge"]}
-        process = run_script(SCRIPT, *(part for name, value in changes.items() for part in (f"--{name}", value)))
+        process = run_script(
+            SCRIPT, *(part for name, value in changes.items() for part in (f"--{name}", value))
+        )
         assert process.returncode == 0, process.stderr
-        found[judge["judge"]] = json.loads((tmp_path / judge["judge"] / "reward_score_comparison.json").read_text())["metrics"]
+        found[judge["judge"]] = json.loads(
+            (tmp_path / judge["judge"] / "reward_score_comparison.json").read_text()
+        )["metrics"]
     assert found["exact"]["tuned_reward"]["value"] == 1 > found["exact"]["base_reward"]["value"]
     improvement = {name: metrics["reward_improvement"]["value"] for name, metrics in found.items()}
     assert abs(improvement["shuffled"]) < improvement["exact"] / 2
@@ -265,9 +346,23 @@ def test_bad_input_is_one_line(world, run_script, tmp_path, change, message):
 
 
 def test_judge_against_exact_labels(world, run_script, tmp_path):
-    arguments = ["--judge_path", world["judge"], "--model_name_or_path", world["base"], "--input", world["input"]]
+    arguments = [
+        "--judge_path",
+        world["judge"],
+        "--model_name_or_path",
+        world["base"],
+        "--input",
+        world["input"],
+    ]
     process = run_script(
-        "evaluation/eval_judge.py", *arguments, "--limit", COUNT, "--output_dir", "results", "--max_new_tokens", 80
+        "evaluation/eval_judge.py",
+        *arguments,
+        "--limit",
+        COUNT,
+        "--output_dir",
+        "results",
+        "--max_new_tokens",
+        80,
     )
     assert process.returncode == 0, process.stderr
     result = json.loads((tmp_path / "results" / "judge_judge.json").read_text())

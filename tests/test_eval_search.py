@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.eval_search import Laboratory, Outcomes, Report, SearchArgs, Setting, as_dear, choose, trend, wanted
+from evaluation.eval_search import (
+    Laboratory,
+    Outcomes,
+    Report,
+    SearchArgs,
+    Setting,
+    as_dear,
+    choose,
+    trend,
+    wanted,
+)
 from reasoning.records import Problem, read_records, write_records
 from reward_model.base import FixedJudge
 from search.strategies import Answer
@@ -21,7 +31,11 @@ def arguments(folder: Path, **more) -> list[str]:
         "n": "1 2", "samples": 4, "beams": 2, "aggregates": "min prod", "strategies": "majority_vote best_of_n step_greedy",
         "output_dir": folder / "results",
     }  # fmt: skip
-    return [part for name, value in (values | more).items() for part in (f"--{name}", *str(value).split())]
+    return [
+        part
+        for name, value in (values | more).items()
+        for part in (f"--{name}", *str(value).split())
+    ]
 
 
 def test_a_run_is_reported_and_done_once(run_script, tmp_path):
@@ -30,51 +44,93 @@ def test_a_run_is_reported_and_done_once(run_script, tmp_path):
     assert first.returncode == 0, first.stderr
     result = json.loads((tmp_path / "results/search.json").read_text())
     metrics = result["metrics"]
-    for strategy, sizes in {"greedy": [1], "majority_vote": [1, 2, 4], "best_of_n": [1, 2, 4], "step_greedy": [1, 2]}.items():
+    for strategy, sizes in {
+        "greedy": [1],
+        "majority_vote": [1, 2, 4],
+        "best_of_n": [1, 2, 4],
+        "step_greedy": [1, 2],
+    }.items():
         for n in sizes:
             name = f"hard/policy-mini/{strategy}/{n}"
-            assert metrics[f"{name}/accuracy"]["n"] == 3 and metrics[f"{name}/tokens"]["value"] > 50 * n
+            assert (
+                metrics[f"{name}/accuracy"]["n"] == 3
+                and metrics[f"{name}/tokens"]["value"] > 50 * n
+            )
             assert strategy == "greedy" or f"{name}/accuracy_improvement" in metrics
             assert strategy == "greedy" or f"{name}/accuracy_over_judge-mini" in metrics
-    assert metrics["hard/policy-mini/best_of_n/1/accuracy"] == metrics["hard/policy-mini/majority_vote/1/accuracy"]
+    assert (
+        metrics["hard/policy-mini/best_of_n/1/accuracy"]
+        == metrics["hard/policy-mini/majority_vote/1/accuracy"]
+    )
     headline = result["chosen"]["strategy"]
-    assert headline in ("best_of_n", "step_greedy") and result["chosen"]["aggregates"]["majority_vote"] is None
+    assert (
+        headline in ("best_of_n", "step_greedy")
+        and result["chosen"]["aggregates"]["majority_vote"] is None
+    )
     assert len(result["chosen"]["accuracies"]) == 5
     for control in ("random", "agreement"):
         assert f"hard/policy-mini/{headline}-{control}/2/accuracy_improvement" in metrics
     assert metrics[f"hard/policy-mini/{headline}-agreement/2/judged_steps"]["value"] == 0
-    assert "hard/policy-mini/best_of_n/trend" in metrics and (tmp_path / "plots/search.png").stat().st_size > 10_000
+    assert (
+        "hard/policy-mini/best_of_n/trend" in metrics
+        and (tmp_path / "plots/search.png").stat().st_size > 10_000
+    )
     assert "| greedy " in first.stdout and "over majority vote" in first.stdout
 
     rows = (tmp_path / "results/search.jsonl").read_text()
     keys = [json.loads(line)["key"] for line in rows.splitlines()]
     assert len(set(keys)) == len(keys)
     last = rows.splitlines()[-1]
-    (tmp_path / "results/search.jsonl").write_text(rows[: rows.rindex(last)] + last[: len(last) // 2])
+    (tmp_path / "results/search.jsonl").write_text(
+        rows[: rows.rindex(last)] + last[: len(last) // 2]
+    )
     again = run_script("evaluation/eval_search.py", *arguments(tmp_path, other_model=JUDGE))
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "results/search.json").read_text())["chosen"] == result["chosen"]
     without_seconds = [{**json.loads(line), "seconds": 0} for line in rows.splitlines()]
-    repeated = [json.loads(line) for line in (tmp_path / "results/search.jsonl").read_text().splitlines()]
+    repeated = [
+        json.loads(line) for line in (tmp_path / "results/search.jsonl").read_text().splitlines()
+    ]
     assert [{**row, "seconds": 0} for row in repeated] == without_seconds
 
 
 @pytest.mark.slow
 def test_smollm2_step_by_step_on_two_problems(smollm2, run_script, tmp_path):
     """A real pretrained model, which guides itself as a judge."""
-    models = {"model_name_or_path": smollm2, "judge_path": smollm2, "splits": "test", "choose_on": "validation"}
-    small = {"limit": 2, "choose_limit": 1, "n": 2, "samples": 2, "aggregates": "min", "max_steps": 3, "max_new_tokens": 96}
-    done = run_script("evaluation/eval_search.py", *arguments(tmp_path, **models, **small, strategies="step_greedy"))
+    models = {
+        "model_name_or_path": smollm2,
+        "judge_path": smollm2,
+        "splits": "test",
+        "choose_on": "validation",
+    }
+    small = {
+        "limit": 2,
+        "choose_limit": 1,
+        "n": 2,
+        "samples": 2,
+        "aggregates": "min",
+        "max_steps": 3,
+        "max_new_tokens": 96,
+    }
+    done = run_script(
+        "evaluation/eval_search.py",
+        *arguments(tmp_path, **models, **small, strategies="step_greedy"),
+    )
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "results/search.json").read_text())["metrics"]
     name = f"test/{Path(smollm2).name}/step_greedy"
     assert metrics[f"{name}/2/accuracy"]["n"] == 2 and metrics[f"{name}/2/tokens"]["value"] > 0
-    assert 0 < metrics[f"{name}/2/judged_steps"]["value"] <= 6 and metrics[f"{name}-agreement/2/judged_steps"]["value"] == 0
+    assert (
+        0 < metrics[f"{name}/2/judged_steps"]["value"] <= 6
+        and metrics[f"{name}-agreement/2/judged_steps"]["value"] == 0
+    )
 
 
 @pytest.fixture
 def args(tmp_path) -> SearchArgs:
-    return SearchArgs(judge="exact", judge_path=SearchArgs.judge_path, n=[2], samples=2, output_dir=str(tmp_path))
+    return SearchArgs(
+        judge="exact", judge_path=SearchArgs.judge_path, n=[2], samples=2, output_dir=str(tmp_path)
+    )
 
 
 def fake(lab: Laboratory, accuracy: dict[str, float], calls: list | None = None) -> None:
@@ -85,10 +141,13 @@ def fake(lab: Laboratory, accuracy: dict[str, float], calls: list | None = None)
             calls.append((settings, len(chunk)))
         found = {}
         for setting in settings:
-            share = accuracy.get(f"{setting.strategy}/{setting.aggregate}", accuracy.get(setting.strategy, 0.0))
+            share = accuracy.get(
+                f"{setting.strategy}/{setting.aggregate}", accuracy.get(setting.strategy, 0.0)
+            )
             right = [(k % 10) < 10 * share for k in range(len(chunk))]
             found[setting] = [
-                Answer(p.prompt, [f"Answer: {p.answer if ok else -1}"], tokens=10) for p, ok in zip(chunk, right, strict=True)
+                Answer(p.prompt, [f"Answer: {p.answer if ok else -1}"], tokens=10)
+                for p, ok in zip(chunk, right, strict=True)
             ]
         return found
 
@@ -98,11 +157,23 @@ def fake(lab: Laboratory, accuracy: dict[str, float], calls: list | None = None)
 def test_the_choice_is_the_best_on_validation(args, tmp_path):
     problems = list(islice(read_records(ROOT / "data/problems_hard_validation.jsonl", Problem), 20))
     lab = Laboratory(args, tmp_path / "rows.jsonl")
-    fake(lab, {"majority_vote": 0.9, "beam/prod": 0.8, "beam": 0.3, "dvts/min": 0.5, "best_of_n/last": 0.7})
+    fake(
+        lab,
+        {
+            "majority_vote": 0.9,
+            "beam/prod": 0.8,
+            "beam": 0.3,
+            "dvts/min": 0.5,
+            "best_of_n/last": 0.7,
+        },
+    )
     chosen = choose(args, lab, {"hard_validation": problems})
     assert chosen["strategy"] == "beam", "the best that a judge guides"
     expected = {"majority_vote": None, "beam": "prod", "dvts": "min", "best_of_n": "last"}
-    assert expected.items() <= chosen["aggregates"].items() and chosen["accuracies"]["beam/prod"] == 0.8
+    assert (
+        expected.items() <= chosen["aggregates"].items()
+        and chosen["accuracies"]["beam/prod"] == 0.8
+    )
     lab.close()
 
 
@@ -124,14 +195,22 @@ def test_rows_are_of_what_they_depend_on(args, tmp_path, monkeypatch):
     assert measure(setting) == 60 and measure(setting) == 0 and measure(vote) == 60
     assert measure(setting, 50) == 0, "the first chunk is known"
     assert measure(setting, beams=3) == 60 and measure(vote, beams=3) == 0, "a vote has no beams"
-    assert measure(setting, seed=1) == 60 and measure(setting, judge="random") == 60 and measure(vote, judge="random") == 0
+    assert (
+        measure(setting, seed=1) == 60
+        and measure(setting, judge="random") == 60
+        and measure(vote, judge="random") == 0
+    )
     assert measure(setting, model_name_or_path=JUDGE) == 60 and measure(setting) == 0
 
 
 def test_pools_are_drawn_once(args):
     groups = wanted(args, {name: ["min"] for name in args.strategies}, [1, 2, 4])
     assert [len(group) for group in groups] == [9, 1, 1, 1, 1]
-    assert {setting.strategy for setting in groups[0]} == {"majority_vote", "best_of_n", "weighted_vote"}
+    assert {setting.strategy for setting in groups[0]} == {
+        "majority_vote",
+        "best_of_n",
+        "weighted_vote",
+    }
 
 
 def test_a_pool_costs_what_its_part_costs(args, tmp_path):
@@ -143,28 +222,54 @@ def test_a_pool_costs_what_its_part_costs(args, tmp_path):
 
         def rollouts(self, states, n, *rest):
             texts = ["Answer: 1", "Answer: 2", "Answer: 2", "Answer: 3"]
-            return [[State(s.prompt, (), (), ("a", text), "finished", 10 + k) for k, text in enumerate(texts[:n])] for s in states]
+            return [
+                [
+                    State(s.prompt, (), (), ("a", text), "finished", 10 + k)
+                    for k, text in enumerate(texts[:n])
+                ]
+                for s in states
+            ]
 
     lab = Laboratory(args, tmp_path / "rows.jsonl")
-    lab._open |= {"own": Sampler(), "judge": FixedJudge(lambda prompt, step, before: 0.9 if step == "Answer: 3" else 0.5)}
-    settings = [Setting(name, n, how) for name, how in (("majority_vote", None), ("best_of_n", "min")) for n in (1, 3, 4)]
+    lab._open |= {
+        "own": Sampler(),
+        "judge": FixedJudge(lambda prompt, step, before: 0.9 if step == "Answer: 3" else 0.5),
+    }
+    settings = [
+        Setting(name, n, how)
+        for name, how in (("majority_vote", None), ("best_of_n", "min"))
+        for n in (1, 3, 4)
+    ]
     problem = Problem("p", "2")
     outcomes = lab.measure(settings, [problem], "x")
     assert [outcomes[s].tokens for s in settings] == [[10], [33], [46]] * 2
-    assert [outcomes[s].judged for s in settings] == [[0], [0], [0], [2], [4], [6]], "equal solutions are scored once"
+    assert [outcomes[s].judged for s in settings] == [[0], [0], [0], [2], [4], [6]], (
+        "equal solutions are scored once"
+    )
     assert [outcomes[s].correct for s in settings] == [[0], [1], [1], [0], [0], [0]]
 
 
 def test_trend_and_equal_cost():
-    rising = {n: Outcomes(correct=[1.0] * (10 * k) + [0.0] * (40 - 10 * k)) for k, n in enumerate((1, 4, 16), 1)}
+    rising = {
+        n: Outcomes(correct=[1.0] * (10 * k) + [0.0] * (40 - 10 * k))
+        for k, n in enumerate((1, 4, 16), 1)
+    }
     gain, p = trend(rising, 0)
-    assert gain.value == pytest.approx(0.25) and gain.ci95[0] > 0.1 and p < 0.001, "from 10 to 30 of 40 in two fourfold steps"
+    assert gain.value == pytest.approx(0.25) and gain.ci95[0] > 0.1 and p < 0.001, (
+        "from 10 to 30 of 40 in two fourfold steps"
+    )
     level = {n: Outcomes(correct=[1.0, 0.0] * 20) for n in (1, 4, 16)}
     gain, p = trend(level, 0)
     assert gain.value == 0 and p > 0.4
     assert trend({n: rising[n] for n in (1, 16)}, 0)[1] is None
     curve = {n: Outcomes(tokens=[100 * n]) for n in (1, 2, 4, 8)}
-    assert [as_dear(curve, Outcomes(tokens=[tokens])) for tokens in (0, 130, 150, 900, 9000)] == [1, 1, 2, 8, 8]
+    assert [as_dear(curve, Outcomes(tokens=[tokens])) for tokens in (0, 130, 150, 900, 9000)] == [
+        1,
+        1,
+        2,
+        8,
+        8,
+    ]
 
 
 def test_report_compares_the_same_problems(args):
@@ -176,11 +281,21 @@ def test_report_compares_the_same_problems(args):
     report.add("hard", {Setting("beam", 2, "min"): beam}, greedy, vote, {2: vote})
     value = {name: metric.value for name, metric in report.metrics.items()}
     name = "hard/policy-mini/beam/2"
-    assert value[f"{name}/accuracy"] == 0.75 and value[f"{name}/tokens"] == 200 and value[f"{name}/seconds"] == 0.5
-    assert value[f"{name}/accuracy_improvement"] == value[f"{name}/accuracy_over_policy-large"] == 0.5
+    assert (
+        value[f"{name}/accuracy"] == 0.75
+        and value[f"{name}/tokens"] == 200
+        and value[f"{name}/seconds"] == 0.5
+    )
+    assert (
+        value[f"{name}/accuracy_improvement"] == value[f"{name}/accuracy_over_policy-large"] == 0.5
+    )
     assert value[f"{name}/accuracy_over_majority_vote"] == 0.5 and report.equal_tokens == {name: 2}
     assert report.left_out == {name: 3}
-    assert [row[0] for row in report.rows("hard")] == ["greedy", "policy-large, greedy", "beam, min"]
+    assert [row[0] for row in report.rows("hard")] == [
+        "greedy",
+        "policy-large, greedy",
+        "beam, min",
+    ]
     assert all(len(row) == len(report.columns()) for row in report.rows("hard"))
     assert report.frontier("hard").keys() == {"greedy", "policy-large, greedy", "beam"}
 
@@ -195,7 +310,10 @@ def test_report_compares_the_same_problems(args):
         ({"limit": 0}, "--limit: expected 1 or more"),
         ({"strategies": "climb"}, "invalid choice: 'climb'"),
         ({"judge": "prm", "judge_path": POLICY}, "no process reward model"),
-        ({"judge": "prm", "judge_path": "saved_model/none"}, "model directory saved_model/none not found"),
+        (
+            {"judge": "prm", "judge_path": "saved_model/none"},
+            "model directory saved_model/none not found",
+        ),
         ({"judge": "shuffled"}, "the control is random"),
         ({"splits": "none.jsonl"}, "none.jsonl not found"),
         ({"splits": "hard hard_validation"}, "nothing is chosen on what is reported"),
@@ -211,10 +329,15 @@ def test_bad_input_is_one_line(run_script, tmp_path, changes, message):
     if changes.get("judge") == "shuffled":
         given = [part for part in given if part not in ("--judge_path", JUDGE)]
     process = run_script("evaluation/eval_search.py", *given)
-    lines = [line for line in process.stderr.splitlines() if line and "problem/s]" not in line]  # a bar stands before a judge opens
+    lines = [
+        line for line in process.stderr.splitlines() if line and "problem/s]" not in line
+    ]  # a bar stands before a judge opens
     assert process.returncode == 2 and len(lines) == 1 and message in lines[0], process.stderr
     assert not (tmp_path / "results/search.json").exists()
 
 
 def test_names():
-    assert Setting("beam", 4, "min").name == "beam" and Setting("beam", 4, "min", "random").name == "beam-random"
+    assert (
+        Setting("beam", 4, "min").name == "beam"
+        and Setting("beam", 4, "min", "random").name == "beam-random"
+    )

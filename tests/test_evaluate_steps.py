@@ -17,7 +17,12 @@ from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer
 from utils.cli import run
 
 ROWS = [
-    {"prompt": "Mia has 12 apples.", "prefix": ["Step 1: 1"], "chosen": ["Step 2: 2", "Answer: 2"], "rejected": ["Answer: 3"]},
+    {
+        "prompt": "Mia has 12 apples.",
+        "prefix": ["Step 1: 1"],
+        "chosen": ["Step 2: 2", "Answer: 2"],
+        "rejected": ["Answer: 3"],
+    },
     {"prompt": "كم؟ 🙂", "chosen": ["Step 1: é\u0301"], "rejected": ["a\0b", "</s>"]},
     {"prompt": "Ann has 3 pens.", "chosen": ["Answer: 3"], "rejected": ["Answer: 4"]},
 ]
@@ -34,7 +39,15 @@ def evaluate(tiny_gguf, tmp_path, monkeypatch, capsys):
     """Run the script's main in this process; returns (exit code, stdout, stderr)."""
 
     def call(*arguments: object, judge: object = tiny_gguf):
-        flags = ["--judge_path", judge, "--output", tmp_path / "rewarded.jsonl", "--threads", 1, *arguments]
+        flags = [
+            "--judge_path",
+            judge,
+            "--output",
+            tmp_path / "rewarded.jsonl",
+            "--threads",
+            1,
+            *arguments,
+        ]
         monkeypatch.setattr(sys, "argv", ["evaluate_steps.py", *map(str, flags)])
         code = 0
         try:
@@ -49,20 +62,40 @@ def evaluate(tiny_gguf, tmp_path, monkeypatch, capsys):
 def test_the_script_scores_every_step(run_script, tiny_gguf, tmp_path):
     write(tmp_path / "pairs.jsonl", [*ROWS, LONG])
     result = run_script(
-        "reward_model/evaluate_steps.py", "--input", "pairs.jsonl", "--output", "out/r.jsonl", "--judge_path", tiny_gguf
+        "reward_model/evaluate_steps.py",
+        "--input",
+        "pairs.jsonl",
+        "--output",
+        "out/r.jsonl",
+        "--judge_path",
+        tiny_gguf,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "wrote out/r.jsonl: 3 pairs with a score for every step"
+    assert (
+        result.stdout.splitlines()[-1] == "wrote out/r.jsonl: 3 pairs with a score for every step"
+    )
     assert "left out          1" in result.stdout
     pairs = list(read_records(tmp_path / "out" / "r.jsonl", ScoredPair))
     with TinyLlamaRewardScorer(tiny_gguf, threads=1) as judge:
         for pair, row in zip(pairs, ROWS, strict=True):
             prefix = row.get("prefix", [])
-            whole = judge.score_steps([(row["prompt"], prefix + row[side]) for side in ("chosen", "rejected")])
-            assert (pair.prompt, pair.prefix, pair.chosen, pair.rejected) == (row["prompt"], prefix, row["chosen"], row["rejected"])
-            assert [pair.chosen_scores, pair.rejected_scores] == [scores[len(prefix) :] for scores in whole]
+            whole = judge.score_steps(
+                [(row["prompt"], prefix + row[side]) for side in ("chosen", "rejected")]
+            )
+            assert (pair.prompt, pair.prefix, pair.chosen, pair.rejected) == (
+                row["prompt"],
+                prefix,
+                row["chosen"],
+                row["rejected"],
+            )
+            assert [pair.chosen_scores, pair.rejected_scores] == [
+                scores[len(prefix) :] for scores in whole
+            ]
     assert json.loads((tmp_path / "out" / "r.left_out.jsonl").read_text()) == {**LONG, "prefix": []}
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["r.jsonl", "r.left_out.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "r.jsonl",
+        "r.left_out.jsonl",
+    ]
 
 
 def test_help_is_quick(run_script):
@@ -87,7 +120,10 @@ BAD_ROWS = {
     ),
     "not UTF-8": (b'{"prompt": "\xff", "chosen": ["a"], "rejected": ["b"]}', "not UTF-8"),
     "broken JSON": (b'{"prompt": "p", "chosen": ["a"], ', "not JSON"),
-    "empty step": (b'{"prompt": "p", "chosen": ["a", " "], "rejected": ["b"]}', "field 'chosen', step 2"),
+    "empty step": (
+        b'{"prompt": "p", "chosen": ["a", " "], "rejected": ["b"]}',
+        "field 'chosen', step 2",
+    ),
     "no object": (b'["p"]', "expected a JSON object"),
     "half a surrogate": (b'{"prompt": "\\ud800", "chosen": ["a"], "rejected": ["b"]}', "surrogate"),
 }
@@ -169,7 +205,9 @@ def test_the_control_permutes_the_scores(evaluate, tmp_path):
     for control in ([], ["--judge", "shuffled"]):
         assert evaluate("--input", pairs, "--overwrite", *control)[0] == 0
         read = list(read_records(tmp_path / "rewarded.jsonl", ScoredPair))
-        scores.append([score for pair in read for score in (*pair.chosen_scores, *pair.rejected_scores)])
+        scores.append(
+            [score for pair in read for score in (*pair.chosen_scores, *pair.rejected_scores)]
+        )
     assert sorted(scores[0]) == sorted(scores[1]) and scores[0] != scores[1]
 
 
@@ -184,7 +222,11 @@ def test_a_judge_that_dies_keeps_what_was_scored(evaluate, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(TinyLlamaRewardScorer, "_score", deadly)
         code, _, stderr = evaluate("--input", path)
-    assert code == 2 and "SIGKILL" in stderr.splitlines()[-1] and ROWS[2]["prompt"] in stderr.splitlines()[-1]
+    assert (
+        code == 2
+        and "SIGKILL" in stderr.splitlines()[-1]
+        and ROWS[2]["prompt"] in stderr.splitlines()[-1]
+    )
     assert not (tmp_path / "rewarded.jsonl").exists()
     code, stdout, _ = evaluate("--input", path)
     assert code == 0 and "going on after 2 of 3 pairs" in stdout
@@ -228,8 +270,15 @@ def test_another_judge_does_not_continue_the_rows(evaluate, tiny_gguf, tmp_path,
 
 def test_only_left_out_rows(evaluate, tmp_path):
     code, _, stderr = evaluate("--input", write(tmp_path / "pairs.jsonl", [LONG]))
-    assert code == 2 and "no pair was scored, all 1 are longer than the judge's context" in stderr.splitlines()[-1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.jsonl", "rewarded.left_out.jsonl"]
+    assert (
+        code == 2
+        and "no pair was scored, all 1 are longer than the judge's context"
+        in stderr.splitlines()[-1]
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "pairs.jsonl",
+        "rewarded.left_out.jsonl",
+    ]
 
 
 def test_killed_and_started_again_it_writes_the_same_file(evaluate, tiny_gguf, tmp_path):
@@ -243,7 +292,9 @@ def test_killed_and_started_again_it_writes_the_same_file(evaluate, tiny_gguf, t
 
     flags = ["--input", path, "--output", output, "--judge_path", tiny_gguf, "--threads", 1]
     process = subprocess.Popen(
-        [sys.executable, evaluate_steps.__file__, *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, evaluate_steps.__file__, *map(str, flags)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     while not partial.exists() or partial.read_bytes().count(b"\n") < 100:
         assert process.poll() is None
@@ -266,5 +317,8 @@ def test_killed_and_started_again_it_writes_the_same_file(evaluate, tiny_gguf, t
     assert json.loads((tmp_path / "rewarded.left_out.jsonl").read_text())["prompt"] == "a long one"
     assert not partial.exists()
     assert not [
-        pid for pid in workers if Path(f"/proc/{pid}/maps").exists() and "ctransformers" in Path(f"/proc/{pid}/maps").read_text()
+        pid
+        for pid in workers
+        if Path(f"/proc/{pid}/maps").exists()
+        and "ctransformers" in Path(f"/proc/{pid}/maps").read_text()
     ]

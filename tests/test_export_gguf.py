@@ -11,7 +11,9 @@ from reasoning.records import RecordError
 from utils.cli import UserError
 from utils.export_gguf import export_gguf
 
-TEXT = "Problem: Mia has 12 apples. She buys 3 more. How many?\nSolution:\nStep 1: 12 + 3 = 15\nRight?"
+TEXT = (
+    "Problem: Mia has 12 apples. She buys 3 more. How many?\nSolution:\nStep 1: 12 + 3 = 15\nRight?"
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +28,12 @@ def logits_of(model, tokenizer):
         return model(**tokenizer(TEXT, return_tensors="pt")).logits
 
 
-@pytest.mark.parametrize(("quantization", "tolerance"), [("F32", 1e-5), ("F16", 0.02), ("Q8_0", 0.5), ("Q4_0", 8)])
-def test_transformers_reads_the_same_model_back(parent, tokenizer, tiny_model_dir, tmp_path, quantization, tolerance):
+@pytest.mark.parametrize(
+    ("quantization", "tolerance"), [("F32", 1e-5), ("F16", 0.02), ("Q8_0", 0.5), ("Q4_0", 8)]
+)
+def test_transformers_reads_the_same_model_back(
+    parent, tokenizer, tiny_model_dir, tmp_path, quantization, tolerance
+):
     from transformers import AutoModelForCausalLM
 
     export_gguf(tiny_model_dir, tmp_path / "m.gguf", quantization)
@@ -42,10 +48,22 @@ def test_metadata_and_vocabulary(tiny_gguf, tiny_model_dir, tokenizer):
     metadata = read_gguf(tiny_gguf).metadata
     assert metadata["general.name"] == "tiny-model"
     assert (metadata["llama.context_length"], metadata["llama.attention.head_count_kv"]) == (512, 2)
-    assert metadata["tokenizer.ggml.tokens"] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    assert metadata["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]  # unknown, control, control, byte
-    assert (metadata["tokenizer.ggml.bos_token_id"], metadata["tokenizer.ggml.eos_token_id"]) == (1, 2)
-    scores = dict(zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"], strict=True))
+    assert metadata["tokenizer.ggml.tokens"] == tokenizer.convert_ids_to_tokens(
+        range(len(tokenizer))
+    )
+    assert metadata["tokenizer.ggml.token_type"][:4] == [
+        2,
+        3,
+        3,
+        6,
+    ]  # unknown, control, control, byte
+    assert (metadata["tokenizer.ggml.bos_token_id"], metadata["tokenizer.ggml.eos_token_id"]) == (
+        1,
+        2,
+    )
+    scores = dict(
+        zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"], strict=True)
+    )
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     made = list(dict.fromkeys("".join(merge) for merge in merges))
     assert [scores[piece] for piece in made] == [-float(rank) for rank in range(len(made))]
@@ -57,9 +75,17 @@ def test_tied_embeddings_chat_template_and_rows_that_do_not_fit_a_block(tokenize
     from reward_model.gguf_file import read_gguf
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 3}
+    shape = {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+    }
     model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer) + 3, tie_word_embeddings=True, rope_theta=5000.0, **shape)
+        LlamaConfig(
+            vocab_size=len(tokenizer) + 3, tie_word_embeddings=True, rope_theta=5000.0, **shape
+        )
     ).eval()
     model.save_pretrained(tmp_path / "tied")
     tokenizer.save_pretrained(tmp_path / "tied")
@@ -67,17 +93,26 @@ def test_tied_embeddings_chat_template_and_rows_that_do_not_fit_a_block(tokenize
     export_gguf(tmp_path / "tied", tmp_path / "m.gguf", "Q8_0")
     metadata = read_gguf(tmp_path / "m.gguf").metadata  # a missing output.weight would be refused
     assert metadata["tokenizer.chat_template"].startswith("<|user|>")
-    assert metadata["tokenizer.ggml.token_type"][-3:] == [5, 5, 5]  # rows without a token are unused
+    assert metadata["tokenizer.ggml.token_type"][-3:] == [
+        5,
+        5,
+        5,
+    ]  # rows without a token are unused
     assert metadata["llama.rope.freq_base"] == 5000
     back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf").eval()
-    assert (logits_of(back, tokenizer) - logits_of(model, tokenizer)).abs().max() < 0.02  # 48 is no multiple of 32: mostly F16
+    assert (
+        logits_of(back, tokenizer) - logits_of(model, tokenizer)
+    ).abs().max() < 0.02  # 48 is no multiple of 32: mostly F16
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
         ({"model_type": "qwen2"}, "'qwen2' model, expected the LLaMA"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "scaled rotary"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "scaled rotary",
+        ),
         ({"num_hidden_layers": 3}, "weights are missing"),
         ({"vocab_size": 300}, "no model can be loaded"),
     ],
@@ -110,7 +145,16 @@ def test_the_script(run_script, tiny_model_dir, tmp_path):
     assert result.stdout.splitlines()[-1].startswith(f"wrote {output}")
     before = output.read_bytes()
     result = run_script("utils/export_gguf.py", *arguments)
-    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1) and "--overwrite" in result.stderr
+    assert (result.returncode, len(result.stderr.splitlines())) == (
+        2,
+        1,
+    ) and "--overwrite" in result.stderr
     assert output.read_bytes() == before
-    result = run_script("utils/export_gguf.py", "--model_name_or_path", tmp_path / "none", "--output", tmp_path / "x.gguf")
+    result = run_script(
+        "utils/export_gguf.py",
+        "--model_name_or_path",
+        tmp_path / "none",
+        "--output",
+        tmp_path / "x.gguf",
+    )
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)

@@ -34,7 +34,10 @@ def bytes_tokenizer():
     """One token a byte, as Qwen's tokenizer would be without a merge."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({character: k for k, character in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
@@ -43,7 +46,11 @@ def prm(request, tokenizer, tmp_path_factory):
     """(folder, its tokenizer, a function (prompt, steps) -> values of all steps, computed as the publishers' examples do)"""
     folder = tmp_path_factory.mktemp("foreign") / request.param
     torch.manual_seed(0)
-    make = {"Qwen2.5-Math-PRM": qwen, "math-shepherd-mistral-7b-prm": shepherd, "Llama3.1-8B-PRM": rlhflow}[request.param]
+    make = {
+        "Qwen2.5-Math-PRM": qwen,
+        "math-shepherd-mistral-7b-prm": shepherd,
+        "Llama3.1-8B-PRM": rlhflow,
+    }[request.param]
     tokenizer = bytes_tokenizer() if make is qwen else copy.deepcopy(tokenizer)
     values = make(folder, tokenizer)
     tokenizer.save_pretrained(folder)
@@ -55,12 +62,23 @@ def qwen(folder, tokenizer):
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<extra_0>"], special_tokens=True)
     tokenizer.chat_template = CHATML
     config = transformers.Qwen2Config(**SHAPE, vocab_size=len(tokenizer))
-    backbone, first, second = transformers.Qwen2Model(config), torch.nn.Linear(32, 32), torch.nn.Linear(32, 2)
+    backbone, first, second = (
+        transformers.Qwen2Model(config),
+        torch.nn.Linear(32, 32),
+        torch.nn.Linear(32, 2),
+    )
     folder.mkdir()
     weights = {f"model.{name}": weight for name, weight in backbone.state_dict().items()}
-    weights |= {f"score.{k}.{name}": weight for k, head in ((0, first), (2, second)) for name, weight in head.state_dict().items()}
+    weights |= {
+        f"score.{k}.{name}": weight
+        for k, head in ((0, first), (2, second))
+        for name, weight in head.state_dict().items()
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    code = {"AutoConfig": "configuration_qwen2_rm.Qwen2RMConfig", "AutoModel": "modeling_qwen2_rm.Qwen2ForProcessRewardModel"}
+    code = {
+        "AutoConfig": "configuration_qwen2_rm.Qwen2RMConfig",
+        "AutoModel": "modeling_qwen2_rm.Qwen2ForProcessRewardModel",
+    }
     written = config.to_dict() | {"architectures": ["Qwen2ForProcessRewardModel"], "auto_map": code}
     (folder / "config.json").write_text(json.dumps(written))
 
@@ -71,7 +89,9 @@ def qwen(folder, tokenizer):
             f"{'<extra_0>'.join(steps)}<extra_0><|im_end|>\n"
         )
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        hidden = backbone(ids).last_hidden_state[ids == tokenizer.convert_tokens_to_ids("<extra_0>")]
+        hidden = backbone(ids).last_hidden_state[
+            ids == tokenizer.convert_tokens_to_ids("<extra_0>")
+        ]
         return second(first(hidden).relu()).softmax(-1)[:, 1].tolist()
 
     return values
@@ -79,14 +99,23 @@ def qwen(folder, tokenizer):
 
 def shepherd(folder, tokenizer):
     tokenizer.add_tokens(["ки"])
-    model = transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, vocab_size=len(tokenizer))).eval()
+    model = transformers.MistralForCausalLM(
+        transformers.MistralConfig(**SHAPE, vocab_size=len(tokenizer))
+    ).eval()
     model.save_pretrained(folder)
 
     def values(prompt, steps):
-        ids = tokenizer(f"{prompt} " + "\n".join(f"{step} ки" for step in steps), return_tensors="pt")["input_ids"]
+        ids = tokenizer(
+            f"{prompt} " + "\n".join(f"{step} ки" for step in steps), return_tensors="pt"
+        )["input_ids"]
         assert ids[0, 0] == tokenizer.bos_token_id
         signs = tokenizer.convert_tokens_to_ids(["▁+", "▁-"])
-        return model(ids).logits[:, :, signs].softmax(-1)[:, :, 0][ids == tokenizer.convert_tokens_to_ids("ки")].tolist()
+        return (
+            model(ids)
+            .logits[:, :, signs]
+            .softmax(-1)[:, :, 0][ids == tokenizer.convert_tokens_to_ids("ки")]
+            .tolist()
+        )
 
     return values
 
@@ -95,7 +124,9 @@ def rlhflow(folder, tokenizer):
     special = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     tokenizer.add_tokens(special, special_tokens=True)
     tokenizer.chat_template = LLAMA3
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, vocab_size=len(tokenizer))).eval()
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SHAPE, vocab_size=len(tokenizer))
+    ).eval()
     model.save_pretrained(folder)
 
     def values(prompt, steps):
@@ -103,8 +134,13 @@ def rlhflow(folder, tokenizer):
         turns, found = [], []
         signs = tokenizer.convert_tokens_to_ids(["+", "-"])
         for k, step in enumerate(steps):
-            turns += [{"role": "user", "content": f"{prompt} {step}" if k == 0 else step}, {"role": "assistant", "content": "+"}]
-            ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
+            turns += [
+                {"role": "user", "content": f"{prompt} {step}" if k == 0 else step},
+                {"role": "assistant", "content": "+"},
+            ]
+            ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)[
+                "input_ids"
+            ]
             assert ids[0, -2] == signs[0]
             found.append(float(model(ids).logits[0, -3, signs].softmax(-1)[0]))
         return found
@@ -116,7 +152,12 @@ def test_values_are_the_publishers(prm):
     folder, _, values = prm
     judge = ProcessRewardModel(folder, device="cpu")
     assert type(judge.format) is FOREIGN[Path(folder).name]
-    solutions = [(PROMPT, STEPS), ("2 + 2?", ["Answer: 4"]), (PROMPT, []), ("🙂?", ["Step 1: é = 1", "Answer: 1"])]
+    solutions = [
+        (PROMPT, STEPS),
+        ("2 + 2?", ["Answer: 4"]),
+        (PROMPT, []),
+        ("🙂?", ["Step 1: é = 1", "Answer: 1"]),
+    ]
     together = judge.score_steps(solutions)
     for (prompt, steps), scores in zip(solutions, together, strict=True):
         with torch.no_grad():
@@ -151,12 +192,18 @@ def test_what_reads_like_a_tag_stays_text(prm):
     ],
 )
 def test_a_family_is_told_by_its_name_or_architecture(name, config, family):
-    assert [found for found in FOREIGN.values() if found.is_told_by(name, config)] == ([family] if family else [])
+    assert [found for found in FOREIGN.values() if found.is_told_by(name, config)] == (
+        [family] if family else []
+    )
 
 
 def test_a_tokenizer_that_lacks_the_tag(tokenizer, tmp_path):
     folder = tmp_path / "math-shepherd-mistral-7b-prm"
-    transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, vocab_size=len(tokenizer))).save_pretrained(folder)
+    transformers.MistralForCausalLM(
+        transformers.MistralConfig(**SHAPE, vocab_size=len(tokenizer))
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    with pytest.raises(JudgeError, match=r"math-shepherd-mistral-7b-prm: the tokenizer does not know 'ки'"):
+    with pytest.raises(
+        JudgeError, match=r"math-shepherd-mistral-7b-prm: the tokenizer does not know 'ки'"
+    ):
         ProcessRewardModel(folder, device="cpu")

@@ -11,7 +11,15 @@ import torch
 
 from reward_model.base import PLAIN, JudgeError, JudgeTemplate
 from reward_model.gguf_file import GGUFFile, read_gguf
-from reward_model.tinyllama_reward_model import NO, TEMPLATES, YES, TinyLlamaRewardScorer, _Model, _Text, choose_template
+from reward_model.tinyllama_reward_model import (
+    NO,
+    TEMPLATES,
+    YES,
+    TinyLlamaRewardScorer,
+    _Model,
+    _Text,
+    choose_template,
+)
 
 PROMPT = "Mia has 12 apples. She buys 3 times as many. How many apples does Mia have now?"
 STEPS = ["Step 1: 12 * 3 = 36", "Step 2: 12 + 36 = 48", "Answer: 48"]
@@ -51,13 +59,22 @@ def parent(tiny_model_dir):
 
 def parent_score(parent, tokenizer, prompt, steps, template=PLAIN):
     """P(yes) / (P(yes) + P(no)) of the last step, written out on the whole text."""
-    text = template.before.format(prompt=prompt) + "".join(step + "\n" for step in steps) + template.question
+    text = (
+        template.before.format(prompt=prompt)
+        + "".join(step + "\n" for step in steps)
+        + template.question
+    )
     with torch.no_grad():
         logits = parent(**tokenizer(text, return_tensors="pt")).logits[0, -1].double()
     probability = logits.softmax(-1)
     vocabulary = tokenizer.get_vocab()
     yes, no = (
-        sum(probability[vocabulary[piece]] for word in words for piece in (word, "▁" + word) if piece in vocabulary)
+        sum(
+            probability[vocabulary[piece]]
+            for word in words
+            for piece in (word, "▁" + word)
+            if piece in vocabulary
+        )
         for words in (YES, NO)
     )
     return float(yes / (yes + no))
@@ -85,7 +102,9 @@ def test_a_solution_in_pieces_has_the_ids_of_the_whole_text(judge, native, token
         judge._text.control(template.question),
     ]
     text = template.before.format(prompt=PROMPT) + "\n".join(STEPS) + "\n" + template.question
-    assert [index for piece in pieces for index in native._ids(piece)] == tokenizer(text)["input_ids"]
+    assert [index for piece in pieces for index in native._ids(piece)] == tokenizer(text)[
+        "input_ids"
+    ]
 
 
 def test_control_tokens_are_ids_in_a_template_and_text_in_a_users_text(judge):
@@ -94,13 +113,18 @@ def test_control_tokens_are_ids_in_a_template_and_text_in_a_users_text(judge):
 
 def test_template_is_what_the_file_says():
     def chosen(**metadata):
-        return choose_template(GGUFFile("x", {key.replace("_", ".", 1): value for key, value in metadata.items()}))
+        return choose_template(
+            GGUFFile("x", {key.replace("_", ".", 1): value for key, value in metadata.items()})
+        )
 
     assert chosen(general_name="judge-mini") == "plain"
     assert chosen(general_name="tinyllama_tinyllama-1.1b-chat-v1.0") == "zephyr"
     assert chosen(tokenizer_chat_template="{{'<|user|>\n' + message + eos_token}}") == "zephyr"
     assert chosen(general_name="Llama-2-7b-chat-hf") == "llama-2"
-    assert chosen(tokenizer_chat_template="{{'<|im_start|>' + role}}", general_name="tinyllama-chat") == "chatml"
+    assert (
+        chosen(tokenizer_chat_template="{{'<|im_start|>' + role}}", general_name="tinyllama-chat")
+        == "chatml"
+    )
 
 
 # --- scores
@@ -120,20 +144,40 @@ def test_logits_agree_with_transformers(native, parent, tokenizer):
 def test_scores_agree_with_transformers(tiny_gguf, parent, tokenizer, template):
     with TinyLlamaRewardScorer(tiny_gguf, template, threads=1) as judge:
         scores = judge.score_steps([(PROMPT, STEPS), ("🙂 How many?", ["Step 1: é", "Answer: 3"])])
-    expected = [parent_score(parent, tokenizer, PROMPT, STEPS[: k + 1], TEMPLATES[template]) for k in range(3)]
+    expected = [
+        parent_score(parent, tokenizer, PROMPT, STEPS[: k + 1], TEMPLATES[template])
+        for k in range(3)
+    ]
     assert scores[0] == pytest.approx(expected, abs=2e-3)
     assert scores[1][1] == pytest.approx(
-        parent_score(parent, tokenizer, "🙂 How many?", ["Step 1: é", "Answer: 3"], TEMPLATES[template]), abs=2e-3
+        parent_score(
+            parent, tokenizer, "🙂 How many?", ["Step 1: é", "Answer: 3"], TEMPLATES[template]
+        ),
+        abs=2e-3,
     )
     assert all(score == round(score, 6) for score in scores[0])
 
 
 def test_a_score_depends_on_nothing_but_its_solution(judge, tiny_gguf):
     alone = judge.score_steps([(PROMPT, STEPS)])[0]
-    judge.score_steps([("Another problem.", ["Step 1: 1 + 1 = 2"]), (PROMPT, [STEPS[0], "Step 2: 1"]), (PROMPT, [PLAIN.question])])
+    judge.score_steps(
+        [
+            ("Another problem.", ["Step 1: 1 + 1 = 2"]),
+            (PROMPT, [STEPS[0], "Step 2: 1"]),
+            (PROMPT, [PLAIN.question]),
+        ]
+    )
     assert judge.score_steps([(PROMPT, STEPS), (PROMPT, STEPS)]) == [alone, alone]
-    assert [score_step(judge, PROMPT, STEPS[k], STEPS[:k]) for k in (2, 0, 1)] == [alone[2], alone[0], alone[1]]
-    assert judge.score_steps([(PROMPT, STEPS), (PROMPT, []), (PROMPT, STEPS)], skip=[1, 0, 3]) == [alone[1:], [], []]
+    assert [score_step(judge, PROMPT, STEPS[k], STEPS[:k]) for k in (2, 0, 1)] == [
+        alone[2],
+        alone[0],
+        alone[1],
+    ]
+    assert judge.score_steps([(PROMPT, STEPS), (PROMPT, []), (PROMPT, STEPS)], skip=[1, 0, 3]) == [
+        alone[1:],
+        [],
+        [],
+    ]
     with TinyLlamaRewardScorer(tiny_gguf, threads=2) as other:
         assert score_step(other, PROMPT, STEPS[2], STEPS[:2]) == alone[2]
     assert len(set(alone)) == 3
@@ -167,7 +211,9 @@ def test_what_cannot_be_scored_is_an_error_of_one_line(judge, tiny_gguf):
             TinyLlamaRewardScorer(tiny_gguf, **arguments)
 
 
-def test_a_solution_longer_than_the_context_gets_none_before_anything_is_evaluated(tiny_gguf, tokenizer):
+def test_a_solution_longer_than_the_context_gets_none_before_anything_is_evaluated(
+    tiny_gguf, tokenizer
+):
     text = PLAIN.before.format(prompt=PROMPT) + STEPS[0] + "\n" + PLAIN.question
     length = len(tokenizer(text)["input_ids"])
     with TinyLlamaRewardScorer(tiny_gguf, threads=1, context_length=length) as judge:
@@ -188,7 +234,9 @@ def test_a_dead_worker_is_one_error_that_names_the_input(tiny_gguf):
     with TinyLlamaRewardScorer(tiny_gguf, threads=1) as judge:
         scores = judge.score_steps([(PROMPT, STEPS)])
         os.kill(judge._process.pid, signal.SIGKILL)
-        with pytest.raises(JudgeError, match=r"SIGKILL.*step 1 'Step 1: boom' of prompt 'The deadly problem.'") as error:
+        with pytest.raises(
+            JudgeError, match=r"SIGKILL.*step 1 'Step 1: boom' of prompt 'The deadly problem.'"
+        ) as error:
             judge.score_steps([("The deadly problem.", ["Step 1: boom"])])
         assert "\n" not in str(error.value)
         assert judge.score_steps([(PROMPT, STEPS)]) == scores  # a new worker, the same scores
@@ -205,9 +253,14 @@ def test_weights_that_are_not_finite(tiny_gguf, tmp_path):
     path = tmp_path / "nan.gguf"
     path.write_bytes(Path(tiny_gguf).read_bytes())
     reader = GGUFReader(path, "r+")
-    next(tensor for tensor in reader.tensors if tensor.name == "output_norm.weight").data[:] = float("nan")
+    next(tensor for tensor in reader.tensors if tensor.name == "output_norm.weight").data[:] = (
+        float("nan")
+    )
     reader.data.flush()
-    with TinyLlamaRewardScorer(path, threads=1) as judge, pytest.raises(JudgeError, match="not finite at step 1 'x'"):
+    with (
+        TinyLlamaRewardScorer(path, threads=1) as judge,
+        pytest.raises(JudgeError, match="not finite at step 1 'x'"),
+    ):
         score_step(judge, PROMPT, "x")
 
 
@@ -234,13 +287,33 @@ def bad_files(good: bytes) -> dict[str, tuple[bytes, str]]:
         "version": (good[:4] + struct.pack("<I", 4) + good[8:], "version 4"),
         "cut header": (good[:900], "ends inside its header"),
         "cut data": (good[:-64], "cut off"),
-        "architecture": (changed(field(architecture, b"llama"), field(architecture, b"qwen2")), "'qwen2', expected 'llama'"),
-        "gpt2 tokenizer": (changed(field(model, b"llama"), field(model, b"gpt-2")), "tokenizer is 'gpt-2'"),
-        "no tokens": (changed(b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenz"), "tokens, scores and token types"),
-        "no context length": (changed(b"llama.context_length", b"llama.context_lengty"), "llama.context_length"),
+        "architecture": (
+            changed(field(architecture, b"llama"), field(architecture, b"qwen2")),
+            "'qwen2', expected 'llama'",
+        ),
+        "gpt2 tokenizer": (
+            changed(field(model, b"llama"), field(model, b"gpt-2")),
+            "tokenizer is 'gpt-2'",
+        ),
+        "no tokens": (
+            changed(b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenz"),
+            "tokens, scores and token types",
+        ),
+        "no context length": (
+            changed(b"llama.context_length", b"llama.context_lengty"),
+            "llama.context_length",
+        ),
         "no byte token": (changed(b"<0x7F>", b"<0x7f>"), "byte tokens"),
-        "no layer": (changed(b"blk.1.attn_q.weight", b"blk.1.attn_X.weight"), "'blk.1.attn_q.weight' is missing"),
-        "no output": (changed(struct.pack("<Q", 13) + b"output.weight", struct.pack("<Q", 13) + b"output.weighs"), "output.weight"),
+        "no layer": (
+            changed(b"blk.1.attn_q.weight", b"blk.1.attn_X.weight"),
+            "'blk.1.attn_q.weight' is missing",
+        ),
+        "no output": (
+            changed(
+                struct.pack("<Q", 13) + b"output.weight", struct.pack("<Q", 13) + b"output.weighs"
+            ),
+            "output.weight",
+        ),
     }
 
 
@@ -250,7 +323,11 @@ def test_a_bad_file_is_one_line_that_names_it(tiny_gguf, tmp_path):
         path.write_bytes(content)
         with pytest.raises(JudgeError) as error:
             TinyLlamaRewardScorer(path)
-        assert str(path) in str(error.value) and expected in str(error.value) and "\n" not in str(error.value), name
+        assert (
+            str(path) in str(error.value)
+            and expected in str(error.value)
+            and "\n" not in str(error.value)
+        ), name
 
 
 def test_a_file_that_only_the_library_finds_wrong(tiny_gguf, tmp_path):
@@ -278,7 +355,12 @@ def test_a_damaged_header_never_hangs_or_crashes(tiny_gguf, tmp_path):
 
 
 def test_a_vocabulary_without_the_words(judge):
-    text = _Text(GGUFFile("x.gguf", judge.file.metadata | {"tokenizer.ggml.tokens": ["a"] * len(judge.file.tokens)}))
+    text = _Text(
+        GGUFFile(
+            "x.gguf",
+            judge.file.metadata | {"tokenizer.ggml.tokens": ["a"] * len(judge.file.tokens)},
+        )
+    )
     with pytest.raises(JudgeError, match=r"x\.gguf .* no token Yes or yes"):
         text.spellings(YES)
 

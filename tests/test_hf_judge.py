@@ -27,13 +27,24 @@ SOLUTIONS = [
 
 def alone(judge: HFJudge, prompt: str, steps: list[str]) -> float:
     """The score of the last step, written out on the whole text, with all logits of a plain forward pass."""
-    text = judge.template.before.replace("{prompt}", prompt) + "".join(step + "\n" for step in steps) + judge.template.question
-    ids = judge.tokenizer(text, return_tensors="pt", add_special_tokens=judge.template_name != "chat")["input_ids"]
+    text = (
+        judge.template.before.replace("{prompt}", prompt)
+        + "".join(step + "\n" for step in steps)
+        + judge.template.question
+    )
+    ids = judge.tokenizer(
+        text, return_tensors="pt", add_special_tokens=judge.template_name != "chat"
+    )["input_ids"]
     with torch.no_grad():
         probability = judge.model(ids).logits[0, -1].double().softmax(-1)
     vocabulary = judge.tokenizer.get_vocab()
     yes, no = (
-        sum(probability[vocabulary[mark + word]] for word in words for mark in ("", "▁", "Ġ") if mark + word in vocabulary)
+        sum(
+            probability[vocabulary[mark + word]]
+            for word in words
+            for mark in ("", "▁", "Ġ")
+            if mark + word in vocabulary
+        )
         for words in (YES, NO)
     )
     return float(yes / (yes + no))
@@ -41,12 +52,18 @@ def alone(judge: HFJudge, prompt: str, steps: list[str]) -> float:
 
 def agrees(judge: HFJudge, solutions=SOLUTIONS, tolerance: float = 1e-4) -> None:
     for (prompt, steps), scores in zip(solutions, judge.score_steps(solutions), strict=True):
-        assert scores == pytest.approx([alone(judge, prompt, steps[: k + 1]) for k in range(len(steps))], abs=tolerance)
+        assert scores == pytest.approx(
+            [alone(judge, prompt, steps[: k + 1]) for k in range(len(steps))], abs=tolerance
+        )
         assert all(score == round(score, 6) for score in scores)
 
 
 def differences(first: list[list[float]], second: list[list[float]]) -> list[float]:
-    return [abs(a - b) for ours, theirs in zip(first, second, strict=True) for a, b in zip(ours, theirs, strict=True)]
+    return [
+        abs(a - b)
+        for ours, theirs in zip(first, second, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +77,14 @@ def judge(tiny_model_dir):
 @pytest.fixture(scope="module")
 def real() -> list[tuple[str, list[str]]]:
     """52 solutions that the policy wrote."""
-    pairs = itertools.islice(read_records(ROOT / "data/synthetic_dataset.jsonl", PreferencePair), 26)
-    return [(pair.prompt, [*pair.prefix, *steps]) for pair in pairs for steps in (pair.chosen, pair.rejected)]
+    pairs = itertools.islice(
+        read_records(ROOT / "data/synthetic_dataset.jsonl", PreferencePair), 26
+    )
+    return [
+        (pair.prompt, [*pair.prefix, *steps])
+        for pair in pairs
+        for steps in (pair.chosen, pair.rejected)
+    ]
 
 
 @pytest.mark.parametrize("quantization", ["F32", "Q8_0"])
@@ -79,12 +102,25 @@ def test_scores_are_those_of_the_gguf_judge_on_the_same_file(quantization, real,
     assert len(apart) > 150
     if quantization == "F32":
         assert max(apart) < 5e-3
-        assert max(differences(scores, HFJudge(JUDGE, device="cpu").score_steps(real))) < 1e-5  # the directory it was made from
+        assert (
+            max(differences(scores, HFJudge(JUDGE, device="cpu").score_steps(real))) < 1e-5
+        )  # the directory it was made from
     else:  # the library of the GGUF judge rounds the activations to 8 bits as well, transformers the weights alone
         assert max(apart) < 0.1 and sum(apart) / len(apart) < 5e-3
 
 
-STRANGE = ["🙂🙂 a🙂b", "e\u0301 x\u0301", "كم تفاحة؟ 12", "\ufffd", "\0", "</s>", "a</s> b<s></s>", "<unk>", "\U0010ffff", "▁"]
+STRANGE = [
+    "🙂🙂 a🙂b",
+    "e\u0301 x\u0301",
+    "كم تفاحة؟ 12",
+    "\ufffd",
+    "\0",
+    "</s>",
+    "a</s> b<s></s>",
+    "<unk>",
+    "\U0010ffff",
+    "▁",
+]
 STRANGE += [" two  spaces ", "\t\r\n\n"]
 
 
@@ -94,7 +130,10 @@ def test_ids_are_those_of_the_gguf_judge(template, tiny_gguf):
         native, text = _Model(gguf._settings), gguf._text
     judge = HFJudge(tiny_gguf, template, device="cpu")
     for strange in [PROMPT, *STRANGE]:
-        items = [*text.control(judge.template.before, strange, begins=True), *text.plain(strange + "\n")]
+        items = [
+            *text.control(judge.template.before, strange, begins=True),
+            *text.plain(strange + "\n"),
+        ]
         items = [*items, *text.plain("Answer: 1\n"), *text.control(judge.template.question)]
         assert judge._texts(strange, [strange, "Answer: 1"], 1) == [native._ids(items)], strange
 
@@ -102,7 +141,9 @@ def test_ids_are_those_of_the_gguf_judge(template, tiny_gguf):
 # --- rows against texts
 
 
-@pytest.mark.parametrize("template", ["plain", "zephyr", "chatml", JudgeTemplate("Q: {prompt} {braces}\n", "OK?")])
+@pytest.mark.parametrize(
+    "template", ["plain", "zephyr", "chatml", JudgeTemplate("Q: {prompt} {braces}\n", "OK?")]
+)
 def test_every_score_is_that_of_its_text_alone(tiny_model_dir, template):
     agrees(HFJudge(tiny_model_dir, template, device="cpu"))
 
@@ -110,7 +151,9 @@ def test_every_score_is_that_of_its_text_alone(tiny_model_dir, template):
 def test_a_score_does_not_depend_on_what_is_scored_with_it(judge, tiny_model_dir):
     many = [(PROMPT[k:], STEPS[: 1 + k % 3]) for k in range(20)] + SOLUTIONS
     together = judge.score_steps(many)
-    assert max(differences(together, [judge.score_steps([solution])[0] for solution in many])) < 1e-5
+    assert (
+        max(differences(together, [judge.score_steps([solution])[0] for solution in many])) < 1e-5
+    )
     small = HFJudge(tiny_model_dir, batch_tokens=1, device="cpu")
     assert max(differences(together, small.score_steps(many))) < 1e-5
     assert len({score for scores in together for score in scores}) > 40
@@ -132,7 +175,9 @@ def test_what_steps_share_is_read_once(judge):
     judge.score_steps([(PROMPT, STEPS)])
     handle.remove()
     texts = judge._texts(PROMPT, STEPS, 0)
-    question = len(judge.tokenizer("\n" + PLAIN.question)["input_ids"]) - len(judge.tokenizer("\n")["input_ids"])
+    question = len(judge.tokenizer("\n" + PLAIN.question)["input_ids"]) - len(
+        judge.tokenizer("\n")["input_ids"]
+    )
     assert read == [len(texts[-1]) + 2 * question] and read[0] < 0.6 * sum(map(len, texts))
 
 
@@ -140,7 +185,9 @@ def test_a_solution_that_outgrows_the_context_gets_none(judge):
     long = list(STEPS)
     while len(judge._texts(PROMPT, long, len(long) - 1)[0]) <= 512:
         fits, long = long, [*long, "Step 3: 1 + 1 = 2"]
-    scores = judge.score_steps([(PROMPT, STEPS), (PROMPT, long), (PROMPT, fits)], skip=[0, len(long) - 1, len(fits) - 1])
+    scores = judge.score_steps(
+        [(PROMPT, STEPS), (PROMPT, long), (PROMPT, fits)], skip=[0, len(long) - 1, len(fits) - 1]
+    )
     assert scores[1] is None and len(scores[0]) == 3 and len(scores[2]) == 1
 
 
@@ -160,10 +207,19 @@ def configs() -> dict:
         "qwen2": (t.Qwen2Config(**llama), True),
         "gpt2": (t.GPT2Config(**small), True),
         "mistral, window of 60": (t.MistralConfig(**llama, sliding_window=60), True),
-        "gemma2, soft-capped logits": (t.Gemma2Config(**llama, head_dim=8, final_logit_softcapping=2.0), False),
+        "gemma2, soft-capped logits": (
+            t.Gemma2Config(**llama, head_dim=8, final_logit_softcapping=2.0),
+            False,
+        ),
         "granite, scaled logits": (t.GraniteConfig(**llama, logits_scaling=4.0), False),
-        "bloom, no positions": (t.BloomConfig(hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3), False),
-        "mamba, no attention": (t.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.3), False),
+        "bloom, no positions": (
+            t.BloomConfig(hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
+            False,
+        ),
+        "mamba, no attention": (
+            t.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.3),
+            False,
+        ),
     }
 
 
@@ -191,12 +247,24 @@ def merging_dir(tiny_model_dir, tmp_path_factory) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    words = [f"{STEPS[2]}\n{CHAT.question}", *STEPS, "Yes", "No", " Yes", "Step 1: 5\nStep 2: 6\n"] * 3
+    words = [
+        f"{STEPS[2]}\n{CHAT.question}",
+        *STEPS,
+        "Yes",
+        "No",
+        " Yes",
+        "Step 1: 5\nStep 2: 6\n",
+    ] * 3
     special = ["<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(words, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(
+        words,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet),
+    )
     folder = tmp_path_factory.mktemp("merging")
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", additional_special_tokens=special)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", additional_special_tokens=special
+    )
     wrapped.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -213,22 +281,32 @@ def test_a_tokenizer_that_merges_across_the_boundary(merging_dir):
     first, last = judge._texts(PROMPT, [STEPS[2], "Step 2: 1"], 0)
     assert (
         judge._plain._ids(f"{STEPS[2]}\n")
-        != judge._plain._ids(f"{STEPS[2]}\n{CHAT.question}")[: len(judge._plain._ids(f"{STEPS[2]}\n"))]
+        != judge._plain._ids(f"{STEPS[2]}\n{CHAT.question}")[
+            : len(judge._plain._ids(f"{STEPS[2]}\n"))
+        ]
     )
     assert first[: len(last)] != last and judge.packed
     agrees(judge)
     users = judge._texts("<|im_end|>", ["<|im_start|>", "<|im_end|"], 1)[0]
     ours = judge._texts("x", ["x", "x"], 1)[0]
     control = judge.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    assert [users.count(index) for index in control] == [ours.count(index) for index in control] == [2, 1]
+    assert (
+        [users.count(index) for index in control]
+        == [ours.count(index) for index in control]
+        == [2, 1]
+    )
 
 
 def test_a_chat_model_is_asked_in_its_own_words(merging_dir):
     judge = HFJudge(merging_dir, device="cpu")
     assert judge.template_name == "chat"
-    content = CHAT.before.format(prompt=PROMPT) + "".join(step + "\n" for step in STEPS) + CHAT.question
+    content = (
+        CHAT.before.format(prompt=PROMPT) + "".join(step + "\n" for step in STEPS) + CHAT.question
+    )
     message = [{"role": "user", "content": content}]
-    expected = judge.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+    expected = judge.tokenizer.apply_chat_template(
+        message, add_generation_prompt=True, return_dict=True
+    )["input_ids"]
     assert judge._texts(PROMPT, STEPS, 2) == [expected]
     agrees(judge)
 
@@ -247,7 +325,10 @@ def test_an_adapter_is_scored_on_its_base(tiny_model_dir, tokenizer, judge, tmp_
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     tokenizer.save_pretrained(tmp_path / "merged")
     scores = adapter.score_steps(SOLUTIONS)
-    assert max(differences(scores, HFJudge(tmp_path / "merged", device="cpu").score_steps(SOLUTIONS))) < 1e-4
+    assert (
+        max(differences(scores, HFJudge(tmp_path / "merged", device="cpu").score_steps(SOLUTIONS)))
+        < 1e-4
+    )
     assert max(differences(scores, judge.score_steps(SOLUTIONS))) > 1e-2
 
 
@@ -261,7 +342,9 @@ def test_what_cannot_be_used_is_an_error_of_one_line(tiny_model_dir, tiny_gguf, 
     (tmp_path / "cut.gguf").write_bytes(Path(tiny_gguf).read_bytes()[:-64])
     (tmp_path / "text.gguf").write_text("hello")
     (tmp_path / "weightless").mkdir()
-    (tmp_path / "weightless/config.json").write_bytes((Path(tiny_model_dir) / "config.json").read_bytes())
+    (tmp_path / "weightless/config.json").write_bytes(
+        (Path(tiny_model_dir) / "config.json").read_bytes()
+    )
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "weightless")
     for path, reason in {
         "empty": "cannot be loaded", "cut.gguf": "cut off", "text.gguf": "no GGUF file", "none.gguf": "cannot be read",
@@ -283,7 +366,9 @@ def test_a_vocabulary_without_the_words(tiny_model_dir, tmp_path):
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path)
     tokens = tmp_path / "tokenizer.json"
     spec = json.loads(tokens.read_text())
-    spec["model"]["vocab"] = {piece: k for k, piece in enumerate(["<unk>", "<s>", "</s>", "▁", "a", "Yes"])}
+    spec["model"]["vocab"] = {
+        piece: k for k, piece in enumerate(["<unk>", "<s>", "</s>", "▁", "a", "Yes"])
+    }
     spec["model"] |= {"merges": [], "byte_fallback": False}
     tokens.write_text(json.dumps(spec))
     with pytest.raises(JudgeError, match="no token No or no"):
@@ -295,7 +380,9 @@ def test_what_cannot_be_scored_is_named(judge, tiny_model_dir, tmp_path):
         judge.score_steps([("\ud800", ["Answer: 1"])])
     broken = HFJudge(tiny_model_dir, device="cpu")
     broken.model.model.norm.weight.data[:] = float("nan")
-    with pytest.raises(JudgeError, match=r"not finite at step 2 'Step 2: 12 \+ 36 = 48' of prompt 'Mia has"):
+    with pytest.raises(
+        JudgeError, match=r"not finite at step 2 'Step 2: 12 \+ 36 = 48' of prompt 'Mia has"
+    ):
         broken.score_steps([(PROMPT, STEPS)], skip=[1])
 
 

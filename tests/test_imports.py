@@ -10,10 +10,15 @@ ROOMS = ("reasoning", "reward_model", "search", "trainer", "utils", "evaluation"
 # Files in a room that are scripts: run by their path, imported by nobody but other scripts and tests.
 SCRIPTS = {
     path
-    for path in [*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).glob("*.py"))]
+    for path in [
+        *ROOT.glob("*.py"),
+        *(file for room in ROOMS for file in (ROOT / room).glob("*.py")),
+    ]
     if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
 }
-FILES = sorted([*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).glob("*.py"))])
+FILES = sorted(
+    [*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).glob("*.py"))]
+)
 
 ALLOWED = {  # library room -> what of the house it may import, by prefix
     "reasoning": ["reasoning"],
@@ -61,10 +66,16 @@ def test_imports(path):
     assert not {name for name in house if name in scripts}, "a library room imports a script"
     if room in ALLOWED:
         allowed = ALLOWED[room] + EXTRA.get(path.name, [])
-        strangers = {name for name in house if not any(name == a or name.startswith(a + ".") for a in allowed)}
+        strangers = {
+            name
+            for name in house
+            if not any(name == a or name.startswith(a + ".") for a in allowed)
+        }
         assert not strangers, f"{room} may not import {strangers}"
     if room == "search":
-        assert not any(name.startswith("reasoning.grading") for name in house), "search would know the answers"
+        assert not any(name.startswith("reasoning.grading") for name in house), (
+            "search would know the answers"
+        )
     if room in STANDARD_LIBRARY_AND:
         import sys
 

@@ -16,25 +16,56 @@ from reasoning.loaders import (
     load_step_values,
     three_columns,
 )
-from reasoning.records import LabelledSolution, PreferencePair, Problem, RecordError, StepValue, read_rows, write_records
+from reasoning.records import (
+    LabelledSolution,
+    PreferencePair,
+    Problem,
+    RecordError,
+    StepValue,
+    read_rows,
+    write_records,
+)
 from reasoning.rows import load_rows
 from reasoning.steps import encode_steps, response_pieces, split_steps, split_text
 
 DATA = Path(__file__).parent / "data"
-LOAD = {"problems": load_problems, "pairs": load_pairs, "step_labels": load_step_labels, "step_values": load_step_values}
+LOAD = {
+    "problems": load_problems,
+    "pairs": load_pairs,
+    "step_labels": load_step_labels,
+    "step_values": load_step_values,
+}
 
 # file -> its shape, and for each kind of record: how many come out, what is dropped
 FILES = {
     "gsm8k.jsonl": ("GSM8K", {"problems": (4, {})}),
     "math.jsonl": ("MATH", {"problems": (2, {"problems without a final answer": 1})}),
-    "prm800k.jsonl": ("PRM800K", {"step_labels": (14, {}), "step_values": (25, {}), "problems": (2, {})}),
+    "prm800k.jsonl": (
+        "PRM800K",
+        {"step_labels": (14, {}), "step_values": (25, {}), "problems": (2, {})},
+    ),
     "math_shepherd.jsonl": ("Math-Shepherd", {"step_labels": (3, {}), "step_values": (6, {})}),
     "processbench.json": ("ProcessBench", {"step_labels": (2, {}), "step_values": (4, {})}),
-    "trl_stepwise.jsonl": ("TRL stepwise supervision", {"step_labels": (2, {}), "step_values": (4, {})}),
-    "omegaprm.jsonl": ("OmegaPRM", {"step_values": (6, {"values of a question without a step": 1}), "problems": (1, {})}),
-    "step_dpo.jsonl": ("Step-DPO", {"pairs": (2, {"pairs with an empty 'rejected'": 1}), "problems": (3, {})}),
-    "trl_preference.jsonl": ("TRL preference", {"pairs": (1, {"pairs with an empty 'rejected'": 1})}),
-    "trl_conversational.jsonl": ("TRL preference", {"pairs": (1, {"prompts of more than one turn": 1})}),
+    "trl_stepwise.jsonl": (
+        "TRL stepwise supervision",
+        {"step_labels": (2, {}), "step_values": (4, {})},
+    ),
+    "omegaprm.jsonl": (
+        "OmegaPRM",
+        {"step_values": (6, {"values of a question without a step": 1}), "problems": (1, {})},
+    ),
+    "step_dpo.jsonl": (
+        "Step-DPO",
+        {"pairs": (2, {"pairs with an empty 'rejected'": 1}), "problems": (3, {})},
+    ),
+    "trl_preference.jsonl": (
+        "TRL preference",
+        {"pairs": (1, {"pairs with an empty 'rejected'": 1})},
+    ),
+    "trl_conversational.jsonl": (
+        "TRL preference",
+        {"pairs": (1, {"prompts of more than one turn": 1})},
+    ),
     "trl_implicit.jsonl": ("TRL preference", {"pairs": (2, {})}),
     "three_columns.csv": ("three columns", {"step_values": (5, {})}),
 }
@@ -76,7 +107,10 @@ def test_gsm8k():
         "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips did "
         "Natalia sell altogether in April and May?"
     )
-    steps = ["Step 1: Natalia sold 48/2 = 24 clips in May.", "Step 2: Natalia sold 48+24 = 72 clips altogether in April and May."]
+    steps = [
+        "Step 1: Natalia sold 48/2 = 24 clips in May.",
+        "Step 2: Natalia sold 48+24 = 72 clips altogether in April and May.",
+    ]
     assert load("problems", "gsm8k.jsonl")[0] == Problem(question, "72", [*steps, "Answer: 72"])
 
 
@@ -88,14 +122,25 @@ def test_math():
         "Answer: 5",
     ]
     assert second.answer == r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}"  # over two lines in the file
-    assert [step[:16] for step in second.steps] == ["Step 1: Adding b", "Step 2: Then $y ", "Step 3: The vect", "Answer: \\begin{p"]
+    assert [step[:16] for step in second.steps] == [
+        "Step 1: Adding b",
+        "Step 2: Then $y ",
+        "Step 3: The vect",
+        "Answer: \\begin{p",
+    ]
 
 
 def test_prm800k():
     """The solution with its human step, then the alternatives; every rating of the file once."""
     solutions = load("step_labels", "prm800k.jsonl")
-    assert solutions[0].steps[1] == "We have $3p+e=1.24$ and $5p+e=1.82$." and solutions[0].labels == [1] * 6
-    assert solutions[0].steps[-1] == "That means a pencil costs 29 cents. Answer: 29" and solutions[0].final_correct is True
+    assert (
+        solutions[0].steps[1] == "We have $3p+e=1.24$ and $5p+e=1.82$."
+        and solutions[0].labels == [1] * 6
+    )
+    assert (
+        solutions[0].steps[-1] == "That means a pencil costs 29 cents. Answer: 29"
+        and solutions[0].final_correct is True
+    )
     assert solutions[1].steps == [
         solutions[0].steps[0],
         "The first equation is 3p + e = 124, and the second equation is 5p + e = 182.",
@@ -106,8 +151,12 @@ def test_prm800k():
     assert stopped.steps[-1] == "Answer: 7200"
     rows = [row for _, row in load_rows(str(DATA / "prm800k.jsonl"))]
     steps = [step for row in rows for step in row["label"]["steps"]]
-    ratings = Counter(completion["rating"] >= 0 for step in steps for completion in step["completions"])
-    labels = Counter(label == 1 for solution in solutions for label in solution.labels if label is not None)
+    ratings = Counter(
+        completion["rating"] >= 0 for step in steps for completion in step["completions"]
+    )
+    labels = Counter(
+        label == 1 for solution in solutions for label in solution.labels if label is not None
+    )
     assert labels == ratings + Counter({True: 1})  # and the human step
 
 
@@ -115,7 +164,10 @@ def test_math_shepherd():
     right, wrong, latex = load("step_labels", "math_shepherd.jsonl")
     assert wrong == LabelledSolution(
         "Mia has 12 apples. She buys 14 more. Soon there are 2 times as many. How many has she now?",
-        ["Step 1: Mia has 12 + 14 = 26 apples.", "Step 2: She then has 26 + 2 = 28 apples. The answer is: 28"],
+        [
+            "Step 1: Mia has 12 + 14 = 26 apples.",
+            "Step 2: She then has 26 + 2 = 28 apples. The answer is: 28",
+        ],
         [1.0, 0.0],
         False,
     )
@@ -129,7 +181,10 @@ def test_processbench_and_trl_stepwise():
     assert second.labels == [1, 1] and second.steps[0] == r"By definition $3! = 3 \cdot 2 \cdot 1$."
     first, second = load("step_labels", "trl_stepwise.jsonl")
     assert first.labels == [1, 0] and second.labels == [1, 0.75] and first.final_correct is None
-    assert first.steps == ["The whole parts are equal.", "Compare 0.8 and 0.11: 11 > 8, so 9.11 is larger."]
+    assert first.steps == [
+        "The whole parts are equal.",
+        "Compare 0.8 and 0.11: 11 > 8, so 9.11 is larger.",
+    ]
     values = load("step_values", "trl_stepwise.jsonl")
     assert values[1] == StepValue(first.prompt, first.steps[1], 0.0, prefix=first.steps[:1])
 
@@ -145,12 +200,19 @@ def test_step_dpo():
         chosen_scores=[1.0],
         rejected_scores=[0.0],
     )
-    assert second.prefix == [] and second.chosen == [r"Step 1: Over the denominator 6 this is \[ \frac{3}{6} + \frac{2}{6}. \]"]
+    assert second.prefix == [] and second.chosen == [
+        r"Step 1: Over the denominator 6 this is \[ \frac{3}{6} + \frac{2}{6}. \]"
+    ]
 
 
 def test_trl_preference():
     assert load("pairs", "trl_preference.jsonl") == [
-        PreferencePair("Ana has 8 eggs and buys 5. How many?", ["Answer: 13"], ["Answer: 12"], prefix=["Step 1: 8 + 5 = 13"])
+        PreferencePair(
+            "Ana has 8 eggs and buys 5. How many?",
+            ["Answer: 13"],
+            ["Answer: 12"],
+            prefix=["Step 1: 8 + 5 = 13"],
+        )
     ]
     assert load("pairs", "trl_conversational.jsonl") == [
         PreferencePair(
@@ -170,45 +232,85 @@ def test_omegaprm():
     values = load("step_values", "omegaprm.jsonl")
     assert [value.score for value in values] == [0.0, 0.125, 0.21875, 0.0, 0.21875, 0.34375]
     longer, shorter = values[0], values[1]
-    assert shorter.prefix == longer.prefix[: len(shorter.prefix)] and shorter.step == longer.prefix[len(shorter.prefix)]
-    assert values[1].step == values[4].step and values[1].prompt.startswith("Melinda") and values[1].prefix[0].startswith("To ")
+    assert (
+        shorter.prefix == longer.prefix[: len(shorter.prefix)]
+        and shorter.step == longer.prefix[len(shorter.prefix)]
+    )
+    assert (
+        values[1].step == values[4].step
+        and values[1].prompt.startswith("Melinda")
+        and values[1].prefix[0].startswith("To ")
+    )
 
 
 def test_three_columns():
     """The problem ends where the first line begins with `Step 1:`; what is written comes back."""
     values = load("step_values", "three_columns.csv")
-    mia = "Mia has 12 apples. She buys 14 more. Soon there are 2 times as many. How many has she now?"
+    mia = (
+        "Mia has 12 apples. She buys 14 more. Soon there are 2 times as many. How many has she now?"
+    )
     assert values[0] == StepValue(mia, "Step 1: 12 + 14 = 26", 0.875)
-    assert values[2] == StepValue(mia, "Answer: 28", 0, prefix=["Step 1: 12 + 14 = 26", "Step 2: 26 + 2 = 28"])
-    assert values[4] == StepValue("Which is the smallest?\n(a) 3\n(b) 2", "Answer: (b)", 0.5, prefix=['Step 1: "2 < 3"'])
-    assert three_columns(values[2])["question"] == f"{mia}\nStep 1: 12 + 14 = 26\nStep 2: 26 + 2 = 28"
+    assert values[2] == StepValue(
+        mia, "Answer: 28", 0, prefix=["Step 1: 12 + 14 = 26", "Step 2: 26 + 2 = 28"]
+    )
+    assert values[4] == StepValue(
+        "Which is the smallest?\n(a) 3\n(b) 2", "Answer: (b)", 0.5, prefix=['Step 1: "2 < 3"']
+    )
+    assert (
+        three_columns(values[2])["question"] == f"{mia}\nStep 1: 12 + 14 = 26\nStep 2: 26 + 2 = 28"
+    )
     for value in values:
-        (back,) = next(shape for shape in SHAPES if shape.name == "three columns").gives["step_values"](three_columns(value), {})
+        (back,) = next(shape for shape in SHAPES if shape.name == "three columns").gives[
+            "step_values"
+        ](three_columns(value), {})
         assert back == value
 
 
-@pytest.mark.parametrize(("prompt", "prefix"), [("x", ["So 2"]), ("x\nStep 1: add", []), ("Step 1: add", [])])
+@pytest.mark.parametrize(
+    ("prompt", "prefix"), [("x", ["So 2"]), ("x\nStep 1: add", []), ("Step 1: add", [])]
+)
 def test_three_columns_refuse_what_would_come_back_as_another_value(prompt, prefix):
-    with pytest.raises(RecordError, match=r"expected a first step that begins with 'Step 1:'|field 'prompt'"):
+    with pytest.raises(
+        RecordError, match=r"expected a first step that begins with 'Step 1:'|field 'prompt'"
+    ):
         three_columns(StepValue(prompt, "Answer: 1", 0.5, prefix=prefix))
 
 
 def test_own_records_and_two_lines_in_a_step(tmp_path):
     rows = {
         "problems": {"prompt": "x", "answer": "4", "steps": ["2 + 2\n= 4", "Answer: 4"]},
-        "pairs": {"prompt": "x", "chosen": ["a\nb"], "rejected": ["c"], "chosen_scores": [1], "rejected_scores": [0.5]},
+        "pairs": {
+            "prompt": "x",
+            "chosen": ["a\nb"],
+            "rejected": ["c"],
+            "chosen_scores": [1],
+            "rejected_scores": [0.5],
+        },
         "step_labels": {"prompt": "x", "steps": ["a\u2028b"], "labels": [None, 1][1:]},
-        "step_values": {"prompt": "x", "prefix": ["p\n\nq"], "step": "a\nb", "score": 0.5, "rollouts": 4},
+        "step_values": {
+            "prompt": "x",
+            "prefix": ["p\n\nq"],
+            "step": "a\nb",
+            "score": 0.5,
+            "rollouts": 4,
+        },
     }
     for kind, row in rows.items():
         write_records(tmp_path / f"{kind}.jsonl", [row])
         (record,) = LOAD[kind](str(tmp_path / f"{kind}.jsonl"))
-        assert all("\n" not in step and "\u2028" not in step for steps in steps_of(record) for step in steps)
+        assert all(
+            "\n" not in step and "\u2028" not in step
+            for steps in steps_of(record)
+            for step in steps
+        )
     assert record == StepValue("x", "a b", 0.5, prefix=["p q"], rollouts=4)
 
 
 def test_a_users_own_question_and_answer(tmp_path):
-    rows = [{"question": "2 + 2?", "answer": "4"}, {"question": "3?", "answer": "Step 1: 3 = 3\nAnswer: 3"}]
+    rows = [
+        {"question": "2 + 2?", "answer": "4"},
+        {"question": "3?", "answer": "Step 1: 3 = 3\nAnswer: 3"},
+    ]
     write_records(tmp_path / "train.jsonl", rows)
     assert list(load_problems(str(tmp_path / "train.jsonl"))) == [
         Problem("2 + 2?", "4"),
@@ -222,7 +324,10 @@ def test_a_users_own_question_and_answer(tmp_path):
         ("one\ntwo\n", ["one", "two"]),
         ("one\nmore of one\n\ntwo", ["one more of one", "two"]),
         ("So\n\\[\nx\n\n= 1\n\\]\nthen\n$$\ny\n$$", ["So \\[ x = 1 \\]", "then $$ y $$"]),
-        ("a\n\\begin{aligned}\nb\n\nc\n\\end{aligned}\nd", ["a \\begin{aligned} b c \\end{aligned}", "d"]),
+        (
+            "a\n\\begin{aligned}\nb\n\nc\n\\end{aligned}\nd",
+            ["a \\begin{aligned} b c \\end{aligned}", "d"],
+        ),
         ("Step 1: a\n\nmore\nStep 2: b\nAnswer: 5", ["Step 1: a more", "Step 2: b", "Answer: 5"]),
         ("a\nb\n\nc\nAnswer: 5", ["a b", "c", "Answer: 5"]),
         ("Let me see.\nStep 1: a\n#### 5", ["Let me see.", "Step 1: a", "#### 5"]),
@@ -239,7 +344,10 @@ def test_split_text(text, steps):
 def test_files_of_every_type(tmp_path):
     from datasets import Dataset
 
-    rows = [{"question": f"{k} + {k}?", "answer": f"{k} + {k} = {2 * k}\n#### {2 * k}"} for k in range(3)]
+    rows = [
+        {"question": f"{k} + {k}?", "answer": f"{k} + {k} = {2 * k}\n#### {2 * k}"}
+        for k in range(3)
+    ]
     for name in ("set/data/train-00000-of-00001.parquet", "set/test.csv"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     Dataset.from_list(rows[:2]).to_parquet(str(tmp_path / "set/data/train-00000-of-00001.parquet"))
@@ -249,10 +357,21 @@ def test_files_of_every_type(tmp_path):
     expected = list(load_problems(str(tmp_path / "rows.json")))
     assert [problem.answer for problem in expected] == ["0", "2", "4"]
     assert list(load_problems(str(tmp_path / "lines.json"))) == expected
-    assert list(load_problems(str(tmp_path / "set"))) == list(load_problems(str(tmp_path / "set"), split="train")) == expected[:2]
+    assert (
+        list(load_problems(str(tmp_path / "set")))
+        == list(load_problems(str(tmp_path / "set"), split="train"))
+        == expected[:2]
+    )
     assert list(load_problems(str(tmp_path / "set"), split="test")) == expected[2:]
-    wheres = [where for name in ("rows.json", "lines.json", "set/test.csv") for where, _ in load_rows(str(tmp_path / name))]
-    assert [where.removeprefix(str(tmp_path)) for where in wheres[1::3]] == ["/rows.json, row 2", "/lines.json:2"]
+    wheres = [
+        where
+        for name in ("rows.json", "lines.json", "set/test.csv")
+        for where, _ in load_rows(str(tmp_path / name))
+    ]
+    assert [where.removeprefix(str(tmp_path)) for where in wheres[1::3]] == [
+        "/rows.json, row 2",
+        "/lines.json:2",
+    ]
     assert wheres[-1].endswith("test.csv:3")  # the row's last line: its answer has two
     values = tmp_path / "values.csv"
     values.write_text('prompt,prefix,step,score\nx,"[""a""]",b,0.5\n')
@@ -260,7 +379,10 @@ def test_files_of_every_type(tmp_path):
 
 
 GSM = {"question": "2 + 2?", "answer": "#### 4"}
-PRM = {"question": {"problem": "x"}, "label": {"steps": [{"completions": [{"text": "a", "rating": 1}], "chosen_completion": 0}]}}
+PRM = {
+    "question": {"problem": "x"},
+    "label": {"steps": [{"completions": [{"text": "a", "rating": 1}], "chosen_completion": 0}]},
+}
 
 
 def prm(**step) -> dict:
@@ -268,20 +390,44 @@ def prm(**step) -> dict:
 
 
 BAD = {
-    "no final answer": (GSM, {**GSM, "answer": "a\nb"}, "rows.jsonl:2: field 'answer': no final answer"),
-    "missing field": (GSM, {"question": "x"}, "rows.jsonl:2: field 'answer' is missing in a file of GSM8K (question, answer)"),
-    "empty question": (GSM, {**GSM, "question": " "}, "rows.jsonl:2: field 'question': expected a text, got an empty one"),
+    "no final answer": (
+        GSM,
+        {**GSM, "answer": "a\nb"},
+        "rows.jsonl:2: field 'answer': no final answer",
+    ),
+    "missing field": (
+        GSM,
+        {"question": "x"},
+        "rows.jsonl:2: field 'answer' is missing in a file of GSM8K (question, answer)",
+    ),
+    "empty question": (
+        GSM,
+        {**GSM, "question": " "},
+        "rows.jsonl:2: field 'question': expected a text, got an empty one",
+    ),
     "no object": (GSM, [1], "rows.jsonl:2: expected a JSON object, got [1]"),
-    "unknown shape": ({"text": "x", "n": 1}, GSM, "rows.jsonl:1: fields text, n are of no known shape; known: Step-DPO (prompt, "),
+    "unknown shape": (
+        {"text": "x", "n": 1},
+        GSM,
+        "rows.jsonl:1: fields text, n are of no known shape; known: Step-DPO (prompt, ",
+    ),
     "ranked answers": ({"prompt": "x", "answer": "y", "rank": 1}, GSM, "of no known shape"),
     "rating": (
         PRM,
         prm(completions=[{"text": "a", "rating": 2}]),
         "rows.jsonl:2: field 'label.steps', step 1: expected a rating of",
     ),
-    "choice": (PRM, prm(chosen_completion=3), "step 1: chosen_completion 3 is none of its 1 completions"),
+    "choice": (
+        PRM,
+        prm(chosen_completion=3),
+        "step 1: chosen_completion 3 is none of its 1 completions",
+    ),
     "completion": (PRM, prm(completions=["a"]), "step 1: expected a completion with a text, got"),
-    "problem": (PRM, {**PRM, "question": {}}, "rows.jsonl:2: field 'question.problem': expected a text, got nothing"),
+    "problem": (
+        PRM,
+        {**PRM, "question": {}},
+        "rows.jsonl:2: field 'question.problem': expected a text, got nothing",
+    ),
     "first error": (
         {"problem": "x", "steps": ["a"], "label": 0},
         {"problem": "x", "steps": ["a"], "label": 1},
@@ -328,7 +474,11 @@ def test_a_bad_row_is_one_line_with_file_and_line(tmp_path, monkeypatch, name):
     with pytest.raises(RecordError) as error:
         kind = next(iter(find_shape("rows.jsonl").gives))
         list(LOAD[kind]("rows.jsonl"))
-    assert message in str(error.value) and str(error.value).startswith("rows.jsonl:") and "\n" not in str(error.value)
+    assert (
+        message in str(error.value)
+        and str(error.value).startswith("rows.jsonl:")
+        and "\n" not in str(error.value)
+    )
 
 
 @pytest.mark.parametrize(
@@ -344,7 +494,11 @@ def test_a_bad_row_is_one_line_with_file_and_line(tmp_path, monkeypatch, name):
         ("torn.parquet", b"PAR1", "torn.parquet: cannot be read as Parquet"),
         ("rows.xlsx", b"x", "rows.xlsx: expected one of .jsonl"),
         ("folder/notes.txt", b"x", "folder: no .jsonl, .json, .csv, .parquet file in this folder"),
-        ("nobody/nothing", None, "data set nobody/nothing: neither a file nor to be had from the hub"),
+        (
+            "nobody/nothing",
+            None,
+            "data set nobody/nothing: neither a file nor to be had from the hub",
+        ),
     ],
 )
 def test_a_bad_file_is_one_line(tmp_path, monkeypatch, name, content, message):

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import tensor
 
-from trainer.losses import AGGREGATES, CREDITS, full_step_dpo_loss, step_dpo_loss, step_weights, stepwise_loss, sum_per_step
+from trainer.losses import (
+    AGGREGATES,
+    CREDITS,
+    full_step_dpo_loss,
+    step_dpo_loss,
+    step_weights,
+    stepwise_loss,
+    sum_per_step,
+)
 
 A, B = tensor([[1.0, 0.5, 0.8]]), tensor([[0.9, 0.2, 0.4]])
 D_CHOSEN, D_REJECTED = tensor([[0.5, -0.3, 0.2]]), tensor([[-0.4, 0.6, 0.1]])
@@ -44,7 +52,9 @@ def test_three_steps_by_hand():
     assert got.anchor.item() == pytest.approx(0.075, abs=1e-6)
     assert got.loss.item() == pytest.approx(softplus(-(0.043 - 0.075 - 0.04028 - margin)), abs=1e-6)
     mean = loss(credit="first_error", beta=0.1, agg="mean", margin_gamma=0.4, anchor_lambda=5.0)
-    assert mean.loss.item() == pytest.approx(softplus(-((0.043 - 0.075 - 0.04028) / 3 - margin)), abs=1e-6)
+    assert mean.loss.item() == pytest.approx(
+        softplus(-((0.043 - 0.075 - 0.04028) / 3 - margin)), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("agg", AGGREGATES)
@@ -83,18 +93,26 @@ def test_padding_changes_nothing_and_lost_steps_leave_k(credit, agg):
     short = [values[:, :2] for values in (D_CHOSEN, D_REJECTED, A, B)]
     two = torch.ones(1, 2, dtype=torch.bool)
     want = stepwise_loss(*short, two, two, **options)
-    got = stepwise_loss(*(padded(values, 2) for values in (D_CHOSEN, D_REJECTED, A, B)), mask, mask, **options)
+    got = stepwise_loss(
+        *(padded(values, 2) for values in (D_CHOSEN, D_REJECTED, A, B)), mask, mask, **options
+    )
     for name in ("loss", "chosen_rewards", "rejected_rewards", "anchor"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), msg=name)
     nothing = torch.zeros_like(ALL)  # a response of which truncation left nothing
     gone = stepwise_loss(D_CHOSEN, D_REJECTED, A, B, nothing, ALL, **options)
-    assert torch.isfinite(gone.loss).all() and gone.chosen_rewards.item() == 0 and gone.anchor.item() == 0
+    assert (
+        torch.isfinite(gone.loss).all()
+        and gone.chosen_rewards.item() == 0
+        and gone.anchor.item() == 0
+    )
 
 
 def test_gradients_go_where_the_credit_is():
     chosen, rejected = D_CHOSEN.clone().requires_grad_(), D_REJECTED.clone().requires_grad_()
     hard = tensor([[1.0, 0.0, 0.0]])  # the second step is the first error
-    stepwise_loss(chosen, rejected, torch.ones(1, 3), hard, ALL, ALL, credit="first_error").loss.sum().backward()
+    stepwise_loss(
+        chosen, rejected, torch.ones(1, 3), hard, ALL, ALL, credit="first_error"
+    ).loss.sum().backward()
     assert (chosen.grad < 0).all()
     assert rejected.grad[0, 0] == 0 and rejected.grad[0, 1] > 0 and rejected.grad[0, 2] == 0
 
@@ -102,9 +120,18 @@ def test_gradients_go_where_the_credit_is():
 def test_anchor_pulls_back_good_steps_that_become_less_likely():
     chosen = tensor([[-1.0, -1.0, 1.0]], requires_grad=True)
     stepwise_loss(
-        chosen, D_REJECTED, tensor([[1.0, 0.0, 1.0]]), B, ALL, ALL, credit="score", anchor_lambda=5.0
+        chosen,
+        D_REJECTED,
+        tensor([[1.0, 0.0, 1.0]]),
+        B,
+        ALL,
+        ALL,
+        credit="score",
+        anchor_lambda=5.0,
     ).loss.sum().backward()
-    assert chosen.grad[0, 0] == pytest.approx(6 * chosen.grad[0, 2].item())  # u + lambda a against u
+    assert chosen.grad[0, 0] == pytest.approx(
+        6 * chosen.grad[0, 2].item()
+    )  # u + lambda a against u
     assert chosen.grad[0, 1] == 0  # a wrong step is not held
 
 
@@ -115,7 +142,9 @@ def test_step_dpo_by_hand():
     anchored = step_dpo_loss(D_CHOSEN, D_REJECTED, A, B, ALL, ALL, beta=0.1, anchor_lambda=5.0)
     assert anchored.anchor.item() == pytest.approx(0.075, abs=1e-6)
     assert anchored.loss.item() == pytest.approx(softplus(-0.09 + 0.075), abs=1e-6)
-    assert anchored.chosen_weights.tolist() == anchored.rejected_weights.tolist() == [[1.0, 0.0, 0.0]]
+    assert (
+        anchored.chosen_weights.tolist() == anchored.rejected_weights.tolist() == [[1.0, 0.0, 0.0]]
+    )
 
 
 def sigmoid(x: float) -> float:
@@ -126,19 +155,39 @@ def sigmoid(x: float) -> float:
 def test_full_step_dpo_against_float64(anchor_lambda):
     beta, tau, wide = 0.3, 0.5, {"dtype": torch.float64}
     d, e, a, b = ([float(x) for x in values[0]] for values in (D_CHOSEN, D_REJECTED, A, B))
-    u = [sigmoid(-x) * math.exp(tau * s) / sum(math.exp(tau * t) for t in a) for x, s in zip(d, a, strict=True)]
-    v = [sigmoid(x) * math.exp(-tau * s) / sum(math.exp(-tau * t) for t in b) for x, s in zip(e, b, strict=True)]
+    u = [
+        sigmoid(-x) * math.exp(tau * s) / sum(math.exp(tau * t) for t in a)
+        for x, s in zip(d, a, strict=True)
+    ]
+    v = [
+        sigmoid(x) * math.exp(-tau * s) / sum(math.exp(-tau * t) for t in b)
+        for x, s in zip(e, b, strict=True)
+    ]
     pull = anchor_lambda * 0.5 * 0.3
     gate = sigmoid(-beta * (sum(d) - sum(e) - pull))
-    want = -gate * (sum(w * x for w, x in zip(u, d, strict=True)) - sum(w * x for w, x in zip(v, e, strict=True)) - pull)
+    want = -gate * (
+        sum(w * x for w, x in zip(u, d, strict=True))
+        - sum(w * x for w, x in zip(v, e, strict=True))
+        - pull
+    )
     chosen, rejected = D_CHOSEN.to(**wide).requires_grad_(), D_REJECTED.to(**wide).requires_grad_()
     got = full_step_dpo_loss(
-        chosen, rejected, A.to(**wide), B.to(**wide), ALL, ALL, beta=beta, anchor_lambda=anchor_lambda, tau=tau
+        chosen,
+        rejected,
+        A.to(**wide),
+        B.to(**wide),
+        ALL,
+        ALL,
+        beta=beta,
+        anchor_lambda=anchor_lambda,
+        tau=tau,
     )
     assert got.loss.item() == pytest.approx(want, abs=1e-7)
     got.loss.sum().backward()  # neither the gate nor the weights pass a gradient
     held = [0.0, anchor_lambda * 0.5, 0.0]
-    assert chosen.grad[0].tolist() == pytest.approx([-gate * (w + h) for w, h in zip(u, held, strict=True)], abs=1e-7)
+    assert chosen.grad[0].tolist() == pytest.approx(
+        [-gate * (w + h) for w, h in zip(u, held, strict=True)], abs=1e-7
+    )
     assert rejected.grad[0].tolist() == pytest.approx([gate * w for w in v], abs=1e-7)
 
 

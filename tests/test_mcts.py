@@ -5,7 +5,17 @@ import json
 import pytest
 
 from reasoning.records import RecordError, StepValue, read_records, write_records
-from search.mcts import SEARCHES, Budget, Node, Rollout, Tree, omegaprm, per_step, run_searches, selection_score
+from search.mcts import (
+    SEARCHES,
+    Budget,
+    Node,
+    Rollout,
+    Tree,
+    omegaprm,
+    per_step,
+    run_searches,
+    selection_score,
+)
 from search.policy import State
 
 PROMPT_TOKENS, STEP_TOKENS = 5, 10
@@ -29,10 +39,17 @@ def drive(search, world, k: int) -> tuple[Tree, list[tuple[str, ...]]]:
             at, n = request
             asked.append(at.steps)
             further = world(at.steps)
-            assert n == k == len(further) and at.status == "open" and len(at.ids) == PROMPT_TOKENS + STEP_TOKENS * len(at.steps)
+            assert (
+                n == k == len(further)
+                and at.status == "open"
+                and len(at.ids) == PROMPT_TOKENS + STEP_TOKENS * len(at.steps)
+            )
             outcomes = ["cut" if more[-1] == "..." else "finished" for more in further]
             request = search.send(
-                [state((*at.steps, *more), status, STEP_TOKENS * len(more)) for more, status in zip(further, outcomes, strict=True)]
+                [
+                    state((*at.steps, *more), status, STEP_TOKENS * len(more))
+                    for more, status in zip(further, outcomes, strict=True)
+                ]
             )
     except StopIteration as end:
         return end.value, asked
@@ -51,7 +68,9 @@ def with_an_error(error: int):
     """World: before the error, one of two rollouts ends right; from it on, none."""
 
     def world(steps):
-        assert steps == WRONG[: len(steps)], "the search asked for a state that is on no wrong rollout"
+        assert steps == WRONG[: len(steps)], (
+            "the search asked for a state that is on no wrong rollout"
+        )
         rest = WRONG[len(steps) :]
         return [("detour", "Answer: 1"), rest] if len(steps) < error else [rest, rest]
 
@@ -60,20 +79,40 @@ def with_an_error(error: int):
 
 @pytest.mark.parametrize(
     ("error", "asked"),
-    [(5, [4, 6, 5]), (1, [4, 2, 1]), (2, [4, 2, 1]), (4, [4, 2, 3]), (6, [4, 6, 5]), (7, [4, 6, 7]), (8, [4, 6, 7])],
+    [
+        (5, [4, 6, 5]),
+        (1, [4, 2, 1]),
+        (2, [4, 2, 1]),
+        (4, [4, 2, 3]),
+        (6, [4, 6, 5]),
+        (7, [4, 6, 7]),
+        (8, [4, 6, 7]),
+    ],
 )
 def test_binary_search_finds_the_first_error_in_log2_evaluations(error, asked):
     """8 steps, 3 evaluations. The other wrong rollouts share the beginning, so nothing more has to be asked for them."""
-    tree, states = drive(omegaprm(state(()), is_right, Budget(100, rollouts_per_state=2)), with_an_error(error), k=2)
-    assert [len(steps) for steps in states] == [0, *asked] and tree.ended == "nothing left" and len(tree.rollouts) == 8
+    tree, states = drive(
+        omegaprm(state(()), is_right, Budget(100, rollouts_per_state=2)), with_an_error(error), k=2
+    )
+    assert (
+        [len(steps) for steps in states] == [0, *asked]
+        and tree.ended == "nothing left"
+        and len(tree.rollouts) == 8
+    )
     values = {len(steps): node.value for steps, node in tree.nodes.items()}
     assert all(value == (0.5 if k < error else 0) for k, value in values.items())
-    assert (error == 8 or values[error] == 0) and (error == 1 or values[error - 1] == 0.5)  # found from both sides
+    assert (error == 8 or values[error] == 0) and (
+        error == 1 or values[error - 1] == 0.5
+    )  # found from both sides
 
 
 def test_budget_in_rollouts_is_never_exceeded():
     for limit, evaluations in [(2, 1), (3, 1), (4, 2), (7, 3), (8, 4)]:
-        tree, states = drive(omegaprm(state(()), is_right, Budget(limit, rollouts_per_state=2)), with_an_error(5), k=2)
+        tree, states = drive(
+            omegaprm(state(()), is_right, Budget(limit, rollouts_per_state=2)),
+            with_an_error(5),
+            k=2,
+        )
         assert len(states) == evaluations and len(tree.rollouts) == 2 * evaluations
         assert tree.ended == ("budget" if limit < 8 else "nothing left")
 
@@ -81,7 +120,9 @@ def test_budget_in_rollouts_is_never_exceeded():
 def test_budget_in_tokens_ends_with_the_evaluation_that_reaches_it():
     """From the root: 2 + 8 steps of 10 tokens; from the fourth: 2 + 4 steps; from the sixth: 2 + 2."""
     for limit, tokens in [(100, 100), (101, 160), (160, 160), (161, 200)]:
-        tree, _ = drive(omegaprm(state(()), is_right, Budget(limit, "tokens", 2)), with_an_error(5), k=2)
+        tree, _ = drive(
+            omegaprm(state(()), is_right, Budget(limit, "tokens", 2)), with_an_error(5), k=2
+        )
         assert tree.tokens == tokens and tree.ended == "budget"
 
 
@@ -107,7 +148,9 @@ def test_nothing_to_search(search):
 def test_a_rollout_that_was_cut_is_not_right_whatever_it_says():
     search = omegaprm(state(()), lambda steps: True, Budget(rollouts_per_state=2))
     tree, _ = drive(search, lambda steps: [("a", "Answer: 1"), ("a", "...")], k=2)
-    assert [rollout.outcome for rollout in tree.rollouts] == ["right", "cut"] and tree.nodes[()].value == 0.5
+    assert [rollout.outcome for rollout in tree.rollouts] == ["right", "cut"] and tree.nodes[
+        ()
+    ].value == 0.5
 
 
 # --- selection -------------------------------------------------------------------------------------------------------------------
@@ -118,9 +161,13 @@ def test_selection_score_by_hand():
     right, wrong = Rollout(("a",), "right", 10), Rollout(("a",), "wrong", 250)
     node = Node((), [right, right, right, wrong], visits=1)
     assert node.value == 0.75
-    assert selection_score(node, wrong, all_visits=4) == pytest.approx(0.9227443845417482, abs=1e-12)
+    assert selection_score(node, wrong, all_visits=4) == pytest.approx(
+        0.9227443845417482, abs=1e-12
+    )
     assert selection_score(node, wrong, 4, alpha=1, beta=1, exploration=0) == 1
-    assert selection_score(node, wrong, 0, alpha=0.2, beta=0.5, length=125, exploration=9) == pytest.approx(0.2**0.25 * 0.25)
+    assert selection_score(
+        node, wrong, 0, alpha=0.2, beta=0.5, length=125, exploration=9
+    ) == pytest.approx(0.2**0.25 * 0.25)
 
 
 def test_selection_is_from_the_pool_of_the_whole_tree():
@@ -139,12 +186,17 @@ def test_selection_is_from_the_pool_of_the_whole_tree():
     )
     first = [(), ("a1", "a2"), ("a1", "a2", "a3"), ("a1", "a2", "x3")]
     assert asked == [*first, ("b1", "b2"), ("b1",), ("c1", "c2", "c3"), ("c1",)]
-    assert {steps: node.visits for steps, node in tree.nodes.items() if node.visits} == {(): 3, ("a1", "a2"): 1}
+    assert {steps: node.visits for steps, node in tree.nodes.items() if node.visits} == {
+        (): 3,
+        ("a1", "a2"): 1,
+    }
 
 
 def test_per_step_values_every_step_of_every_solution_once():
     """Right and wrong solutions alike, in the order in which they were sampled; the last step of each closes it."""
-    goes_on = {(): [steps_of("a b Answer:1"), steps_of("a c Answer:0"), ("a", "..."), ("d", "Answer: 1")]}
+    goes_on = {
+        (): [steps_of("a b Answer:1"), steps_of("a c Answer:0"), ("a", "..."), ("d", "Answer: 1")]
+    }
     tree, asked = drive(
         per_step(state(()), is_right, Budget(100, rollouts_per_state=4)),
         lambda steps: goes_on.get(steps, [("Answer: 1",)] * 2 + [("Answer: 2",)] * 2),
@@ -166,8 +218,14 @@ def test_per_step_values_every_step_of_every_solution_once():
 @pytest.fixture
 def tree() -> Tree:
     """The root and the state `a`, two rollouts from each; one was cut in the middle of its step `half`."""
-    root = Node((), [Rollout(("a", "b", "Answer: 0"), "wrong", 30), Rollout(("c", "Answer: 1"), "right", 20)], 2)
-    a = Node(("a",), [Rollout(("b", "Answer: 1"), "right", 20), Rollout(("b", "half"), "cut", 15)], 1)
+    root = Node(
+        (),
+        [Rollout(("a", "b", "Answer: 0"), "wrong", 30), Rollout(("c", "Answer: 1"), "right", 20)],
+        2,
+    )
+    a = Node(
+        ("a",), [Rollout(("b", "Answer: 1"), "right", 20), Rollout(("b", "half"), "cut", 15)], 1
+    )
     return Tree("How many?", "omegaprm", "nothing left", {node.steps: node for node in (root, a)})
 
 
@@ -187,17 +245,31 @@ def test_labels(tree):
     rows, left_out = tree.values("mc")
     assert rows[0] == StepValue("How many?", "a", 1 / 3, prefix=[], rollouts=3, visits=1)
     assert rows[1] == StepValue("How many?", "b", 1 / 3, prefix=["a"], rollouts=3, visits=0)
-    assert [(row.step, row.score) for row in rows[2:]] == [("Answer: 0", 0), ("c", 1), ("Answer: 1", 1), ("Answer: 1", 1)]
+    assert [(row.step, row.score) for row in rows[2:]] == [
+        ("Answer: 0", 0),
+        ("c", 1),
+        ("Answer: 1", 1),
+        ("Answer: 1", 1),
+    ]
     assert left_out == 0
     rows, left_out = tree.values("relative")
-    assert [row.score for row in rows] == pytest.approx([2 / 3, 1, 0, 1, 1, 1])  # (1/3) / (1/2), then its like, then at most 1
+    assert [row.score for row in rows] == pytest.approx(
+        [2 / 3, 1, 0, 1, 1, 1]
+    )  # (1/3) / (1/2), then its like, then at most 1
     assert left_out == 0
 
 
 def test_relative_labels_leave_out_what_follows_a_state_of_value_0():
-    root = Node((), [Rollout(("a", "b", "Answer: 0"), "wrong", 30), Rollout(("c", "Answer: 1"), "right", 20)])
+    root = Node(
+        (),
+        [Rollout(("a", "b", "Answer: 0"), "wrong", 30), Rollout(("c", "Answer: 1"), "right", 20)],
+    )
     rows, left_out = Tree("How many?", "per_step", "budget", {(): root}).values("relative")
-    assert [(row.step, row.score) for row in rows] == [("a", 0), ("c", 1), ("Answer: 1", 1)] and left_out == 2
+    assert [(row.step, row.score) for row in rows] == [
+        ("a", 0),
+        ("c", 1),
+        ("Answer: 1", 1),
+    ] and left_out == 2
 
 
 def test_a_tree_comes_back_from_its_file(tree, tmp_path):
@@ -212,7 +284,10 @@ def test_a_tree_comes_back_from_its_file(tree, tmp_path):
         (lambda row: row.pop("nodes"), "no search tree"),
         (lambda row: row["nodes"][0].pop("rollouts"), "no search tree"),
         (lambda row: row["nodes"].pop(0), "hangs in the air"),
-        (lambda row: row["nodes"][1].update(rollouts=[]), None),  # the root's rollouts still come by: sound
+        (
+            lambda row: row["nodes"][1].update(rollouts=[]),
+            None,
+        ),  # the root's rollouts still come by: sound
         (lambda row: row["nodes"][0].update(rollouts=[]), "hangs in the air"),
     ],
 )
@@ -261,7 +336,9 @@ def test_many_searches_ask_together_and_find_what_each_finds_alone():
     for in_flight in (1, 3, 64):
         policy, counted = WrittenPolicy(), []
         options = {"temperature": 0.7, "max_new_tokens": 99, "seed": 3}
-        found[in_flight] = dict(run_searches(searches(), policy, in_flight, **options, sampled=counted.append))
+        found[in_flight] = dict(
+            run_searches(searches(), policy, in_flight, **options, sampled=counted.append)
+        )
         asked[in_flight] = [count for count, _ in policy.asked]
         assert counted == [2 * count for count in asked[in_flight]]
     assert found[1] == found[3] == found[64] and len(found[1]) == 16

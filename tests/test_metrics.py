@@ -38,7 +38,9 @@ def test_mean_interval_is_the_one_of_theory():
     metric = mean_metric(values)
     half = 1.96 * values.std(ddof=1) / math.sqrt(400)
     assert metric.value == pytest.approx(values.mean()) and metric.n == 400
-    assert metric.ci95 == pytest.approx([values.mean() - half, values.mean() + half], abs=0.1 * half)
+    assert metric.ci95 == pytest.approx(
+        [values.mean() - half, values.mean() + half], abs=0.1 * half
+    )
 
 
 def test_the_seed_decides_the_resamples():
@@ -73,14 +75,20 @@ def test_differences_are_paired():
 
 def test_auroc_is_the_share_of_pairs_in_the_right_order():
     labels, scores = [1, 0, 1, 1, 0, 0, 1, 0], [0.9, 0.8, 0.8, 0.6, 0.3, 0.6, 0.2, 0.1]
-    pairs = [(a, b) for (p, a), (q, b) in itertools.product(zip(labels, scores, strict=True), repeat=2) if p > q]
+    pairs = [
+        (a, b)
+        for (p, a), (q, b) in itertools.product(zip(labels, scores, strict=True), repeat=2)
+        if p > q
+    ]
     by_hand = sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
     metric = auroc_metric(labels, scores, [0, 0, 1, 1, 2, 2, 3, 3])
     assert metric.value == pytest.approx(by_hand) and metric.n == 8
     assert metric.ci95[0] <= by_hand <= metric.ci95[1]
     rng = np.random.default_rng(8)
     labels, scores = rng.integers(0, 2, 300), rng.integers(0, 20, 300) / 20  # many ties
-    assert auroc_metric(labels, scores, np.arange(300)).value == pytest.approx(roc_auc_score(labels, scores))
+    assert auroc_metric(labels, scores, np.arange(300)).value == pytest.approx(
+        roc_auc_score(labels, scores)
+    )
     assert auroc_metric([1, 1], [0.1, 0.9], [0, 1]) is None
     assert auroc_metric([1, 0], [0.9, 0.1], [0, 0]) == Metric(1.0, None, 2)
 
@@ -98,7 +106,11 @@ def test_repeating_the_steps_of_a_cluster_adds_no_certainty():
 
 def test_calibration_on_bins_worked_out_by_hand():
     """Bin .2-.3: scores .2 and .28, one of two right. Bin .9-1: scores .9, 1, 1, 1, three of four right."""
-    labels, scores, clusters = [0, 1, 1, 1, 0, 1], [0.2, 0.28, 0.9, 1.0, 1.0, 1.0], [0, 1, 2, 3, 4, 5]
+    labels, scores, clusters = (
+        [0, 1, 1, 1, 0, 1],
+        [0.2, 0.28, 0.9, 1.0, 1.0, 1.0],
+        [0, 1, 2, 3, 4, 5],
+    )
     metric = calibration_metric(labels, scores, clusters)
     assert metric.value == pytest.approx((2 * 0.26 + 4 * 0.225) / 6) and metric.n == 6
     assert 0 <= metric.ci95[0] <= metric.value <= metric.ci95[1]
@@ -116,14 +128,22 @@ def test_brier_and_calibration_against_other_code():
     rng = np.random.default_rng(4)
     scores = rng.random(500)
     labels = (rng.random(500) < scores**2).astype(float)  # too sure of itself
-    assert brier_metric(labels, scores, np.arange(500)).value == pytest.approx(brier_score_loss(labels, scores))
+    assert brier_metric(labels, scores, np.arange(500)).value == pytest.approx(
+        brier_score_loss(labels, scores)
+    )
     expected = 0
     for k in range(10):
         inside = [(s, y) for s, y in zip(scores, labels, strict=True) if k / 10 <= s < (k + 1) / 10]
-        expected += len(inside) / 500 * abs(np.mean([s for s, _ in inside]) - np.mean([y for _, y in inside]))
+        expected += (
+            len(inside)
+            / 500
+            * abs(np.mean([s for s, _ in inside]) - np.mean([y for _, y in inside]))
+        )
     metric = calibration_metric(labels, scores, np.arange(500))
     assert metric.value == pytest.approx(expected)
-    assert metric.ci95[0] < 1 / 6 < metric.ci95[1]  # the integral of s - s^2: what it is without noise
+    assert (
+        metric.ci95[0] < 1 / 6 < metric.ci95[1]
+    )  # the integral of s - s^2: what it is without noise
 
 
 def test_a_mean_over_clusters_knows_how_many_there_are():
@@ -131,7 +151,9 @@ def test_a_mean_over_clusters_knows_how_many_there_are():
     metric = clustered_mean_metric(values.repeat(4), np.arange(300).repeat(4))
     half = 1.96 * values.std() / math.sqrt(300)
     assert metric.value == pytest.approx(values.mean()) and metric.n == 1200
-    assert metric.ci95 == pytest.approx([values.mean() - half, values.mean() + half], abs=0.15 * half)
+    assert metric.ci95 == pytest.approx(
+        [values.mean() - half, values.mean() + half], abs=0.15 * half
+    )
     assert clustered_mean_metric([0.2, 0.4], [7, 7]) == Metric(pytest.approx(0.3), None, 2)
 
 
@@ -168,25 +190,39 @@ def test_another_threshold_decides_otherwise():
         assert metrics["processbench_correct_accuracy"].value == correct
     assert best_threshold(labels, scores) == (0.55, pytest.approx(4 / 7))
     flat = ([1, 0, 1, 1], [0.6, 0.4, 0.3, 0.9], [0, 1, 2, 3])
-    assert [accuracy_metric(*flat, threshold=t).value for t in (0.5, 0.35, 0.3)] == [0.75, 0.5, 0.75]
+    assert [accuracy_metric(*flat, threshold=t).value for t in (0.5, 0.35, 0.3)] == [
+        0.75,
+        0.5,
+        0.75,
+    ]
     assert kappa_metric(*flat, threshold=0.95).value == 0
 
 
 def test_processbench_without_one_of_its_parts():
     no_error = processbench_metrics([[1, 1], [1]], [[0.9, 0.9], [0.1]], [0, 1])
-    assert {name: metric.value for name, metric in no_error.items()} == {"processbench_correct_accuracy": 0.5}
+    assert {name: metric.value for name, metric in no_error.items()} == {
+        "processbench_correct_accuracy": 0.5
+    }
     assert list(processbench_metrics([[0]], [[0.1]], [0])) == ["processbench_error_accuracy"]
-    assert processbench_metrics([[1, None]], [[0.1, 0.2]], [0]) == processbench_metrics([], [], []) == {}
+    assert (
+        processbench_metrics([[1, None]], [[0.1, 0.2]], [0])
+        == processbench_metrics([], [], [])
+        == {}
+    )
     nothing_found = processbench_metrics([[0], [1]], [[0.9], [0.1]], [0, 1])
     assert nothing_found["processbench_f1"].value == 0
-    assert processbench_metrics([[0], [1]], [[0.1], [0.9]], [3, 3])["processbench_f1"] == Metric(1.0, None, 2)
+    assert processbench_metrics([[0], [1]], [[0.1], [0.9]], [3, 3])["processbench_f1"] == Metric(
+        1.0, None, 2
+    )
 
 
 def test_best_of_n_shares_ties():
     correct = [[1, 0, 0], [0, 1], [0, 0], [1]]
     assert best_of_n([[0.9, 0.1, 0.2], [0.9, 0.1], [0.3, 0.3], [0.0]], correct) == [1, 0, 0, 1]
     assert best_of_n([[0.9, 0.9, 0.2], [0.1, 0.1], [0.3, 0.3], [0.0]], correct) == [0.5, 0.5, 0, 1]
-    assert best_of_n([[0] * len(row) for row in correct], correct) == pytest.approx([1 / 3, 0.5, 0, 1])  # chance
+    assert best_of_n([[0] * len(row) for row in correct], correct) == pytest.approx(
+        [1 / 3, 0.5, 0, 1]
+    )  # chance
     assert best_of_n(correct, correct) == [1, 1, 0, 1]  # the oracle
     assert best_of_n([[-math.inf, -2.0]], [[0, 1]]) == [1]
 
@@ -213,7 +249,9 @@ def test_a_result_file_holds_all_or_nothing(tmp_path):
     assert result["versions"]["torch"].startswith("2.") and result["seeds"] == [0]
     with pytest.raises(ValueError):
         write_result(path, {"accuracy": Metric(math.nan, None, 9)}, {}, [0])
-    assert path.read_text() == written and [file.name for file in path.parent.iterdir()] == ["some.json"]
+    assert path.read_text() == written and [file.name for file in path.parent.iterdir()] == [
+        "some.json"
+    ]
 
 
 def test_table_and_plot_show_what_there_is(tmp_path, capsys):
@@ -224,8 +262,12 @@ def test_table_and_plot_show_what_there_is(tmp_path, capsys):
     print_comparison("base against tuned [n = 9]", metrics)
     shown = capsys.readouterr().out
     assert "base against tuned [n = 9]" in shown
-    assert "| reward | 0.500 [0.410, 0.590] | 0.700 | 0.200 [-0.100, 0.500] | 9 |" in " ".join(shown.split())
-    comparison_plot(tmp_path / "plots" / "some.png", metrics, {"reward": "mean step reward"}, "title")
+    assert "| reward | 0.500 [0.410, 0.590] | 0.700 | 0.200 [-0.100, 0.500] | 9 |" in " ".join(
+        shown.split()
+    )
+    comparison_plot(
+        tmp_path / "plots" / "some.png", metrics, {"reward": "mean step reward"}, "title"
+    )
     assert [file.name for file in (tmp_path / "plots").iterdir()] == ["some.png"]
     assert (tmp_path / "plots" / "some.png").read_bytes().startswith(b"\x89PNG")
 
@@ -241,17 +283,37 @@ def test_how_many_rollouts_a_judge_is_worth_by_hand():
     """One rollout has an AUROC of 0.75, two have 0.875: shares 1 and .5 against .5 and 0."""
     labels, right = [1, 1, 0, 0], np.array([[1, 1], [0, 1], [0, 1], [0, 0]])
     clusters = range(4)
-    assert equal_rollouts(labels, [4, 1, 2, 0], right, clusters).value == pytest.approx(1)  # 3 of 4 pairs
-    assert equal_rollouts(labels, [4, 1, 1, 0], right, clusters).value == pytest.approx(2)  # 3.5 of 4
-    assert equal_rollouts(labels, [4, 3, 2, 1], right, clusters).value == 2  # all of 4: more than there are
+    assert equal_rollouts(labels, [4, 1, 2, 0], right, clusters).value == pytest.approx(
+        1
+    )  # 3 of 4 pairs
+    assert equal_rollouts(labels, [4, 1, 1, 0], right, clusters).value == pytest.approx(
+        2
+    )  # 3.5 of 4
+    assert (
+        equal_rollouts(labels, [4, 3, 2, 1], right, clusters).value == 2
+    )  # all of 4: more than there are
     assert equal_rollouts(labels, [1, 1, 1, 1], right, clusters).value == 0  # a coin is worth none
 
 
 def test_bins_of_equal_mass():
     scores = [k / 100 for k in range(100)]
     rows = reliability([1.0] * 50 + [0.0] * 50, scores, range(100), equal_mass=True)
-    assert [row["right"].n for row in rows] == [10] * 10 and rows[1]["low"] == pytest.approx(0.1) and rows[1]["high"] == 0.19
+    assert (
+        [row["right"].n for row in rows] == [10] * 10
+        and rows[1]["low"] == pytest.approx(0.1)
+        and rows[1]["high"] == 0.19
+    )
     halves = [1.0] * 50 + [0.0] * 50
-    by_hand = sum(abs(sum(scores[k : k + 10]) / 10 - sum(halves[k : k + 10]) / 10) for k in range(0, 100, 10)) / 10
-    assert calibration_metric(halves, scores, range(100), equal_mass=True).value == pytest.approx(by_hand)
-    assert len(reliability([1, 0], [0.5, 0.5], [0, 1], equal_mass=True)) == 1  # equal scores share a bin
+    by_hand = (
+        sum(
+            abs(sum(scores[k : k + 10]) / 10 - sum(halves[k : k + 10]) / 10)
+            for k in range(0, 100, 10)
+        )
+        / 10
+    )
+    assert calibration_metric(halves, scores, range(100), equal_mass=True).value == pytest.approx(
+        by_hand
+    )
+    assert (
+        len(reliability([1, 0], [0.5, 0.5], [0, 1], equal_mass=True)) == 1
+    )  # equal scores share a bin

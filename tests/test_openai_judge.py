@@ -25,16 +25,35 @@ FOUR = [(f"Problem {k}", ["Answer: 1"]) for k in range(4)]
 
 def chat(text: str | None, *places: dict[str, float]) -> dict:
     """An answer as /v1/chat/completions gives it; places: for every token of it the probabilities that are listed."""
-    listed = [[{"token": token, "logprob": math.log(p), "bytes": None} for token, p in place.items()] for place in places]
+    listed = [
+        [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in place.items()]
+        for place in places
+    ]
     content = [{**top[0], "top_logprobs": top} for top in listed]
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    return {"id": "1", "object": "chat.completion", "choices": [{**choice, "logprobs": {"content": content} if places else None}]}
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": text},
+        "finish_reason": "stop",
+    }
+    return {
+        "id": "1",
+        "object": "chat.completion",
+        "choices": [{**choice, "logprobs": {"content": content} if places else None}],
+    }
 
 
 def completion(text: str, *places: dict[str, float]) -> dict:
     """An answer as /v1/completions gives it."""
-    logprobs = {"tokens": [], "top_logprobs": [{token: math.log(p) for token, p in place.items()} for place in places]}
-    choice = {"index": 0, "text": text, "finish_reason": "length", "logprobs": logprobs if places else None}
+    logprobs = {
+        "tokens": [],
+        "top_logprobs": [{token: math.log(p) for token, p in place.items()} for place in places],
+    }
+    choice = {
+        "index": 0,
+        "text": text,
+        "finish_reason": "length",
+        "logprobs": logprobs if places else None,
+    }
     return {"id": "1", "object": "text_completion", "choices": [choice]}
 
 
@@ -47,14 +66,21 @@ class Server:
 
     def __init__(self):
         self.requests: list[dict] = []
-        self.answer, self.now, self.most, self.lock = (lambda number, body: SURE), 0, 0, threading.Lock()
+        self.answer, self.now, self.most, self.lock = (
+            (lambda number, body: SURE),
+            0,
+            0,
+            threading.Lock(),
+        )
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with server.lock:
-                    server.requests.append({"path": self.path, "key": self.headers["Authorization"], **body})
+                    server.requests.append(
+                        {"path": self.path, "key": self.headers["Authorization"], **body}
+                    )
                     number = len(server.requests) - 1
                     server.now += 1
                     server.most = max(server.most, server.now)
@@ -67,9 +93,15 @@ class Server:
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
                 json_type = {"Content-Type": "application/json"}
-                status, headers, content = (200, json_type, json.dumps(reply).encode()) if isinstance(reply, dict) else reply
+                status, headers, content = (
+                    (200, json_type, json.dumps(reply).encode())
+                    if isinstance(reply, dict)
+                    else reply
+                )
                 self.send_response(status)
-                for name, value in (json_type | headers | {"Content-Length": str(len(content))}).items():
+                for name, value in (
+                    json_type | headers | {"Content-Length": str(len(content))}
+                ).items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)
@@ -77,7 +109,9 @@ class Server:
             def log_message(self, *args):
                 pass
 
-        self.http = type("Http", (ThreadingHTTPServer,), {"request_queue_size": 64})(("127.0.0.1", 0), Handler)
+        self.http = type("Http", (ThreadingHTTPServer,), {"request_queue_size": 64})(
+            ("127.0.0.1", 0), Handler
+        )
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, args=[0.01], daemon=True).start()
 
@@ -92,7 +126,11 @@ def server(monkeypatch):
 
 
 def error(status: int, message: str, **headers: str) -> tuple[int, dict, bytes]:
-    return status, headers, json.dumps({"error": {"message": message, "type": "error", "code": None}}).encode()
+    return (
+        status,
+        headers,
+        json.dumps({"error": {"message": message, "type": "error", "code": None}}).encode(),
+    )
 
 
 def judge(server: Server, **arguments) -> OpenAIJudge:
@@ -107,29 +145,48 @@ def test_probabilities_over_all_spellings(server):
     server.answer = lambda number, body: chat("Yes", places)
     assert judge(server).score_steps([(PROMPT, STEPS[:1])]) == [[0.75]]
     (request,) = server.requests
-    assert request["path"] == "/v1/chat/completions" and request["model"] == "some-model" and request["key"] == "Bearer none"
+    assert (
+        request["path"] == "/v1/chat/completions"
+        and request["model"] == "some-model"
+        and request["key"] == "Bearer none"
+    )
     content = f"Problem: {PROMPT}\nSolution:\n{STEPS[0]}\n{CHAT.question}"
     assert request["messages"] == [{"role": "user", "content": content}]
-    assert (request["temperature"], request["logprobs"], request["top_logprobs"]) == (0, True, 20) and request["max_tokens"] < 10
+    assert (request["temperature"], request["logprobs"], request["top_logprobs"]) == (
+        0,
+        True,
+        20,
+    ) and request["max_tokens"] < 10
 
 
 def test_a_base_model_completes_the_plain_text(server):
     server.answer = lambda number, body: completion(" Yes", {" Yes": 0.6, " No": 0.2})
     assert judge(server, template="plain").score_steps([(PROMPT, STEPS)]) == [[0.75, 0.75, 0.75]]
-    texts = {PLAIN.before.format(prompt=PROMPT) + "".join(f"{step}\n" for step in STEPS[: k + 1]) + "Right?" for k in range(3)}
+    texts = {
+        PLAIN.before.format(prompt=PROMPT)
+        + "".join(f"{step}\n" for step in STEPS[: k + 1])
+        + "Right?"
+        for k in range(3)
+    }
     assert {request["prompt"] for request in server.requests} == texts
     assert {request["path"] for request in server.requests} == {"/v1/completions"}
 
 
 def test_the_answer_may_begin_with_something_else(server):
-    server.answer = lambda number, body: chat('"No"', {'"': 0.9, "`": 0.1}, {"No": 0.8, "Yes": 0.2}, {'"': 1.0})
+    server.answer = lambda number, body: chat(
+        '"No"', {'"': 0.9, "`": 0.1}, {"No": 0.8, "Yes": 0.2}, {'"': 1.0}
+    )
     assert judge(server).score_steps([(PROMPT, STEPS[:1])]) == [[0.2]]
 
 
 def test_skipped_steps_are_not_asked_about_and_equal_beginnings_once(server):
-    server.answer = lambda number, body: chat("Yes", {"Yes": 0.6, "No": 0.4 if "48" in body["messages"][0]["content"] else 0.2})
+    server.answer = lambda number, body: chat(
+        "Yes", {"Yes": 0.6, "No": 0.4 if "48" in body["messages"][0]["content"] else 0.2}
+    )
     other = [*STEPS[:2], "Answer: 47"]
-    scores = judge(server).score_steps([(PROMPT, STEPS), (PROMPT, other), (PROMPT, []), (PROMPT, STEPS)], skip=[0, 1, 0, 3])
+    scores = judge(server).score_steps(
+        [(PROMPT, STEPS), (PROMPT, other), (PROMPT, []), (PROMPT, STEPS)], skip=[0, 1, 0, 3]
+    )
     assert scores == [[0.75, 0.6, 0.6], [0.6, 0.6], [], []]
     assert len(server.requests) == 4
 
@@ -143,7 +200,9 @@ def test_without_logprobs_verdicts_are_sampled(server, refused, capsys):
 
     def answer(number, body):
         if "logprobs" in body:
-            return error(400, "logprobs are not supported by this model") if refused else chat("Yes")
+            return (
+                error(400, "logprobs are not supported by this model") if refused else chat("Yes")
+            )
         return chat(said[body["seed"]])
 
     server.answer = answer
@@ -156,13 +215,18 @@ def test_without_logprobs_verdicts_are_sampled(server, refused, capsys):
 
 
 def test_an_answer_without_the_words_among_its_logprobs_is_sampled(server):
-    server.answer = lambda number, body: chat("Sure", {"Sure": 1.0}) if "logprobs" in body else chat("No")
+    server.answer = lambda number, body: (
+        chat("Sure", {"Sure": 1.0}) if "logprobs" in body else chat("No")
+    )
     assert judge(server, samples=2).score_steps([(PROMPT, STEPS[:1])]) == [[0.0]]
 
 
 def test_no_verdict_at_all_is_an_error_that_says_what_came(server):
     server.answer = lambda number, body: chat("There is no way to tell")
-    with pytest.raises(JudgeError, match="asked for Yes or No 3 times and answered neither, but 'There is no way to tell'"):
+    with pytest.raises(
+        JudgeError,
+        match="asked for Yes or No 3 times and answered neither, but 'There is no way to tell'",
+    ):
         judge(server, samples=3).score_steps([(PROMPT, STEPS[:1])])
     assert len(server.requests) == 4
 
@@ -171,7 +235,9 @@ def test_no_verdict_at_all_is_an_error_that_says_what_came(server):
 
 
 def test_a_rate_limit_is_waited_for(server):
-    server.answer = lambda number, body: error(429, "slow down", **{"Retry-After": "0.01"}) if number < 2 else SURE
+    server.answer = lambda number, body: (
+        error(429, "slow down", **{"Retry-After": "0.01"}) if number < 2 else SURE
+    )
     assert judge(server, max_retries=2).score_steps([(PROMPT, STEPS[:1])]) == [[0.9]]
     assert len(server.requests) == 3
 
@@ -183,7 +249,10 @@ FAILURES = {
     "model": (error(404, "no such model"), "404.*some-model.*end in /v1"),
     "request": (error(400, "Unsupported parameter: 'max_tokens'"), "400.*max_tokens"),
     "dropped connection": (None, "cannot be reached"),
-    "web page": ((200, {"Content-Type": "text/html"}, b"<html>\n<b>Welcome</b>\n</html>"), "no completion: '<html> <b>Welcome"),
+    "web page": (
+        (200, {"Content-Type": "text/html"}, b"<html>\n<b>Welcome</b>\n</html>"),
+        "no completion: '<html> <b>Welcome",
+    ),
     "not JSON": ((200, {}, b'{"choices": ['), "no completion"),
     "not UTF-8": ((200, {}, b"\xff\xfe\x00"), "no completion"),
     "empty": ((200, {}, b""), "no completion"),
@@ -192,7 +261,10 @@ FAILURES = {
     "no choices": ({"choices": []}, "no completion"),
     "null": ({"choices": [{"message": None}]}, "no completion"),
     "other schema": ({"choices": [{"message": {"content": ["Yes"]}}]}, "no completion"),
-    "bad log-probs": ({"choices": [{"message": {"content": "Yes"}, "logprobs": {"content": [1]}}]}, "no completion"),
+    "bad log-probs": (
+        {"choices": [{"message": {"content": "Yes"}, "logprobs": {"content": [1]}}]},
+        "no completion",
+    ),
 }
 
 
@@ -222,7 +294,9 @@ def test_a_server_that_is_down():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with pytest.raises(JudgeError, match=f"judge {url} cannot be reached .*is the server running") as raised:
+    with pytest.raises(
+        JudgeError, match=f"judge {url} cannot be reached .*is the server running"
+    ) as raised:
         OpenAIJudge(url, "m", max_retries=0).score_steps(FOUR)
     assert "\n" not in str(raised.value)
 
@@ -236,7 +310,9 @@ def test_a_server_that_is_down():
     ],
 )
 def test_a_solution_that_outgrows_the_context_gets_none(server, message):
-    server.answer = lambda number, body: error(400, message) if "long" in body["messages"][0]["content"] else SURE
+    server.answer = lambda number, body: (
+        error(400, message) if "long" in body["messages"][0]["content"] else SURE
+    )
     solutions = [(PROMPT, STEPS[:2]), (PROMPT, ["Step 1: 1", "a long step"]), (PROMPT, STEPS[:1])]
     assert judge(server).score_steps(solutions) == [[0.9, 0.9], None, [0.9]]
 
@@ -252,7 +328,9 @@ def test_requests_in_flight_are_many_and_bounded(server):
 
 def test_a_killed_run_asks_for_nothing_twice(server, tmp_path):
     cache = tmp_path / "new/cache.jsonl"
-    server.answer = lambda number, body: chat("Yes", {"Yes": 0.5 + 0.01 * len(body["messages"][0]["content"]) % 0.4, "No": 0.1})
+    server.answer = lambda number, body: chat(
+        "Yes", {"Yes": 0.5 + 0.01 * len(body["messages"][0]["content"]) % 0.4, "No": 0.1}
+    )
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from reward_model.openai_judge import OpenAIJudge\n"
@@ -287,7 +365,9 @@ def test_sampled_verdicts_are_kept_too(server, tmp_path):
         server.requests.clear()
 
 
-def test_the_key_comes_from_the_environment_and_is_written_nowhere(server, monkeypatch, tmp_path, capfd):
+def test_the_key_comes_from_the_environment_and_is_written_nowhere(
+    server, monkeypatch, tmp_path, capfd
+):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     with judge(server, cache=tmp_path / "cache") as ours:
         ours.score_steps(FOUR[:1])
@@ -296,7 +376,10 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(server, monke
     with pytest.raises(JudgeError) as raised:
         judge(server).score_steps(FOUR[:1])
     printed = capfd.readouterr()
-    assert "secret" not in f"{raised.value}{ours}{printed.out}{printed.err}{(tmp_path / 'cache').read_text()}"
+    assert (
+        "secret"
+        not in f"{raised.value}{ours}{printed.out}{printed.err}{(tmp_path / 'cache').read_text()}"
+    )
 
 
 def test_bad_arguments_are_one_line(monkeypatch, tmp_path):
@@ -325,7 +408,19 @@ def transformers_serve(model: str, folder: Path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     serve = "from transformers.cli.transformers import main; main()"
-    command = [sys.executable, "-c", serve, "serve", model, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-c",
+        serve,
+        "serve",
+        model,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
     log = (folder / "log").open("w")
     process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
@@ -357,13 +452,19 @@ def test_transformers_serve(tmp_path):
             assert judge._gives_logprobs is False
         expected = HFJudge(model, device="cpu").score_steps(solutions)
         for ours, theirs in zip(scores, expected, strict=True):
-            assert all(0 <= score <= 1 and score * 5 == pytest.approx(round(score * 5)) for score in ours)
+            assert all(
+                0 <= score <= 1 and score * 5 == pytest.approx(round(score * 5)) for score in ours
+            )
             for a, b in zip(ours, theirs, strict=True):
                 assert abs(a - b) < 0.75, (scores, expected)  # 5 samples
                 assert 0.02 < b < 0.98 or abs(a - b) < 0.25, (scores, expected)
         process.kill()
         process.wait()
-        with OpenAIJudge(url, model, "plain", samples=5, cache=tmp_path / "cache", max_retries=0) as judge:
-            assert judge.score_steps(solutions) == scores  # every answer is kept: the server is not needed
+        with OpenAIJudge(
+            url, model, "plain", samples=5, cache=tmp_path / "cache", max_retries=0
+        ) as judge:
+            assert (
+                judge.score_steps(solutions) == scores
+            )  # every answer is kept: the server is not needed
             with pytest.raises(JudgeError, match="cannot be reached"):
                 judge.score_steps([("Another problem", ["Answer: 1"])])

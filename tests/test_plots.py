@@ -19,7 +19,10 @@ TRAIN = [
     }
     for step in range(1, 21)
 ]
-EVAL = [{"step": 10, "eval_loss": 0.4, "eval_rewards/margins": 0.5}, {"step": 20, "eval_loss": 0.3, "eval_rewards/margins": 0.9}]
+EVAL = [
+    {"step": 10, "eval_loss": 0.4, "eval_rewards/margins": 0.5},
+    {"step": 20, "eval_loss": 0.3, "eval_rewards/margins": 0.9},
+]
 END = {"step": 20, "train_runtime": 3.0, "train_loss": 0.2}
 
 
@@ -30,8 +33,16 @@ def drawn(monkeypatch) -> list:
 
     def keep(figure, path):
         for axes in figure.axes:
-            lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
-            panels.append((axes.get_title(), {label: line for label, line in lines.items() if not label.startswith("_")}))
+            lines = {
+                line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+                for line in axes.lines
+            }
+            panels.append(
+                (
+                    axes.get_title(),
+                    {label: line for label, line in lines.items() if not label.startswith("_")},
+                )
+            )
         save(figure, path)
 
     monkeypatch.setattr(plots, "_save", keep)
@@ -41,13 +52,21 @@ def drawn(monkeypatch) -> list:
 def test_a_run_has_four_panels_and_a_twin_axis(tmp_path, drawn):
     path = tmp_path / "logs" / "run" / "training.png"
     assert training_picture([*TRAIN, *EVAL, END], path, "stepwise, lr 1e-4")
-    assert path.read_bytes().startswith(b"\x89PNG") and [file.name for file in path.parent.iterdir()] == ["training.png"]
+    assert path.read_bytes().startswith(b"\x89PNG") and [
+        file.name for file in path.parent.iterdir()
+    ] == ["training.png"]
     lines = {title: labels for title, labels in drawn if title}
     assert list(lines) == [panel for panel, keys in plots.PANELS.items() if TRAIN[0].keys() & keys]
     steps = list(range(1, 21))
-    assert lines["loss"] == {"loss": (steps, [1 / k for k in steps]), "loss, held out": ([10, 20], [0.4, 0.3])}
+    assert lines["loss"] == {
+        "loss": (steps, [1 / k for k in steps]),
+        "loss, held out": ([10, 20], [0.4, 0.3]),
+    }
     assert set(lines["margin between chosen and rejected"]) == {"margin", "margin, held out"}
-    assert lines["log-prob against the reference (nats)"]["rejected"] == (steps, [-1.0 * k for k in steps])
+    assert lines["log-prob against the reference (nats)"]["rejected"] == (
+        steps,
+        [-1.0 * k for k in steps],
+    )
     (twin,) = [labels for title, labels in drawn if not title]
     assert list(twin.values()) == [(steps, [0.3] * 20)]
 
@@ -56,7 +75,9 @@ def test_what_the_history_lacks_is_left_out(tmp_path, drawn):
     assert training_picture([{"step": 1, "loss": 0.7}], tmp_path / "one.png", "one row")
     assert drawn == [("loss", {"loss": ([1], [0.7])})]
     drawn.clear()
-    assert training_picture([{"step": 1, "drift/good_steps_less_likely": 0.5}, EVAL[0]], tmp_path / "odd.png", "odd")
+    assert training_picture(
+        [{"step": 1, "drift/good_steps_less_likely": 0.5}, EVAL[0]], tmp_path / "odd.png", "odd"
+    )
     assert [title for title, _ in drawn if title] == [
         "loss",
         "margin between chosen and rejected",
@@ -79,18 +100,32 @@ def test_the_card_of_a_judge_draws_what_it_holds(tmp_path, drawn):
         "selection": {"min": {"answer_auroc": half}},
     }
     judge_picture(tmp_path / "few.png", "a judge", card, [])
-    assert [title.split(" (")[0] for title, _ in drawn] == ["reliability", "scores", "score by position"]
+    assert [title.split(" (")[0] for title, _ in drawn] == [
+        "reliability",
+        "scores",
+        "score by position",
+    ]
     drawn.clear()
     card["selection"] = {"min": {"best_of_n": half}, "chance": {"best_of_n": half}}
     policies = [{"policy": f"runs/{name}", "reward": half, "accuracy": half} for name in "abc"]
     judge_picture(tmp_path / "all.png", "a judge", card | {"samples": 4.0}, policies)
-    assert [title for title, _ in drawn][3:] == ["best of 4 (4 problems)", "policies, greedy answers"]
+    assert [title for title, _ in drawn][3:] == [
+        "best of 4 (4 problems)",
+        "policies, greedy answers",
+    ]
     assert {file.name for file in tmp_path.iterdir()} == {"few.png", "all.png"}
 
 
 def test_stability_has_a_panel_a_rate_and_a_line_a_loss(tmp_path, drawn):
     runs = {"dpo, anchor": [0.6, 0.7], "dpo, no anchor": [0.5, 0.1]}
-    plots.stability_plot(tmp_path / "stability.png", 0.4, {"lr 1e-4": runs, "lr 3e-4": {"dpo, anchor": [0.2]}}, "title")
+    plots.stability_plot(
+        tmp_path / "stability.png",
+        0.4,
+        {"lr 1e-4": runs, "lr 3e-4": {"dpo, anchor": [0.2]}},
+        "title",
+    )
     assert [title for title, _ in drawn] == ["lr 1e-4", "lr 3e-4"]
     lines = drawn[0][1]
-    assert lines["dpo, no anchor"] == ([0, 1, 2], [0.4, 0.5, 0.1]) and drawn[1][1]["dpo, anchor"] == ([0, 1], [0.4, 0.2])
+    assert lines["dpo, no anchor"] == ([0, 1, 2], [0.4, 0.5, 0.1]) and drawn[1][1][
+        "dpo, anchor"
+    ] == ([0, 1], [0.4, 0.2])

@@ -12,7 +12,12 @@ from reward_model.base import PromptTooLong
 from search.policy import Policy
 
 ROOT = Path(__file__).parents[1]
-PROMPTS = ["Mia has 3 apples.", "Tom has 14 books. He buys 3 more books. How many books does Tom have now?", "🍎?", "x"]
+PROMPTS = [
+    "Mia has 3 apples.",
+    "Tom has 14 books. He buys 3 more books. How many books does Tom have now?",
+    "🍎?",
+    "x",
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +32,12 @@ def test_greedy_equals_transformers_generate(policy):
         ids = policy.tokenizer(format_prompt(prompt), return_tensors="pt")["input_ids"]
         written = policy.model.generate(ids, do_sample=False, max_new_tokens=40)[0, ids.shape[1] :]
         text = policy.tokenizer.decode(written, skip_special_tokens=True)
-        assert response.steps == [" ".join(line.split()) for line in text.split("\n") if line.strip()]
-        assert response.tokens == len(written) and response.finished == (written[-1].item() == policy.tokenizer.eos_token_id)
+        assert response.steps == [
+            " ".join(line.split()) for line in text.split("\n") if line.strip()
+        ]
+        assert response.tokens == len(written) and response.finished == (
+            written[-1].item() == policy.tokenizer.eos_token_id
+        )
         if "�" not in text:  # random weights write half characters
             assert "".join(policy.stream(prompt, max_new_tokens=40)) == text
 
@@ -57,7 +66,10 @@ def test_a_state_alone_and_among_many_has_the_same_samples(how):
     tasks = list(itertools.islice(problems("validation"), 40))
     states = [policy.start(task.prompt, task.steps[: k % 3]) for k, task in enumerate(tasks)]
     together = getattr(policy, how)(states, n=7, seed=3)  # 280 rows: more than are decoded at once
-    assert all(len(group) == 7 for group in together) and len({state.steps for group in together for state in group}) > 50
+    assert (
+        all(len(group) == 7 for group in together)
+        and len({state.steps for group in together for state in group}) > 50
+    )
     for k in (0, 1, 2, 39):
         assert getattr(policy, how)([states[k]], n=7, seed=3) == [together[k]]
     assert getattr(policy, how)(states[:1], n=2, seed=3) == [together[0][:2]]
@@ -71,19 +83,31 @@ def test_steps_add_up_to_what_transformers_writes(policy):
     whole = [state for (state,) in policy.rollouts(states, temperature=0)]
     reached, read = states, []
     read_before = policy.decoder._read
-    policy.decoder._read = lambda cache, lengths, ids: read.append(ids.shape) or read_before(cache, lengths, ids)
+    policy.decoder._read = lambda cache, lengths, ids: (
+        read.append(ids.shape) or read_before(cache, lengths, ids)
+    )
     for _ in range(12):
         going = [state for state in reached if state.status == "open"]
         longer = iter(policy.next_steps(going, temperature=0) if going else [])
         reached = [next(longer)[0] if state.status == "open" else state for state in reached]
     assert reached == whole and {state.status for state in whole} == {"finished"}
-    assert sum(columns > 1 for _, columns in read) == 1  # the prompts are read, once; all else is one token at a time
+    assert (
+        sum(columns > 1 for _, columns in read) == 1
+    )  # the prompts are read, once; all else is one token at a time
     for state in whole:
         ids = torch.tensor([policy.start(state.prompt).ids])
-        assert state.ids == tuple(policy.model.generate(ids, do_sample=False, max_new_tokens=256)[0].tolist())
-        assert list(state.steps) == split_steps(policy.tokenizer.decode(state.ids[state.ends[0] :], skip_special_tokens=True))
+        assert state.ids == tuple(
+            policy.model.generate(ids, do_sample=False, max_new_tokens=256)[0].tolist()
+        )
+        assert list(state.steps) == split_steps(
+            policy.tokenizer.decode(state.ids[state.ends[0] :], skip_special_tokens=True)
+        )
         part = state.first(2)
-        assert part.steps == state.steps[:2] and part.status == "open" and part.ids == policy.start(state.prompt, part.steps).ids
+        assert (
+            part.steps == state.steps[:2]
+            and part.status == "open"
+            and part.ids == policy.start(state.prompt, part.steps).ids
+        )
         assert policy.start(state.prompt, state.steps) == state == state.first(len(state.steps))
 
 
@@ -94,18 +118,31 @@ def test_samples_are_one_row_until_they_part(monkeypatch):
     states = [policy.start(task.prompt) for task in itertools.islice(problems("validation"), 6)]
     read, read_before = [], policy.decoder._read
     monkeypatch.setattr(
-        policy.decoder, "_read", lambda cache, lengths, ids: read.append(ids.shape) or read_before(cache, lengths, ids)
+        policy.decoder,
+        "_read",
+        lambda cache, lengths, ids: read.append(ids.shape) or read_before(cache, lengths, ids),
     )
     together = policy.rollouts(states, n=64, seed=3)
     distinct = [{state.ids for state in group} for group in together]
     assert min(map(len, distinct)) > 1 and sum(map(len, distinct)) < 64 * 6 / 2
-    written = {(k, ids[:end]) for k, group in enumerate(distinct) for ids in group for end in range(len(states[k].ids), len(ids))}
-    assert len(written) <= sum(rows for rows, _ in read) < 1.34 * len(written)  # the rest are rows that ended and have not left yet
+    written = {
+        (k, ids[:end])
+        for k, group in enumerate(distinct)
+        for ids in group
+        for end in range(len(states[k].ids), len(ids))
+    }
+    assert (
+        len(written) <= sum(rows for rows, _ in read) < 1.34 * len(written)
+    )  # the rest are rows that ended and have not left yet
     for most in (1, 4, 9):
         monkeypatch.setattr("search.decoding.MAX_ROWS", most)
         read.clear()
         assert policy.rollouts(states, n=64, seed=3) == together
-        assert max(rows for rows, _ in read) <= most and not policy.decoder._kept and not policy.decoder._kept_bytes
+        assert (
+            max(rows for rows, _ in read) <= most
+            and not policy.decoder._kept
+            and not policy.decoder._kept_bytes
+        )
     monkeypatch.setattr("search.decoding.KEPT_BYTES", 0)  # those that wait are read anew
     assert policy.rollouts(states[:2], n=64, seed=3) == together[:2]
 
@@ -128,14 +165,19 @@ def test_where_sampling_stops(policy):
             how([state])
     near_the_end = policy.start("apple " * 120)
     room = policy.context - len(near_the_end.ids)
-    assert {len(state.ids) for state in policy.rollouts([near_the_end], 4, 1.0, room + 50)[0]} == {policy.context}
+    assert {len(state.ids) for state in policy.rollouts([near_the_end], 4, 1.0, room + 50)[0]} == {
+        policy.context
+    }
 
 
 def test_blank_lines_end_no_step(policy):
     """A model may write an empty line between steps, or blanks after the last."""
     ids = policy.tokenizer("Step 1: a\n\n \nStep 2: b\n\n", add_special_tokens=False)["input_ids"]
     ends = policy.decoder.step_ends(ids)
-    assert [policy.decoder.text(ids[a:b]) for a, b in zip([0, *ends], ends, strict=False)] == ["Step 1: a", "Step 2: b"]
+    assert [policy.decoder.text(ids[a:b]) for a, b in zip([0, *ends], ends, strict=False)] == [
+        "Step 1: a",
+        "Step 2: b",
+    ]
     assert ends[-1] == len(ids) and policy.decoder.step_ends(ids[:0]) == []
 
 
@@ -178,7 +220,10 @@ def test_top_p_draws_the_nucleus_alone(policy):
     drawn = first_tokens(policy, ids, top_p=0.6)
     assert set(drawn) <= set(nucleus)
     often = [token for token in nucleus if expected[token] > 0.01]
-    rest = [sum(expected[token] for token in nucleus if token not in often), 2000 - sum(drawn[token] for token in often)]
+    rest = [
+        sum(expected[token] for token in nucleus if token not in often),
+        2000 - sum(drawn[token] for token in often),
+    ]
     wanted = [expected[token] for token in often] + ([rest[0]] if rest[0] else [])
     scale = 2000 / sum(wanted)
     observed = [drawn[token] for token in often] + ([rest[1]] if rest[0] else [])
@@ -195,22 +240,30 @@ def test_texts_are_the_responses_and_do_not_depend_on_each_other(policy):
         (split_steps(" ".join(response.steps)), response.finished) for response in responses
     ]
     narrow = policy.texts(PROMPTS, top_p=0.7, **arguments)
-    assert narrow != texts and [policy.texts([prompt], top_p=0.7, **arguments)[0] for prompt in PROMPTS] == narrow
+    assert (
+        narrow != texts
+        and [policy.texts([prompt], top_p=0.7, **arguments)[0] for prompt in PROMPTS] == narrow
+    )
     with pytest.raises(PromptTooLong, match="512"):
         policy.texts(["apple " * 600])
 
 
 def test_a_chat_is_the_prompt_in_the_models_template(tiny_model_dir):
     policy = Policy.load(tiny_model_dir)
-    policy.tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    policy.tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    assert (
+        policy.tokenizer.decode(policy._prompt_ids("Tell a story", chat=True)) == "[Tell a story]:"
     )
-    assert policy.tokenizer.decode(policy._prompt_ids("Tell a story", chat=True)) == "[Tell a story]:"
-    assert policy.texts(["Tell a story"], max_new_tokens=5, chat=True) != policy.texts(["Tell a story"], max_new_tokens=5)
+    assert policy.texts(["Tell a story"], max_new_tokens=5, chat=True) != policy.texts(
+        ["Tell a story"], max_new_tokens=5
+    )
 
 
 def test_logps_by_hand(policy):
-    rows = [(PROMPTS[0], ["Step 1: 3 + 1 = 4"], ["Answer: 4"]), (PROMPTS[1], [], ["Step 1: 14 + 3 = 17"])]
+    rows = [
+        (PROMPTS[0], ["Step 1: 3 + 1 = 4"], ["Answer: 4"]),
+        (PROMPTS[1], [], ["Step 1: 14 + 3 = 17"]),
+    ]
     for row, value in zip(rows, policy.logps(rows), strict=True):
         ids, step_of = encode_steps(policy.tokenizer, *row)
         with torch.inference_mode():
@@ -253,7 +306,9 @@ def test_step_logps_tell_what_greedy_decoding_writes():
     steps = policy.generate([prompt])[0][0].steps
     wrong = [*steps[1:-1], "Answer: 999"]
     first, second = policy.step_logps([(prompt, [], steps), (prompt, steps[:1], wrong)])
-    assert [step.greedy for step in first] == [True] * len(steps) and min(step.tokens for step in first) > 1
+    assert [step.greedy for step in first] == [True] * len(steps) and min(
+        step.tokens for step in first
+    ) > 1
     assert [step.greedy for step in second] == [True] * (len(steps) - 2) + [False]
     total = sum(step.logp for step in second) / sum(step.tokens for step in second)
     assert policy.logps([(prompt, steps[:1], wrong)]) == [pytest.approx(total)]

@@ -20,13 +20,28 @@ def last(*ends: bool) -> torch.Tensor:
     ("ends", "gamma", "lam", "expected"),
     [
         # deltas -.1 + .4 - .5 = -.2, .2 + .6 - .4 = .4, 1 - .6 = .4
-        (last(False, False, True), 1.0, 0.95, [-0.2 + 0.95 * (0.4 + 0.95 * 0.4), 0.4 + 0.95 * 0.4, 0.4]),
+        (
+            last(False, False, True),
+            1.0,
+            0.95,
+            [-0.2 + 0.95 * (0.4 + 0.95 * 0.4), 0.4 + 0.95 * 0.4, 0.4],
+        ),
         # deltas -.1 + .36 - .5 = -.24, .2 + .54 - .4 = .34, .4
-        (last(False, False, True), 0.9, 0.5, [-0.24 + 0.45 * (0.34 + 0.45 * 0.4), 0.34 + 0.45 * 0.4, 0.4]),
+        (
+            last(False, False, True),
+            0.9,
+            0.5,
+            [-0.24 + 0.45 * (0.34 + 0.45 * 0.4), 0.34 + 0.45 * 0.4, 0.4],
+        ),
         # two steps: the first ends at the second token, whose delta is .2 - .4 = -.2
         (last(False, True, True), 1.0, 0.95, [-0.2 - 0.95 * 0.2, -0.2, 0.4]),
         (last(False, False, True), 1.0, 0.0, [-0.2, 0.4, 0.4]),
-        (last(False, False, True), 1.0, 1.0, [1.1 - 0.5, 1.2 - 0.4, 0.4]),  # all that is still to come, minus the value
+        (
+            last(False, False, True),
+            1.0,
+            1.0,
+            [1.1 - 0.5, 1.2 - 0.4, 0.4],
+        ),  # all that is still to come, minus the value
     ],
 )
 def test_advantages_by_hand(ends, gamma, lam, expected):
@@ -50,17 +65,28 @@ def test_policy_objective_of_three_tokens_by_hand():
     for advantages in ([2.0, -1.0, 0.5], [-2.0, 1.0, -0.5]):
         logps = (old + tensor([ratios], dtype=F64).log()).requires_grad_()
         loss, clipped = ppo_policy_loss(logps, old, tensor([advantages], dtype=F64), 0.2)
-        by_hand = [-min(a * r, a * min(max(r, 0.8), 1.2)) for a, r in zip(advantages, ratios, strict=True)]
+        by_hand = [
+            -min(a * r, a * min(max(r, 0.8), 1.2)) for a, r in zip(advantages, ratios, strict=True)
+        ]
         assert loss[0].tolist() == pytest.approx(by_hand, abs=1e-12)
         loss.sum().backward()
-        gradient = [0.0 if is_clipped else -a * r for a, r, is_clipped in zip(advantages, ratios, clipped[0].tolist(), strict=True)]
+        gradient = [
+            0.0 if is_clipped else -a * r
+            for a, r, is_clipped in zip(advantages, ratios, clipped[0].tolist(), strict=True)
+        ]
         assert logps.grad[0].tolist() == pytest.approx(gradient, abs=1e-12)
-    assert clipped.tolist() == [[False, False, False]]  # moved against their advantages: free to come back
-    assert ppo_policy_loss(logps, old, tensor([[2.0, -1.0, 0.5]], dtype=F64), 0.2)[1].tolist() == [[True, True, False]]
+    assert clipped.tolist() == [
+        [False, False, False]
+    ]  # moved against their advantages: free to come back
+    assert ppo_policy_loss(logps, old, tensor([[2.0, -1.0, 0.5]], dtype=F64), 0.2)[1].tolist() == [
+        [True, True, False]
+    ]
 
 
 def test_value_loss_by_hand():
-    values, old, returns = (tensor([row], dtype=F64) for row in ([0.9, 0.1, 0.55], [0.5, 0.5, 0.5], [1.0, 0.6, 0.0]))
+    values, old, returns = (
+        tensor([row], dtype=F64) for row in ([0.9, 0.1, 0.55], [0.5, 0.5, 0.5], [1.0, 0.6, 0.0])
+    )
     values.requires_grad_()
     loss, clipped = ppo_value_loss(values, old, returns, 0.2)
     # kept near to the old values: .7, .3, .55

@@ -27,7 +27,9 @@ def prepare(tmp_path, monkeypatch, capsys):
             run(prepare_dataset.main)
         except SystemExit as stopped:
             assert stopped.code == 2
-            assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+            assert {
+                path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
+            } == before
             error = capsys.readouterr().err
             assert error.count("\n") == 1
             return error
@@ -37,7 +39,10 @@ def prepare(tmp_path, monkeypatch, capsys):
 
 
 def both_sides(kind: str) -> tuple[list, list]:
-    train, test = (list(read_records(name, KINDS[kind])) if Path(name).exists() else [] for name in ("out.jsonl", "out_test.jsonl"))
+    train, test = (
+        list(read_records(name, KINDS[kind])) if Path(name).exists() else []
+        for name in ("out.jsonl", "out_test.jsonl")
+    )
     assert not {record.prompt for record in train} & {record.prompt for record in test}
     return train, test
 
@@ -63,7 +68,9 @@ SHAPES = [  # file, --to, kind of record that comes out, how many in train and t
 
 @pytest.mark.parametrize(("name", "to", "kind", "counts"), SHAPES)
 def test_every_shape(prepare, name, to, kind, counts):
-    said = prepare("--dataset_name", DATA / name, "--output", "out.jsonl", *(["--to", to] if to else []))
+    said = prepare(
+        "--dataset_name", DATA / name, "--output", "out.jsonl", *(["--to", to] if to else [])
+    )
     train, test = both_sides(kind)
     assert train and f"wrote {len(train)} {kind} of " in said
     assert counts in (None, (len(train), len(test)))
@@ -71,15 +78,24 @@ def test_every_shape(prepare, name, to, kind, counts):
 
 def test_labelled_steps_become_scored_pairs(prepare):
     """PRM800K: after each beginning, every right step against a wrong one; what is left over is counted."""
-    said = prepare("--dataset_name", DATA / "prm800k.jsonl", "--output", "out.jsonl", "--test_size", 0)
+    said = prepare(
+        "--dataset_name", DATA / "prm800k.jsonl", "--output", "out.jsonl", "--test_size", 0
+    )
     pairs, _ = both_sides("pairs")
     pencil = [pair for pair in pairs if pair.prompt.startswith("Three pencils")]
     assert [pair.chosen for pair in pencil] == [["We have $3p+e=1.24$ and $5p+e=1.82$."]] * 5
-    assert len({pair.rejected[0] for pair in pencil}) == 5 and all(len(pair.prefix) == 1 for pair in pencil)
+    assert len({pair.rejected[0] for pair in pencil}) == 5 and all(
+        len(pair.prefix) == 1 for pair in pencil
+    )
     assert all((pair.chosen_scores, pair.rejected_scores) == ([1.0], [0.0]) for pair in pairs)
-    assert len(pairs) == 8 and len({pair.chosen[0] for pair in pairs[5:]}) == 3  # one wrong step against each of three right ones
+    assert (
+        len(pairs) == 8 and len({pair.chosen[0] for pair in pairs[5:]}) == 3
+    )  # one wrong step against each of three right ones
     rows = [" ".join(line.split()) for line in said.splitlines()]
-    assert "labelled steps read 25" in rows and "steps without a wrong one after the same beginning 15" in rows
+    assert (
+        "labelled steps read 25" in rows
+        and "steps without a wrong one after the same beginning 15" in rows
+    )
     assert rows[-1] == "next: python train.py --dataset_name out.jsonl"
 
 
@@ -88,36 +104,66 @@ def values(*steps: tuple[str, float]) -> list[dict]:
 
 
 def test_duplicates_and_contradictions(prepare):
-    write_records("values.jsonl", values(("a", 1), ("a", 0.5), ("b", 0), ("c", 1), ("c", 0), ("c", 0)))
-    said = prepare("--dataset_name", "values.jsonl", "--to", "pairs", "--output", "out.jsonl", "--test_size", 0)
+    write_records(
+        "values.jsonl", values(("a", 1), ("a", 0.5), ("b", 0), ("c", 1), ("c", 0), ("c", 0))
+    )
+    said = prepare(
+        "--dataset_name", "values.jsonl", "--to", "pairs", "--output", "out.jsonl", "--test_size", 0
+    )
     assert "step seen before" in said and "called right and wrong, dropped" in said
     (pair,), _ = both_sides("pairs")
     assert (pair.chosen, pair.rejected, pair.chosen_scores) == (["a"], ["b"], [0.75])
-    prepare("--dataset_name", "values.jsonl", "--output", "out.jsonl", "--test_size", 0, "--overwrite")
-    assert [(value.step, value.score) for value in both_sides("step_values")[0]] == [("a", 0.75), ("b", 0), ("c", 1 / 3)]
+    prepare(
+        "--dataset_name", "values.jsonl", "--output", "out.jsonl", "--test_size", 0, "--overwrite"
+    )
+    assert [(value.step, value.score) for value in both_sides("step_values")[0]] == [
+        ("a", 0.75),
+        ("b", 0),
+        ("c", 1 / 3),
+    ]
 
-    problems = [("x?", "1/2"), ("X  ?", "0.5"), ("x?", r"\frac{2}{4}"), ("y?", "1"), ("y?", "2"), ("z?", "3")]
-    write_records("problems.jsonl", [{"prompt": prompt, "answer": answer} for prompt, answer in problems])
-    said = prepare("--dataset_name", "problems.jsonl", "--output", "out.jsonl", "--test_size", 0, "--overwrite")
+    problems = [
+        ("x?", "1/2"),
+        ("X  ?", "0.5"),
+        ("x?", r"\frac{2}{4}"),
+        ("y?", "1"),
+        ("y?", "2"),
+        ("z?", "3"),
+    ]
+    write_records(
+        "problems.jsonl", [{"prompt": prompt, "answer": answer} for prompt, answer in problems]
+    )
+    said = prepare(
+        "--dataset_name", "problems.jsonl", "--output", "out.jsonl", "--test_size", 0, "--overwrite"
+    )
     assert {problem.prompt for problem in both_sides("problems")[0]} == {"x?", "X  ?", "z?"}
     assert "problem seen before" in said and "problem that contradicts another" in said
 
     pair = {"prompt": "x", "chosen": ["a"], "rejected": ["b"]}
     other = {"prompt": "x", "chosen": ["a"], "rejected": ["c"]}
     write_records("pairs.jsonl", [pair, other, other, {**pair, "chosen": ["b"], "rejected": ["a"]}])
-    said = prepare("--dataset_name", "pairs.jsonl", "--output", "out.jsonl", "--test_size", 0, "--overwrite")
+    said = prepare(
+        "--dataset_name", "pairs.jsonl", "--output", "out.jsonl", "--test_size", 0, "--overwrite"
+    )
     assert [pair.rejected for pair in both_sides("pairs")[0]] == [["c"]]
-    assert "next: python reward_model/evaluate_steps.py --input out.jsonl" in said  # these have no scores yet
+    assert (
+        "next: python reward_model/evaluate_steps.py --input out.jsonl" in said
+    )  # these have no scores yet
 
 
 def test_split_by_problem(prepare):
-    rows = [{"prompt": f"problem {k % 40}" + " " * (k // 40), "answer": "1", "steps": [f"{k}"]} for k in range(80)]
+    rows = [
+        {"prompt": f"problem {k % 40}" + " " * (k // 40), "answer": "1", "steps": [f"{k}"]}
+        for k in range(80)
+    ]
     write_records("rows.jsonl", [{**row, "labels": [1]} for row in rows])
     args = ("--dataset_name", "rows.jsonl", "--to", "step_labels", "--output", "out.jsonl")
     prepare(*args, "--test_size", 0.25)
     train, test = both_sides("step_labels")
     assert (len(train), len(test)) == (60, 20)
-    assert not {record.prompt.strip() for record in train} & {record.prompt.strip() for record in test}
+    assert not {record.prompt.strip() for record in train} & {
+        record.prompt.strip() for record in test
+    }
     first = Path("out_test.jsonl").read_bytes()
     prepare(*args, "--test_size", 0.25, "--overwrite")
     assert Path("out_test.jsonl").read_bytes() == first
@@ -130,12 +176,21 @@ def test_split_by_problem(prepare):
 def test_a_folder_keeps_its_sides(prepare):
     """A user's own train.jsonl and test.jsonl: a problem of both stays in test only."""
     Path("own").mkdir()
-    write_records("own/train.jsonl", [{"question": f"{k} + 1?", "answer": f"{k + 1}"} for k in range(5)])
-    write_records("own/test.jsonl", [{"question": f"{k} + 1?", "answer": f"{k + 1}"} for k in range(4, 6)])
+    write_records(
+        "own/train.jsonl", [{"question": f"{k} + 1?", "answer": f"{k + 1}"} for k in range(5)]
+    )
+    write_records(
+        "own/test.jsonl", [{"question": f"{k} + 1?", "answer": f"{k + 1}"} for k in range(4, 6)]
+    )
     said = prepare("--dataset_name", "own", "--output", "out.jsonl")
     train, test = both_sides("problems")
-    assert (len(train), len(test)) == (4, 2) and "dropped from train, problem is on the test side" in said
-    prepare("--dataset_name", "own", "--dataset_split", "test", "--output", "out.jsonl", "--overwrite")
+    assert (len(train), len(test)) == (
+        4,
+        2,
+    ) and "dropped from train, problem is on the test side" in said
+    prepare(
+        "--dataset_name", "own", "--dataset_split", "test", "--output", "out.jsonl", "--overwrite"
+    )
     assert sum(map(len, both_sides("problems"))) == 2
 
 
@@ -144,15 +199,36 @@ def test_a_folder_keeps_its_sides(prepare):
     [
         ([], "the following arguments are required: --dataset_name"),
         (["--dataset_name", "none.jsonl"], "none.jsonl not found"),
-        (["--dataset_name", "odd.jsonl"], "odd.jsonl:1: fields a, b are of no known shape; known: "),
+        (
+            ["--dataset_name", "odd.jsonl"],
+            "odd.jsonl:1: fields a, b are of no known shape; known: ",
+        ),
         (["--dataset_name", "torn.jsonl"], "torn.jsonl:2: field 'answer' is missing"),
-        (["--dataset_name", DATA / "gsm8k.jsonl", "--to", "pairs"], "gives problems, and no pairs can be made of that"),
+        (
+            ["--dataset_name", DATA / "gsm8k.jsonl", "--to", "pairs"],
+            "gives problems, and no pairs can be made of that",
+        ),
         (["--dataset_name", DATA / "gsm8k.jsonl", "--to", "cake"], "argument --to: invalid choice"),
-        (["--dataset_name", DATA / "processbench.json"], "no pairs came out (see above), nothing was written"),
-        (["--dataset_name", DATA / "gsm8k.jsonl", "--output", "old.jsonl"], "old.jsonl exists: give --overwrite"),
-        (["--dataset_name", DATA / "gsm8k.jsonl", "--output", "older.jsonl"], "older_test.jsonl exists: give --overwrite"),
-        (["--dataset_name", DATA / "gsm8k.jsonl", "--test_size", "1"], "argument --test_size: expected 0 to below 1, got 1.0"),
-        (["--dataset_name", DATA / "gsm8k.jsonl", "--limit", "0"], "argument --limit: expected 1 or more, got 0"),
+        (
+            ["--dataset_name", DATA / "processbench.json"],
+            "no pairs came out (see above), nothing was written",
+        ),
+        (
+            ["--dataset_name", DATA / "gsm8k.jsonl", "--output", "old.jsonl"],
+            "old.jsonl exists: give --overwrite",
+        ),
+        (
+            ["--dataset_name", DATA / "gsm8k.jsonl", "--output", "older.jsonl"],
+            "older_test.jsonl exists: give --overwrite",
+        ),
+        (
+            ["--dataset_name", DATA / "gsm8k.jsonl", "--test_size", "1"],
+            "argument --test_size: expected 0 to below 1, got 1.0",
+        ),
+        (
+            ["--dataset_name", DATA / "gsm8k.jsonl", "--limit", "0"],
+            "argument --limit: expected 1 or more, got 0",
+        ),
     ],
 )
 def test_refusals(prepare, args, message):
@@ -160,19 +236,40 @@ def test_refusals(prepare, args, message):
         Path(name).write_text("mine")
     write_records("odd.jsonl", [{"a": 1, "b": 2}])
     write_records("torn.jsonl", [{"question": "1?", "answer": "1"}, {"question": "2?"}])
-    assert message in prepare("--output", "out.jsonl", *args) if "--output" not in args else message in prepare(*args)
+    assert (
+        message in prepare("--output", "out.jsonl", *args)
+        if "--output" not in args
+        else message in prepare(*args)
+    )
 
 
 def test_straight_into_training(run_script, tmp_path):
     """Real rows of PRM800K -> scored pairs -> one optimizer step of the miniature."""
     done = run_script(
-        "utils/prepare_dataset.py", "--dataset_name", DATA / "prm800k.jsonl", "--output", "pairs.jsonl", "--test_size", 0
+        "utils/prepare_dataset.py",
+        "--dataset_name",
+        DATA / "prm800k.jsonl",
+        "--output",
+        "pairs.jsonl",
+        "--test_size",
+        0,
     )
     assert done.returncode == 0, done.stderr
     pairs = list(read_records(tmp_path / "pairs.jsonl", ScoredPair))
     done = run_script(
         "train.py",
-        *("--dataset_name", "pairs.jsonl", "--output_dir", "tuned", "--logs_dir", "logs", "--max_steps", 1, "--max_length", 512),
+        *(
+            "--dataset_name",
+            "pairs.jsonl",
+            "--output_dir",
+            "tuned",
+            "--logs_dir",
+            "logs",
+            "--max_steps",
+            1,
+            "--max_length",
+            512,
+        ),
         *("--per_device_train_batch_size", 2, "--save_strategy", "no", "--report_to", "none"),
     )
     assert done.returncode == 0, done.stderr

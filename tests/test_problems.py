@@ -18,15 +18,28 @@ def stories():
 
 
 def test_a_story_by_hand():
-    story = world.Story("Mia", "apples", 42, (world.Event("lose", 0, 17), world.Event("times", 0, 3), world.Event("sets", 0, 3, 4)))
+    story = world.Story(
+        "Mia",
+        "apples",
+        42,
+        (world.Event("lose", 0, 17), world.Event("times", 0, 3), world.Event("sets", 0, 3, 4)),
+    )
     assert story.prompt() == (
         "Mia has 42 apples. She loses 17 apples. Soon there are 3 times as many apples. "
         "She gets 3 boxes of 4 apples. How many apples does Mia have now?"
     )
     problem = story.problem()
-    assert problem.steps == ["Step 1: 42 - 17 = 25", "Step 2: 25 * 3 = 75", "Step 3: 3 * 4 = 12, 75 + 12 = 87", "Answer: 87"]
+    assert problem.steps == [
+        "Step 1: 42 - 17 = 25",
+        "Step 2: 25 * 3 = 75",
+        "Step 3: 3 * 4 = 12, 75 + 12 = 87",
+        "Answer: 87",
+    ]
     assert problem.traps == [True, True, True, False]
-    mistakes = [event.trap_mistake(value) for event, value in zip(story.events, story.values(), strict=False)]
+    mistakes = [
+        event.trap_mistake(value)
+        for event, value in zip(story.events, story.values(), strict=False)
+    ]
     assert mistakes == [("42 - 17 = 35", 35), ("25 + 3 = 28", 28), ("3 + 4 = 7, 75 + 7 = 82", 82)]
 
 
@@ -51,7 +64,10 @@ def test_references_are_right_and_values_small(stories):
 
 
 def test_splits_are_disjoint_by_text_and_by_events(stories):
-    for key in (world.Story.prompt, lambda story: (story.start, tuple((e.kind, e.k, e.m) for e in story.events))):
+    for key in (
+        world.Story.prompt,
+        lambda story: (story.start, tuple((e.kind, e.k, e.m) for e in story.events)),
+    ):
         seen = {split: {key(story) for story in stories[split]} for split in stories}
         for first, second in itertools.combinations(seen, 2):
             assert not seen[first] & seen[second], (first, second)

@@ -22,7 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from reasoning.ranking import RankedResponse, check_groups, groups, read_answers, write_answers
-from reasoning.records import LabelledSolution, PreferencePair, RecordError, read_rows, write_records
+from reasoning.records import (
+    LabelledSolution,
+    PreferencePair,
+    RecordError,
+    read_rows,
+    write_records,
+)
 from reward_model.human_judge import HumanJudge
 from utils.annotations import (
     AnswerRanking,
@@ -56,7 +62,15 @@ def answer(k: int, prompt: int) -> str:
 def table(tmp_path) -> str:
     """Four prompts with four answers each, nobody's rank, best first in the file."""
     rows = [
-        RankedResponse(PROMPTS[p], answer(k, p), category=f"kind {k}", generator="model", temperature=0.7, seed=k, split="train")
+        RankedResponse(
+            PROMPTS[p],
+            answer(k, p),
+            category=f"kind {k}",
+            generator="model",
+            temperature=0.7,
+            seed=k,
+            split="train",
+        )
         for p in range(4)
         for k in range(1, 5)
     ]
@@ -79,7 +93,10 @@ def test_first_ranks_fill_empty_cells_and_others_are_rows_behind_them(table):
     task = next_task(work.tasks("Ann"))
     assert task.prompt == PROMPTS[0] and task.marks == ("",) * 4 and not task.done
     work.save("Ann", task.key, by_text(task, "1223"), "  short,\nclear ")
-    filled = [replace(row, rank=rank, ranker="Ann", note="short, clear") for row, rank in zip(before, (1, 2, 2, 3), strict=False)]
+    filled = [
+        replace(row, rank=rank, ranker="Ann", note="short, clear")
+        for row, rank in zip(before, (1, 2, 2, 3), strict=False)
+    ]
     assert read_answers(table) == filled + before[4:]
 
     task = next_task(work.tasks("Ben Bo"))
@@ -87,16 +104,24 @@ def test_first_ranks_fill_empty_cells_and_others_are_rows_behind_them(table):
     rows = read_answers(table)
     assert rows[:4] == filled and rows[8:] == before[4:]
     assert sorted(rows[4:8], key=lambda row: -row.rank) == [
-        replace(row, rank=rank, ranker="Ben Bo") for row, rank in zip(before, (4, 3, 2, 1), strict=False)
+        replace(row, rank=rank, ranker="Ben Bo")
+        for row, rank in zip(before, (4, 3, 2, 1), strict=False)
     ]
     check_groups(rows, table)
 
-    again = AnswerRanking(table)  # as a page that was started again finds it; changed, nothing is added
+    again = AnswerRanking(
+        table
+    )  # as a page that was started again finds it; changed, nothing is added
     (done, *open_) = again.tasks("Ann")
     assert done.done and (done.marks, done.note) == (tuple(by_text(done, "1223")), "short, clear")
     assert not any(task.done for task in open_)
     again.save("Ann", done.key, by_text(done, "2111"))
-    assert [(row.rank, row.note) for row in groups(read_answers(table))[PROMPTS[0], "Ann"]] == [(2, ""), (1, ""), (1, ""), (1, "")]
+    assert [(row.rank, row.note) for row in groups(read_answers(table))[PROMPTS[0], "Ann"]] == [
+        (2, ""),
+        (1, ""),
+        (1, ""),
+        (1, ""),
+    ]
     assert read_answers(table)[4:] == rows[4:]
 
 
@@ -117,8 +142,12 @@ def test_ranks_by_nobody_and_notes_of_the_builder_stay(tmp_path):
     assert read_answers(tmp_path / "a.csv") == rows
     out = read_answers(tmp_path / "out.csv")
     assert out[:2] == rows[:2] and rows[2] in out
-    assert {(row.answer, row.rank, row.note) for row in out if row.ranker == "Ann"} == {(x, 1, "mine") for x in "abcd"}
-    assert all(task.done for task in AnswerRanking(tmp_path / "a.csv", tmp_path / "out.csv").tasks("Ann"))
+    assert {(row.answer, row.rank, row.note) for row in out if row.ranker == "Ann"} == {
+        (x, 1, "mine") for x in "abcd"
+    }
+    assert all(
+        task.done for task in AnswerRanking(tmp_path / "a.csv", tmp_path / "out.csv").tasks("Ann")
+    )
     write_answers(tmp_path / "other.csv", rows[:2])
     with pytest.raises(UserError, match="holds other answers than"):
         AnswerRanking(tmp_path / "a.csv", tmp_path / "other.csv")
@@ -128,13 +157,18 @@ def test_the_order_is_drawn_for_each_prompt_and_ranker(tmp_path):
     rows = [RankedResponse(f"p{n}", f"a{k}") for n in range(60) for k in range(4)]
     write_answers(tmp_path / "a.csv", rows)
     write_answers(tmp_path / "b.csv", rows[::-1])
-    shown = {name: {task.prompt: task.items for task in AnswerRanking(tmp_path / "a.csv").tasks(name)} for name in ("Ann", "Ben")}
+    shown = {
+        name: {task.prompt: task.items for task in AnswerRanking(tmp_path / "a.csv").tasks(name)}
+        for name in ("Ann", "Ben")
+    }
     assert shown["Ann"] == {
         task.prompt: task.items for task in AnswerRanking(tmp_path / "b.csv").tasks("Ann")
     }  # whatever the file's
     for of_name in shown.values():
         firsts = [items[0] for items in of_name.values()]
-        assert min(firsts.count(f"a{k}") for k in range(4)) >= 5 and len(set(of_name.values())) >= 15
+        assert (
+            min(firsts.count(f"a{k}") for k in range(4)) >= 5 and len(set(of_name.values())) >= 15
+        )
     assert sum(shown["Ann"][prompt] == shown["Ben"][prompt] for prompt in shown["Ann"]) < 15
 
 
@@ -162,7 +196,10 @@ def test_what_others_write_meanwhile_is_kept(table):
     work = AnswerRanking(table)
     task, other = work.tasks("Ann")[:2]
     rows = read_answers(table)
-    changed = [replace(row, category="new") for row in rows[:8]] + [replace(rows[8], answer="rewritten"), *rows[9:]]
+    changed = [replace(row, category="new") for row in rows[:8]] + [
+        replace(rows[8], answer="rewritten"),
+        *rows[9:],
+    ]
     write_answers(table, changed)
     gone = work.tasks("Ann")[2].key
     work.save("Ann", task.key, by_text(task, "1234"))
@@ -178,12 +215,22 @@ def test_what_others_write_meanwhile_is_kept(table):
 
 def test_next_skip_and_back():
     tasks = [
-        Task(prompt, ("a", "b"), marks) for prompt, marks in [("p", ("1", "2")), ("q", ()), ("r", ("1", "")), ("s", ("1", "1"))]
+        Task(prompt, ("a", "b"), marks)
+        for prompt, marks in [("p", ("1", "2")), ("q", ()), ("r", ("1", "")), ("s", ("1", "1"))]
     ]
     p, q, r, s = tasks
-    assert next_task(tasks) == q and next_task(tasks, q.key) == r and next_task(tasks, r.key) == q and next_task(tasks, p.key) == q
+    assert (
+        next_task(tasks) == q
+        and next_task(tasks, q.key) == r
+        and next_task(tasks, r.key) == q
+        and next_task(tasks, p.key) == q
+    )
     assert next_task([p, s]) is None and next_task([p, q], q.key) == q
-    assert task_before(tasks, s.key) == r and task_before(tasks, p.key) == p and task_before(tasks) == s
+    assert (
+        task_before(tasks, s.key) == r
+        and task_before(tasks, p.key) == p
+        and task_before(tasks) == s
+    )
     with pytest.raises(UserError, match="reload the page"):
         find(tasks, Task("p", ("b", "a")).key)  # the same answers in another order are another task
 
@@ -191,8 +238,27 @@ def test_next_skip_and_back():
 def test_names():
     assert check_name("  Anna  Maria O'Neil-Smith 2. ") == "Anna Maria O'Neil-Smith 2."
     assert check_name("Łukasz") == "Łukasz" and check_name("日本") == "日本"
-    for wrong in ("", " ", "rule:exact", "LLM:gpt", "a:b", "=1+1", "-x", "a,b", "a\x00b", "<b>", "x" * 41, "${a}", "../x"):
-        with pytest.raises(UserError, match="rule: or llm:" if wrong.lower().startswith(("rule", "llm")) else "expected a name"):
+    for wrong in (
+        "",
+        " ",
+        "rule:exact",
+        "LLM:gpt",
+        "a:b",
+        "=1+1",
+        "-x",
+        "a,b",
+        "a\x00b",
+        "<b>",
+        "x" * 41,
+        "${a}",
+        "../x",
+    ):
+        with pytest.raises(
+            UserError,
+            match="rule: or llm:"
+            if wrong.lower().startswith(("rule", "llm"))
+            else "expected a name",
+        ):
             check_name(wrong)
 
 
@@ -243,8 +309,12 @@ def test_turns(table):
     page = Texts(ask(action="open")["html"])
     first, second, *_ = work.tasks("Ann")
     assert page.of("text") == list(first.items) and page.of("prompt") == [PROMPTS[0]]
-    assert any(EVIL in text for text in page.of("text")) and not {"script", "img", "a"} & set(page.tags)
-    assert not any(word in ask(action="open")["html"] for word in ("kind 1", "model", "0.7"))  # where an answer comes from
+    assert any(EVIL in text for text in page.of("text")) and not {"script", "img", "a"} & set(
+        page.tags
+    )
+    assert not any(
+        word in ask(action="open")["html"] for word in ("kind 1", "model", "0.7")
+    )  # where an answer comes from
     assert Texts(ask(action="skip", key=first.key)["html"]).of("prompt") == [second.prompt]
     assert Texts(ask(action="back", key=second.key)["html"]).of("prompt") == [first.prompt]
     refused = ask(action="save", key=first.key, marks=["1", "", "", ""])
@@ -254,10 +324,16 @@ def test_turns(table):
         reply = ask(action="save", key=task.key, marks=["1", "1", "3", "4"], note='<i>"n"</i>')
     assert "All 4 prompts are done" in reply["html"] and "4 of 4" in reply["html"]
     page = ask(action="back", key=None)["html"]
-    assert Texts(page).of("prompt") == [PROMPTS[3]] and 'value="&lt;i&gt;&quot;n&quot;&lt;/i&gt;"' in page and "Save again" in page
+    assert (
+        Texts(page).of("prompt") == [PROMPTS[3]]
+        and 'value="&lt;i&gt;&quot;n&quot;&lt;/i&gt;"' in page
+        and "Save again" in page
+    )
     assert "0 of 4" in turn(work, RANKS, {"name": "Ben", "action": "open"})["html"]
     for name in (None, "", "rule:exact"):
-        reply = turn(work, RANKS, {"name": name, "action": "save", "key": first.key, "marks": ["1"] * 4})
+        reply = turn(
+            work, RANKS, {"name": name, "action": "save", "key": first.key, "marks": ["1"] * 4}
+        )
         assert reply["ask"] and ("rule:" in reply["html"]) == bool(name)
     assert {row.ranker for row in read_answers(table)} == {"Ann"}
     Path(table).unlink()
@@ -267,7 +343,9 @@ def test_turns(table):
 # --- steps -----------------------------------------------------------------------------------------------------------------------
 
 PAIRS = [
-    PreferencePair("P", ["Step 2: 3", "Answer: 3"], [f"Step 2: {EVIL}", "Answer: 4"], prefix=["Step 1: 1"]),
+    PreferencePair(
+        "P", ["Step 2: 3", "Answer: 3"], [f"Step 2: {EVIL}", "Answer: 4"], prefix=["Step 1: 1"]
+    ),
     PreferencePair("Q", ["Answer: 1"], ["Answer: 2"]),
 ]
 SOLUTIONS = {
@@ -282,14 +360,20 @@ def test_both_sides_of_pairs_are_labelled_once(tmp_path):
     write_records(tmp_path / "pairs.jsonl", [*PAIRS, PAIRS[1]])
     solutions = load_solutions(str(tmp_path / "pairs.jsonl"))
     assert len(solutions) == 4 and {(task.prompt, task.items) for task in solutions} == SOLUTIONS
-    assert solutions == load_solutions(str(tmp_path / "pairs.jsonl"))  # the same order for everybody
+    assert solutions == load_solutions(
+        str(tmp_path / "pairs.jsonl")
+    )  # the same order for everybody
     many = [PreferencePair(f"p{n}", ["right"], ["wrong"]) for n in range(40)]
     write_records(tmp_path / "many.jsonl", many)
     shown = [task.items[0] for task in load_solutions(str(tmp_path / "many.jsonl"))]
-    assert 5 < sum(a == b for a, b in itertools.pairwise(shown)) < 74  # neither side by side nor in turn
+    assert (
+        5 < sum(a == b for a, b in itertools.pairwise(shown)) < 74
+    )  # neither side by side nor in turn
 
     write_records(tmp_path / "labelled.jsonl", [LabelledSolution("P", ["Answer: 1"], [1])])
-    assert load_solutions(str(tmp_path / "labelled.jsonl")) == [Task("P", ("Answer: 1",))]  # nobody sees the label
+    assert load_solutions(str(tmp_path / "labelled.jsonl")) == [
+        Task("P", ("Answer: 1",))
+    ]  # nobody sees the label
     (tmp_path / "problems.jsonl").write_text('{"prompt": "P", "answer": "1"}\n')
     with pytest.raises(RecordError, match=r"problems.jsonl: no solutions with steps"):
         load_solutions(str(tmp_path / "problems.jsonl"))
@@ -310,15 +394,26 @@ def test_labels_are_what_the_human_judge_reads(tmp_path):
     work.save("Ann", said["Ann"][wrong].key, ["unsure"])
     rows = [row for _, row in read_rows(labels)]
     assert rows[1:] == [
-        {"prompt": "P", "steps": list(right), "labels": [1, None, 0], "labeller": "Ann", "note": "odd"},
+        {
+            "prompt": "P",
+            "steps": list(right),
+            "labels": [1, None, 0],
+            "labeller": "Ann",
+            "note": "odd",
+        },
         {"prompt": "P", "steps": list(right), "labels": [1, None, 1], "labeller": "Ben"},
         {"prompt": "Q", "steps": list(wrong), "labels": [None], "labeller": "Ann"},
     ]
     judge = HumanJudge(labels)
-    assert judge.score_steps([("P", right[:1]), ("P", right), ("Q", wrong), ("Z", ["Answer: 0"])]) == [[1], None, None, [0.5]]
+    assert judge.score_steps(
+        [("P", right[:1]), ("P", right), ("Q", wrong), ("Z", ["Answer: 0"])]
+    ) == [[1], None, None, [0.5]]
 
     again = StepLabelling(solutions, labels)
-    assert sum(task.done for task in again.tasks("Ann")) == 2 and sum(task.done for task in again.tasks("Ben")) == 1
+    assert (
+        sum(task.done for task in again.tasks("Ann")) == 2
+        and sum(task.done for task in again.tasks("Ben")) == 1
+    )
     done = find(again.tasks("Ann"), said["Ann"][right].key)
     assert (done.marks, done.note) == (("right", "unsure", "wrong"), "odd")
     again.save("Ann", done.key, ["right", "right", "wrong"])  # changed: in its place
@@ -350,7 +445,13 @@ def ranked(**ranks: str) -> list[RankedResponse]:
 
 def test_agreement():
     (same,) = agreement(ranked(Ann="1234,4321", Ben="1234,4321"))
-    assert (same.rankers, same.prompts, same.tau.value, same.tau.n, same.alpha) == (("Ann", "Ben"), 2, 1, 2, 1)
+    assert (same.rankers, same.prompts, same.tau.value, same.tau.n, same.alpha) == (
+        ("Ann", "Ben"),
+        2,
+        1,
+        2,
+        1,
+    )
     (opposite,) = agreement(ranked(Ann="1234,1234", Ben="4321,4321"))
     assert opposite.tau.value == -1 and opposite.alpha < 0
     # One of six pairs swapped: tau 4/6. Each rank occurs twice, so the ordinal distance of ranks i and j is (2 |i - j|)^2:
@@ -370,8 +471,17 @@ def test_agreement_of_several():
     rows = ranked(Ann="1234,1234,12", Ben="1243,1234", Cid=",,12")
     pairs = {found.rankers: found for found in agreement(rows)}
     assert list(pairs) == [("Ann", "Ben"), ("Ann", "Cid"), ("Ann", "Ben", "Cid")]
-    assert pairs["Ann", "Ben"].prompts == 2 and pairs["Ann", "Cid"].prompts == 1 and pairs["Ann", "Ben", "Cid"].prompts == 0
-    assert pairs["Ann", "Cid"].alpha == 1 > pairs["Ann", "Ben", "Cid"].alpha > pairs["Ann", "Ben"].alpha
+    assert (
+        pairs["Ann", "Ben"].prompts == 2
+        and pairs["Ann", "Cid"].prompts == 1
+        and pairs["Ann", "Ben", "Cid"].prompts == 0
+    )
+    assert (
+        pairs["Ann", "Cid"].alpha
+        == 1
+        > pairs["Ann", "Ben", "Cid"].alpha
+        > pairs["Ann", "Ben"].alpha
+    )
     table = agreement_rows([*rows, *(replace(row, ranker="") for row in rows[:4])])
     assert table[-1][0] == "all" and any(row[0] == "(no name) and Ann" for row in table)
     assert agreement(ranked(Ann="12", Ben=",12")) == [] and "two rankers" in agreement_html([])
@@ -416,7 +526,9 @@ def test_mistakes_are_one_line(table, tmp_path, monkeypatch, capsys, args, messa
     shutil.copy(table, "held.csv")
     before = {path: path.read_bytes() for path in Path().glob("*.csv")}
     monkeypatch.setattr("utils.rank_responses.serve", lambda *_: pytest.fail("the page was shown"))
-    monkeypatch.setattr("sys.argv", [SCRIPT, *(["--input", "answers.csv"] if "--input" not in args else []), *args])
+    monkeypatch.setattr(
+        "sys.argv", [SCRIPT, *(["--input", "answers.csv"] if "--input" not in args else []), *args]
+    )
     with pytest.raises(SystemExit) as end:
         run(main)
     error = capsys.readouterr().err
@@ -427,10 +539,17 @@ def test_mistakes_are_one_line(table, tmp_path, monkeypatch, capsys, args, messa
 
 def test_agreement_on_the_terminal(tmp_path, monkeypatch, capsys):
     write_answers(tmp_path / "answers.csv", ranked(Ann="1234", Ben="1243", rule="1234"))
-    monkeypatch.setattr("sys.argv", [SCRIPT, "--input", str(tmp_path / "answers.csv"), "--agreement"])
+    monkeypatch.setattr(
+        "sys.argv", [SCRIPT, "--input", str(tmp_path / "answers.csv"), "--agreement"]
+    )
     run(main)
     table = capsys.readouterr().out
-    assert "Ann and Ben" in table and "0.667" in table and "0.825" in table and len(list(tmp_path.iterdir())) == 1
+    assert (
+        "Ann and Ben" in table
+        and "0.667" in table
+        and "0.825" in table
+        and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 # --- in a browser ----------------------------------------------------------------------------------------------------------------
@@ -480,7 +599,9 @@ def server(port: int, *args: str, cwd: Path):
         try:
             end = time.monotonic() + PATIENCE
             while "(Ctrl-C ends)" not in (cwd / "server.log").read_text().rpartition("#")[2]:
-                assert process.poll() is None and time.monotonic() < end, (cwd / "server.log").read_text()
+                assert process.poll() is None and time.monotonic() < end, (
+                    cwd / "server.log"
+                ).read_text()
                 time.sleep(0.2)
             log.write("#")  # the next one writes behind this
             log.flush()
@@ -497,13 +618,19 @@ class Page:
         self.driver = driver
 
     def all(self, selector: str) -> list:
-        return [found for found in self.driver.find_elements("css selector", selector) if found.is_displayed()]
+        return [
+            found
+            for found in self.driver.find_elements("css selector", selector)
+            if found.is_displayed()
+        ]
 
     def wait(self, what, why: str):
         from selenium.common.exceptions import StaleElementReferenceException
         from selenium.webdriver.support.ui import WebDriverWait
 
-        wait = WebDriverWait(self.driver, PATIENCE, ignored_exceptions=[StaleElementReferenceException])
+        wait = WebDriverWait(
+            self.driver, PATIENCE, ignored_exceptions=[StaleElementReferenceException]
+        )
         return wait.until(lambda _: what(), f"waited for {why}: {self.text()}")
 
     def text(self) -> str:
@@ -536,9 +663,17 @@ class Page:
         import json
         from urllib.parse import urlsplit
 
-        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-        return {urlsplit(url).netloc for url in sent if not url.startswith(("data:", "blob:", "chrome"))}
+        events = [
+            json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")
+        ]
+        sent = [
+            event["params"]["request"]["url"]
+            for event in events
+            if event["method"] == "Network.requestWillBeSent"
+        ]
+        return {
+            urlsplit(url).netloc for url in sent if not url.startswith(("data:", "blob:", "chrome"))
+        }
 
 
 @in_browser
@@ -559,8 +694,13 @@ def test_rank_by_keyboard_kill_and_go_on(table, tmp_path):
             page.see("0 of 4 prompts done")
 
             # A script in an answer is text, and nothing of it has run.
-            assert sorted(page.items()) == sorted(answer(k, 0) for k in range(1, 5)) and page.prompt() == PROMPTS[0]
-            assert not driver.find_elements("css selector", ".work script, .work img, .work .text *, .work .prompt *")
+            assert (
+                sorted(page.items()) == sorted(answer(k, 0) for k in range(1, 5))
+                and page.prompt() == PROMPTS[0]
+            )
+            assert not driver.find_elements(
+                "css selector", ".work script, .work img, .work .text *, .work .prompt *"
+            )
             assert driver.execute_script("return window.hacked") is None
 
             page.press("s")  # skip: it comes again when the others are done
@@ -568,20 +708,43 @@ def test_rank_by_keyboard_kill_and_go_on(table, tmp_path):
             page.press(page.ranks("1234"), Keys.ENTER)
             page.see("1 of 4 prompts done")
             page.press(page.ranks("1334"), Keys.ENTER)
-            page.see("ranks 1,3,3,4 by Ann leave one out")  # and nothing is saved; set right, from the top
-            page.press(Keys.ARROW_UP, Keys.ARROW_UP, Keys.ARROW_UP, page.ranks("1224"), "n", "a tie", Keys.ENTER)
+            page.see(
+                "ranks 1,3,3,4 by Ann leave one out"
+            )  # and nothing is saved; set right, from the top
+            page.press(
+                Keys.ARROW_UP,
+                Keys.ARROW_UP,
+                Keys.ARROW_UP,
+                page.ranks("1224"),
+                "n",
+                "a tie",
+                Keys.ENTER,
+            )
             page.see("2 of 4 prompts done")
             page.press(page.ranks("4321"), Keys.ENTER)
             page.see("3 of 4 prompts done")
             assert page.prompt() == PROMPTS[0]
-            saved = {prompt: [row.rank for row in rows] for (prompt, name), rows in groups(read_answers(table)).items()}
-            assert saved == {PROMPTS[1]: [1, 2, 3, 4], PROMPTS[2]: [1, 2, 2, 4], PROMPTS[3]: [4, 3, 2, 1]}
+            saved = {
+                prompt: [row.rank for row in rows]
+                for (prompt, name), rows in groups(read_answers(table)).items()
+            }
+            assert saved == {
+                PROMPTS[1]: [1, 2, 3, 4],
+                PROMPTS[2]: [1, 2, 2, 4],
+                PROMPTS[3]: [4, 3, 2, 1],
+            }
 
             # Another page for the same file is told; this one is killed between two keys.
             other = subprocess.run(
-                [sys.executable, str(ROOT / SCRIPT), "--input", table, "--port", str(free_port())], capture_output=True, text=True
+                [sys.executable, str(ROOT / SCRIPT), "--input", table, "--port", str(free_port())],
+                capture_output=True,
+                text=True,
             )
-            assert other.returncode == 2 and f"(process {process.pid})" in other.stderr and other.stderr.count("\n") == 1
+            assert (
+                other.returncode == 2
+                and f"(process {process.pid})" in other.stderr
+                and other.stderr.count("\n") == 1
+            )
             page.press(page.ranks("1234")[:2])
             before = Path(table).read_bytes()
             process.send_signal(signal.SIGKILL)
@@ -593,14 +756,22 @@ def test_rank_by_keyboard_kill_and_go_on(table, tmp_path):
         with server(port, "--input", table, cwd=tmp_path):
             page.press(Keys.ENTER)  # the page is still there, with what was typed
             page.see("All 4 prompts are done")
-            assert [row.rank for row in groups(read_answers(table))[PROMPTS[0], "Ann"]] == [1, 2, 3, 4]
+            assert [row.rank for row in groups(read_answers(table))[PROMPTS[0], "Ann"]] == [
+                1,
+                2,
+                3,
+                4,
+            ]
             driver.get(f"http://127.0.0.1:{port}")
             page.see("All 4 prompts are done")
             page.press("b")
             page.wait(lambda: page.all(".item"), "the last prompt")
             page.press("b")
             page.wait(lambda: page.prompt() == PROMPTS[2], "the prompt before")
-            assert "".join(page.marks()) == page.ranks("1224") and page.all(".note")[0].get_property("value") == "a tie"
+            assert (
+                "".join(page.marks()) == page.ranks("1224")
+                and page.all(".note")[0].get_property("value") == "a tie"
+            )
 
             # Dragged to the end: the order is the ranking.
             first, *rest = page.items()
@@ -610,12 +781,20 @@ def test_rank_by_keyboard_kill_and_go_on(table, tmp_path):
             assert page.items() == [*rest, first] and page.marks() == ["1", "2", "3", "4"]
             page.press(Keys.ENTER)
             page.see("All 4 prompts are done")
-            rank_of = {row.answer: row.rank for row in groups(read_answers(table))[PROMPTS[2], "Ann"]}
+            rank_of = {
+                row.answer: row.rank for row in groups(read_answers(table))[PROMPTS[2], "Ann"]
+            }
             assert [rank_of[text] for text in (*rest, first)] == [1, 2, 3, 4]
             assert len(read_answers(table)) == 16
         assert page.network() == {f"127.0.0.1:{port}"}
-        failed = {entry["message"].split()[0] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"}
-        assert all(url.startswith(f"http://127.0.0.1:{port}/gradio_api/") for url in failed)  # the turn when no server was there
+        failed = {
+            entry["message"].split()[0]
+            for entry in driver.get_log("browser")
+            if entry["level"] == "SEVERE"
+        }
+        assert all(
+            url.startswith(f"http://127.0.0.1:{port}/gradio_api/") for url in failed
+        )  # the turn when no server was there
 
 
 @in_browser
@@ -625,11 +804,29 @@ def test_label_steps_and_see_agreement(table, tmp_path):
 
     port = free_port()
     rows = read_answers(table)
-    write_answers(table, [replace(row, rank=1 + k % 4, ranker=name) for name in ("Ann", "Ben") for k, row in enumerate(rows)])
+    write_answers(
+        table,
+        [
+            replace(row, rank=1 + k % 4, ranker=name)
+            for name in ("Ann", "Ben")
+            for k, row in enumerate(rows)
+        ],
+    )
     write_records(tmp_path / "pairs.jsonl", PAIRS)
     with (
         browser(tmp_path / "profile") as driver,
-        server(port, "--input", table, "--ranker", "Ann", "--steps", "pairs.jsonl", "--labels", "labels.jsonl", cwd=tmp_path),
+        server(
+            port,
+            "--input",
+            table,
+            "--ranker",
+            "Ann",
+            "--steps",
+            "pairs.jsonl",
+            "--labels",
+            "labels.jsonl",
+            cwd=tmp_path,
+        ),
     ):
         page = Page(driver)
         driver.get(f"http://127.0.0.1:{port}")
@@ -642,7 +839,9 @@ def test_label_steps_and_see_agreement(table, tmp_path):
         said = {}
         for done in range(1, 5):
             prompt, steps = page.prompt(), tuple(page.items())
-            labels = [int(step in ("Step 1: 1", "Step 2: 3", "Answer: 3", "Answer: 1")) for step in steps]
+            labels = [
+                int(step in ("Step 1: 1", "Step 2: 3", "Answer: 3", "Answer: 1")) for step in steps
+            ]
             keys = ["w1"[label] if done % 2 else "2r"[label] for label in labels]
             if done == 4:  # unsure of the last step
                 labels[-1], keys[-1] = None, "3"
@@ -653,8 +852,12 @@ def test_label_steps_and_see_agreement(table, tmp_path):
         assert driver.execute_script("return window.hacked") is None
         assert page.network() == {f"127.0.0.1:{port}"}
     written = [LabelledSolution.from_row(row) for _, row in read_rows(tmp_path / "labels.jsonl")]
-    assert {(row.prompt, tuple(row.steps)): row.labels for row in written} == said and set(said) == SOLUTIONS
-    scores = HumanJudge(tmp_path / "labels.jsonl").score_steps([(row.prompt, row.steps) for row in written])
+    assert {(row.prompt, tuple(row.steps)): row.labels for row in written} == said and set(
+        said
+    ) == SOLUTIONS
+    scores = HumanJudge(tmp_path / "labels.jsonl").score_steps(
+        [(row.prompt, row.steps) for row in written]
+    )
     assert scores == [*(row.labels for row in written[:3]), None]
 
 
@@ -665,7 +868,9 @@ def test_a_port_in_use(table, tmp_path, run_script):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         done = run_script(SCRIPT, "--input", table, "--port", taken.getsockname()[1])
-    assert done.returncode == 2 and "--port" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2 and "--port" in done.stderr and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
 
 
 def take_picture(path: Path) -> None:
@@ -683,8 +888,12 @@ def take_picture(path: Path) -> None:
         ]
     }
     with tempfile.TemporaryDirectory() as folder:
-        rows = [RankedResponse(prompt, text) for prompt, answers in texts.items() for text in answers]
-        rows = [RankedResponse(f"Done {k}", text, 1, "Ann") for k in range(14) for text in "ab"] + rows
+        rows = [
+            RankedResponse(prompt, text) for prompt, answers in texts.items() for text in answers
+        ]
+        rows = [
+            RankedResponse(f"Done {k}", text, 1, "Ann") for k in range(14) for text in "ab"
+        ] + rows
         rows += [RankedResponse(f"Open {k}", text) for k in range(25) for text in "ab"]
         write_answers(Path(folder) / "answers.csv", rows)
         port = free_port()

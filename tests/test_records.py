@@ -25,7 +25,10 @@ SCORED = {**PAIR, "chosen_scores": [1, 0.5], "rejected_scores": [0.0]}
 def test_round_trip(tmp_path):
     pair = PreferencePair.from_row({**SCORED, "prefix": ["so 🍎"]})
     assert write_records(tmp_path / "new" / "pairs.jsonl", [pair, pair]) == 2
-    assert list(read_records(tmp_path / "new" / "pairs.jsonl", ScoredPair)) == [ScoredPair(**vars(pair))] * 2
+    assert (
+        list(read_records(tmp_path / "new" / "pairs.jsonl", ScoredPair))
+        == [ScoredPair(**vars(pair))] * 2
+    )
     assert "🍎" in (tmp_path / "new" / "pairs.jsonl").read_text()
 
 
@@ -41,13 +44,34 @@ BAD = {
     "empty prompt": ({**PAIR, "prompt": "  "}, "field 'prompt': expected a text, got an empty one"),
     "steps are no list": ({**PAIR, "chosen": "a"}, "field 'chosen': expected a list, got a text"),
     "no steps": ({**PAIR, "rejected": []}, "field 'rejected': expected at least one step"),
-    "empty step": ({**PAIR, "chosen": ["a", " "]}, "field 'chosen', step 2: expected a text, got an empty one"),
-    "step is no text": ({**PAIR, "chosen": [None]}, "field 'chosen', step 1: expected a text, got null"),
-    "half a surrogate": ({**PAIR, "prompt": "\ud800"}, "field 'prompt': expected a text, got half of a Unicode"),
-    "unequal lengths": ({**SCORED, "chosen_scores": [1]}, "field 'chosen_scores': expected one score for each of 2 steps, got 1"),
-    "score too large": ({**SCORED, "rejected_scores": [1.2]}, "field 'rejected_scores', item 1: expected a score from 0 to 1, got"),
-    "score is nan": ({**SCORED, "rejected_scores": [float("nan")]}, "expected a score from 0 to 1, got the number nan"),
-    "score is a truth": ({**SCORED, "rejected_scores": [True]}, "expected a score from 0 to 1, got true or false"),
+    "empty step": (
+        {**PAIR, "chosen": ["a", " "]},
+        "field 'chosen', step 2: expected a text, got an empty one",
+    ),
+    "step is no text": (
+        {**PAIR, "chosen": [None]},
+        "field 'chosen', step 1: expected a text, got null",
+    ),
+    "half a surrogate": (
+        {**PAIR, "prompt": "\ud800"},
+        "field 'prompt': expected a text, got half of a Unicode",
+    ),
+    "unequal lengths": (
+        {**SCORED, "chosen_scores": [1]},
+        "field 'chosen_scores': expected one score for each of 2 steps, got 1",
+    ),
+    "score too large": (
+        {**SCORED, "rejected_scores": [1.2]},
+        "field 'rejected_scores', item 1: expected a score from 0 to 1, got",
+    ),
+    "score is nan": (
+        {**SCORED, "rejected_scores": [float("nan")]},
+        "expected a score from 0 to 1, got the number nan",
+    ),
+    "score is a truth": (
+        {**SCORED, "rejected_scores": [True]},
+        "expected a score from 0 to 1, got true or false",
+    ),
     "one side scored": ({**PAIR, "chosen_scores": [1, 1]}, "expected both or neither"),
     "not scored": (PAIR, "field 'chosen_scores' is missing"),
 }
@@ -60,12 +84,21 @@ def test_a_broken_row_says_file_line_field_and_what_was_expected(tmp_path, name)
     path.write_text(to_line(SCORED) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(RecordError) as error:
         list(read_records(path, ScoredPair))
-    assert str(error.value).startswith(f"{path}:3: ") and message in str(error.value) and "\n" not in str(error.value)
+    assert (
+        str(error.value).startswith(f"{path}:3: ")
+        and message in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "no rows"), (b"\n \n", "no rows"), (b'{"prompt": ', ":1: not JSON"), (b'{"prompt": "\xff"}', ":1: not UTF-8")],
+    [
+        (b"", "no rows"),
+        (b"\n \n", "no rows"),
+        (b'{"prompt": ', ":1: not JSON"),
+        (b'{"prompt": "\xff"}', ":1: not UTF-8"),
+    ],
 )
 def test_a_broken_file(tmp_path, content, message):
     (tmp_path / "rows.jsonl").write_bytes(content)
@@ -74,7 +107,12 @@ def test_a_broken_file(tmp_path, content, message):
 
 
 def test_problem_rows():
-    row = {"prompt": "x", "answer": "4", "steps": ["2 + 2 = 4", "Answer: 4"], "traps": [True, False]}
+    row = {
+        "prompt": "x",
+        "answer": "4",
+        "steps": ["2 + 2 = 4", "Answer: 4"],
+        "traps": [True, False],
+    }
     assert Problem.from_row(row) == Problem(**row)
     with pytest.raises(RecordError, match="field 'traps': expected one for each of 2 steps, got 1"):
         Problem.from_row({**row, "traps": [True]})
@@ -84,16 +122,45 @@ def test_problem_rows():
 
 def test_step_values_and_labelled_solutions():
     value = {"prompt": "x", "prefix": ["a"], "step": "b", "score": 0.25, "rollouts": 8, "visits": 3}
-    assert StepValue.from_row(value) == StepValue(**value) and StepValue.from_row({**value, "prefix": None}).prefix == []
+    assert (
+        StepValue.from_row(value) == StepValue(**value)
+        and StepValue.from_row({**value, "prefix": None}).prefix == []
+    )
     solution = {"prompt": "x", "steps": ["a", "b"], "labels": [1, None], "final_correct": False}
-    assert LabelledSolution.from_row(json.loads(to_line(LabelledSolution(**solution)))) == LabelledSolution(**solution)
+    assert LabelledSolution.from_row(
+        json.loads(to_line(LabelledSolution(**solution)))
+    ) == LabelledSolution(**solution)
     for kind, row, message in [
-        (StepValue, {**value, "score": None}, "field 'score': expected a score from 0 to 1, got null"),
-        (StepValue, {**value, "score": 1.5}, "field 'score': expected a score from 0 to 1, got the number 1.5"),
-        (StepValue, {**value, "rollouts": -1}, "field 'rollouts': expected a whole number from 0 on"),
-        (LabelledSolution, {**solution, "labels": [1]}, "field 'labels': expected one label for each of 2 steps, got 1"),
-        (LabelledSolution, {**solution, "labels": [1, 2]}, "field 'labels', item 2: expected a label from 0 to 1 or null"),
-        (LabelledSolution, {**solution, "final_correct": "no"}, "field 'final_correct': expected true or false, got a text"),
+        (
+            StepValue,
+            {**value, "score": None},
+            "field 'score': expected a score from 0 to 1, got null",
+        ),
+        (
+            StepValue,
+            {**value, "score": 1.5},
+            "field 'score': expected a score from 0 to 1, got the number 1.5",
+        ),
+        (
+            StepValue,
+            {**value, "rollouts": -1},
+            "field 'rollouts': expected a whole number from 0 on",
+        ),
+        (
+            LabelledSolution,
+            {**solution, "labels": [1]},
+            "field 'labels': expected one label for each of 2 steps, got 1",
+        ),
+        (
+            LabelledSolution,
+            {**solution, "labels": [1, 2]},
+            "field 'labels', item 2: expected a label from 0 to 1 or null",
+        ),
+        (
+            LabelledSolution,
+            {**solution, "final_correct": "no"},
+            "field 'final_correct': expected true or false, got a text",
+        ),
     ]:
         with pytest.raises(RecordError, match=message):
             kind.from_row(row)
@@ -107,7 +174,9 @@ def test_written_whole_or_not_at_all(tmp_path):
     (tmp_path / "file").write_text("old")
     with pytest.raises(RuntimeError):
         write_text(tmp_path / "file", chunks())
-    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (
+        tmp_path / "file"
+    ).read_text() == "old"
 
 
 def test_resumable_rows_lose_and_repeat_nothing(tmp_path):

@@ -7,15 +7,34 @@ import shutil
 import pytest
 import torch
 from reward_models import make_distilbert, make_llama
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from reasoning.steps import PLAIN_TEMPLATE
 from reward_model.base import JudgeError
-from reward_model.response_reward_model import ResponseJudge, ResponseRewardModel, ResponseTokens, from_causal_lm
+from reward_model.response_reward_model import (
+    ResponseJudge,
+    ResponseRewardModel,
+    ResponseTokens,
+    from_causal_lm,
+)
 
 PROMPT = "Mia has 12 apples. She buys 3 more. How many apples does Mia have now?"
-RESPONSES = ["Step 1: 12 + 3 = 15\nAnswer: 15", "Step 1: 12 * 3 = 36\nAnswer: 36", "?", "Answer: 15 </s> [SEP]", "é 🙂\n\n" * 20]
-PAIRS = [(PROMPT, response) for response in RESPONSES] + [("Short?", "Yes."), ("Short?", "No. " * 60)]
+RESPONSES = [
+    "Step 1: 12 + 3 = 15\nAnswer: 15",
+    "Step 1: 12 * 3 = 36\nAnswer: 36",
+    "?",
+    "Answer: 15 </s> [SEP]",
+    "é 🙂\n\n" * 20,
+]
+PAIRS = [(PROMPT, response) for response in RESPONSES] + [
+    ("Short?", "Yes."),
+    ("Short?", "No. " * 60),
+]
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -25,12 +44,18 @@ CHAT = (
 @pytest.fixture(scope="module")
 def folders(tiny_model_dir, tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("reward")
-    made = {"question": make_llama(tiny_model_dir, folder / "question"), "eos": make_llama(tiny_model_dir, folder / "eos", "")}
+    made = {
+        "question": make_llama(tiny_model_dir, folder / "question"),
+        "eos": make_llama(tiny_model_dir, folder / "eos", ""),
+    }
     shutil.copytree(made["eos"], folder / "no_pad")  # a tokenizer without a padding token: EOS pads
     for name, key in (("config.json", "pad_token_id"), ("tokenizer_config.json", "pad_token")):
         content = json.loads((folder / "no_pad" / name).read_text())
         (folder / "no_pad" / name).write_text(json.dumps(content | {key: None}))
-    return made | {"no_pad": str(folder / "no_pad"), "distilbert": make_distilbert(folder / "distilbert")}
+    return made | {
+        "no_pad": str(folder / "no_pad"),
+        "distilbert": make_distilbert(folder / "distilbert"),
+    }
 
 
 @pytest.mark.parametrize("name", ["question", "eos", "no_pad", "distilbert"])
@@ -40,7 +65,9 @@ def test_the_same_score_alone_in_a_batch_and_beside_longer_ones(folders, name):
     assert len({round(score, 4) for score in together}) == len(PAIRS)  # it reads them
     assert [scorer.score_response(*pair) for pair in PAIRS] == pytest.approx(together, abs=1e-5)
     assert scorer.score(PAIRS[::-1])[::-1] == pytest.approx(together, abs=1e-5)
-    assert ResponseRewardModel(folders[name], batch_tokens=100, device="cpu").score(PAIRS) == pytest.approx(together, abs=1e-5)
+    assert ResponseRewardModel(folders[name], batch_tokens=100, device="cpu").score(
+        PAIRS
+    ) == pytest.approx(together, abs=1e-5)
     assert scorer.score([]) == []
 
 
@@ -49,7 +76,13 @@ def test_as_a_judge_of_steps_it_gives_each_the_score_of_the_whole(folders):
         whole = 1 / (1 + math.exp(-judge.scorer.score_response(PROMPT, RESPONSES[0])))
         begun = 1 / (1 + math.exp(-judge.scorer.score_response(PROMPT, "Step 1: 12 + 3 = 15")))
         steps = RESPONSES[0].split("\n")
-        solutions = [(PROMPT, steps), (PROMPT, steps[:1]), (PROMPT, []), (PROMPT, steps), (PROMPT, steps)]
+        solutions = [
+            (PROMPT, steps),
+            (PROMPT, steps[:1]),
+            (PROMPT, []),
+            (PROMPT, steps),
+            (PROMPT, steps),
+        ]
         scores = judge.score_steps(solutions, skip=[0, 0, 0, 1, 2])
         assert begun != pytest.approx(whole, abs=1e-3)
         for of, expected in zip(scores, [[whole, whole], [begun], [], [whole], []], strict=True):
@@ -59,14 +92,18 @@ def test_as_a_judge_of_steps_it_gives_each_the_score_of_the_whole(folders):
 
 def test_a_score_is_the_plain_forward_pass(folders):
     for name, text in (("question", "\nRight?"), ("eos", "</s>")):
-        model = AutoModelForSequenceClassification.from_pretrained(folders[name], dtype=torch.float32).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folders[name], dtype=torch.float32
+        ).eval()
         tokenizer = AutoTokenizer.from_pretrained(folders[name])
-        inputs = tokenizer(PLAIN_TEMPLATE.format(prompt=PROMPT) + RESPONSES[0] + text, return_tensors="pt")
+        inputs = tokenizer(
+            PLAIN_TEMPLATE.format(prompt=PROMPT) + RESPONSES[0] + text, return_tensors="pt"
+        )
         with torch.inference_mode():
             expected = model(input_ids=inputs["input_ids"]).logits.item()
-        assert ResponseRewardModel(folders[name], device="cpu").score_response(PROMPT, RESPONSES[0]) == pytest.approx(
-            expected, abs=1e-5
-        )
+        assert ResponseRewardModel(folders[name], device="cpu").score_response(
+            PROMPT, RESPONSES[0]
+        ) == pytest.approx(expected, abs=1e-5)
 
 
 def test_what_each_kind_of_model_reads(tokenizer, folders):
@@ -84,9 +121,15 @@ def test_what_each_kind_of_model_reads(tokenizer, folders):
 
     chat = AutoTokenizer.from_pretrained(folders["eos"])
     chat.chat_template = CHAT
-    (ids, _), (written, _) = ResponseTokens(chat, question="Right?").encode([("Hi", "Ho"), ("Hi", "Ho</s>")])
-    text = chat.apply_chat_template([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], tokenize=False)
-    assert ids == chat(text, add_special_tokens=False)["input_ids"] and "Right?" not in chat.decode(ids)
+    (ids, _), (written, _) = ResponseTokens(chat, question="Right?").encode(
+        [("Hi", "Ho"), ("Hi", "Ho</s>")]
+    )
+    text = chat.apply_chat_template(
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], tokenize=False
+    )
+    assert ids == chat(text, add_special_tokens=False)["input_ids"] and "Right?" not in chat.decode(
+        ids
+    )
     assert written.count(chat.eos_token_id) == ids.count(chat.eos_token_id) == 2
 
 
@@ -94,25 +137,37 @@ def test_what_each_kind_of_model_reads(tokenizer, folders):
 def test_what_is_too_long_loses_the_beginning_of_its_prompt(folders, name):
     tokenizer = AutoTokenizer.from_pretrained(folders[name])
     question = "Right?" if name == "question" else None
-    (whole, none) = ResponseTokens(tokenizer, None, question).encode([("word " * 30 + "end?", "Yes.")])[0]
-    (ids, over) = ResponseTokens(tokenizer, 24, question).encode([("word " * 30 + "end?", "Yes.")])[0]
+    (whole, none) = ResponseTokens(tokenizer, None, question).encode(
+        [("word " * 30 + "end?", "Yes.")]
+    )[0]
+    (ids, over) = ResponseTokens(tokenizer, 24, question).encode([("word " * 30 + "end?", "Yes.")])[
+        0
+    ]
     assert none == 0 and over == len(whole) - 24 and len(ids) == 24
     assert ids[:1] == whole[:1] and ids[1:] == whole[-23:]
-    (exact, over) = ResponseTokens(tokenizer, len(whole), question).encode([("word " * 30 + "end?", "Yes.")])[0]
+    (exact, over) = ResponseTokens(tokenizer, len(whole), question).encode(
+        [("word " * 30 + "end?", "Yes.")]
+    )[0]
     assert exact == whole and over == 0
 
 
 def test_a_model_cuts_at_its_own_context_and_counts(tiny_model_dir, tmp_path):
-    scorer = ResponseRewardModel(make_llama(tiny_model_dir, tmp_path / "short", context=48), device="cpu")
+    scorer = ResponseRewardModel(
+        make_llama(tiny_model_dir, tmp_path / "short", context=48), device="cpu"
+    )
     assert scorer.format.max_length == 48
-    a, b = scorer.score([("One. " * 40 + "End?", "Yes."), ("Two. " * 30 + "One. " * 30 + "End?", "Yes.")])
+    a, b = scorer.score(
+        [("One. " * 40 + "End?", "Yes."), ("Two. " * 30 + "One. " * 30 + "End?", "Yes.")]
+    )
     assert a == pytest.approx(b, abs=1e-5) and scorer.cut == 2  # only what was cut off is different
 
 
 def test_the_head_begins_as_the_models_own_yes_and_no(tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     lm = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
-    ids = tokenizer(PLAIN_TEMPLATE.format(prompt=PROMPT) + RESPONSES[0] + "\nRight?", return_tensors="pt")["input_ids"]
+    ids = tokenizer(
+        PLAIN_TEMPLATE.format(prompt=PROMPT) + RESPONSES[0] + "\nRight?", return_tensors="pt"
+    )["input_ids"]
     yes, no = (tokenizer(f"Right? {word}")["input_ids"][-1] for word in ("Yes", "No"))
     with torch.inference_mode():
         logits = lm(input_ids=ids).logits[0, -1]
@@ -132,10 +187,15 @@ def test_what_is_no_reward_model_is_refused_in_one_line(folders, tiny_model_dir,
     two = changed("two", id2label={"0": "NO", "1": "YES"}, label2id={"NO": 0, "YES": 1})
     lost = changed("lost")
     AutoModelForCausalLM.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "headless")
-    shutil.copy(tmp_path / "headless" / "model.safetensors", tmp_path / "lost" / "model.safetensors")
+    shutil.copy(
+        tmp_path / "headless" / "model.safetensors", tmp_path / "lost" / "model.safetensors"
+    )
     (tmp_path / "empty").mkdir()
     for path, message in (
-        (tiny_model_dir, "is no reward model but LlamaForCausalLM; `python train.py reward --model_name_or_path"),
+        (
+            tiny_model_dir,
+            "is no reward model but LlamaForCausalLM; `python train.py reward --model_name_or_path",
+        ),
         (two, "2 labels; a reward model has one"),
         (lost, "weights are missing, score.weight for one"),
         (str(tmp_path / "empty"), "empty"),

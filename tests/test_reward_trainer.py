@@ -10,17 +10,38 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from reasoning.records import RecordError
 from reward_model.response_reward_model import ResponseRewardModel
-from trainer.reward_trainer import GroupSampler, RankedGroup, ResponseRewardConfig, ResponseRewardTrainer, pairs_of
+from trainer.reward_trainer import (
+    GroupSampler,
+    RankedGroup,
+    ResponseRewardConfig,
+    ResponseRewardTrainer,
+    pairs_of,
+)
 
 GROUPS = [
-    {"prompt": "1 + 1?", "answers": ["Answer: 2", "Step 1: 1 + 1 = 3\nAnswer: 3", "?"], "ranks": [1, 2, 3]},
-    {"prompt": "What is 2 + 2?", "answers": ["Answer: 5", "Answer: 4", "Answer: 6"], "ranks": [2, 1, 2]},
+    {
+        "prompt": "1 + 1?",
+        "answers": ["Answer: 2", "Step 1: 1 + 1 = 3\nAnswer: 3", "?"],
+        "ranks": [1, 2, 3],
+    },
+    {
+        "prompt": "What is 2 + 2?",
+        "answers": ["Answer: 5", "Answer: 4", "Answer: 6"],
+        "ranks": [2, 1, 2],
+    },
 ]
 PAIRS = [(0, 0, 1), (0, 0, 2), (0, 1, 2), (1, 1, 0), (1, 1, 2)]  # group, better, worse
 
 
 def make_trainer(folder: str, output, groups=GROUPS, **options) -> ResponseRewardTrainer:
-    settings = {"bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "warmup_steps": 0}
+    settings = {
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "warmup_steps": 0,
+    }
     settings |= {"per_device_train_batch_size": 8, "learning_rate": 1e-3, "logging_steps": 1}
     return ResponseRewardTrainer(
         AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32),
@@ -43,7 +64,10 @@ def test_pairs_of_a_group():
 
 def test_a_row_is_a_group_or_a_pair_of_texts():
     group = RankedGroup("p", ["a", "b"], [1, 2])
-    assert RankedGroup.from_row({"prompt": "p", "chosen": "a", "rejected": "b", "subset": "x"}) == group
+    assert (
+        RankedGroup.from_row({"prompt": "p", "chosen": "a", "rejected": "b", "subset": "x"})
+        == group
+    )
     assert RankedGroup.from_row({"prompt": "p", "answers": ["a", "b"], "ranks": [1, 2]}) == group
     for row, message in (
         ({"prompt": "p", "chosen": "a"}, "field 'rejected'"),
@@ -57,7 +81,9 @@ def test_a_row_is_a_group_or_a_pair_of_texts():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rank_margin": 0.7}, {"center_rewards_coefficient": 0.3}], ids=["plain", "margin", "centered"]
+    "options",
+    [{}, {"rank_margin": 0.7}, {"center_rewards_coefficient": 0.3}],
+    ids=["plain", "margin", "centered"],
 )
 def test_the_loss_of_a_batch_by_hand(llama, tmp_path, options):
     trainer = make_trainer(llama, tmp_path, **options)
@@ -74,12 +100,21 @@ def test_the_loss_of_a_batch_by_hand(llama, tmp_path, options):
     losses, squares = [], []
     for k, better, worse in PAIRS:
         ranks = GROUPS[k]["ranks"]
-        gap = rewards[k, better] - rewards[k, worse] - options.get("rank_margin", 0) * (ranks[worse] - ranks[better])
+        gap = (
+            rewards[k, better]
+            - rewards[k, worse]
+            - options.get("rank_margin", 0) * (ranks[worse] - ranks[better])
+        )
         losses.append(math.log1p(math.exp(-gap)))
         squares.append((rewards[k, better] + rewards[k, worse]) ** 2)
-    expected = (sum(losses) + options.get("center_rewards_coefficient", 0) * sum(squares)) / len(PAIRS)
+    expected = (sum(losses) + options.get("center_rewards_coefficient", 0) * sum(squares)) / len(
+        PAIRS
+    )
     assert loss == pytest.approx(expected, rel=1e-6, abs=1e-5)
-    assert len(batch["input_ids"]) == 2 * len(PAIRS) and trainer.balance == "5 pairs of 6 answers, 1 ties left out"
+    assert (
+        len(batch["input_ids"]) == 2 * len(PAIRS)
+        and trainer.balance == "5 pairs of 6 answers, 1 ties left out"
+    )
 
 
 def test_pairs_come_by_group_and_each_answer_is_read_once(llama, tmp_path):
@@ -87,7 +122,9 @@ def test_pairs_come_by_group_and_each_answer_is_read_once(llama, tmp_path):
     sampler = trainer._get_train_sampler()
     assert tuple(sampler) in {(0, 1, 2, 3, 4), (3, 4, 0, 1, 2)} and len(sampler) == 5
     read = []
-    hook = trainer.model.register_forward_pre_hook(lambda _, args, given: read.append(given["input_ids"]), with_kwargs=True)
+    hook = trainer.model.register_forward_pre_hook(
+        lambda _, args, given: read.append(given["input_ids"]), with_kwargs=True
+    )
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.compute_loss(trainer.model, dict(batch)).backward()
     hook.remove()
@@ -115,7 +152,9 @@ def test_shuffled_ranks_say_nothing(llama, tmp_path):
     groups = [GROUPS[0] | {"prompt": f"1 + {k}?"} for k in range(300)]
     best, *_ = make_trainer(llama, tmp_path, groups[:1]).train_dataset["chosen_ids"]
     rows = make_trainer(llama, tmp_path, groups, shuffle_ranks=True).train_dataset
-    of_best = [better[-len(best) + 8 :] == best[8:] for better in rows["chosen_ids"]]  # the same answer, to any prompt
+    of_best = [
+        better[-len(best) + 8 :] == best[8:] for better in rows["chosen_ids"]
+    ]  # the same answer, to any prompt
     assert len(rows) == 900 and 0.27 < sum(of_best) / len(rows) < 0.40
     again = make_trainer(llama, tmp_path, groups, shuffle_ranks=True).train_dataset
     assert again["chosen_ids"] == rows["chosen_ids"]
@@ -127,13 +166,19 @@ def test_parameters_move_and_the_pairs_are_learned(llama, tmp_path, kind):
     trainer = make_trainer(folder, tmp_path / "out", num_train_epochs=12, learning_rate=3e-3)
     before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     trainer.train()
-    still = {name for name, weight in trainer.model.named_parameters() if torch.equal(weight, before[name])}
+    still = {
+        name
+        for name, weight in trainer.model.named_parameters()
+        if torch.equal(weight, before[name])
+    }
     assert not still
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert logs[-1]["loss"] < 0.7 * logs[0]["loss"] and logs[-1]["accuracy"] == 1
     trainer.save_model(str(tmp_path / "saved"))
     scorer = ResponseRewardModel(tmp_path / "saved", device="cpu")
-    scores = [scorer.score([(group["prompt"], text) for text in group["answers"]]) for group in GROUPS]
+    scores = [
+        scorer.score([(group["prompt"], text) for text in group["answers"]]) for group in GROUPS
+    ]
     assert all(scores[k][better] > scores[k][worse] for k, better, worse in PAIRS)
     assert scorer.format.question == ("Right?" if kind == "llama" else None)
 
@@ -144,9 +189,13 @@ def test_what_is_too_long_is_cut_and_counted_not_dropped(tmp_path):
     trainer = make_trainer(folder, tmp_path / "out", groups, max_length=1024)
     assert len(trainer.train_dataset) == 8 and "3 answers are over 64 tokens" in trainer.balance
     ids = [row[side] for row in trainer.train_dataset for side in ("chosen_ids", "rejected_ids")]
-    assert max(map(len, ids)) == 64 and all(row[0] == 2 and row[-1] == 3 for row in ids)  # [CLS] ... [SEP]
+    assert max(map(len, ids)) == 64 and all(
+        row[0] == 2 and row[-1] == 3 for row in ids
+    )  # [CLS] ... [SEP]
     short = make_trainer(folder, tmp_path / "out", groups, max_length=32)
-    assert short.format.max_length == 32 and all(len(row["chosen_ids"]) <= 32 for row in short.train_dataset)
+    assert short.format.max_length == 32 and all(
+        len(row["chosen_ids"]) <= 32 for row in short.train_dataset
+    )
     alike = [{"prompt": "p", "answers": ["a " + "b " * 90, "c " + "b " * 90], "ranks": [1, 2]}]
     assert "1 pairs are alike after that" in make_trainer(folder, tmp_path / "out", alike).balance
 

@@ -12,7 +12,12 @@ from reasoning.ranking import read_answers
 from reasoning.records import PreferencePair, read_records
 
 PAGE = (ROOT / "docs/reward_model.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines() if line]
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+    for line in block.splitlines()
+    if line
+]
 
 
 def test_the_page_has_every_stage():
@@ -26,14 +31,30 @@ def test_the_page_has_every_stage():
 
 @pytest.mark.slow
 def test_its_commands_run(tmp_path):
-    path = f"{ROOT / '.venv/bin'}:{os.environ['PATH']}" if (ROOT / ".venv/bin").is_dir() else os.environ["PATH"]
+    path = (
+        f"{ROOT / '.venv/bin'}:{os.environ['PATH']}"
+        if (ROOT / ".venv/bin").is_dir()
+        else os.environ["PATH"]
+    )
     for command in COMMANDS:
-        options = {"shell": True, "cwd": tmp_path, "env": os.environ | {"REPO": str(ROOT), "PATH": path}, "timeout": 1200}
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
+        options = {
+            "shell": True,
+            "cwd": tmp_path,
+            "env": os.environ | {"REPO": str(ROOT), "PATH": path},
+            "timeout": 1200,
+        }
+        done = subprocess.run(
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options
+        )
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
     walk = Path(tmp_path) / "walk"
     assert {row.split for row in read_answers(walk / "answers.csv")} == {"train", "test"}
-    assert (walk / "plots/response_reward.png").is_file() and (walk / "results/response_reward.json").is_file()
-    assert list(read_records(walk / "pairs.jsonl", PreferencePair)) and (walk / "tuned/model.safetensors").is_file()
+    assert (walk / "plots/response_reward.png").is_file() and (
+        walk / "results/response_reward.json"
+    ).is_file()
+    assert (
+        list(read_records(walk / "pairs.jsonl", PreferencePair))
+        and (walk / "tuned/model.safetensors").is_file()
+    )
     assert done.stdout.startswith("round 1: 8 solutions") and "by the scorer" in done.stdout
     assert "score " in done.stderr

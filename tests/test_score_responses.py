@@ -18,7 +18,11 @@ from reward_model import score_responses
 from reward_model.response_reward_model import ResponseRewardModel
 from utils.cli import UserError, run
 
-TEXTS = ["Step 1: 1 + 1 = 2\nAnswer: 2", "Step 1: 1 + 1 = 3\nAnswer: 3", 'A "quoted", <b>text</b>;\nof lines']
+TEXTS = [
+    "Step 1: 1 + 1 = 2\nAnswer: 2",
+    "Step 1: 1 + 1 = 3\nAnswer: 3",
+    'A "quoted", <b>text</b>;\nof lines',
+]
 ROWS = [{"prompt": prompt, "answer": text} for prompt in ("1 + 1?", "Count; me") for text in TEXTS]
 
 
@@ -29,17 +33,23 @@ def scorer(tiny_model_dir, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def scores(scorer) -> list[float]:
-    return ResponseRewardModel(scorer, device="cpu").score([(row["prompt"], row["answer"]) for row in ROWS])
+    return ResponseRewardModel(scorer, device="cpu").score(
+        [(row["prompt"], row["answer"]) for row in ROWS]
+    )
 
 
 def run_here(folder: Path, monkeypatch, scorer: str, command: str, *args: object) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["score_responses.py", command, "--scorer", scorer, *map(str, args)])
+    monkeypatch.setattr(
+        sys, "argv", ["score_responses.py", command, "--scorer", scorer, *map(str, args)]
+    )
     score_responses.main()
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_a_table_gets_a_column_and_keeps_the_others(tmp_path, monkeypatch, scorer, scores, delimiter):
+def test_a_table_gets_a_column_and_keeps_the_others(
+    tmp_path, monkeypatch, scorer, scores, delimiter
+):
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, ["id", "prompt", "answer"], delimiter=delimiter)
     writer.writeheader()
@@ -51,14 +61,19 @@ def test_a_table_gets_a_column_and_keeps_the_others(tmp_path, monkeypatch, score
     assert [{name: row[name] for name in ("prompt", "answer")} for row in found] == ROWS
     assert [row["id"] for row in found] == [str(k) for k in range(6)]
     assert [float(row["score"]) for row in found] == pytest.approx(scores, abs=2e-6)
-    run_here(tmp_path, monkeypatch, scorer, "filter", "--input", "out.csv", "--output", "best.csv")  # a scored table goes on
+    run_here(
+        tmp_path, monkeypatch, scorer, "filter", "--input", "out.csv", "--output", "best.csv"
+    )  # a scored table goes on
     with open(tmp_path / "best.csv", newline="", encoding="utf-8") as file:
         best = [int(row["id"]) for row in csv.DictReader(file, delimiter=delimiter)]
     assert best == [max(range(3), key=scores.__getitem__), max(range(3, 6), key=scores.__getitem__)]
 
 
 def test_rows_of_json_and_answers_in_steps(tmp_path, monkeypatch, scorer, scores):
-    rows = [{"prompt": row["prompt"], "steps": row["answer"].split("\n"), "finished": True} for row in ROWS[:2]]
+    rows = [
+        {"prompt": row["prompt"], "steps": row["answer"].split("\n"), "finished": True}
+        for row in ROWS[:2]
+    ]
     rows += [{"prompt": row["prompt"], "response": row["answer"]} for row in ROWS[2:]]
     write_records(tmp_path / "in.jsonl", rows)
     run_here(tmp_path, monkeypatch, scorer, "score", "--input", "in.jsonl", "--output", "out.jsonl")
@@ -67,7 +82,9 @@ def test_rows_of_json_and_answers_in_steps(tmp_path, monkeypatch, scorer, scores
     threshold = sorted(scores)[3]
     options = ["--input", "in.jsonl", "--output", "over.jsonl", f"--threshold={threshold - 1e-5}"]
     run_here(tmp_path, monkeypatch, scorer, "filter", *options)
-    assert [row["score"] >= threshold - 1e-4 for _, row in read_rows(tmp_path / "over.jsonl")] == [True] * 3
+    assert [row["score"] >= threshold - 1e-4 for _, row in read_rows(tmp_path / "over.jsonl")] == [
+        True
+    ] * 3
 
 
 def test_pairs_are_the_best_against_the_worst(tmp_path, monkeypatch, scorer, scores, capsys):
@@ -78,12 +95,17 @@ def test_pairs_are_the_best_against_the_worst(tmp_path, monkeypatch, scorer, sco
     run_here(tmp_path, monkeypatch, scorer, "pairs", "--input", "in.csv", "--output", "pairs.jsonl")
     (pair,) = [row for _, row in read_rows(tmp_path / "pairs.jsonl")]
     best, worst = (choose(range(3), key=scores.__getitem__) for choose in (max, min))
-    assert pair["prefix"] + pair["chosen"] == TEXTS[best].split("\n") and pair["prefix"] + pair["rejected"] == TEXTS[worst].split(
-        "\n"
-    )
-    assert {*pair["chosen_scores"]} == {1 - score for score in pair["rejected_scores"]} and pair["chosen_scores"][0] > 0.5
+    assert pair["prefix"] + pair["chosen"] == TEXTS[best].split("\n") and pair["prefix"] + pair[
+        "rejected"
+    ] == TEXTS[worst].split("\n")
+    assert {*pair["chosen_scores"]} == {1 - score for score in pair["rejected_scores"]} and pair[
+        "chosen_scores"
+    ][0] > 0.5
     said = capsys.readouterr().out
-    assert "1 prompts left out: they are not of the split train" in said and "1 prompts left out: they have one response" in said
+    assert (
+        "1 prompts left out: they are not of the split train" in said
+        and "1 prompts left out: they have one response" in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,21 +113,47 @@ def test_pairs_are_the_best_against_the_worst(tmp_path, monkeypatch, scorer, sco
     [
         (["score", "--input", "in.csv"], "prompt,answer\np,a\n", "argument --output"),
         (["score", "--output", "x.csv", "--input", "none.csv"], "", "none.csv not found"),
-        (["score", "--output", "x.csv", "--input", "in.csv"], "question,answer\np,a\n", "in.csv:1: expected a header"),
-        (["score", "--output", "x.csv", "--input", "in.csv"], "prompt,text\np,a\n", "in.csv:2: expected a field answer"),
-        (["score", "--output", "x.csv", "--input", "in.csv"], "prompt,answer\np,\n", "in.csv:2: field 'answer': expected a text"),
-        (["score", "--output", "x.csv", "--input", "in.csv"], "prompt,answer\np,a,b\n", "in.csv:2: 3 cells, the header has 2"),
-        (["score", "--output", "in.csv", "--input", "in.csv"], "prompt,answer\np,a\n", "in.csv exists"),
+        (
+            ["score", "--output", "x.csv", "--input", "in.csv"],
+            "question,answer\np,a\n",
+            "in.csv:1: expected a header",
+        ),
+        (
+            ["score", "--output", "x.csv", "--input", "in.csv"],
+            "prompt,text\np,a\n",
+            "in.csv:2: expected a field answer",
+        ),
+        (
+            ["score", "--output", "x.csv", "--input", "in.csv"],
+            "prompt,answer\np,\n",
+            "in.csv:2: field 'answer': expected a text",
+        ),
+        (
+            ["score", "--output", "x.csv", "--input", "in.csv"],
+            "prompt,answer\np,a,b\n",
+            "in.csv:2: 3 cells, the header has 2",
+        ),
+        (
+            ["score", "--output", "in.csv", "--input", "in.csv"],
+            "prompt,answer\np,a\n",
+            "in.csv exists",
+        ),
         (
             ["filter", "--output", "x.csv", "--input", "in.csv", "--threshold", "nan"],
             "prompt,answer\np,a\n",
             "argument --threshold",
         ),
-        (["pairs", "--output", "x.csv", "--input", "in.csv"], "prompt,answer\np,a\n", "expected a .jsonl file"),
+        (
+            ["pairs", "--output", "x.csv", "--input", "in.csv"],
+            "prompt,answer\np,a\n",
+            "expected a .jsonl file",
+        ),
         (["rank"], "", "unknown command rank"),
     ],
 )
-def test_mistakes_are_one_line_and_nothing_is_written(tmp_path, monkeypatch, scorer, capsys, args, content, message):
+def test_mistakes_are_one_line_and_nothing_is_written(
+    tmp_path, monkeypatch, scorer, capsys, args, content, message
+):
     (tmp_path / "in.csv").write_text(content)
     with pytest.raises((UserError, RecordError), match=message):
         run_here(tmp_path, monkeypatch, scorer, *args)
@@ -117,9 +165,13 @@ def test_mistakes_are_one_line_and_nothing_is_written(tmp_path, monkeypatch, sco
 
 def test_held_out_problems_give_no_pairs(tmp_path, monkeypatch, scorer):
     task = next(problems("test"))
-    write_records(tmp_path / "in.jsonl", [{"prompt": task.prompt, "response": text} for text in TEXTS])
+    write_records(
+        tmp_path / "in.jsonl", [{"prompt": task.prompt, "response": text} for text in TEXTS]
+    )
     with pytest.raises(UserError, match="held-out problem"):
-        run_here(tmp_path, monkeypatch, scorer, "pairs", "--input", "in.jsonl", "--output", "pairs.jsonl")
+        run_here(
+            tmp_path, monkeypatch, scorer, "pairs", "--input", "in.jsonl", "--output", "pairs.jsonl"
+        )
 
 
 @pytest.mark.slow
@@ -127,11 +179,25 @@ def test_dpo_takes_the_pairs(tmp_path, scorer, tiny_model_dir):
     rows = [{"prompt": f"{k} + 1?", "response": text} for k in range(12) for text in TEXTS]
     write_records(tmp_path / "in.jsonl", rows)
     pairs = ["pairs", "--scorer", scorer, "--input", "in.jsonl", "--output", "pairs.jsonl"]
-    dpo = ["dpo", "--dataset_name", "pairs.jsonl", "--loss_type", "sigmoid", "--model_name_or_path", tiny_model_dir]
+    dpo = [
+        "dpo",
+        "--dataset_name",
+        "pairs.jsonl",
+        "--loss_type",
+        "sigmoid",
+        "--model_name_or_path",
+        tiny_model_dir,
+    ]
     dpo += ["--max_steps", "1", "--output_dir", "tuned", "--logs_dir", "logs", "--bf16", "false"]
     commands = [["reward_model/score_responses.py", *pairs], ["train.py", *dpo]]
     for script, *args in commands:
-        done = subprocess.run([sys.executable, ROOT / script, *args], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            [sys.executable, ROOT / script, *args],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
     job = json.loads((tmp_path / "tuned" / "training_job.json").read_text())
     assert job["loss_type"] == ["sigmoid"] and (tmp_path / "tuned" / "model.safetensors").is_file()

@@ -34,8 +34,12 @@ def test_the_answer_with_the_highest_score_wins(tiny_model_dir):
     for answer in answers:
         (candidates,) = answer.rounds
         scores = [candidate.scores for candidate, _ in candidates]
-        assert scores == [[len("\n".join(candidate.state.steps)) - 40.0] for candidate, _ in candidates]
-        fit = [candidate for candidate, _ in candidates if not candidate.note] or [candidate for candidate, _ in candidates]
+        assert scores == [
+            [len("\n".join(candidate.state.steps)) - 40.0] for candidate, _ in candidates
+        ]
+        fit = [candidate for candidate, _ in candidates if not candidate.note] or [
+            candidate for candidate, _ in candidates
+        ]
         assert answer.scores[0] == max(candidate.scores[0] for candidate in fit)
         assert len({*scores[0]} | {s for (s,) in scores}) > 1
     assert len(scorer.asked) == len(set(scorer.asked))  # the same text is asked once
@@ -48,7 +52,16 @@ def run_here(monkeypatch, *args: object) -> None:
 
 def test_inference_with_a_scorer(tiny_model_dir, tmp_path, monkeypatch, capsys):
     scorer = make_llama(tiny_model_dir, tmp_path / "scorer")
-    options = ["--model_name_or_path", tiny_model_dir, "--search", "best_of_n", "--n", 4, "--max_new_tokens", 12]
+    options = [
+        "--model_name_or_path",
+        tiny_model_dir,
+        "--search",
+        "best_of_n",
+        "--n",
+        4,
+        "--max_new_tokens",
+        12,
+    ]
     options += ["--scorer", scorer, "--show_scores"]
     run_here(monkeypatch, *options, "--prompt", PROMPTS[0])
     said = capsys.readouterr()
@@ -57,12 +70,16 @@ def test_inference_with_a_scorer(tiny_model_dir, tmp_path, monkeypatch, capsys):
     write_records(tmp_path / "in.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     run_here(monkeypatch, *options, "--input", "in.jsonl", "--output", "out.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    scores = ResponseRewardModel(scorer, device="cpu").score([(row["prompt"], "\n".join(row["steps"])) for row in rows])
+    scores = ResponseRewardModel(scorer, device="cpu").score(
+        [(row["prompt"], "\n".join(row["steps"])) for row in rows]
+    )
     assert [row["score"] for row in rows] == pytest.approx(scores, abs=1e-4)
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--search", "beam"], ["--search", "best_of_n", "--judge", "random"]], ids=["no search", "beam", "judge"]
+    "options",
+    [[], ["--search", "beam"], ["--search", "best_of_n", "--judge", "random"]],
+    ids=["no search", "beam", "judge"],
 )
 def test_a_scorer_goes_with_best_of_n_alone(monkeypatch, capsys, options):
     with pytest.raises(SystemExit) as stopped:

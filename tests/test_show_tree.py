@@ -17,8 +17,16 @@ def tree() -> Tree:
     """The search came by `Step 1: good` and found `Step 2: bad` to be the first error of the rollout that begins so."""
     good, bad = ("Step 1: good",), ("Step 1: good", "Step 2: bad")
     nodes = [
-        Node((), [Rollout((*bad, "Answer: 0"), "wrong", 30), Rollout((*good, "Answer: 1"), "right", 20)], 2),
-        Node(good, [Rollout(("Answer: 1",), "right", 10), Rollout((EVIL, "Answer: 2"), "wrong", 20)], 1),
+        Node(
+            (),
+            [Rollout((*bad, "Answer: 0"), "wrong", 30), Rollout((*good, "Answer: 1"), "right", 20)],
+            2,
+        ),
+        Node(
+            good,
+            [Rollout(("Answer: 1",), "right", 10), Rollout((EVIL, "Answer: 2"), "wrong", 20)],
+            1,
+        ),
         Node(bad, [Rollout(("Answer: 0",), "wrong", 10), Rollout(("Answer: 3",), "wrong", 10)]),
     ]
     return Tree("How many\napples?", "omegaprm", "budget", {node.steps: node for node in nodes})
@@ -43,9 +51,17 @@ def test_text(tree):
 
 
 def test_a_closing_step_can_be_the_first_error():
-    root = Node((), [Rollout(("Step 1", "Answer: 0"), "wrong", 30), Rollout(("Step 1", "Answer: 1"), "right", 20)])
+    root = Node(
+        (),
+        [
+            Rollout(("Step 1", "Answer: 0"), "wrong", 30),
+            Rollout(("Step 1", "Answer: 1"), "right", 20),
+        ],
+    )
     lines = as_text(Tree("?", "per_step", "budget", {(): root})).splitlines()
-    assert [line for line in lines if "first error" in line] == [" 0.00         0/1       -      Answer: 0   <-- first error"]
+    assert [line for line in lines if "first error" in line] == [
+        " 0.00         0/1       -      Answer: 0   <-- first error"
+    ]
 
 
 class Outline(HTMLParser):
@@ -57,7 +73,9 @@ class Outline(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        assert not {name for name, _ in attrs} & {"src", "href"} and not any(name.startswith("on") for name, _ in attrs)
+        assert not {name for name, _ in attrs} & {"src", "href"} and not any(
+            name.startswith("on") for name, _ in attrs
+        )
         if tag == "details":
             self.depth += 1
             self.deepest = max(self.deepest, self.depth)
@@ -73,15 +91,29 @@ def test_page_is_self_contained_and_runs_nothing_of_the_model(tree):
     page = Outline()
     page.feed(as_page(tree))
     assert "script" not in page.tags and not {"link", "img", "iframe"} & set(page.tags)
-    assert EVIL in page.text and "How many apples?" in page.text and "first error, here or below" in page.text
+    assert (
+        EVIL in page.text
+        and "How many apples?" in page.text
+        and "first error, here or below" in page.text
+    )
     assert (page.tags.count("details"), page.deepest, page.depth) == (4, 3, 0)
     assert "hsl(120 " in as_page(tree) and "hsl(0 " in as_page(tree) and "hsl(60 " in as_page(tree)
 
 
 def test_the_script(tree, run_script, tmp_path):
-    other = Tree("What is left?", "omegaprm", "always right", {(): Node((), [Rollout(("Answer: 1",), "right", 5)])})
-    write_records(tmp_path / "trees.jsonl", [row.to_row() for row in (other, tree, Tree("Long?", "omegaprm", "prompt too long"))])
-    done = run_script(SCRIPT, "--trees", "trees.jsonl", "--prompt", "apples", "--html", "out/tree.html")
+    other = Tree(
+        "What is left?",
+        "omegaprm",
+        "always right",
+        {(): Node((), [Rollout(("Answer: 1",), "right", 5)])},
+    )
+    write_records(
+        tmp_path / "trees.jsonl",
+        [row.to_row() for row in (other, tree, Tree("Long?", "omegaprm", "prompt too long"))],
+    )
+    done = run_script(
+        SCRIPT, "--trees", "trees.jsonl", "--prompt", "apples", "--html", "out/tree.html"
+    )
     assert done.returncode == 0 and done.stdout == TEXT + "\n\nwrote out/tree.html\n"
     assert (tmp_path / "out/tree.html").read_text() == as_page(tree)
     assert run_script(SCRIPT, "--trees", "trees.jsonl", "--index", 1).stdout == TEXT + "\n"
@@ -97,4 +129,6 @@ def test_the_script(tree, run_script, tmp_path):
         (["--trees", "out/tree.html"], "out/tree.html:1: not JSON"),
     ]:
         done = run_script(SCRIPT, *args)
-        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, (
+            done.stderr
+        )

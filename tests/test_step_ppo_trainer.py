@@ -26,7 +26,13 @@ from trainer.step_ppo_trainer import StepPPOTrainer, action_logps
 PROMPTS = [f"Pick one, number {k}." for k in range(16)]
 ROWS = [{"prompt": prompt, "prefix": []} for prompt in PROMPTS]
 ARMS = ("Answer: 1", "Answer: 2")
-LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.5, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+LORA = {
+    "r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.5,
+    "target_modules": "all-linear",
+    "task_type": "CAUSAL_LM",
+}
 
 
 def prefers(arm: str) -> FixedJudge:
@@ -36,7 +42,10 @@ def prefers(arm: str) -> FixedJudge:
 def taught(model_dir: str, folder: Path, solutions: list[tuple[str, list[str]]]) -> str:
     """The tiny model, taught to write these solutions; at `folder`."""
     torch.manual_seed(0)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(model_dir), AutoTokenizer.from_pretrained(model_dir)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(model_dir),
+        AutoTokenizer.from_pretrained(model_dir),
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     encoded = [encode_steps(tokenizer, prompt, [], steps) for prompt, steps in solutions]
     longest = max(len(ids) for ids, _ in encoded)
@@ -67,22 +76,44 @@ def make(two_arms, tmp_path):
 
     def make(judge=None, rows=ROWS, *, model=two_arms, peft=False, **config):
         AcceleratorState._reset_state(reset_partial_state=True)
-        given = {"evaluate": config.pop("evaluate", None), "eval_dataset": config.pop("eval_dataset", None)}
+        given = {
+            "evaluate": config.pop("evaluate", None),
+            "eval_dataset": config.pop("eval_dataset", None),
+        }
         given["value_backbone"] = config.pop("value_backbone", None)
-        settings = {"states": "rows", "per_device_train_batch_size": 16, "num_mini_batches": 1, "total_episodes": 16}
-        settings |= {"learning_rate": 3e-3, "max_new_tokens": 8, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
-        args = StepPPOConfig(**{"output_dir": str(tmp_path / "out"), "eval_strategy": "no", **settings, **config})
+        settings = {
+            "states": "rows",
+            "per_device_train_batch_size": 16,
+            "num_mini_batches": 1,
+            "total_episodes": 16,
+        }
+        settings |= {
+            "learning_rate": 3e-3,
+            "max_new_tokens": 8,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+        }
+        args = StepPPOConfig(
+            **{"output_dir": str(tmp_path / "out"), "eval_strategy": "no", **settings, **config}
+        )
         policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(model)
         lora = LoraConfig(**LORA) if peft else None
-        return StepPPOTrainer(policy, args, tokenizer, judge or prefers(ARMS[0]), rows, peft_config=lora, **given)
+        return StepPPOTrainer(
+            policy, args, tokenizer, judge or prefers(ARMS[0]), rows, peft_config=lora, **given
+        )
 
     yield make
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def weights(trainer, of="policy") -> dict:
-    return {name: p.detach().clone() for name, p in trainer.module.named_parameters() if name.startswith(of)}
+    return {
+        name: p.detach().clone()
+        for name, p in trainer.module.named_parameters()
+        if name.startswith(of)
+    }
 
 
 def distance(before: dict, after: dict) -> float:
@@ -91,7 +122,9 @@ def distance(before: dict, after: dict) -> float:
 
 def chance(trainer, arm=ARMS[0]) -> float:
     """How likely the policy gives this answer, mean over the prompts."""
-    logps = Policy(trainer.model, trainer.tokenizer).step_logps([(prompt, [], [arm]) for prompt in PROMPTS])
+    logps = Policy(trainer.model, trainer.tokenizer).step_logps(
+        [(prompt, [], [arm]) for prompt in PROMPTS]
+    )
     return sum(math.exp(step.logp) for (step,) in logps) / len(logps)
 
 
@@ -128,18 +161,33 @@ def test_what_scores_0(steps, status, flaw):
     child = State("p", (1, 2, 3, 4, 5), (2, 3, 5)[: 2 + len(steps)], (*BEGUN.steps, *steps), status)
     goes_on = row.add(child, max_steps=9)
     assert row.flaw == flaw and row.ends == [2] and goes_on == (status == "open" and not flaw)
-    judge_rows(FixedJudge(lambda prompt, step, earlier: asked.append((step, earlier)) or 0.75), [row])
+    judge_rows(
+        FixedJudge(lambda prompt, step, earlier: asked.append((step, earlier)) or 0.75), [row]
+    )
     assert row.scores == [0.0 if flaw else 0.75]
-    assert asked == ([] if flaw else [(steps[0], BEGUN.steps)])  # a step that scores 0 anyway is not paid for
+    assert asked == (
+        [] if flaw else [(steps[0], BEGUN.steps)]
+    )  # a step that scores 0 anyway is not paid for
 
 
 def test_a_fresh_row_ends_after_as_many_steps_as_it_may_have():
     def child(k: int) -> State:
-        return State("p", tuple(range(k + 1)), tuple(range(1, k + 2)), tuple(f"Step {n + 1}: {n}" for n in range(k)))
+        return State(
+            "p",
+            tuple(range(k + 1)),
+            tuple(range(1, k + 2)),
+            tuple(f"Step {n + 1}: {n}" for n in range(k)),
+        )
 
     row = Row(child(0), True)
-    assert [row.add(child(k), max_steps=3) for k in (1, 2, 3)] == [True, True, False] and row.ends == [1, 2, 3]
-    assert not Row(child(0), False).add(child(1), max_steps=3)  # a beginning of the data set: one step
+    assert [row.add(child(k), max_steps=3) for k in (1, 2, 3)] == [
+        True,
+        True,
+        False,
+    ] and row.ends == [1, 2, 3]
+    assert not Row(child(0), False).add(
+        child(1), max_steps=3
+    )  # a beginning of the data set: one step
 
 
 def test_a_judge_that_cannot_read_leaves_out():
@@ -153,12 +201,19 @@ def test_rows_depend_on_seed_beginning_and_twin_alone(tiny_model_dir):
     policy = Policy.load(tiny_model_dir)
 
     def written(prompts, twins, seed=3):
-        rows = [Row(policy.start(prompt), True, twin) for prompt, twin in zip(prompts, twins, strict=True)]
+        rows = [
+            Row(policy.start(prompt), True, twin)
+            for prompt, twin in zip(prompts, twins, strict=True)
+        ]
         roll_out(policy, rows, 1.0, 6, 3, seed)
         return [row.state.ids for row in rows]
 
     three = written(["a", "b", "a"], [0, 0, 1])
-    assert len(set(three)) == 3 and written(["a"], [1]) == three[2:] and written(["a"], [0], seed=4) != three[:1]
+    assert (
+        len(set(three)) == 3
+        and written(["a"], [1]) == three[2:]
+        and written(["a"], [0], seed=4) != three[:1]
+    )
 
 
 # --- the objective
@@ -178,7 +233,14 @@ def by_hand(trainer, row: Row, model, temperature: float) -> list[float]:
 def test_the_objective_of_three_tokens_from_raw_logits(make, tiny_model_dir, peft):
     """One row of three tokens, two of them a step of their own; policy, reference and value function all differ. Everything is
     worked out again, in float64 and plain Python."""
-    options = {"temperature": 0.7, "kl_coef": 0.3, "gamma": 0.9, "lam": 0.8, "cliprange": 0.01, "cliprange_value": 0.02}
+    options = {
+        "temperature": 0.7,
+        "kl_coef": 0.3,
+        "gamma": 0.9,
+        "lam": 0.8,
+        "cliprange": 0.01,
+        "cliprange_value": 0.02,
+    }
     trainer = make(model=tiny_model_dir, peft=peft, whiten_advantages=False, **options)
     generator = torch.Generator().manual_seed(1)
 
@@ -194,7 +256,10 @@ def test_the_objective_of_three_tokens_from_raw_logits(make, tiny_model_dir, pef
     for k in (2, 3):
         row.add(State("p", (*start.ids, *(50, 60, 70)[:k]), (), tuple("ab")[: k - 1]), 9)
     other.add(State("p", (*start.ids, 90, 91, 92, 93, 94), (), ("c",)), 9)
-    row.scores, other.scores = [0.25, 1.0], None  # the other was left out: it has no part in anything
+    row.scores, other.scores = (
+        [0.25, 1.0],
+        None,
+    )  # the other was left out: it has no part in anything
     trainer._remember([row, other])
     sampler = copy.deepcopy(trainer.module).double()
     shake(trainer.module, 0.1 if peft else 0.02)
@@ -205,14 +270,23 @@ def test_the_objective_of_three_tokens_from_raw_logits(make, tiny_model_dir, pef
     reference = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float64)
     temperature = options["temperature"]
     with torch.no_grad():
-        old, new = by_hand(trainer, row, sampler.policy, temperature), by_hand(trainer, row, now.policy, temperature)
+        old, new = (
+            by_hand(trainer, row, sampler.policy, temperature),
+            by_hand(trainer, row, now.policy, temperature),
+        )
         ref = by_hand(trainer, row, reference, temperature)
         ids, begins = torch.tensor([row.state.ids]), torch.tensor([row.begin])
-        old_values, values = (module(ids, begins, 3, 1.0)[2][0].tolist() for module in (sampler, now))
+        old_values, values = (
+            module(ids, begins, 3, 1.0)[2][0].tolist() for module in (sampler, now)
+        )
     rewards = [-0.3 * (o - r) for o, r in zip(old, ref, strict=True)]
     rewards[1] += 0.25
     rewards[2] += 1.0
-    deltas = [rewards[0] + 0.9 * old_values[1] - old_values[0], rewards[1] - old_values[1], rewards[2] - old_values[2]]
+    deltas = [
+        rewards[0] + 0.9 * old_values[1] - old_values[0],
+        rewards[1] - old_values[1],
+        rewards[2] - old_values[2],
+    ]
     advantages = [deltas[0] + 0.9 * 0.8 * deltas[1], deltas[1], deltas[2]]
     policy = value = clipped = value_clipped = 0.0
     for t in range(3):
@@ -223,7 +297,9 @@ def test_the_objective_of_three_tokens_from_raw_logits(make, tiny_model_dir, pef
         free, bound = (values[t] - target) ** 2, (near - target) ** 2
         value, value_clipped = value + 0.5 * max(free, bound), value_clipped + (bound > free)
     assert loss.item() == pytest.approx(policy + (0.1 if peft else 1.0) * value, abs=1e-4)
-    assert parts[:2].tolist() == pytest.approx([policy, value], abs=1e-4) and parts[2:4].tolist() == [clipped, value_clipped]
+    assert parts[:2].tolist() == pytest.approx([policy, value], abs=1e-4) and parts[
+        2:4
+    ].tolist() == [clipped, value_clipped]
     kl = sum(math.expm1(n - o) - (n - o) for n, o in zip(new, old, strict=True))
     assert parts[4].item() == pytest.approx(kl, abs=1e-4)
     assert abs(policy) > 0.05 and value > 0.05 and clipped and max(map(abs, rewards[:1])) > 1e-3
@@ -252,7 +328,9 @@ def test_steps_of_a_fresh_row_are_episodes_of_their_own(make):
     trainer.args.whiten_advantages = False
     together, apart = trainer._batch([whole]), trainer._batch(alone)
     for name in ("logps", "values", "advantages", "returns"):
-        torch.testing.assert_close(getattr(together, name)[0], getattr(apart, name)[apart.tokens], rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            getattr(together, name)[0], getattr(apart, name)[apart.tokens], rtol=0, atol=1e-5
+        )
 
 
 # --- learning
@@ -264,9 +342,17 @@ def test_two_arms_are_learned_within_30_updates(make):
     before, values = weights(trainer), weights(trainer, "backbone")
     trainer.train()
     log = trainer.state.log_history
-    assert len(log) == 30 and sum(row["objective/scores"] for row in log[-5:]) / 5 > 0.9 and chance(trainer) > 0.9
+    assert (
+        len(log) == 30
+        and sum(row["objective/scores"] for row in log[-5:]) / 5 > 0.9
+        and chance(trainer) > 0.9
+    )
     assert all((before[name] != after).any() for name, after in weights(trainer).items())
-    assert all((values[name] != after).any() for name, after in weights(trainer, "backbone").items() if "embed" not in name)
+    assert all(
+        (values[name] != after).any()
+        for name, after in weights(trainer, "backbone").items()
+        if "embed" not in name
+    )
     assert log[-1]["objective/kl"] > 0.1 and log[-1]["val/explained"] > -1
 
 
@@ -300,7 +386,9 @@ def test_a_reward_that_all_have_teaches_nothing(make, monkeypatch, score):
     before = chance(trainer)
     trainer.train()
     log = trainer.state.log_history
-    assert abs(chance(trainer) - before) < 1e-4 and max(abs(row["objective/kl"]) for row in log) < 1e-4
+    assert (
+        abs(chance(trainer) - before) < 1e-4 and max(abs(row["objective/kl"]) for row in log) < 1e-4
+    )
     assert all(row["objective/scores"] == pytest.approx(score) for row in log)
 
 
@@ -308,17 +396,41 @@ def test_a_reward_that_all_have_teaches_nothing(make, monkeypatch, score):
 
 
 def test_states(make, tiny_model_dir):
-    rows = [{"prompt": "p", "prefix": []}, {"prompt": "p", "prefix": ["a"]}, {"prompt": "p", "prefix": ["a"]}]
-    rows += [{"prompt": "q", "prefix": ["a", "b"]}, {"prompt": "r" * 600, "prefix": []}, {"prompt": "q", "prefix": ["Answer: 2"]}]
+    rows = [
+        {"prompt": "p", "prefix": []},
+        {"prompt": "p", "prefix": ["a"]},
+        {"prompt": "p", "prefix": ["a"]},
+    ]
+    rows += [
+        {"prompt": "q", "prefix": ["a", "b"]},
+        {"prompt": "r" * 600, "prefix": []},
+        {"prompt": "q", "prefix": ["Answer: 2"]},
+    ]
     begun = [("p", ()), ("p", ("a",)), ("q", ("a", "b"))]
     counts = {"rows": (0, 8), "fresh": (8, 0), "both": (4, 4)}
     for states, (fresh, from_rows) in counts.items():
-        trainer = make(rows=rows, model=tiny_model_dir, states=states, per_device_train_batch_size=8, total_episodes=8)
+        trainer = make(
+            rows=rows,
+            model=tiny_model_dir,
+            states=states,
+            per_device_train_batch_size=8,
+            total_episodes=8,
+        )
         drawn = trainer._new_rows(0)
-        assert (sum(row.is_fresh for row in drawn), sum(not row.is_fresh for row in drawn)) == (fresh, from_rows)
-        assert {(row.state.prompt, row.state.steps) for row in drawn if row.is_fresh} <= {("p", ()), ("q", ())}
-        assert {(row.state.prompt, row.state.steps) for row in drawn if not row.is_fresh} == set(begun if from_rows else ())
-        assert len({(row.state.ids, row.twin) for row in drawn}) == 8  # the same beginning again is another sample
+        assert (sum(row.is_fresh for row in drawn), sum(not row.is_fresh for row in drawn)) == (
+            fresh,
+            from_rows,
+        )
+        assert {(row.state.prompt, row.state.steps) for row in drawn if row.is_fresh} <= {
+            ("p", ()),
+            ("q", ()),
+        }
+        assert {(row.state.prompt, row.state.steps) for row in drawn if not row.is_fresh} == set(
+            begun if from_rows else ()
+        )
+        assert (
+            len({(row.state.ids, row.twin) for row in drawn}) == 8
+        )  # the same beginning again is another sample
         assert trainer.update()["steps/number"] >= 8
     with pytest.raises(ValueError, match="no beginning is left"):
         make(rows=rows[4:5], model=tiny_model_dir)
@@ -328,26 +440,42 @@ def test_every_beginning_comes_once_in_a_pass(make):
     trainer = make(per_device_train_batch_size=4, num_mini_batches=2, total_episodes=32)
     drawn = [row.state.prompt for update in range(4) for row in trainer._new_rows(update)]
     assert sorted(drawn[:16]) == sorted(drawn[16:]) == sorted(PROMPTS) and drawn[:16] != drawn[16:]
-    assert drawn[:8] != [row.state.prompt for row in make(per_device_train_batch_size=8, seed=1)._new_rows(0)]
+    assert drawn[:8] != [
+        row.state.prompt for row in make(per_device_train_batch_size=8, seed=1)._new_rows(0)
+    ]
 
 
 def test_how_many_updates_and_optimizer_steps(make):
-    counts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_mini_batches": 3, "num_ppo_epochs": 2}
+    counts = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_mini_batches": 3,
+        "num_ppo_epochs": 2,
+    }
     trainer = make(total_episodes=25, target_kl=None, **counts)
     trainer.train()
-    assert trainer.rows_per_update == 12 and trainer.updates == len(trainer.state.log_history) == 3  # 36: no fewer than asked
+    assert (
+        trainer.rows_per_update == 12 and trainer.updates == len(trainer.state.log_history) == 3
+    )  # 36: no fewer than asked
     taken = {state["step"].item() for state in trainer.optimizer.state.values()}
     assert taken == {3 * 2 * 3} and trainer.state.log_history[-1]["episode"] == 36
 
 
 def test_accumulated_batches_are_one_large_one(make):
-    split = make(per_device_train_batch_size=4, gradient_accumulation_steps=4, num_ppo_epochs=1, max_grad_norm=0)
+    split = make(
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+        num_ppo_epochs=1,
+        max_grad_norm=0,
+    )
     whole = make(per_device_train_batch_size=16, num_ppo_epochs=1, max_grad_norm=0)
     gradients = []
     for trainer in (split, whole):
         trainer.optimizer.zero_grad = lambda: None  # so that they can be looked at
         trainer.update()
-        gradients.append({name: p.grad for name, p in trainer.module.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad for name, p in trainer.module.named_parameters() if p.grad is not None}
+        )
     for name, gradient in gradients[1].items():
         torch.testing.assert_close(gradients[0][name], gradient, rtol=0, atol=1e-5)
     assert max(gradient.abs().max() for gradient in gradients[1].values()) > 1e-3
@@ -357,7 +485,9 @@ def moved(trainer) -> tuple[float, float]:
     """How far one update takes the policy's and the value function's own weights."""
     before, own = weights(trainer), weights(trainer, ("backbone", "head.weight"))
     trainer.update()
-    return distance(before, weights(trainer)), distance(own, weights(trainer, ("backbone", "head.weight")))
+    return distance(before, weights(trainer)), distance(
+        own, weights(trainer, ("backbone", "head.weight"))
+    )
 
 
 def test_learning_rates(make):
@@ -386,12 +516,20 @@ def test_kl_coef_is_taken_off_the_reward(make):
         returns.append(batch.returns[:, 0])
     kl = torch.stack([(row.logps - row.ref_logps).sum() for row in batch.rows])
     torch.testing.assert_close(returns[0] - returns[1], 0.5 * kl, rtol=0, atol=1e-5)
-    assert kl.abs().max() > 0.01 and logs["objective/kl"] == pytest.approx(kl.mean().item(), abs=1e-5)
+    assert kl.abs().max() > 0.01 and logs["objective/kl"] == pytest.approx(
+        kl.mean().item(), abs=1e-5
+    )
 
 
 def test_clipping(make):
-    for name, logged in (("cliprange", "policy/clipfrac_avg"), ("cliprange_value", "val/clipfrac_avg")):
-        wide, narrow = (make(target_kl=None, num_ppo_epochs=4, **{name: value}).update()[logged] for value in (1e6, 1e-6))
+    for name, logged in (
+        ("cliprange", "policy/clipfrac_avg"),
+        ("cliprange_value", "val/clipfrac_avg"),
+    ):
+        wide, narrow = (
+            make(target_kl=None, num_ppo_epochs=4, **{name: value}).update()[logged]
+            for value in (1e6, 1e-6)
+        )
         assert wide == 0 and narrow > 0.1, name
 
 
@@ -406,12 +544,18 @@ def test_vf_coef_weighs_where_weights_are_shared(make):
 
 
 def test_gamma_lam_and_whitening(make):
-    base, discounted, short = (make(whiten_advantages=False, **given) for given in ({}, {"gamma": 0.5}, {"lam": 0.0}))
+    base, discounted, short = (
+        make(whiten_advantages=False, **given) for given in ({}, {"gamma": 0.5}, {"lam": 0.0})
+    )
     batches = [trainer._experience()[0] for trainer in (base, discounted, short)]
     row = batches[0].rows[0]
     count, score = row.ends[-1], row.scores[0]
     value = batches[0].values[0, 0].item()  # the same everywhere at first
-    for batch, decay, step in ((batches[0], 0.95, 0.0), (batches[1], 0.5 * 0.95, -0.5 * value), (batches[2], 0.0, 0.0)):
+    for batch, decay, step in (
+        (batches[0], 0.95, 0.0),
+        (batches[1], 0.5 * 0.95, -0.5 * value),
+        (batches[2], 0.0, 0.0),
+    ):
         expected = [0.0] * count
         for t in reversed(range(count)):
             delta = score - value if t == count - 1 else step
@@ -430,14 +574,23 @@ def test_target_kl_ends_an_update(make):
 
 
 def test_temperature_is_that_of_sampling(make, tiny_model_dir):
-    cold, hot = (make(model=tiny_model_dir, temperature=t)._experience()[1]["objective/entropy"] for t in (0.25, 1.0))
+    cold, hot = (
+        make(model=tiny_model_dir, temperature=t)._experience()[1]["objective/entropy"]
+        for t in (0.25, 1.0)
+    )
     assert cold < hot / 2
 
 
 def test_lengths_are_limited(make, tiny_model_dir):
     _, logs = make(model=tiny_model_dir, max_new_tokens=3)._experience()
-    assert logs["steps/tokens"] <= 3 and logs["steps/too_long"] > 0.5 and logs["steps/scored_0"] >= logs["steps/too_long"]
-    batch, _ = make(model=tiny_model_dir, states="fresh", max_new_tokens=64, max_solution_steps=2)._experience()
+    assert (
+        logs["steps/tokens"] <= 3
+        and logs["steps/too_long"] > 0.5
+        and logs["steps/scored_0"] >= logs["steps/too_long"]
+    )
+    batch, _ = make(
+        model=tiny_model_dir, states="fresh", max_new_tokens=64, max_solution_steps=2
+    )._experience()
     assert max(len(row.ends) for row in batch.rows) == 2
 
 
@@ -445,17 +598,25 @@ def test_what_a_judge_cannot_read_teaches_nothing(make):
     trainer = make(FixedJudge(lambda *_: None))
     before = weights(trainer)
     logs = trainer.update()
-    assert logs["steps/left_out"] == 16 and logs["steps/number"] == 0 and distance(before, weights(trainer)) == 0
+    assert (
+        logs["steps/left_out"] == 16
+        and logs["steps/number"] == 0
+        and distance(before, weights(trainer)) == 0
+    )
 
 
 def test_a_value_function_of_another_size(make, tiny_model_dir):
     from transformers import LlamaConfig, LlamaModel
 
     sizes = {"num_attention_heads": 2, "num_hidden_layers": 1, "max_position_embeddings": 512}
-    backbone = LlamaModel(LlamaConfig(vocab_size=700, hidden_size=32, intermediate_size=48, **sizes))
+    backbone = LlamaModel(
+        LlamaConfig(vocab_size=700, hidden_size=32, intermediate_size=48, **sizes)
+    )
     trainer = make(value_backbone=backbone)
     trainer.update()
-    assert trainer.module.head.weight.shape == (1, 32) and trainer.module.head.weight.abs().max() > 0
+    assert (
+        trainer.module.head.weight.shape == (1, 32) and trainer.module.head.weight.abs().max() > 0
+    )
     with pytest.raises(ValueError, match="shares the policy's weights"):
         make(value_backbone=backbone, peft=True)
 
@@ -464,7 +625,9 @@ def test_bf16_and_trackers(make, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
     trainer = make(bf16=True, report_to="tensorboard", run_name="run")
     trainer.train()
-    assert {p.dtype for p in trainer.module.parameters()} == {torch.float32} and list((tmp_path / "logs").rglob("events.*"))
+    assert {p.dtype for p in trainer.module.parameters()} == {torch.float32} and list(
+        (tmp_path / "logs").rglob("events.*")
+    )
     exact, rounded = make()._experience()[0].rows[0].logps, trainer._experience()[0].rows[0].logps
     assert len(exact) and not torch.equal(exact, rounded)
 
@@ -498,7 +661,11 @@ def test_kept_out_beginnings_and_a_callback_are_watched(make):
         return {"exact_accuracy": 0.5}
 
     settings = {"eval_strategy": "steps", "eval_steps": 2, "total_episodes": 80}
-    trainer = make(evaluate=evaluate, eval_dataset=[{"prompt": "Pick one, number 99.", "prefix": []}], **settings)
+    trainer = make(
+        evaluate=evaluate,
+        eval_dataset=[{"prompt": "Pick one, number 99.", "prefix": []}],
+        **settings,
+    )
     trainer.train()
     seen = [row for row in trainer.state.log_history if "eval_exact_accuracy" in row]
     assert [row["step"] for row in seen] == [0, 2, 4, 5] and len(asked) == 4
@@ -511,18 +678,29 @@ def test_kept_out_beginnings_and_a_callback_are_watched(make):
 
 @pytest.mark.parametrize("peft", [False, True])
 def test_resumed_is_uninterrupted_bit_by_bit(make, tmp_path, peft):
-    settings = {"total_episodes": 64, "states": "both", "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    settings = {
+        "total_episodes": 64,
+        "states": "both",
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 2,
+    }
     once = make(output_dir=str(tmp_path / "once"), peft=peft, **settings)
     once.train()
-    assert sorted(path.name for path in (tmp_path / "once").iterdir()) == ["checkpoint-3", "checkpoint-4"]
+    assert sorted(path.name for path in (tmp_path / "once").iterdir()) == [
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
     checkpoint = tmp_path / "once/checkpoint-3"
-    assert (checkpoint / "optimizer.pt").is_file() and json.loads((checkpoint / "trainer_state.json").read_text())[
-        "global_step"
-    ] == 3
+    assert (checkpoint / "optimizer.pt").is_file() and json.loads(
+        (checkpoint / "trainer_state.json").read_text()
+    )["global_step"] == 3
     again = make(output_dir=str(tmp_path / "again"), peft=peft, **settings)
     again.train(resume_from_checkpoint=str(checkpoint))
     assert again.state.log_history == once.state.log_history and again.state.global_step == 4
-    for (name, one), (_, two) in zip(once.module.named_parameters(), again.module.named_parameters(), strict=True):
+    for (name, one), (_, two) in zip(
+        once.module.named_parameters(), again.module.named_parameters(), strict=True
+    ):
         assert torch.equal(one, two), name
     for one, two in zip(once.optimizer.state.values(), again.optimizer.state.values(), strict=True):
         assert all(torch.equal(one[name], two[name]) for name in one)
@@ -559,8 +737,19 @@ def test_two_processes_train_as_one(two_arms, tmp_path):
     """Two updates of four optimizer steps; rows, gradients and checkpoints are those of one process with all rows."""
     root = Path(__file__).resolve().parents[1]
     (tmp_path / "two.py").write_text(TWO.format(root=str(root), tests=str(root / "tests")))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29514"]
-    for name, launcher, batch, accumulated in (("one", [sys.executable], 4, 1), ("two", torchrun, 1, 2)):
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29514",
+    ]
+    for name, launcher, batch, accumulated in (
+        ("one", [sys.executable], 4, 1),
+        ("two", torchrun, 1, 2),
+    ):
         done = subprocess.run(
             [*launcher, str(tmp_path / "two.py"), two_arms, str(tmp_path / name), str(batch), str(accumulated)],
             cwd=tmp_path, capture_output=True, text=True, timeout=900, env={**os.environ, "ACCELERATE_USE_CPU": "1"},
@@ -572,7 +761,8 @@ def test_two_processes_train_as_one(two_arms, tmp_path):
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
     histories = [
-        json.loads((tmp_path / name / "checkpoint-2/trainer_state.json").read_text())["log_history"] for name in ("one", "two")
+        json.loads((tmp_path / name / "checkpoint-2/trainer_state.json").read_text())["log_history"]
+        for name in ("one", "two")
     ]
     for first, second in zip(*histories, strict=True):
         assert second == pytest.approx(first, abs=1e-4)

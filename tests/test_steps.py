@@ -3,7 +3,14 @@ import pytest
 from reasoning.answers import extract_answer, same_answer
 from reasoning.grading import grade_steps, is_correct, step_accuracy, step_value
 from reasoning.records import Problem
-from reasoning.steps import encode_steps, ends_solution, format_prompt, response_pieces, shared_prefix, split_steps
+from reasoning.steps import (
+    encode_steps,
+    ends_solution,
+    format_prompt,
+    response_pieces,
+    shared_prefix,
+    split_steps,
+)
 
 PROBLEM = Problem("?", "52", ["Step 1: 12 + 14 = 26", "Step 2: 26 * 2 = 52", "Answer: 52"])
 
@@ -48,10 +55,19 @@ def test_step_value(step, value, true):
     [
         (PROBLEM.steps, [1, 1, 1]),
         (["Step 1: 14 + 12 = 26", "Step 2: 2 * 26 = 52", "The answer is 52."], [1, 1, 1]),
-        (["Step 1: 12 + 14 = 25", "Step 2: 26 * 2 = 52", "Answer: 52"], [0, 0, 0]),  # what comes after an error is 0
-        (["Step 1: 12 + 14 = 26", "Step 2: 26 + 2 = 28", "Answer: 28"], [1, 0, 0]),  # true, and not what was asked
+        (
+            ["Step 1: 12 + 14 = 25", "Step 2: 26 * 2 = 52", "Answer: 52"],
+            [0, 0, 0],
+        ),  # what comes after an error is 0
+        (
+            ["Step 1: 12 + 14 = 26", "Step 2: 26 + 2 = 28", "Answer: 28"],
+            [1, 0, 0],
+        ),  # true, and not what was asked
         (["Step 1: 12 + 14 = 26", "Answer: 52"], [1, 0]),  # a step left out
-        (["Step 1: 12 + 14 = 26", "Step 2: 26 * 2 = 52", "Answer: 52", "Answer: 52"], [1, 1, 1, 0]),  # one too many
+        (
+            ["Step 1: 12 + 14 = 26", "Step 2: 26 * 2 = 52", "Answer: 52", "Answer: 52"],
+            [1, 1, 1, 0],
+        ),  # one too many
         (["twenty-six"], [0]),
         ([], []),
     ],
@@ -63,7 +79,9 @@ def test_grade_steps(steps, scores):
 
 def test_is_correct_looks_at_the_last_step_alone():
     assert (
-        is_correct(["Answer: 52"], PROBLEM) and not is_correct(["Answer: 52", "Answer: 5"], PROBLEM) and not is_correct([], PROBLEM)
+        is_correct(["Answer: 52"], PROBLEM)
+        and not is_correct(["Answer: 52", "Answer: 5"], PROBLEM)
+        and not is_correct([], PROBLEM)
     )
     with pytest.raises(ValueError, match="no reference steps"):
         grade_steps(["x"], Problem("?", "1"))
@@ -79,14 +97,19 @@ def test_steps_and_text():
 
 def test_encode_steps_by_hand(tokenizer):
     """A step holds its closing newline, the last holds EOS; template, prompt and prefix belong to no step."""
-    ids, step_of = encode_steps(tokenizer, "Mia has 2 apples.", ["Step 1: 2 + 3 = 5"], ["Step 2: 5 * 2 = 10", "Answer: 10"])
+    ids, step_of = encode_steps(
+        tokenizer, "Mia has 2 apples.", ["Step 1: 2 + 3 = 5"], ["Step 2: 5 * 2 = 10", "Answer: 10"]
+    )
     tokens = tokenizer.convert_ids_to_tokens(ids)
     assert tokens[step_of.index(0) :] == [
         *("Step", "▁", "2", ":", "▁", "5", "▁*", "▁", "2", "▁=", "▁", "1", "0", "<0x0A>"),
         *("Answer", ":", "▁", "1", "0", "</s>"),
     ]
     assert step_of == [-1] * 26 + [0] * 14 + [1] * 6
-    assert tokenizer.decode(ids[:26], skip_special_tokens=True) == "Problem: Mia has 2 apples.\nSolution:\nStep 1: 2 + 3 = 5\n"
+    assert (
+        tokenizer.decode(ids[:26], skip_special_tokens=True)
+        == "Problem: Mia has 2 apples.\nSolution:\nStep 1: 2 + 3 = 5\n"
+    )
 
 
 def test_a_step_pair_gets_no_eos(tokenizer):
@@ -99,6 +122,8 @@ def test_chat_template_is_used_and_adds_no_second_bos(tokenizer):
 
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}<|assistant|>"
-    assert format_prompt("2 + 2?", chat).endswith("2 + 2?\n<|assistant|>") and "step by step" in format_prompt("2 + 2?", chat)
+    assert format_prompt("2 + 2?", chat).endswith(
+        "2 + 2?\n<|assistant|>"
+    ) and "step by step" in format_prompt("2 + 2?", chat)
     ids, _ = encode_steps(chat, "2 + 2?", [], ["Answer: 4"])
     assert ids.count(chat.bos_token_id) == 1

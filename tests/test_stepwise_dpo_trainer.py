@@ -16,7 +16,13 @@ from trl import DPOConfig, DPOTrainer
 from reasoning.problems import pretraining_texts
 from reasoning.records import RecordError
 from reasoning.steps import format_prompt, response_pieces
-from trainer.stepwise_dpo_trainer import STEP_LOSSES, DataCollatorForSteps, StepwiseDPOConfig, StepwiseDPOTrainer, encode_pair
+from trainer.stepwise_dpo_trainer import (
+    STEP_LOSSES,
+    DataCollatorForSteps,
+    StepwiseDPOConfig,
+    StepwiseDPOTrainer,
+    encode_pair,
+)
 
 PLAIN_DPO = {"credit": "uniform", "step_agg": "sum", "margin_gamma": 0.0, "anchor_lambda": 0.0}
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -34,7 +40,10 @@ def make_rows(count: int) -> list[dict]:
                 "chosen": problem.steps[shared:],
                 "rejected": human[shared:],
             }
-            scores = {f"{side}_scores": [round(rng.random(), 3) for _ in pair[side]] for side in ("chosen", "rejected")}
+            scores = {
+                f"{side}_scores": [round(rng.random(), 3) for _ in pair[side]]
+                for side in ("chosen", "rejected")
+            }
             rows.append({**pair, **scores})
         if len(rows) == count:
             return rows
@@ -54,16 +63,56 @@ PROMPT_IDS = [
     *(358, 353, 275, 284, 353, 275, 371, 353, 276, 355, 353, 277, 13),  # Step 1: 1 + 2 = 3\n
 ]
 STEP = [358, 353, 276, 284, 353, 277]  # Step 2: 3
-CHOSEN_IDS = [*STEP, 375, 353, 278, 355, 353, 275, 276, 13, 420, 284, 353, 275, 276, 2]  # * 4 = 12\n Answer: 12</s>
-REJECTED_IDS = [*STEP, 371, 353, 278, 355, 353, 281, 13]  # + 4 = 7\n, and no </s>: the solution is to go on
+CHOSEN_IDS = [
+    *STEP,
+    375,
+    353,
+    278,
+    355,
+    353,
+    275,
+    276,
+    13,
+    420,
+    284,
+    353,
+    275,
+    276,
+    2,
+]  # * 4 = 12\n Answer: 12</s>
+REJECTED_IDS = [
+    *STEP,
+    371,
+    353,
+    278,
+    355,
+    353,
+    281,
+    13,
+]  # + 4 = 7\n, and no </s>: the solution is to go on
 
 
 @pytest.fixture
 def make(tiny_model_dir, tmp_path):
     """make(rows, peft=..., model=..., trl=True, ...config) -> a trainer with small, exact defaults."""
 
-    def make(rows=ROWS, *, model=tiny_model_dir, ref_model=None, peft=False, trl=False, eval_rows=None, tokenizer=None, **config):
-        config = {"per_device_train_batch_size": len(rows), "save_strategy": "no", "logging_steps": 1, **config}
+    def make(
+        rows=ROWS,
+        *,
+        model=tiny_model_dir,
+        ref_model=None,
+        peft=False,
+        trl=False,
+        eval_rows=None,
+        tokenizer=None,
+        **config,
+    ):
+        config = {
+            "per_device_train_batch_size": len(rows),
+            "save_strategy": "no",
+            "logging_steps": 1,
+            **config,
+        }
         config = {
             "use_cpu": True,
             "bf16": False,
@@ -73,7 +122,9 @@ def make(tiny_model_dir, tmp_path):
             "warmup_steps": 0,
             **config,
         }
-        trainer, config_class = (DPOTrainer, DPOConfig) if trl else (StepwiseDPOTrainer, StepwiseDPOConfig)
+        trainer, config_class = (
+            (DPOTrainer, DPOConfig) if trl else (StepwiseDPOTrainer, StepwiseDPOConfig)
+        )
         return trainer(
             model=model,
             ref_model=ref_model,
@@ -89,8 +140,12 @@ def make(tiny_model_dir, tmp_path):
 
 def as_text(row: dict, tokenizer) -> dict:
     """The row as TRL's DPOTrainer wants it: texts. TRL adds EOS itself."""
-    prompt = format_prompt(row["prompt"], tokenizer) + "".join(response_pieces(row["prefix"], finished=False))
-    return {"prompt": prompt} | {side: "".join(response_pieces(row[side], finished=True)) for side in ("chosen", "rejected")}
+    prompt = format_prompt(row["prompt"], tokenizer) + "".join(
+        response_pieces(row["prefix"], finished=False)
+    )
+    return {"prompt": prompt} | {
+        side: "".join(response_pieces(row[side], finished=True)) for side in ("chosen", "rejected")
+    }
 
 
 def batch_of(trainer) -> dict:
@@ -114,7 +169,9 @@ def loss_of(trainer, moved=True) -> float:
 
 
 def weights(trainer) -> dict:
-    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    return {
+        name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()
+    }
 
 
 # --- rows to ids ---
@@ -135,7 +192,14 @@ def test_ids_and_steps_by_hand(tokenizer):
 
 
 def test_collator_by_hand(tokenizer):
-    short = {**ROW, "prefix": [], "chosen": ["Answer: 1"], "rejected": ["Answer: 2"], "chosen_scores": [1], "rejected_scores": [0]}
+    short = {
+        **ROW,
+        "prefix": [],
+        "chosen": ["Answer: 1"],
+        "rejected": ["Answer: 2"],
+        "chosen_scores": [1],
+        "rejected_scores": [0],
+    }
     rows = [encode_pair(row, tokenizer, 40, "keep_start") for row in (ROW, short)]
     batch = DataCollatorForSteps(pad_token_id=0, max_length=40)(rows)
     answer = [420, 284, 353, 275, 2], [420, 284, 353, 276, 2]
@@ -155,15 +219,27 @@ def test_collator_by_hand(tokenizer):
         [-1] * 10 + [0] * 5 + [-1] * 25,
     ]
     assert torch.equal(batch["completion_mask"], (batch["step_ids"] >= 0).long())
-    assert batch["step_mask"].tolist() == [[True, True], [True, False], [True, False], [True, False]]
-    torch.testing.assert_close(batch["step_scores"], torch.tensor([[0.9, 0.8], [1.0, 0.0], [0.1, 0.0], [0.0, 0.0]]))
+    assert batch["step_mask"].tolist() == [
+        [True, True],
+        [True, False],
+        [True, False],
+        [True, False],
+    ]
+    torch.testing.assert_close(
+        batch["step_scores"], torch.tensor([[0.9, 0.8], [1.0, 0.0], [0.1, 0.0], [0.0, 0.0]])
+    )
     assert batch["truncated_steps"].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
     ("max_length", "mode", "left", "truncated"),
     [
-        (36, "keep_start", [[True, False], [True, False]], 2),  # both steps of chosen lose tokens, one all of them
+        (
+            36,
+            "keep_start",
+            [[True, False], [True, False]],
+            2,
+        ),  # both steps of chosen lose tokens, one all of them
         (24, "keep_start", [[True, False], [True, False]], 3),
         (6, "keep_end", [[False, True], [True, False]], 2),
     ],
@@ -181,10 +257,16 @@ def test_a_straddling_token_belongs_to_the_earlier_step(tokenizer):
     straddling.add_tokens([AddedToken(text, normalized=False) for text in ("\nStep 2", "\nAns")])
     pair = encode_pair({**ROW, "rejected": ["Answer: 7"]}, straddling, None, "keep_start")
     assert straddling.convert_ids_to_tokens(pair["prompt_ids"])[-1] == "3"
-    assert straddling.convert_ids_to_tokens(pair["chosen_ids"])[:2] == ["\nStep 2", "▁"] and pair["chosen_steps"][:2] == [-1, 0]
-    assert straddling.convert_ids_to_tokens(pair["rejected_ids"])[0] == "\nAns" and pair["rejected_steps"][:2] == [-1, 0]
+    assert straddling.convert_ids_to_tokens(pair["chosen_ids"])[:2] == ["\nStep 2", "▁"] and pair[
+        "chosen_steps"
+    ][:2] == [-1, 0]
+    assert straddling.convert_ids_to_tokens(pair["rejected_ids"])[0] == "\nAns" and pair[
+        "rejected_steps"
+    ][:2] == [-1, 0]
     ids = straddling.convert_tokens_to_ids(["\nAns"])[0]
-    assert pair["chosen_steps"][pair["chosen_ids"].index(ids)] == 0  # between two steps: the earlier one's
+    assert (
+        pair["chosen_steps"][pair["chosen_ids"].index(ids)] == 0
+    )  # between two steps: the earlier one's
     mask = DataCollatorForSteps(pad_token_id=0)([pair])["completion_mask"]
     assert mask.sum(1).tolist() == [len(pair["chosen_ids"]) - 1, len(pair["rejected_ids"]) - 1]
 
@@ -195,7 +277,9 @@ def test_offsets_that_leave_white_space_out():
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({"<e>": 0} | {char: 1 + k for k, char in enumerate(alphabet)}, []))
+    backend = Tokenizer(
+        models.BPE({"<e>": 0} | {char: 1 + k for k, char in enumerate(alphabet)}, [])
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -209,9 +293,15 @@ def test_chat_template_gets_no_second_bos(tokenizer, make):
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}<|assistant|>"
     pair = encode_pair(ROW, chat, None, "keep_start")
-    assert pair["prompt_ids"].count(chat.bos_token_id) == 1 and pair["prompt_ids"][0] == chat.bos_token_id
+    assert (
+        pair["prompt_ids"].count(chat.bos_token_id) == 1
+        and pair["prompt_ids"][0] == chat.bos_token_id
+    )
     assert chat.decode(pair["prompt_ids"]).endswith("<|assistant|>Step 1: 1 + 2 = 3\n")
-    assert pair["chosen_ids"][-1] == chat.eos_token_id and pair["rejected_ids"][-1] != chat.eos_token_id
+    assert (
+        pair["chosen_ids"][-1] == chat.eos_token_id
+        and pair["rejected_ids"][-1] != chat.eos_token_id
+    )
     trainer = make(tokenizer=chat)
     assert loss_of(trainer, moved=False) == pytest.approx(0.693147, abs=1e-5)
 
@@ -222,7 +312,9 @@ def test_rows_without_room_are_dropped_and_said(make, caplog):
         trainer = make([*ROWS, long], max_length=100)
     truncated = sum(trainer.train_dataset["truncated_steps"])
     assert len(trainer.train_dataset) == len(ROWS) and truncated > 0
-    assert f"1 of {len(ROWS) + 1} pairs dropped" in caplog.text and f"{truncated} steps" in caplog.text
+    assert (
+        f"1 of {len(ROWS) + 1} pairs dropped" in caplog.text and f"{truncated} steps" in caplog.text
+    )
     trainer.train()
     logged = next(log for log in trainer.state.log_history if "steps/truncated" in log)
     assert logged["steps/truncated"] == pytest.approx(truncated / len(ROWS))
@@ -231,7 +323,9 @@ def test_rows_without_room_are_dropped_and_said(make, caplog):
 
 
 def test_bad_rows_and_tokenizers_are_one_line_errors(make):
-    with pytest.raises(RecordError, match="'chosen_scores': expected one score for each of 2 steps"):
+    with pytest.raises(
+        RecordError, match="'chosen_scores': expected one score for each of 2 steps"
+    ):
         encode_pair({**ROW, "chosen_scores": [0.5]}, None, None, "keep_start")
     with pytest.raises(ValueError, match="no character offsets"):
         make(tokenizer=SimpleNamespace(is_fast=False))
@@ -253,22 +347,34 @@ def test_uniform_sum_equals_trl(make, tiny_model_dir, peft):
     mine, trls = ours._metrics["train"], theirs._metrics["train"]
     for name in trls:
         assert mine[name] == pytest.approx(trls[name], rel=1e-4, abs=1e-4), name
-    assert mine["logps/chosen_vs_ref"][0] == pytest.approx(trls["rewards/chosen"][0] / 0.1, abs=1e-4)
+    assert mine["logps/chosen_vs_ref"][0] == pytest.approx(
+        trls["rewards/chosen"][0] / 0.1, abs=1e-4
+    )
     first = [sum(row["chosen_scores"]) / len(row["chosen_scores"]) for row in ROWS]
     assert mine["scores/chosen"] == [pytest.approx(sum(first) / len(first))]
 
 
 def test_equal_under_truncation(make):
     ours = make(max_length=90, **PLAIN_DPO)
-    theirs = make([as_text(row, ours.processing_class) for row in ROWS], trl=True, max_length=90, gradient_checkpointing=False)
-    assert sum(ours.train_dataset["truncated_steps"]) and loss_of(ours) == pytest.approx(loss_of(theirs), abs=1e-5)
+    theirs = make(
+        [as_text(row, ours.processing_class) for row in ROWS],
+        trl=True,
+        max_length=90,
+        gradient_checkpointing=False,
+    )
+    assert sum(ours.train_dataset["truncated_steps"]) and loss_of(ours) == pytest.approx(
+        loss_of(theirs), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("loss_type", [["sigmoid"], ["ipo", "sft"], ["apo_zero"]])
 def test_trl_lists_are_trl(make, loss_type):
     ours = make(loss_type=loss_type, precompute_ref_log_probs=loss_type == ["sigmoid"])
     theirs = make(
-        [as_text(row, ours.processing_class) for row in ROWS], trl=True, loss_type=loss_type, gradient_checkpointing=False
+        [as_text(row, ours.processing_class) for row in ROWS],
+        trl=True,
+        loss_type=loss_type,
+        gradient_checkpointing=False,
     )
     assert loss_of(ours) == pytest.approx(loss_of(theirs), abs=1e-5)
     assert {"scores/chosen", "steps/truncated"} <= set(ours._metrics["train"])
@@ -301,7 +407,10 @@ def test_step_dpo_is_dpo_on_the_first_step(make, tiny_model_dir):
     """TRL's loss on pairs of one step each: what follows the first step of a side changes nothing."""
     ours = make(loss_type=["step_dpo"], anchor_lambda=0.0)
     first = [{**row, **{side: row[side][:1] for side in ("chosen", "rejected")}} for row in ROWS]
-    cut = [{**row, **{f"{side}_scores": row[f"{side}_scores"][:1] for side in ("chosen", "rejected")}} for row in first]
+    cut = [
+        {**row, **{f"{side}_scores": row[f"{side}_scores"][:1] for side in ("chosen", "rejected")}}
+        for row in first
+    ]
     assert loss_of(ours) == pytest.approx(loss_of(make(cut, **PLAIN_DPO)), abs=1e-5)
 
 
@@ -314,10 +423,17 @@ def test_what_is_logged_per_position(make):
     trainer.compute_loss(trainer.model, dict(batch))
     logged = {name: values[0] for name, values in trainer._metrics["train"].items()}
 
-    inputs, labels = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}, batch["input_ids"][:, 1:, None]
+    inputs, labels = (
+        {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]},
+        batch["input_ids"][:, 1:, None],
+    )
     with torch.no_grad():
-        log_ratio = trainer.model(**inputs).logits[:, :-1].log_softmax(-1).gather(2, labels)[:, :, 0]
-        log_ratio -= trainer.ref_model(**inputs).logits[:, :-1].log_softmax(-1).gather(2, labels)[:, :, 0]
+        log_ratio = (
+            trainer.model(**inputs).logits[:, :-1].log_softmax(-1).gather(2, labels)[:, :, 0]
+        )
+        log_ratio -= (
+            trainer.ref_model(**inputs).logits[:, :-1].log_softmax(-1).gather(2, labels)[:, :, 0]
+        )
     of_step = {
         (row, k): log_ratio[row][batch["step_ids"][row, 1:] == k].sum().item()
         for row in range(len(batch["step_ids"]))
@@ -328,17 +444,33 @@ def test_what_is_logged_per_position(make):
         for k in range(max(k for _, k in of_step) + 1):
             values = [of_step[row, k] for row in rows if (row, k) in of_step]
             name = f"logps/{side}_vs_ref/step_{k + 1}"
-            assert logged[name] == pytest.approx(sum(values) / len(values), abs=1e-4) if values else name not in logged
-    good = [of_step[row, k] < 0 for row in range(pairs) for k, score in enumerate(ROWS[row]["chosen_scores"]) if score >= 0.5]
+            assert (
+                logged[name] == pytest.approx(sum(values) / len(values), abs=1e-4)
+                if values
+                else name not in logged
+            )
+    good = [
+        of_step[row, k] < 0
+        for row in range(pairs)
+        for k, score in enumerate(ROWS[row]["chosen_scores"])
+        if score >= 0.5
+    ]
     assert logged["drift/good_steps_less_likely"] == pytest.approx(sum(good) / len(good))
-    weights = [math.prod(row["chosen_scores"][: k + 1]) for row in ROWS for k in range(len(row["chosen_scores"]))]
+    weights = [
+        math.prod(row["chosen_scores"][: k + 1])
+        for row in ROWS
+        for k in range(len(row["chosen_scores"]))
+    ]
     assert logged["weights/chosen"] == pytest.approx(sum(weights) / pairs, abs=1e-5)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_type": ["stepwize"]}, "stepwize is no loss; known are stepwise, step_dpo, full_step_dpo, sigmoid"),
+        (
+            {"loss_type": ["stepwize"]},
+            "stepwize is no loss; known are stepwise, step_dpo, full_step_dpo, sigmoid",
+        ),
         ({"loss_type": []}, "an empty list is no loss"),
         ({"loss_type": ["stepwise", "ipo"]}, "mix with sigmoid and sft only, not with ipo"),
         ({"loss_type": ["stepwise", "sft"], "loss_weights": [1.0]}, "same length"),
@@ -362,20 +494,30 @@ def test_settings_that_make_no_sense(settings, message):
 @pytest.mark.parametrize("name", STEP_LOSSES)
 def test_training_moves_the_policy_and_not_the_reference(make, name):
     trainer = make(max_steps=3, loss_type=[name])
-    policy, reference = weights(trainer), {n: p.clone() for n, p in trainer.ref_model.named_parameters()}
+    policy, reference = (
+        weights(trainer),
+        {n: p.clone() for n, p in trainer.ref_model.named_parameters()},
+    )
     trainer.train()
     assert all(not torch.equal(policy[name], now) for name, now in weights(trainer).items())
-    assert all(torch.equal(reference[name], now) for name, now in trainer.ref_model.named_parameters())
-    first = trainer.state.log_history[0]
-    assert first["grad_norm"] > 0 and {"rewards/margins", "rewards/anchor", "logps/rejected_vs_ref", "scores/rejected"} <= set(
-        first
+    assert all(
+        torch.equal(reference[name], now) for name, now in trainer.ref_model.named_parameters()
     )
+    first = trainer.state.log_history[0]
+    assert first["grad_norm"] > 0 and {
+        "rewards/margins",
+        "rewards/anchor",
+        "logps/rejected_vs_ref",
+        "scores/rejected",
+    } <= set(first)
 
 
 def test_peft_moves_the_adapter_alone(make):
     """The same loss as full training at the start, a reference that is the model without adapter, and a base that stays."""
     trainer = make(peft=True, max_steps=2, learning_rate=1e-2)
-    assert trainer.ref_model is None and loss_of(trainer, moved=False) == pytest.approx(0.693147, abs=1e-5)
+    assert trainer.ref_model is None and loss_of(trainer, moved=False) == pytest.approx(
+        0.693147, abs=1e-5
+    )
     before = weights(trainer)
     trainer.train()
     moved = {name for name, now in weights(trainer).items() if not torch.equal(before[name], now)}
@@ -400,7 +542,13 @@ def test_precomputed_reference_is_not_mixed_up_between_losses(make):
 
 
 def test_gradient_accumulation_and_checkpointing_change_nothing(make):
-    settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    settings = {
+        "max_steps": 1,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+    }
     trainers = [
         make(**settings),
         make(**settings, per_device_train_batch_size=2, gradient_accumulation_steps=4),
@@ -410,7 +558,11 @@ def test_gradient_accumulation_and_checkpointing_change_nothing(make):
         perturb(trainer.model)  # at the reference the anchor has no slope
         trainer.train()
     once, *others = map(weights, trainers)
-    untouched = dict(AutoModelForCausalLM.from_pretrained(trainers[0].ref_model.config._name_or_path).named_parameters())
+    untouched = dict(
+        AutoModelForCausalLM.from_pretrained(
+            trainers[0].ref_model.config._name_or_path
+        ).named_parameters()
+    )
     assert all(not torch.equal(once[name], untouched[name]) for name in once)
     for other in others:
         for name in once:
@@ -418,24 +570,42 @@ def test_gradient_accumulation_and_checkpointing_change_nothing(make):
 
 
 def test_eval_dataset(make):
-    trainer = make(eval_rows=ROWS[:4], max_steps=2, eval_strategy="steps", eval_steps=1, precompute_ref_log_probs=True)
+    trainer = make(
+        eval_rows=ROWS[:4],
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        precompute_ref_log_probs=True,
+    )
     trainer.train()
     evaluations = [log for log in trainer.state.log_history if "eval_loss" in log]
     assert len(evaluations) == 2 and evaluations[1]["eval_loss"] != evaluations[0]["eval_loss"]
-    assert {"eval_rewards/accuracies", "eval_scores/chosen", "eval_logps/chosen_vs_ref"} <= set(evaluations[0])
+    assert {"eval_rewards/accuracies", "eval_scores/chosen", "eval_logps/chosen_vs_ref"} <= set(
+        evaluations[0]
+    )
     live = make(eval_rows=ROWS[:4])
     assert live.evaluate()["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
-    assert live.evaluate(Dataset.from_list(ROWS[4:]))["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert live.evaluate(Dataset.from_list(ROWS[4:]))["eval_loss"] == pytest.approx(
+        0.693147, abs=1e-5
+    )
 
 
 def test_a_model_in_memory_and_streamed_rows(tiny_model_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     config = StepwiseDPOConfig(
-        str(tmp_path), use_cpu=True, max_steps=1, per_device_train_batch_size=4, save_strategy="no", disable_tqdm=True
+        str(tmp_path),
+        use_cpu=True,
+        max_steps=1,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+        disable_tqdm=True,
     )
     rows = IterableDataset.from_generator(lambda: iter(ROWS))
     trainer = StepwiseDPOTrainer(
-        model, args=config, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(tiny_model_dir)
+        model,
+        args=config,
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(tiny_model_dir),
     )
     trainer.train()
     assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(0.693147, abs=1e-5)

@@ -36,14 +36,28 @@ def test_two_layers_score_as_in_transformers(tmp_path):
         native = _Model(judge._settings)
         ids = native._ids(judge._text.control(template.before, PROMPT, begins=True))
     assert ids == tokenizer(template.before.format(prompt=PROMPT))["input_ids"]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tinyllama-1.1b-chat-v1.0", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "tinyllama-1.1b-chat-v1.0", dtype=torch.float32
+    ).eval()
     vocabulary = tokenizer.get_vocab()
-    yes, no = ([vocabulary[p] for word in words for p in (word, "▁" + word) if p in vocabulary] for words in (YES, NO))
+    yes, no = (
+        [vocabulary[p] for word in words for p in (word, "▁" + word) if p in vocabulary]
+        for words in (YES, NO)
+    )
     for k, score in enumerate(scores):
-        text = template.before.format(prompt=PROMPT) + "\n".join(STEPS[: k + 1]) + "\n" + template.question
+        text = (
+            template.before.format(prompt=PROMPT)
+            + "\n".join(STEPS[: k + 1])
+            + "\n"
+            + template.question
+        )
         with torch.inference_mode():
-            probability = model(**tokenizer(text, return_tensors="pt")).logits[0, -1].double().softmax(-1)
-        expected = (probability[yes].sum() / (probability[yes].sum() + probability[no].sum())).item()
+            probability = (
+                model(**tokenizer(text, return_tensors="pt")).logits[0, -1].double().softmax(-1)
+            )
+        expected = (
+            probability[yes].sum() / (probability[yes].sum() + probability[no].sum())
+        ).item()
         assert score == pytest.approx(expected, abs=0.01)
     assert abs(scores[0] - scores[1]) > 1e-4
 
@@ -54,9 +68,15 @@ def test_the_real_shape(tmp_path, capsys):
     path, took = make_file(tmp_path, LAYERS, "Q4_0")
     figures, scores = measure(path, count=1, threads=None)
     with capsys.disabled():
-        print("\n" + "\n".join(f"{name:28}{value:10.2f}" for name, value in (took | figures).items()))
+        print(
+            "\n" + "\n".join(f"{name:28}{value:10.2f}" for name, value in (took | figures).items())
+        )
     config = json.loads((tmp_path / "tinyllama-1.1b-chat-v1.0/config.json").read_text())
-    assert (config["num_hidden_layers"], config["hidden_size"], config["num_key_value_heads"]) == (22, 2048, 4)
+    assert (config["num_hidden_layers"], config["hidden_size"], config["num_key_value_heads"]) == (
+        22,
+        2048,
+        4,
+    )
     assert 600 < figures["file, MB"] < 650  # 1.1 billion weights at 4.5 bits
     assert took["export, most memory, GB"] < 8
     assert figures["worker, most memory, GB"] < 2

@@ -26,7 +26,15 @@ from reasoning.loaders import load_step_values
 from reasoning.problems import problems
 from reasoning.records import LabelledSolution, RecordError, StepValue, is_kept_out, write_records
 from reward_model.process_reward_model import ProcessRewardModel
-from trainer.prm_trainer import IGNORED, DataCollatorForStepValues, LabelledSteps, PRMConfig, PRMTrainer, graft_labelled, pack
+from trainer.prm_trainer import (
+    IGNORED,
+    DataCollatorForStepValues,
+    LabelledSteps,
+    PRMConfig,
+    PRMTrainer,
+    graft_labelled,
+    pack,
+)
 from utils.cli import UserError, run
 
 PROBLEMS = list(itertools.islice(problems("train"), 20, 34))
@@ -37,7 +45,12 @@ def values_of(problem) -> list[StepValue]:
     """Two steps of the reference with values, a wrong one, and one row twice."""
     first, second = problem.steps[:2]
     wrong = StepValue(problem.prompt, "Step 2: 1 + 1 = 3", 0.0, prefix=[first])
-    return [StepValue(problem.prompt, first, 0.75), wrong, StepValue(problem.prompt, second, 0.5, prefix=[first]), wrong]
+    return [
+        StepValue(problem.prompt, first, 0.75),
+        wrong,
+        StepValue(problem.prompt, second, 0.5, prefix=[first]),
+        wrong,
+    ]
 
 
 ROWS = [value for problem in PROBLEMS for value in values_of(problem)]
@@ -65,8 +78,13 @@ def test_a_row_is_a_value_or_a_labelled_solution():
     assert LabelledSteps.from_row(value) == LabelledSteps("p", ["a", "b", "c"], [None, None, 1.0])
     solution = {"prompt": "p", "steps": ["a", "b"], "labels": [0.5, None]}
     assert LabelledSteps.from_row(solution) == LabelledSteps("p", ["a", "b"], [0.5, None])
-    assert LabelledSteps.from_row(asdict(LabelledSteps.from_row(value))) == LabelledSteps.from_row(value)
-    for row, message in (({"prompt": "p", "step": "c"}, "field 'score'"), ({"prompt": "p"}, "field 'steps'")):
+    assert LabelledSteps.from_row(asdict(LabelledSteps.from_row(value))) == LabelledSteps.from_row(
+        value
+    )
+    for row, message in (
+        ({"prompt": "p", "step": "c"}, "field 'score'"),
+        ({"prompt": "p"}, "field 'steps'"),
+    ):
         with pytest.raises(RecordError, match=message):
             LabelledSteps.from_row(row)
 
@@ -77,7 +95,8 @@ def test_a_tree_of_steps_written_out():
         ("p", ["a", "c", "d"], 0.0), ("p", ["a", "b"], 0.0), ("p", ["x", "y"], 1.0),
     ]  # fmt: skip
     solutions, repeated = pack(
-        LabelledSolution(prompt, steps, [None] * (len(steps) - 1) + [label]) for prompt, steps, label in rows
+        LabelledSolution(prompt, steps, [None] * (len(steps) - 1) + [label])
+        for prompt, steps, label in rows
     )
     assert repeated == 1
     assert solutions == [
@@ -94,13 +113,23 @@ def test_every_label_stands_once_and_paths_are_as_few_as_leaves():
     for _ in range(300):
         steps = tuple(rng.choice("abc") for _ in range(rng.randint(1, 5)))
         values[rng.choice("pq"), steps] = rng.random()
-    rows = [LabelledSolution(prompt, list(steps), [None] * (len(steps) - 1) + [v]) for (prompt, steps), v in values.items()]
+    rows = [
+        LabelledSolution(prompt, list(steps), [None] * (len(steps) - 1) + [v])
+        for (prompt, steps), v in values.items()
+    ]
     solutions, repeated = pack(rows)
     found = [
-        ((s.prompt, tuple(s.steps[: k + 1])), label) for s in solutions for k, label in enumerate(s.labels) if label is not None
+        ((s.prompt, tuple(s.steps[: k + 1])), label)
+        for s in solutions
+        for k, label in enumerate(s.labels)
+        if label is not None
     ]
     assert repeated == 0 and len(found) == len(values) and dict(found) == values
-    leaves = {key for key in values if not any(p == key[0] and s[: len(key[1])] == key[1] and s != key[1] for p, s in values)}
+    leaves = {
+        key
+        for key in values
+        if not any(p == key[0] and s[: len(key[1])] == key[1] and s != key[1] for p, s in values)
+    }
     assert len(solutions) == len(leaves)
 
 
@@ -116,13 +145,30 @@ def test_a_row_of_branches_written_out():
         "labels": [no, 1.0, no, 0.5, 0.0, no, 0.25],
         "parents": [-1, 0, 1, 2, 1, 4, 5],
     }
-    graft_labelled(row, path, [5, 6], [no, 0.0])  # a token that has a label already keeps it: the other one gets a token of its own
+    graft_labelled(
+        row, path, [5, 6], [no, 0.0]
+    )  # a token that has a label already keeps it: the other one gets a token of its own
     assert row["parents"][7:] == [0] and row["labels"][7:] == [0.0] and row["labels"][1] == 1.0
-    batch = DataCollatorForStepValues(0)([row, {"input_ids": [1, 2], "labels": [no, 1.0], "parents": [-1, 0]}])
+    batch = DataCollatorForStepValues(0)(
+        [row, {"input_ids": [1, 2], "labels": [no, 1.0], "parents": [-1, 0]}]
+    )
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4, 1], [0, 1, *[0] * 6]]
     seen = [[k for k in range(8) if batch["attention_mask"][0, 0, place, k]] for place in range(8)]
-    assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5], [0, 1, 4, 5, 6], [0, 7]]
-    assert batch["attention_mask"][1, 0].int().tolist() == [[1, *[0] * 7], [1, 1, *[0] * 6], *torch.eye(8).int()[2:].tolist()]
+    assert seen == [
+        [0],
+        [0, 1],
+        [0, 1, 2],
+        [0, 1, 2, 3],
+        [0, 1, 4],
+        [0, 1, 4, 5],
+        [0, 1, 4, 5, 6],
+        [0, 7],
+    ]
+    assert batch["attention_mask"][1, 0].int().tolist() == [
+        [1, *[0] * 7],
+        [1, 1, *[0] * 6],
+        *torch.eye(8).int()[2:].tolist(),
+    ]
 
 
 # --- the script
@@ -135,13 +181,28 @@ def folder(tiny_model_dir, tmp_path_factory) -> Path:
     write_records(folder / "values.jsonl", ROWS)
     make_prm(tiny_model_dir, folder / "model")
     shutil.copytree(tiny_model_dir, folder / "lm")
-    with pytest.MonkeyPatch.context() as monkeypatch, open(folder / "stdout", "w") as said, contextlib.redirect_stdout(said):
+    with (
+        pytest.MonkeyPatch.context() as monkeypatch,
+        open(folder / "stdout", "w") as said,
+        contextlib.redirect_stdout(said),
+    ):
         train_here(folder, monkeypatch, *ARGS, *flags(output_dir="out"))
     return folder
 
 
-ACCUMULATED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 7, "num_train_epochs": 3, "save_steps": 1}
-ARGS = flags(dataset_name="values.jsonl", model_name_or_path="model", save_total_limit=3, **ACCUMULATED, **SMALL)
+ACCUMULATED = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 7,
+    "num_train_epochs": 3,
+    "save_steps": 1,
+}
+ARGS = flags(
+    dataset_name="values.jsonl",
+    model_name_or_path="model",
+    save_total_limit=3,
+    **ACCUMULATED,
+    **SMALL,
+)
 
 
 def by_hand(model_dir: Path, rows: list[StepValue]) -> dict[str, float]:
@@ -160,7 +221,10 @@ def by_hand(model_dir: Path, rows: list[StepValue]) -> dict[str, float]:
         losses.append(-label * math.log(value) - (1 - label) * math.log(1 - value))
         values[label >= 0.5].append(value)
     right = sum(v >= 0.5 for v in values[True]) + sum(v < 0.5 for v in values[False])
-    means = {name: sum(of) / len(of) for name, of in (("values/good", values[True]), ("values/bad", values[False]))}
+    means = {
+        name: sum(of) / len(of)
+        for name, of in (("values/good", values[True]), ("values/bad", values[False]))
+    }
     return {"loss": sum(losses) / len(losses), "accuracy": right / len(losses), **means}
 
 
@@ -176,28 +240,54 @@ def test_the_loss_is_the_one_computed_by_hand(folder):
 
 def test_a_training_writes_a_prm_that_moved(folder):
     before, after = (load_file(folder / name / "model.safetensors") for name in ("model", "out"))
-    assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        not torch.equal(before[name], after[name]) for name in before
+    )
     prompts = sum(not is_kept_out(problem.prompt) for problem in PROBLEMS)
     said = (folder / "stdout").read_text()
-    assert f"{4 * prompts} rows of values.jsonl; {4 * (len(PROBLEMS) - prompts)} more are kept out of all training" in said
+    assert (
+        f"{4 * prompts} rows of values.jsonl; {4 * (len(PROBLEMS) - prompts)} more are kept out of all training"
+        in said
+    )
     assert (
         f"{3 * prompts} labelled steps on {2 * prompts} solutions in {prompts} rows: mean label 0.417, 66.7% of them .5 or more; "
         f"{prompts} labels of a step that had one were averaged"
     ) in said
-    assert "mean value of the others" in said and "its picture to logs/out/training.png" in said.splitlines()[-1]
+    assert (
+        "mean value of the others" in said
+        and "its picture to logs/out/training.png" in said.splitlines()[-1]
+    )
     card = (folder / "out/README.md").read_text()
-    assert "model after training as a process reward model (PRM) on" in card and "--judge prm" in card and "mean label" in card
-    assert {path.suffix for path in (folder / "out").iterdir() if path.is_file()} == {".safetensors", ".json", ".md"}  # no pickle
+    assert (
+        "model after training as a process reward model (PRM) on" in card
+        and "--judge prm" in card
+        and "mean label" in card
+    )
+    assert {path.suffix for path in (folder / "out").iterdir() if path.is_file()} == {
+        ".safetensors",
+        ".json",
+        ".md",
+    }  # no pickle
     config = json.loads((folder / "out/config.json").read_text())
-    assert config["step_token"] == "<next>" and config["architectures"] == ["LlamaForTokenClassification"]
+    assert config["step_token"] == "<next>" and config["architectures"] == [
+        "LlamaForTokenClassification"
+    ]
     solutions = [(row.prompt, [*row.prefix, row.step]) for row in ROWS[:6]]
-    first, last = (ProcessRewardModel(folder / name, device="cpu").score_steps(solutions) for name in ("model", "out"))
+    first, last = (
+        ProcessRewardModel(folder / name, device="cpu").score_steps(solutions)
+        for name in ("model", "out")
+    )
     assert first != last
 
 
 def test_stopped_in_the_middle_it_ends_with_the_same_weights(folder, monkeypatch, capsys):
     shutil.copytree(folder / "out", folder / "killed")
-    for left in ("config.json", "model.safetensors", "checkpoint-2/trainer_state.json", "checkpoint-3/trainer_state.json"):
+    for left in (
+        "config.json",
+        "model.safetensors",
+        "checkpoint-2/trainer_state.json",
+        "checkpoint-3/trainer_state.json",
+    ):
         (folder / "killed" / left).unlink()
     train_here(folder, monkeypatch, *ARGS, *flags(output_dir="killed"))
     assert "going on from killed/checkpoint-1" in capsys.readouterr().out
@@ -207,18 +297,35 @@ def test_stopped_in_the_middle_it_ends_with_the_same_weights(folder, monkeypatch
 
 def test_a_causal_lm_learns_its_labels(folder, monkeypatch):
     """From a head of zeros: the values of steps with the same label draw together, those with others apart."""
-    given = flags(dataset_name="values.jsonl", model_name_or_path="lm", output_dir="learned", max_steps=40, **SMALL)
-    train_here(folder, monkeypatch, *given, *flags(save_strategy="no", learning_rate=3e-3, hard_labels=0.6))
+    given = flags(
+        dataset_name="values.jsonl",
+        model_name_or_path="lm",
+        output_dir="learned",
+        max_steps=40,
+        **SMALL,
+    )
+    train_here(
+        folder, monkeypatch, *given, *flags(save_strategy="no", learning_rate=3e-3, hard_labels=0.6)
+    )
     log = [row for row in history(folder, "learned") if "loss" in row]
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and log[-1]["loss"] < 0.1
     assert log[-1]["values/good"] > 0.9 and log[-1]["values/bad"] < 0.1 and log[-1]["accuracy"] == 1
     judge = ProcessRewardModel(folder / "learned", device="cpu")
     training = [problem for problem in PROBLEMS if not is_kept_out(problem.prompt)]
-    for first, second in judge.score_steps([(problem.prompt, problem.steps[:2]) for problem in training]):
+    for first, second in judge.score_steps(
+        [(problem.prompt, problem.steps[:2]) for problem in training]
+    ):
         assert first > 0.9 and second < 0.1  # hard labels: .75 is above .6, .5 is not
 
 
-FILES = ("prm800k.jsonl", "math_shepherd.jsonl", "trl_stepwise.jsonl", "processbench.json", "omegaprm.jsonl", "three_columns.csv")
+FILES = (
+    "prm800k.jsonl",
+    "math_shepherd.jsonl",
+    "trl_stepwise.jsonl",
+    "processbench.json",
+    "omegaprm.jsonl",
+    "three_columns.csv",
+)
 LONG = ("prm800k.jsonl", "omegaprm.jsonl")  # more than the 512 tokens of the tiny model's context
 
 
@@ -226,18 +333,36 @@ LONG = ("prm800k.jsonl", "omegaprm.jsonl")  # more than the 512 tokens of the ti
 def test_every_shape_of_step_values_is_learned_from(folder, monkeypatch, name):
     """Every value of the file once; what a tiny context cannot hold is left out."""
     made = []
-    monkeypatch.setattr("utils.training.Training.run", lambda training, trainer, *args, **kwargs: made.append((training, trainer)))
+    monkeypatch.setattr(
+        "utils.training.Training.run",
+        lambda training, trainer, *args, **kwargs: made.append((training, trainer)),
+    )
     data = ROOT / "tests/data" / name
-    train_here(folder, monkeypatch, *flags(dataset_name=data, model_name_or_path="lm", output_dir="new", **SMALL))
+    train_here(
+        folder,
+        monkeypatch,
+        *flags(dataset_name=data, model_name_or_path="lm", output_dir="new", **SMALL),
+    )
     ((training, trainer),) = made
     values = {}
     for value in load_step_values(str(data)):
         values.setdefault((value.prompt, *value.prefix, value.step), []).append(value.score)
     solutions, _ = pack(training.rows)
-    packed = Counter(label for solution in solutions for label in solution.labels if label is not None)
-    expected = Counter(sum(scores) / len(scores) for (prompt, *_), scores in values.items() if not is_kept_out(prompt))
+    packed = Counter(
+        label for solution in solutions for label in solution.labels if label is not None
+    )
+    expected = Counter(
+        sum(scores) / len(scores)
+        for (prompt, *_), scores in values.items()
+        if not is_kept_out(prompt)
+    )
     assert packed == expected
-    learned = [label for example in trainer.train_dataset for label in example["labels"] if label != IGNORED]
+    learned = [
+        label
+        for example in trainer.train_dataset
+        for label in example["labels"]
+        if label != IGNORED
+    ]
     assert learned and (len(learned) < packed.total()) == (name in LONG)
     assert trainer.balance.startswith(f"{len(learned)} labelled steps")
 
@@ -248,7 +373,14 @@ def test_every_shape_of_step_values_is_learned_from(folder, monkeypatch, name):
 @pytest.fixture(scope="module")
 def adapter(folder) -> Path:
     """An adapter on the causal LM, of three steps."""
-    given = flags(dataset_name="values.jsonl", model_name_or_path="lm", output_dir="adapter", max_steps=3, save_steps=1, **SMALL)
+    given = flags(
+        dataset_name="values.jsonl",
+        model_name_or_path="lm",
+        output_dir="adapter",
+        max_steps=3,
+        save_steps=1,
+        **SMALL,
+    )
     with pytest.MonkeyPatch.context() as monkeypatch:
         train_here(folder, monkeypatch, *given, *LORA, "--save_total_limit", 3)
     return folder / "adapter"
@@ -290,28 +422,60 @@ def test_an_adapter_holds_head_and_step_token_and_judges(folder, adapter):
     judge.format.tokenizer.save_pretrained(folder / "merged")
     plain = ProcessRewardModel(folder / "merged", device="cpu").score_steps(solutions)
     for ours, theirs in zip(scores, plain, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-5) and max(abs(score - 0.5) for score in ours) > 1e-3
+        assert (
+            ours == pytest.approx(theirs, abs=1e-5)
+            and max(abs(score - 0.5) for score in ours) > 1e-3
+        )
 
 
 def test_an_adapter_resumes_and_goes_on(folder, adapter, monkeypatch, capsys):
     shutil.copytree(adapter, folder / "killed_adapter")
-    left = ("config.json", "adapter_config.json", "adapter_model.safetensors", "checkpoint-2/trainer_state.json")
+    left = (
+        "config.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "checkpoint-2/trainer_state.json",
+    )
     for name in (*left, "checkpoint-3/trainer_state.json"):
         (folder / "killed_adapter" / name).unlink()
-    given = flags(dataset_name="values.jsonl", model_name_or_path="lm", max_steps=3, save_steps=1, **SMALL)
-    train_here(folder, monkeypatch, *given, *LORA, "--save_total_limit", 3, "--output_dir", "killed_adapter")
+    given = flags(
+        dataset_name="values.jsonl", model_name_or_path="lm", max_steps=3, save_steps=1, **SMALL
+    )
+    train_here(
+        folder,
+        monkeypatch,
+        *given,
+        *LORA,
+        "--save_total_limit",
+        3,
+        "--output_dir",
+        "killed_adapter",
+    )
     assert "going on from killed_adapter/checkpoint-1" in capsys.readouterr().out
-    once, again = (load_file(folder / name / "adapter_model.safetensors") for name in ("adapter", "killed_adapter"))
+    once, again = (
+        load_file(folder / name / "adapter_model.safetensors")
+        for name in ("adapter", "killed_adapter")
+    )
     assert all(torch.equal(once[name], again[name]) for name in once)
 
-    more = flags(dataset_name="values.jsonl", model_name_or_path="adapter", max_steps=1, save_strategy="no", **SMALL)
+    more = flags(
+        dataset_name="values.jsonl",
+        model_name_or_path="adapter",
+        max_steps=1,
+        save_strategy="no",
+        **SMALL,
+    )
     train_here(folder, monkeypatch, *more, "--output_dir", "further", "--use_peft")
     further = load_file(folder / "further/adapter_model.safetensors")
-    assert further.keys() == once.keys() and any(not torch.equal(further[name], once[name]) for name in once)
+    assert further.keys() == once.keys() and any(
+        not torch.equal(further[name], once[name]) for name in once
+    )
     assert history(folder, "further")[0]["loss"] < history(folder, "adapter")[0]["loss"]
     train_here(folder, monkeypatch, *more, "--output_dir", "whole")
     assert "score.weight" in load_file(folder / "whole/model.safetensors")
-    assert history(folder, "whole")[0]["loss"] == pytest.approx(history(folder, "further")[0]["loss"], abs=1e-4)
+    assert history(folder, "whole")[0]["loss"] == pytest.approx(
+        history(folder, "further")[0]["loss"], abs=1e-4
+    )
 
 
 # --- lengths, evaluation
@@ -323,12 +487,20 @@ def trainer_on(folder: Path, rows: list[dict], **options) -> PRMTrainer:
         AutoTokenizer.from_pretrained(folder / "model"),
     )
     config = PRMConfig(folder / "trainer", use_cpu=True, report_to="none", **options)
-    return PRMTrainer(model, config, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+    return PRMTrainer(
+        model, config, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+    )
 
 
 def test_a_solution_that_is_too_long_is_cut_by_whole_steps(folder, caplog):
     labels = [1.0, None, 0.0, 0.5]
-    rows = [{"prompt": "1 + 1?", "steps": ["1 + 1 = 2", "2 = 2", "2 = 3", "Answer: 2"], "labels": labels}]
+    rows = [
+        {
+            "prompt": "1 + 1?",
+            "steps": ["1 + 1 = 2", "2 = 2", "2 = 3", "Answer: 2"],
+            "labels": labels,
+        }
+    ]
     rows += [{"prompt": "1 + 1" * 20, "prefix": [], "step": "Answer: 2", "score": 1.0}]
     with caplog.at_level(logging.WARNING):
         trainer = trainer_on(folder, rows, max_length=40)
@@ -336,23 +508,34 @@ def test_a_solution_that_is_too_long_is_cut_by_whole_steps(folder, caplog):
     # 13 tokens of context, 10 of the first step, 7 of the second, 7 of the third, 7 of the last
     known = {place: label for place, label in enumerate(example["labels"]) if label != IGNORED}
     assert known == {22: 1.0, 36: 0.0} and len(example["input_ids"]) == 37
-    assert "train: 2 of 4 labelled steps end behind max_length 40 and are left out, 1 of 2 solutions with all" in caplog.text
+    assert (
+        "train: 2 of 4 labelled steps end behind max_length 40 and are left out, 1 of 2 solutions with all"
+        in caplog.text
+    )
     assert trainer.balance.startswith("2 labelled steps on 1 solutions in 1 rows: mean label 0.500")
     assert example["parents"] == [*range(-1, 36)]
-    batch = DataCollatorForStepValues(0)([example, {"input_ids": [1, 5], "labels": [IGNORED, 0.5], "parents": [-1, 0]}])
+    batch = DataCollatorForStepValues(0)(
+        [example, {"input_ids": [1, 5], "labels": [IGNORED, 0.5], "parents": [-1, 0]}]
+    )
     assert "attention_mask" not in batch  # no row branches
-    assert batch["input_ids"].shape == batch["labels"].shape == (2, 37) and batch["labels"][1].tolist()[:3] == [-100, 0.5, -100]
-    with pytest.raises(ValueError, match="none of 2 solutions has a labelled step within 10 tokens"):
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, 37) and batch["labels"][
+        1
+    ].tolist()[:3] == [-100, 0.5, -100]
+    with pytest.raises(
+        ValueError, match="none of 2 solutions has a labelled step within 10 tokens"
+    ):
         trainer_on(folder, rows, max_length=10)
 
 
 def test_an_evaluation_has_the_mean_over_its_steps(folder):
     """However unequal its batches are."""
     rows = ROWS[:2] + ROWS[5:8]
-    metrics = trainer_on(folder, [asdict(row) for row in rows], per_device_eval_batch_size=2).evaluate()
-    assert {name: metrics[f"eval_{name}"] for name in by_hand(folder / "model", rows)} == pytest.approx(
-        by_hand(folder / "model", rows), abs=1e-5
-    )
+    metrics = trainer_on(
+        folder, [asdict(row) for row in rows], per_device_eval_batch_size=2
+    ).evaluate()
+    assert {
+        name: metrics[f"eval_{name}"] for name in by_hand(folder / "model", rows)
+    } == pytest.approx(by_hand(folder / "model", rows), abs=1e-5)
 
 
 def test_solutions_that_share_a_row_teach_what_they_teach_alone(folder, monkeypatch):
@@ -363,11 +546,21 @@ def test_solutions_that_share_a_row_teach_what_they_teach_alone(folder, monkeypa
         monkeypatch.setattr("transformers.LlamaConfig.sliding_window", window, raising=False)
         trainer = trainer_on(folder, rows)
         batch = trainer.data_collator(trainer.train_dataset)
-        loss = trainer._loss(trainer.model(**{k: v for k, v in batch.items() if k != "labels"}), batch["labels"])
+        loss = trainer._loss(
+            trainer.model(**{k: v for k, v in batch.items() if k != "labels"}), batch["labels"]
+        )
         loss.backward()
-        found.append((loss.item(), {name: weight.grad for name, weight in trainer.model.named_parameters()}, batch))
+        found.append(
+            (
+                loss.item(),
+                {name: weight.grad for name, weight in trainer.model.named_parameters()},
+                batch,
+            )
+        )
     (together, gradients, branches), (alone, expected, plain) = found
-    assert len(branches["input_ids"]) == len(PROBLEMS) and len(plain["input_ids"]) == 2 * len(PROBLEMS)
+    assert len(branches["input_ids"]) == len(PROBLEMS) and len(plain["input_ids"]) == 2 * len(
+        PROBLEMS
+    )
     assert "attention_mask" in branches and "attention_mask" not in plain
     assert together == pytest.approx(alone, abs=1e-6)
     for name, gradient in gradients.items():
@@ -386,15 +579,47 @@ def test_a_row_is_no_longer_than_the_limit(folder):
 @pytest.mark.slow
 def test_two_processes_train_as_one(folder):
     """Unequal numbers of steps in each: the weights after one step of plain SGD are those of one process with all of them."""
-    longer = [StepValue(PROBLEMS[0].prompt, "Step 3: 1 + 1 = 2", 0.5, prefix=["Step 2: 1 + 1 = 3", "Step 1: 3 = 3"])]
+    longer = [
+        StepValue(
+            PROBLEMS[0].prompt,
+            "Step 3: 1 + 1 = 2",
+            0.5,
+            prefix=["Step 2: 1 + 1 = 3", "Step 1: 3 = 3"],
+        )
+    ]
     rows = [row for row in ROWS if not is_kept_out(row.prompt)][:14] + longer
-    assert not is_kept_out(PROBLEMS[0].prompt) and len(pack(LabelledSteps.from_row(asdict(row)) for row in rows)[0]) == 8
+    assert (
+        not is_kept_out(PROBLEMS[0].prompt)
+        and len(pack(LabelledSteps.from_row(asdict(row)) for row in rows)[0]) == 8
+    )
     write_records(folder / "eight.jsonl", rows)
-    settings = {"dataset_name": "eight.jsonl", "model_name_or_path": "model", "max_steps": 1, "optim": "sgd", **SMALL}
+    settings = {
+        "dataset_name": "eight.jsonl",
+        "model_name_or_path": "model",
+        "max_steps": 1,
+        "optim": "sgd",
+        **SMALL,
+    }
     settings |= {"learning_rate": 0.1, "max_grad_norm": 0, "save_strategy": "no"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29513"]
-    for name, launcher, batch, accumulated in (("one", [sys.executable], 8, 1), ("two", torchrun, 2, 2)):
-        given = flags(**settings, output_dir=name, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29513",
+    ]
+    for name, launcher, batch, accumulated in (
+        ("one", [sys.executable], 8, 1),
+        ("two", torchrun, 2, 2),
+    ):
+        given = flags(
+            **settings,
+            output_dir=name,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulated,
+        )
         done = subprocess.run(
             [*launcher, str(ROOT / "train.py"), "prm", *given],
             cwd=folder, capture_output=True, text=True, timeout=600, env={**os.environ, "ACCELERATE_USE_CPU": "1"},
@@ -420,7 +645,10 @@ def test_two_processes_train_as_one(folder):
         (["--dataset_name", "none.jsonl"], "none.jsonl not found"),
         (["--dataset_name", "pairs.jsonl"], "gives pairs, no step_values or step_labels"),
         (["--dataset_name", "bad.jsonl"], "bad.jsonl:2: field 'score'"),
-        (["--dataset_name", "test.jsonl"], "test.jsonl:1: a held-out problem (problems_test.jsonl)"),
+        (
+            ["--dataset_name", "test.jsonl"],
+            "test.jsonl:1: a held-out problem (problems_test.jsonl)",
+        ),
         (["--hard_labels", "0"], "hard_labels: expected a number above 0, up to 1, got 0.0"),
         (["--hard_labels", "1.5"], "hard_labels: expected a number above 0, up to 1, got 1.5"),
         (["--learning_rate", "-1"], "learning_rate: expected a number of 0 or more"),
@@ -436,14 +664,21 @@ def test_mistakes_are_one_line(folder, monkeypatch, capsys, args, message):
     write_records(folder / "pairs.jsonl", [{"prompt": "p", "chosen": ["a"], "rejected": ["b"]}])
     write_records(folder / "bad.jsonl", [ROWS[0], {**asdict(ROWS[1]), "score": 2}])
     with open(ROOT / "data/problems_test.jsonl", encoding="utf-8") as file:
-        write_records(folder / "test.jsonl", [StepValue(json.loads(file.readline())["prompt"], "a", 1.0)])
+        write_records(
+            folder / "test.jsonl", [StepValue(json.loads(file.readline())["prompt"], "a", 1.0)]
+        )
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    given = flags(dataset_name="values.jsonl", model_name_or_path="model", output_dir="new", **SMALL)
+    given = flags(
+        dataset_name="values.jsonl", model_name_or_path="model", output_dir="new", **SMALL
+    )
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["train.py", "prm", *given, *args])
     with pytest.raises(SystemExit) as stopped:
         run(train.main)
-    assert stopped.value.code == 2 and {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert (
+        stopped.value.code == 2
+        and {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    )
     line = capsys.readouterr().err
     assert message in line and line.startswith("train.py: error: ") and line.count("\n") == 1
 
@@ -451,7 +686,14 @@ def test_mistakes_are_one_line(folder, monkeypatch, capsys, args, message):
 def test_the_example_trains_an_adapter(folder, monkeypatch):
     """configs/prm.yaml, but for what it reads and writes, its length and its precision."""
     config = ["--config", str(ROOT / "configs/prm.yaml")]
-    given = flags(dataset_name="values.jsonl", model_name_or_path="lm", output_dir="example", max_steps=1, limit=20, **SMALL)
+    given = flags(
+        dataset_name="values.jsonl",
+        model_name_or_path="lm",
+        output_dir="example",
+        max_steps=1,
+        limit=20,
+        **SMALL,
+    )
     train_here(folder, monkeypatch, *config, *given, "--dtype", "float32", "--save_strategy", "no")
     assert json.loads((folder / "example/adapter_config.json").read_text())["r"] == 16
     assert history(folder, "example")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -460,5 +702,7 @@ def test_the_example_trains_an_adapter(folder, monkeypatch):
 def test_the_default_data_says_how_it_is_made(folder, monkeypatch):
     monkeypatch.setattr("train.STEP_VALUES", "none.jsonl")
     monkeypatch.setattr("train.MADE_BY", {"none.jsonl": "python utils/build_mcts_dataset.py"})
-    with pytest.raises(UserError, match=r"none.jsonl not found: run `python utils/build_mcts_dataset.py` first"):
+    with pytest.raises(
+        UserError, match=r"none.jsonl not found: run `python utils/build_mcts_dataset.py` first"
+    ):
         train_here(folder, monkeypatch)

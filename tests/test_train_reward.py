@@ -23,15 +23,31 @@ from reward_model.response_reward_model import ResponseRewardModel, ResponseToke
 from search.policy import load_model
 from utils.cli import UserError, run
 
-TASKS = [task for task in itertools.islice(problems("train"), 40) if not is_kept_out(task.prompt)][:12]
-SMALL = {"bf16": "false", "logging_steps": 1, "logs_dir": "logs", "warmup_steps": 0, "max_steps": 2, "save_strategy": "no"}
+TASKS = [task for task in itertools.islice(problems("train"), 40) if not is_kept_out(task.prompt)][
+    :12
+]
+SMALL = {
+    "bf16": "false",
+    "logging_steps": 1,
+    "logs_dir": "logs",
+    "warmup_steps": 0,
+    "max_steps": 2,
+    "save_strategy": "no",
+}
 
 
 def answers_of(k: int) -> list[RankedResponse]:
     task = TASKS[k]
-    texts = ["\n".join(task.steps), "\n".join([*task.steps[:-1], "Answer: 0"]), "\n".join(task.steps[:-1])]
+    texts = [
+        "\n".join(task.steps),
+        "\n".join([*task.steps[:-1], "Answer: 0"]),
+        "\n".join(task.steps[:-1]),
+    ]
     split = "test" if k >= 8 else "train"
-    return [RankedResponse(task.prompt, text, rank, "rule:exact", split=split) for rank, text in enumerate(texts, 1)]
+    return [
+        RankedResponse(task.prompt, text, rank, "rule:exact", split=split)
+        for rank, text in enumerate(texts, 1)
+    ]
 
 
 ROWS = [row for k in range(len(TASKS)) for row in answers_of(k)]
@@ -39,7 +55,11 @@ ROWS = [row for k in range(len(TASKS)) for row in answers_of(k)]
 
 def train_here(folder: Path, monkeypatch, **options: object) -> None:
     monkeypatch.chdir(folder)
-    flags = [part for name, value in (SMALL | options).items() for part in (f"--{name}", *(str(value).split() or [""]))]
+    flags = [
+        part
+        for name, value in (SMALL | options).items()
+        for part in (f"--{name}", *(str(value).split() or [""]))
+    ]
     monkeypatch.setattr(sys, "argv", ["train.py", "reward", *flags])
     train.main()
 
@@ -53,8 +73,18 @@ def folder(tiny_model_dir, tmp_path_factory) -> Path:
     """A table of 12 groups, 8 of them to train on, and one finished training on it: `out`."""
     folder = tmp_path_factory.mktemp("train_reward")
     write_answers(folder / "answers.csv", ROWS)
-    with pytest.MonkeyPatch.context() as monkeypatch, open(folder / "stdout", "w") as said, contextlib.redirect_stdout(said):
-        train_here(folder, monkeypatch, dataset_name="answers.csv", model_name_or_path=tiny_model_dir, output_dir="out")
+    with (
+        pytest.MonkeyPatch.context() as monkeypatch,
+        open(folder / "stdout", "w") as said,
+        contextlib.redirect_stdout(said),
+    ):
+        train_here(
+            folder,
+            monkeypatch,
+            dataset_name="answers.csv",
+            model_name_or_path=tiny_model_dir,
+            output_dir="out",
+        )
     return folder
 
 
@@ -63,24 +93,50 @@ def test_it_trains_on_the_pairs_of_its_split_and_says_so(folder):
     assert "12 rows of answers.csv left out: not of the split train" in said
     assert "24 pairs of 24 answers" in said and job(folder / "out")["groups"] == 8
     card = (folder / "out" / "README.md").read_text()
-    assert "response reward model on 8 groups of answers.csv" in card and "24 pairs of 24 answers" in card
+    assert (
+        "response reward model on 8 groups of answers.csv" in card
+        and "24 pairs of 24 answers" in card
+    )
     scorer = ResponseRewardModel(folder / "out", device="cpu")
-    assert scorer.format.question == "Right?" and scorer.score_response(ROWS[0].prompt, ROWS[0].answer) != 0
+    assert (
+        scorer.format.question == "Right?"
+        and scorer.score_response(ROWS[0].prompt, ROWS[0].answer) != 0
+    )
 
 
 def test_the_published_columns_and_pairs_of_texts(folder, tiny_model_dir, monkeypatch, capsys):
-    lines = ["prompt;answer;rank"] + [f'"{row.prompt}";"{row.answer}";{row.rank}' for row in ROWS[:6]]
+    lines = ["prompt;answer;rank"] + [
+        f'"{row.prompt}";"{row.answer}";{row.rank}' for row in ROWS[:6]
+    ]
     (folder / "published.csv").write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
-    write_records(folder / "pairs.jsonl", [{"prompt": f"p{k}", "chosen": "a", "rejected": "b c", "subset": "x"} for k in range(8)])
-    for name, groups_left in (("published.csv", 2), ("pairs.jsonl", sum(not is_kept_out(f"p{k}") for k in range(8)))):
+    write_records(
+        folder / "pairs.jsonl",
+        [{"prompt": f"p{k}", "chosen": "a", "rejected": "b c", "subset": "x"} for k in range(8)],
+    )
+    for name, groups_left in (
+        ("published.csv", 2),
+        ("pairs.jsonl", sum(not is_kept_out(f"p{k}") for k in range(8))),
+    ):
         output = f"out_{name}"
-        train_here(folder, monkeypatch, dataset_name=name, model_name_or_path=tiny_model_dir, output_dir=output, question="")
+        train_here(
+            folder,
+            monkeypatch,
+            dataset_name=name,
+            model_name_or_path=tiny_model_dir,
+            output_dir=output,
+            question="",
+        )
         assert job(folder / output)["groups"] == groups_left
     assert ResponseRewardModel(folder / output, device="cpu").format.question is None
 
 
 def test_an_adapter_brings_its_head_and_goes_on(folder, tiny_model_dir, monkeypatch):
-    options = {"dataset_name": "answers.csv", "use_peft": True, "lora_target_modules": "q_proj v_proj", "learning_rate": 0.01}
+    options = {
+        "dataset_name": "answers.csv",
+        "use_peft": True,
+        "lora_target_modules": "q_proj v_proj",
+        "learning_rate": 0.01,
+    }
     train_here(folder, monkeypatch, **options, model_name_or_path=tiny_model_dir, output_dir="lora")
     assert not (folder / "lora" / "model.safetensors").exists()
     pair = ROWS[0].prompt, ROWS[0].answer
@@ -90,19 +146,33 @@ def test_an_adapter_brings_its_head_and_goes_on(folder, tiny_model_dir, monkeypa
     second = ResponseRewardModel(folder / "lora2", device="cpu").score_response(*pair)
     assert second != pytest.approx(first.score_response(*pair), abs=1e-4)
     # without --use_peft it is merged into its base; learning nothing leaves the scores
-    options = {"dataset_name": "answers.csv", "learning_rate": 0, "model_name_or_path": "lora", "output_dir": "merged"}
+    options = {
+        "dataset_name": "answers.csv",
+        "learning_rate": 0,
+        "model_name_or_path": "lora",
+        "output_dir": "merged",
+    }
     train_here(folder, monkeypatch, **options)
-    assert ResponseRewardModel(folder / "merged", device="cpu").score_response(*pair) == pytest.approx(
-        first.score_response(*pair), abs=1e-4
-    )
+    assert ResponseRewardModel(folder / "merged", device="cpu").score_response(
+        *pair
+    ) == pytest.approx(first.score_response(*pair), abs=1e-4)
 
 
 def test_a_reward_model_goes_on_with_its_format(folder, tiny_model_dir, monkeypatch):
     make_llama(tiny_model_dir, folder / "eos", "")
-    train_here(folder, monkeypatch, dataset_name="answers.csv", model_name_or_path="eos", output_dir="on", learning_rate=0)
+    train_here(
+        folder,
+        monkeypatch,
+        dataset_name="answers.csv",
+        model_name_or_path="eos",
+        output_dir="on",
+        learning_rate=0,
+    )
     pair = ROWS[0].prompt, ROWS[0].answer
     before, after = (ResponseRewardModel(folder / name, device="cpu") for name in ("eos", "on"))
-    assert after.format.question is None and before.score_response(*pair) == pytest.approx(after.score_response(*pair), abs=1e-5)
+    assert after.format.question is None and before.score_response(*pair) == pytest.approx(
+        after.score_response(*pair), abs=1e-5
+    )
 
 
 def test_what_was_a_prm_reads_as_that_did(folder, tiny_model_dir, monkeypatch):
@@ -111,16 +181,32 @@ def test_what_was_a_prm_reads_as_that_did(folder, tiny_model_dir, monkeypatch):
     torch.nn.init.normal_(prm.score.weight, generator=torch.Generator().manual_seed(0))
     prm.save_pretrained(folder / "prm")
     tokenizer.save_pretrained(folder / "prm")
-    train_here(folder, monkeypatch, dataset_name="answers.csv", model_name_or_path="prm", output_dir="of_prm", learning_rate=0)
+    train_here(
+        folder,
+        monkeypatch,
+        dataset_name="answers.csv",
+        model_name_or_path="prm",
+        output_dir="of_prm",
+        learning_rate=0,
+    )
     config = json.loads((folder / "of_prm" / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForSequenceClassification"] and config["reward_step_token"] == "<next>"
+    assert (
+        config["architectures"] == ["LlamaForSequenceClassification"]
+        and config["reward_step_token"] == "<next>"
+    )
     assert not {"step_token", "running_min"} & config.keys()  # no one takes it for a PRM
-    scorer, judge = ResponseRewardModel(folder / "of_prm", device="cpu"), ProcessRewardModel(folder / "prm", device="cpu")
-    (values,) = judge.score_steps([(ROWS[0].prompt, ROWS[0].answer.split("\n"))])  # the head's bias is 0
+    scorer, judge = (
+        ResponseRewardModel(folder / "of_prm", device="cpu"),
+        ProcessRewardModel(folder / "prm", device="cpu"),
+    )
+    (values,) = judge.score_steps(
+        [(ROWS[0].prompt, ROWS[0].answer.split("\n"))]
+    )  # the head's bias is 0
     score = scorer.score_response(ROWS[0].prompt, ROWS[0].answer)
     assert abs(score) > 0.01 and 1 / (1 + math.exp(-score)) == pytest.approx(values[-1], abs=1e-5)
     (whole, _), (short, over) = (
-        ResponseTokens(tokenizer, n, None, "<next>").encode([("1 + 1?", "Answer: 2")])[0] for n in (None, 8)
+        ResponseTokens(tokenizer, n, None, "<next>").encode([("1 + 1?", "Answer: 2")])[0]
+        for n in (None, 8)
     )
     assert short == [whole[0], *whole[-7:]] and over == len(whole) - 8
 
@@ -128,18 +214,34 @@ def test_what_was_a_prm_reads_as_that_did(folder, tiny_model_dir, monkeypatch):
 def test_distilbert_by_its_config(folder, monkeypatch, capsys):
     config = ROOT / "configs/reward_distilbert.yaml"
     published = yaml.safe_load(config.read_text())
-    assert (published["learning_rate"], published["per_device_train_batch_size"], published["max_steps"]) == (5e-5, 4, 100)
+    assert (
+        published["learning_rate"],
+        published["per_device_train_batch_size"],
+        published["max_steps"],
+    ) == (5e-5, 4, 100)
     make_distilbert(folder / "bert", head=False)  # as it is published: for masked words
-    given = {"config": config, "dataset_name": "answers.csv", "model_name_or_path": "bert", "output_dir": "out_bert"}
+    given = {
+        "config": config,
+        "dataset_name": "answers.csv",
+        "model_name_or_path": "bert",
+        "output_dir": "out_bert",
+    }
     train_here(folder, monkeypatch, **given)
-    assert "answers are over 64 tokens with their prompt and lose its beginning" in capsys.readouterr().out
+    assert (
+        "answers are over 64 tokens with their prompt and lose its beginning"
+        in capsys.readouterr().out
+    )
     settings = job(folder / "out_bert")
     assert (settings["learning_rate"], settings["per_device_train_batch_size"]) == (5e-5, 4)
     assert ResponseRewardModel(folder / "out_bert", device="cpu").score_response("1 + 1?", "2") != 0
 
 
 def test_stopped_it_goes_on(folder, tiny_model_dir, monkeypatch):
-    options = {"dataset_name": "answers.csv", "model_name_or_path": tiny_model_dir, "output_dir": "stopped"}
+    options = {
+        "dataset_name": "answers.csv",
+        "model_name_or_path": tiny_model_dir,
+        "output_dir": "stopped",
+    }
     options |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "save_total_limit": 3}
     train_here(folder, monkeypatch, **options)
     out = folder / "stopped"
@@ -159,15 +261,26 @@ def test_stopped_it_goes_on(folder, tiny_model_dir, monkeypatch):
         ("prompt,answer,rank\np,a,1\np,b,3\n", "leave one out"),
         ("prompt,answer,rank\np,a,1\n", "one answer"),
         ("prompt,answer,rank\np,a,1\np,,2\n", "column 'answer'"),
-        ("prompt,answer,rank,split\np,a,1,test\np,b,2,test\n", "none of its 2 rows is ranked and of the split train"),
+        (
+            "prompt,answer,rank,split\np,a,1,test\np,b,2,test\n",
+            "none of its 2 rows is ranked and of the split train",
+        ),
         ("prompt,answer,rank\np,a,\np,b,\n", "none of its 2 rows is ranked"),
         ("", "header"),
     ],
 )
-def test_what_is_wrong_with_a_table_is_one_line(folder, tiny_model_dir, monkeypatch, capsys, text, message):
+def test_what_is_wrong_with_a_table_is_one_line(
+    folder, tiny_model_dir, monkeypatch, capsys, text, message
+):
     (folder / "bad.csv").write_text(text)
     with pytest.raises((UserError, RecordError), match=message) as error:
-        train_here(folder, monkeypatch, dataset_name="bad.csv", model_name_or_path=tiny_model_dir, output_dir="bad")
+        train_here(
+            folder,
+            monkeypatch,
+            dataset_name="bad.csv",
+            model_name_or_path=tiny_model_dir,
+            output_dir="bad",
+        )
     assert "bad.csv" in str(error.value) and not (folder / "bad").exists()
     with pytest.raises(SystemExit) as stopped:
         run(train.main)
@@ -176,9 +289,18 @@ def test_what_is_wrong_with_a_table_is_one_line(folder, tiny_model_dir, monkeypa
 
 def test_held_out_problems_are_refused(folder, tiny_model_dir, monkeypatch):
     task = next(problems("test"))
-    write_answers(folder / "held.csv", [RankedResponse(task.prompt, text, rank) for rank, text in ((1, "Answer: 1"), (2, "?"))])
+    write_answers(
+        folder / "held.csv",
+        [RankedResponse(task.prompt, text, rank) for rank, text in ((1, "Answer: 1"), (2, "?"))],
+    )
     with pytest.raises(UserError, match="held-out problem"):
-        train_here(folder, monkeypatch, dataset_name="held.csv", model_name_or_path=tiny_model_dir, output_dir="bad")
+        train_here(
+            folder,
+            monkeypatch,
+            dataset_name="held.csv",
+            model_name_or_path=tiny_model_dir,
+            output_dir="bad",
+        )
 
 
 def test_every_group_of_the_committed_table_lands_in_one_split():

@@ -48,14 +48,27 @@ def folder(tiny_model_dir, tmp_path_factory) -> Path:
     write_records(folder / "problems.jsonl", PROBLEMS)
     shutil.copytree(tiny_model_dir, folder / "model")
     command = [sys.executable, str(ROOT / "train.py"), "sft", *ARGS, *flags(output_dir="out")]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done.stderr
     (folder / "stdout").write_text(done.stdout)
     return folder
 
 
-ACCUMULATED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 7, "num_train_epochs": 3, "save_steps": 1}
-ARGS = flags(dataset_name="problems.jsonl", model_name_or_path="model", save_total_limit=3, **ACCUMULATED, **SMALL)
+ACCUMULATED = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 7,
+    "num_train_epochs": 3,
+    "save_steps": 1,
+}
+ARGS = flags(
+    dataset_name="problems.jsonl",
+    model_name_or_path="model",
+    save_total_limit=3,
+    **ACCUMULATED,
+    **SMALL,
+)
 
 
 # --- what is learned from ---
@@ -63,7 +76,9 @@ ARGS = flags(dataset_name="problems.jsonl", model_name_or_path="model", save_tot
 
 def test_ids_and_labels_written_out(tokenizer):
     """The template and the prompt have no loss; the solution ends with EOS, which has."""
-    row = asdict(Solution.from_row({"prompt": "1 + 1?", "answer": "2", "steps": ["1 + 1 = 2", "Answer: 2"]}))
+    row = asdict(
+        Solution.from_row({"prompt": "1 + 1?", "answer": "2", "steps": ["1 + 1 = 2", "Answer: 2"]})
+    )
     encoded = encode_solution(row, tokenizer)
     # <s> Problem : _ 1 _+ _ 1 ? newline Solution : newline
     context = [1, 419, 284, 353, 275, 371, 353, 275, 289, 13, 421, 284, 13]
@@ -78,9 +93,16 @@ def test_a_pair_teaches_its_chosen_side_without_the_shared_prefix(tokenizer):
     encoded = encode_solution(asdict(solution), tokenizer)
     learned = [token for token in encoded["labels"] if token != -100]
     assert tokenizer.decode(learned) == "Step 2: 5 + 4 = 9\nAnswer: 9</s>"
-    assert tokenizer.decode(encoded["input_ids"]).endswith("Solution:\nStep 1: 2 + 3 = 5\nStep 2: 5 + 4 = 9\nAnswer: 9</s>")
-    unfinished = encode_solution({"prompt": "?", "prefix": [], "steps": ["Step 1: 2 + 3 = 5"]}, tokenizer)
-    assert tokenizer.decode([token for token in unfinished["labels"] if token != -100]) == "Step 1: 2 + 3 = 5\n"
+    assert tokenizer.decode(encoded["input_ids"]).endswith(
+        "Solution:\nStep 1: 2 + 3 = 5\nStep 2: 5 + 4 = 9\nAnswer: 9</s>"
+    )
+    unfinished = encode_solution(
+        {"prompt": "?", "prefix": [], "steps": ["Step 1: 2 + 3 = 5"]}, tokenizer
+    )
+    assert (
+        tokenizer.decode([token for token in unfinished["labels"] if token != -100])
+        == "Step 1: 2 + 3 = 5\n"
+    )
 
 
 def test_a_chat_model_reads_its_own_template(tokenizer):
@@ -90,7 +112,9 @@ def test_a_chat_model_reads_its_own_template(tokenizer):
     chat.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
     encoded = encode_solution({"prompt": "1 + 1?", "prefix": [], "steps": ["Answer: 2"]}, chat)
     text = chat.decode(encoded["input_ids"])
-    assert text.startswith("[Solve the problem step by step.") and text.endswith("\n\n1 + 1?]>Answer: 2</s>")
+    assert text.startswith("[Solve the problem step by step.") and text.endswith(
+        "\n\n1 + 1?]>Answer: 2</s>"
+    )
     assert chat.decode([token for token in encoded["labels"] if token != -100]) == "Answer: 2</s>"
 
 
@@ -101,7 +125,9 @@ def nll_by_hand(model_dir: Path, tokenizer, tasks: list[Problem]) -> float:
     for task in tasks:
         question = f"Problem: {task.prompt}\nSolution:\n"
         encoded = tokenizer(question + "\n".join(task.steps), return_offsets_mapping=True)
-        first = next(i for i, (start, _) in enumerate(encoded["offset_mapping"]) if start >= len(question))
+        first = next(
+            i for i, (start, _) in enumerate(encoded["offset_mapping"]) if start >= len(question)
+        )
         ids = torch.tensor([*encoded["input_ids"], tokenizer.eos_token_id])
         with torch.no_grad():
             logps = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
@@ -113,9 +139,13 @@ def nll_by_hand(model_dir: Path, tokenizer, tasks: list[Problem]) -> float:
 def test_the_loss_is_the_one_computed_by_hand(folder, tokenizer):
     """The mean over the tokens of the global batch, however it is cut into smaller ones."""
     training = [task for task in PROBLEMS if not is_kept_out(task.prompt)]
-    assert len(training) < len(PROBLEMS) and len(training) % 4  # some are kept out, and the batches differ in size
+    assert (
+        len(training) < len(PROBLEMS) and len(training) % 4
+    )  # some are kept out, and the batches differ in size
     history = json.loads((folder / "logs/out/log.json").read_text())["history"]
-    assert history[0]["loss"] == pytest.approx(nll_by_hand(folder / "model", tokenizer, training), rel=1e-4)
+    assert history[0]["loss"] == pytest.approx(
+        nll_by_hand(folder / "model", tokenizer, training), rel=1e-4
+    )
     assert history[2]["loss"] < history[0]["loss"]  # the learning rate of the first step is 0
 
 
@@ -124,24 +154,46 @@ def test_the_loss_is_the_one_computed_by_hand(folder, tokenizer):
 
 def test_a_training_writes_a_model_that_moved(folder):
     before, after = (load_file(folder / name / "model.safetensors") for name in ("model", "out"))
-    assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        not torch.equal(before[name], after[name]) for name in before
+    )
     log = json.loads((folder / "logs/out/log.json").read_text())
     kept_out = sum(is_kept_out(task.prompt) for task in PROBLEMS)
-    assert log["job"]["command"] == "sft" and log["job"]["solutions"] == len(PROBLEMS) - kept_out and log["steps"] == 3
+    assert (
+        log["job"]["command"] == "sft"
+        and log["job"]["solutions"] == len(PROBLEMS) - kept_out
+        and log["steps"] == 3
+    )
     said = (folder / "stdout").read_text()
-    assert f"{len(PROBLEMS) - kept_out} solutions of problems.jsonl; {kept_out} more are kept out of all training" in said
+    assert (
+        f"{len(PROBLEMS) - kept_out} solutions of problems.jsonl; {kept_out} more are kept out of all training"
+        in said
+    )
     assert "tokens told right" in said and "tokens a second" in said
     assert (
-        said.splitlines()[-1] == "wrote the tuned model to out, the log to logs/out/log.json, its picture to logs/out/training.png"
+        said.splitlines()[-1]
+        == "wrote the tuned model to out, the log to logs/out/log.json, its picture to logs/out/training.png"
     )
     card = (folder / "out/README.md").read_text()
-    assert f"model after supervised training (SFT) on {len(PROBLEMS) - kept_out} solutions of problems.jsonl." in card
-    assert {path.suffix for path in (folder / "out").iterdir() if path.is_file()} == {".safetensors", ".json", ".md"}  # no pickle
+    assert (
+        f"model after supervised training (SFT) on {len(PROBLEMS) - kept_out} solutions of problems.jsonl."
+        in card
+    )
+    assert {path.suffix for path in (folder / "out").iterdir() if path.is_file()} == {
+        ".safetensors",
+        ".json",
+        ".md",
+    }  # no pickle
 
 
 def test_stopped_in_the_middle_it_ends_with_the_same_weights(folder, monkeypatch, capsys):
     shutil.copytree(folder / "out", folder / "killed")
-    for left in ("config.json", "model.safetensors", "checkpoint-2/trainer_state.json", "checkpoint-3/trainer_state.json"):
+    for left in (
+        "config.json",
+        "model.safetensors",
+        "checkpoint-2/trainer_state.json",
+        "checkpoint-3/trainer_state.json",
+    ):
         (folder / "killed" / left).unlink()
     train_here(folder, monkeypatch, *ARGS, *flags(output_dir="killed"))
     assert "going on from killed/checkpoint-1" in capsys.readouterr().out
@@ -155,12 +207,21 @@ def test_an_adapter_on_pairs_with_evaluation(folder, monkeypatch, capsys):
     (folder / "lora.yaml").write_text(
         "use_peft: true\nlora_r: 4\nlora_target_modules: all-linear\neval_strategy: steps\neval_steps: 1\n"
     )
-    given = flags(dataset_name="pairs.jsonl", model_name_or_path="model", output_dir="adapter", limit=8, max_steps=2, **SMALL)
+    given = flags(
+        dataset_name="pairs.jsonl",
+        model_name_or_path="model",
+        output_dir="adapter",
+        limit=8,
+        max_steps=2,
+        **SMALL,
+    )
     train_here(folder, monkeypatch, *given, "--config", "lora.yaml", "--save_strategy", "no")
     assert "wrote the tuned adapter to adapter" in capsys.readouterr().out
     assert json.loads((folder / "adapter/adapter_config.json").read_text())["r"] == 4
     moved = load_file(folder / "adapter/adapter_model.safetensors")
-    assert len(moved) == 2 * 7 * 2 and all(weight.abs().max() > 0 for weight in moved.values())  # B begins at 0
+    assert len(moved) == 2 * 7 * 2 and all(
+        weight.abs().max() > 0 for weight in moved.values()
+    )  # B begins at 0
     log = json.loads((folder / "logs/adapter/log.json").read_text())
     assert log["job"]["solutions"] == 8
     assert [entry["step"] for entry in log["history"] if "eval_loss" in entry] == [1, 2]
@@ -168,17 +229,28 @@ def test_an_adapter_on_pairs_with_evaluation(folder, monkeypatch, capsys):
 
 def test_what_is_cut_or_never_ends_is_said(folder, tmp_path, caplog):
     row = {"prompt": "1 + 1?", "prefix": [], "steps": ["Step 1: 1 + 1 = 2"]}
-    rows = [row, {**row, "steps": [*row["steps"], "Answer: " + "2" * 40]}, {**row, "prompt": "1 + 1" * 20}]
+    rows = [
+        row,
+        {**row, "steps": [*row["steps"], "Answer: " + "2" * 40]},
+        {**row, "prompt": "1 + 1" * 20},
+    ]
 
     def trainer(max_length):
-        config = StepSFTConfig(tmp_path / "out", max_length=max_length, use_cpu=True, report_to="none")
-        return StepSFTTrainer(model=str(folder / "model"), args=config, train_dataset=Dataset.from_list(rows))
+        config = StepSFTConfig(
+            tmp_path / "out", max_length=max_length, use_cpu=True, report_to="none"
+        )
+        return StepSFTTrainer(
+            model=str(folder / "model"), args=config, train_dataset=Dataset.from_list(rows)
+        )
 
     with caplog.at_level(logging.WARNING):
         kept = trainer(40).train_dataset
     assert [len(ids) for ids in kept["input_ids"]] == [26, 40]
     assert "2 of 3 solutions state no final answer" in caplog.text
-    assert "2 of 3 solutions are longer than max_length 40 and lose their end, 1 of them all they had" in caplog.text
+    assert (
+        "2 of 3 solutions are longer than max_length 40 and lose their end, 1 of them all they had"
+        in caplog.text
+    )
     with pytest.raises(ValueError, match="none of 3 solutions fits into max_length 5"):
         trainer(5)
 
@@ -189,7 +261,10 @@ def test_what_is_cut_or_never_ends_is_said(folder, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "1 + 1?", "answer": "2"}, "field 'steps' is missing: expected a solution to learn from"),
+        (
+            {"prompt": "1 + 1?", "answer": "2"},
+            "field 'steps' is missing: expected a solution to learn from",
+        ),
         ({"prompt": "1 + 1?", "steps": ["Answer: 2"]}, "field 'answer' is missing"),
         ({"prompt": "1 + 1?", "answer": "2", "steps": [" "]}, "field 'steps', step 1"),
         ({"prompt": "1 + 1?", "chosen": ["Answer: 2"]}, "field 'rejected' is missing"),
@@ -223,11 +298,16 @@ def test_mistakes_are_one_line(folder, monkeypatch, capsys, args, message):
     with open(ROOT / "data/problems_test.jsonl", encoding="utf-8") as file:
         write_records(folder / "test.jsonl", [PROBLEMS[0], json.loads(file.readline())])
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    given = flags(dataset_name="problems.jsonl", model_name_or_path="model", output_dir="new", **SMALL)
+    given = flags(
+        dataset_name="problems.jsonl", model_name_or_path="model", output_dir="new", **SMALL
+    )
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["train.py", "sft", *given, *args])
     with pytest.raises(SystemExit) as stopped:
         run(train.main)
-    assert stopped.value.code == 2 and {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert (
+        stopped.value.code == 2
+        and {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    )
     line = capsys.readouterr().err
     assert message in line and line.startswith("train.py: error: ") and line.count("\n") == 1

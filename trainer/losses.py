@@ -19,7 +19,9 @@ from torch import Tensor
 def sum_per_step(per_token: Tensor, step_ids: Tensor, steps: int) -> Tensor:
     """Sum token values over each step. per_token (N, L) floats; step_ids (N, L), 0 .. steps - 1, or -1 for a token of no step.
     Returns (N, steps); 0 for a step without tokens."""
-    sums = per_token.new_zeros(per_token.size(0), steps + 1)  # the extra column takes the tokens of no step
+    sums = per_token.new_zeros(
+        per_token.size(0), steps + 1
+    )  # the extra column takes the tokens of no step
     return sums.scatter_add(1, step_ids.masked_fill(step_ids < 0, steps), per_token)[:, :steps]
 
 
@@ -34,7 +36,9 @@ def _normalized(a: Tensor, b: Tensor, a_mask: Tensor, b_mask: Tensor) -> tuple[T
     """u_k = K (a_k + .1) / sum(a + .1), and v_k likewise from 1 - b: the weights of a response have mean 1."""
 
     def normalize(scores, mask):
-        return (scores + 0.1) * (mask.sum(1, keepdim=True) / ((scores + 0.1) * mask).sum(1, keepdim=True).clamp(min=0.1))
+        return (scores + 0.1) * (
+            mask.sum(1, keepdim=True) / ((scores + 0.1) * mask).sum(1, keepdim=True).clamp(min=0.1)
+        )
 
     return normalize(a, a_mask), normalize(1 - b, b_mask)
 
@@ -63,13 +67,21 @@ def step_weights(
 ) -> tuple[Tensor, Tensor]:
     """(u, v), each (B, K): how much every step is praised in chosen and blamed in rejected. Scores (B, K) in 0..1; masks (B, K),
     all steps if not given; `credit` is a key of CREDITS, which holds the equations."""
-    chosen_mask = torch.ones_like(chosen_scores, dtype=torch.bool) if chosen_mask is None else chosen_mask
-    rejected_mask = torch.ones_like(rejected_scores, dtype=torch.bool) if rejected_mask is None else rejected_mask
+    chosen_mask = (
+        torch.ones_like(chosen_scores, dtype=torch.bool) if chosen_mask is None else chosen_mask
+    )
+    rejected_mask = (
+        torch.ones_like(rejected_scores, dtype=torch.bool)
+        if rejected_mask is None
+        else rejected_mask
+    )
     u, v = CREDITS[credit](chosen_scores, rejected_scores, chosen_mask, rejected_mask)
     return u * chosen_mask, v * rejected_mask
 
 
-def good_step_losses(chosen_logratios: Tensor, chosen_scores: Tensor, mask: Tensor, agg: str = "sum") -> Tensor:
+def good_step_losses(
+    chosen_logratios: Tensor, chosen_scores: Tensor, mask: Tensor, agg: str = "sum"
+) -> Tensor:
     """agg_k(a_k relu(-D_k)), (B,): how much less likely the good steps of chosen are than under the reference. Inputs (B, K)."""
     return AGGREGATES[agg](chosen_scores * F.relu(-chosen_logratios), mask)
 
@@ -111,8 +123,12 @@ def stepwise_loss(
     u, v = step_weights(chosen_scores, rejected_scores, credit, chosen_mask, rejected_mask)
     chosen_rewards = beta * aggregate(u * chosen_logratios, chosen_mask)
     rejected_rewards = beta * aggregate(v * rejected_logratios, rejected_mask)
-    anchor = anchor_lambda * beta * good_step_losses(chosen_logratios, chosen_scores, chosen_mask, agg)
-    margin = margin_gamma * (mean(chosen_scores, chosen_mask) - mean(rejected_scores, rejected_mask))
+    anchor = (
+        anchor_lambda * beta * good_step_losses(chosen_logratios, chosen_scores, chosen_mask, agg)
+    )
+    margin = margin_gamma * (
+        mean(chosen_scores, chosen_mask) - mean(rejected_scores, rejected_mask)
+    )
     loss = -F.logsigmoid(chosen_rewards - anchor - rejected_rewards - margin)
     return StepLoss(loss, chosen_rewards, rejected_rewards, anchor, u, v)
 
@@ -170,17 +186,26 @@ def full_step_dpo_loss(
         u = torch.sigmoid(-chosen_logratios) * softmax(tau * chosen_scores, chosen_mask)
         v = torch.sigmoid(rejected_logratios) * softmax(-tau * rejected_scores, rejected_mask)
     total = AGGREGATES["sum"]
-    chosen_rewards, rejected_rewards = beta * total(chosen_logratios, chosen_mask), beta * total(rejected_logratios, rejected_mask)
+    chosen_rewards, rejected_rewards = (
+        beta * total(chosen_logratios, chosen_mask),
+        beta * total(rejected_logratios, rejected_mask),
+    )
     pull = anchor_lambda * good_step_losses(chosen_logratios, chosen_scores, chosen_mask)
     gate = torch.sigmoid(rejected_rewards - chosen_rewards + beta * pull).detach()
-    loss = -gate * (total(u * chosen_logratios, chosen_mask) - total(v * rejected_logratios, rejected_mask) - pull)
+    loss = -gate * (
+        total(u * chosen_logratios, chosen_mask)
+        - total(v * rejected_logratios, rejected_mask)
+        - pull
+    )
     return StepLoss(loss, chosen_rewards, rejected_rewards, beta * pull, u, v)
 
 
 # --- step PPO. Shapes: B rows; T action tokens of the longest row, padded; a mask (B, T) of bools says which are there. ---
 
 
-def gae(rewards: Tensor, values: Tensor, last: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, last: Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16) for episodes of one step each.
 
         delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}        return_t = A_t + V_t
@@ -204,7 +229,9 @@ def whiten(advantages: Tensor, mask: Tensor, least_std: float = 0.1) -> Tensor:
     return (advantages - there.mean()) / there.std(correction=0).clamp(min=least_std)
 
 
-def ppo_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, cliprange: float = 0.2) -> tuple[Tensor, Tensor]:
+def ppo_policy_loss(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, cliprange: float = 0.2
+) -> tuple[Tensor, Tensor]:
     """The clipped objective of PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7), to be minimized. All (B, T), log-probs in nats.
 
         ratio = exp(log pi - log pi_old)        loss = max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps))
@@ -215,7 +242,9 @@ def ppo_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clipra
     return torch.maximum(free, bound), bound > free
 
 
-def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float = 0.2) -> tuple[Tensor, Tensor]:
+def ppo_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float = 0.2
+) -> tuple[Tensor, Tensor]:
     """The clipped value loss that PPO's authors use in code (openai/baselines, ppo2). All (B, T), in units of reward.
 
         loss = 1/2 max((V - return)^2, (clip(V, V_old - eps, V_old + eps) - return)^2)

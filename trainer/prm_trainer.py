@@ -41,7 +41,11 @@ class LabelledSteps(LabelledSolution):
         """Raises RecordError if the row is neither."""
         if isinstance(row, dict) and "step" in row:
             value = StepValue.from_row(row)
-            return cls(value.prompt, [*value.prefix, value.step], [None] * len(value.prefix) + [float(value.score)])
+            return cls(
+                value.prompt,
+                [*value.prefix, value.step],
+                [None] * len(value.prefix) + [float(value.score)],
+            )
         return super().from_row(row)
 
 
@@ -52,7 +56,9 @@ class PRMConfig(MiniatureDefaults, TrainingArguments):
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
     hard_labels: float | None = field(
         default=None,
-        metadata={"help": "Labels become 1 from this value on and 0 below it (above 0, up to 1); without it they stay soft."},
+        metadata={
+            "help": "Labels become 1 from this value on and 0 below it (above 0, up to 1); without it they stay soft."
+        },
     )
 
     running_min: bool = field(
@@ -65,7 +71,9 @@ class PRMConfig(MiniatureDefaults, TrainingArguments):
 
     def __post_init__(self):
         if self.hard_labels is not None and not 0 < self.hard_labels <= 1:
-            raise ValueError(f"hard_labels: expected a number above 0, up to 1, got {self.hard_labels}")
+            raise ValueError(
+                f"hard_labels: expected a number above 0, up to 1, got {self.hard_labels}"
+            )
         super().__post_init__()
         self.label_names = ["labels"]
         self.remove_unused_columns = False  # the collator needs `parents`
@@ -101,7 +109,9 @@ def pack(rows: Iterable[LabelledSolution]) -> tuple[list[LabelledSolution], int]
     return packed, repeated
 
 
-def graft_labelled(row: dict[str, list], path: list[int], ids: list[int], labels: list[float]) -> list[int]:
+def graft_labelled(
+    row: dict[str, list], path: list[int], ids: list[int], labels: list[float]
+) -> list[int]:
     """Put a solution into a row that has others of the same prompt, as a branch: what it begins with like the last of them, whose
     tokens lie at `path`, is there already, as far as no token has two labels. Returns where its tokens lie."""
     shared = 0
@@ -121,7 +131,10 @@ class DataCollatorForStepValues:
     pad_token_id: int
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        inputs = as_inputs(*([row[name] for row in examples] for name in ("input_ids", "parents")), self.pad_token_id)
+        inputs = as_inputs(
+            *([row[name] for row in examples] for name in ("input_ids", "parents")),
+            self.pad_token_id,
+        )
         labels = torch.full(inputs["input_ids"].shape, IGNORED)
         for b, row in enumerate(examples):
             labels[b, : len(row["labels"])] = torch.tensor(row["labels"])
@@ -148,7 +161,10 @@ class PRMTrainer(Trainer):
         **kwargs,
     ):
         self.format = StepTokens(processing_class, model.config.step_token)
-        limits = args.max_length, getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limits = (
+            args.max_length,
+            getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        )
         self.max_length = min(filter(None, limits), default=None)
         self.branches = takes_branches(model, self.max_length)
         model.config.running_min = args.running_min  # it is read where the model scores
@@ -156,7 +172,9 @@ class PRMTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}  # train, eval -> sums since the last log
         if peft_config is not None:
             model = _with_new_adapter(model, peft_config, self.format.tag_id)
-        if is_peft_model(model):  # peft would save all embeddings, since there are more than the base has: one row is new
+        if is_peft_model(
+            model
+        ):  # peft would save all embeddings, since there are more than the base has: one row is new
             model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
         super().__init__(
             model,
@@ -168,9 +186,13 @@ class PRMTrainer(Trainer):
             compute_loss_func=self._loss,
             **kwargs,
         )
-        self.model_accepts_loss_kwargs = False  # _loss divides; the model would swallow the number of steps
+        self.model_accepts_loss_kwargs = (
+            False  # _loss divides; the model would swallow the number of steps
+        )
 
-    def _prepare(self, dataset: Iterable[dict] | None, name: str, hard_labels: float | None) -> list[dict] | None:
+    def _prepare(
+        self, dataset: Iterable[dict] | None, name: str, hard_labels: float | None
+    ) -> list[dict] | None:
         """Rows to ids. What is lost, and what the labels are like, is said."""
         if dataset is None:
             return None
@@ -178,8 +200,16 @@ class PRMTrainer(Trainer):
         encoded = self.format.encode([(solution.prompt, solution.steps) for solution in solutions])
         examples, learned, lost, cut, path, prompt = [], [], 0, 0, [], None
         for solution, (ids, places) in zip(solutions, encoded, strict=True):
-            labels = {place: label for place, label in zip(places, solution.labels, strict=True) if label is not None}
-            kept = {place: label for place, label in labels.items() if place < (self.max_length or len(ids))}
+            labels = {
+                place: label
+                for place, label in zip(places, solution.labels, strict=True)
+                if label is not None
+            }
+            kept = {
+                place: label
+                for place, label in labels.items()
+                if place < (self.max_length or len(ids))
+            }
             lost += len(labels) - len(kept)
             if hard_labels is not None:
                 kept = {place: float(label >= hard_labels) for place, label in kept.items()}
@@ -195,9 +225,13 @@ class PRMTrainer(Trainer):
             ):
                 examples.append({"input_ids": [], "labels": [], "parents": []})
                 path, prompt = [], solution.prompt
-            path = graft_labelled(examples[-1], path, ids[:end], [kept.get(place, IGNORED) for place in range(end)])
+            path = graft_labelled(
+                examples[-1], path, ids[:end], [kept.get(place, IGNORED) for place in range(end)]
+            )
         if not examples:
-            raise ValueError(f"{name}: none of {len(solutions)} solutions has a labelled step within {self.max_length} tokens")
+            raise ValueError(
+                f"{name}: none of {len(solutions)} solutions has a labelled step within {self.max_length} tokens"
+            )
         if lost:
             logger.warning(
                 f"{name}: {lost} of {len(learned) + lost} labelled steps end behind max_length {self.max_length} and are left out, "
@@ -212,15 +246,24 @@ class PRMTrainer(Trainer):
             )
         return examples
 
-    def _loss(self, outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def _loss(
+        self, outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Sum over the labelled steps of this batch, divided by their number in the global batch; Trainer does the rest."""
         known = labels != IGNORED  # (B, L)
         logits, labels = outputs.logits[..., 0].float()[known], labels[known]  # (N,), (N,)
         losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         with torch.no_grad():
             values, good = logits.sigmoid(), labels >= 0.5
-            of = [(losses, known[known]), (values, good), (values, ~good), (((values >= 0.5) == good).float(), known[known])]
-            sums = torch.stack([torch.stack([(value * where).sum(), where.sum()]) for value, where in of]).double()
+            of = [
+                (losses, known[known]),
+                (values, good),
+                (values, ~good),
+                (((values >= 0.5) == good).float(), known[known]),
+            ]
+            sums = torch.stack(
+                [torch.stack([(value * where).sum(), where.sum()]) for value, where in of]
+            ).double()
             mode = "train" if self.model.training else "eval"
             self._sums[mode] = self._sums.get(mode, 0) + sums
         return losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch)
@@ -228,9 +271,20 @@ class PRMTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode, prefix = ("eval", "eval_") if "eval_loss" in logs else ("train", "")
         if f"{prefix}loss" in logs and mode in self._sums:
-            sums = self.accelerator.gather(self._sums.pop(mode)[None]).sum(0).tolist()  # (processes, names, 2) -> (names, 2)
-            names = ("eval_loss", f"{prefix}values/good", f"{prefix}values/bad", f"{prefix}accuracy")
-            means = {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count}
+            sums = (
+                self.accelerator.gather(self._sums.pop(mode)[None]).sum(0).tolist()
+            )  # (processes, names, 2) -> (names, 2)
+            names = (
+                "eval_loss",
+                f"{prefix}values/good",
+                f"{prefix}values/bad",
+                f"{prefix}accuracy",
+            )
+            means = {
+                name: total / count
+                for name, (total, count) in zip(names, sums, strict=True)
+                if count
+            }
             if mode == "train":
                 del means["eval_loss"]  # Trainer's own is this one too
             logs |= means  # Trainer's loss of an evaluation is a mean of means
@@ -239,7 +293,9 @@ class PRMTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save and is_peft_model(self.model):
-            self.model.config.save_pretrained(output_dir or self.args.output_dir)  # it names the step token
+            self.model.config.save_pretrained(
+                output_dir or self.args.output_dir
+            )  # it names the step token
 
 
 def _with_new_adapter(model, peft_config, step_token_id: int):

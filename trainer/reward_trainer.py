@@ -39,9 +39,14 @@ class ResponseRewardConfig(MiniatureDefaults, RewardConfig):
 
     learning_rate: float = field(default=1.5e-4, metadata={"help": "Peak learning rate of AdamW."})
     num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the data."})
-    per_device_train_batch_size: int = field(default=24, metadata={"help": "Pairs a device sees at once: six of a group of four."})
+    per_device_train_batch_size: int = field(
+        default=24, metadata={"help": "Pairs a device sees at once: six of a group of four."}
+    )
     rank_margin: float = field(
-        default=0.0, metadata={"help": "Margin in the loss, for each rank that the two of a pair are apart; 0: none."}
+        default=0.0,
+        metadata={
+            "help": "Margin in the loss, for each rank that the two of a pair are apart; 0: none."
+        },
     )
     question: str = field(
         default="Right?",
@@ -52,7 +57,10 @@ class ResponseRewardConfig(MiniatureDefaults, RewardConfig):
         },
     )
     shuffle_ranks: bool = field(
-        default=False, metadata={"help": "The control: each training group's ranks are dealt out to its answers by chance."}
+        default=False,
+        metadata={
+            "help": "The control: each training group's ranks are dealt out to its answers by chance."
+        },
     )
 
     def __post_init__(self):
@@ -97,15 +105,23 @@ class ResponseRewardTrainer(RewardTrainer):
 
     _tag_names: list[str] = ["trl", "reward-trainer", "reasoning"]  # noqa: RUF012 (as in TRL)
 
-    def __init__(self, model, args: ResponseRewardConfig, processing_class=None, peft_config=None, **kwargs):
+    def __init__(
+        self, model, args: ResponseRewardConfig, processing_class=None, peft_config=None, **kwargs
+    ):
         limits = args.max_length, longest(model, processing_class)
-        self.format = ResponseTokens(processing_class, min(filter(None, limits), default=None), *format_of(model))
+        self.format = ResponseTokens(
+            processing_class, min(filter(None, limits), default=None), *format_of(model)
+        )
         self.balance, self.sizes, self.lengths = "", [], []
         if peft_config is not None:
             head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
             peft_config.task_type = "SEQ_CLS"
-            peft_config.exclude_modules = peft_config.modules_to_save = head  # trained and saved whole
-        super().__init__(model, args, processing_class=processing_class, peft_config=peft_config, **kwargs)
+            peft_config.exclude_modules = peft_config.modules_to_save = (
+                head  # trained and saved whole
+            )
+        super().__init__(
+            model, args, processing_class=processing_class, peft_config=peft_config, **kwargs
+        )
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Groups to pairs of ids. What is cut is said."""
@@ -114,8 +130,12 @@ class ResponseRewardTrainer(RewardTrainer):
         groups = [RankedGroup.from_row(row) for row in dataset]
         if args.shuffle_ranks and dataset_name == "train":
             rng = random.Random(args.seed)
-            groups = [replace(group, ranks=rng.sample(group.ranks, len(group.ranks))) for group in groups]
-        encoded = self.format.encode([(group.prompt, answer) for group in groups for answer in group.answers])
+            groups = [
+                replace(group, ranks=rng.sample(group.ranks, len(group.ranks))) for group in groups
+            ]
+        encoded = self.format.encode(
+            [(group.prompt, answer) for group in groups for answer in group.answers]
+        )
         rows, sizes, lengths, ties, alike, rest = [], [], [], 0, 0, iter(encoded)
         for group in groups:
             ids = [next(rest)[0] for _ in group.answers]
@@ -130,9 +150,13 @@ class ResponseRewardTrainer(RewardTrainer):
                     row["margin"] = args.rank_margin * (group.ranks[worse] - group.ranks[better])
                 rows.append(row)
         if not rows:
-            raise ValueError(f"{dataset_name}: none of {len(groups)} groups gives a pair: all ranks are ties")
+            raise ValueError(
+                f"{dataset_name}: none of {len(groups)} groups gives a pair: all ranks are ties"
+            )
         cut = sum(over > 0 for _, over in encoded)
-        said = f"{len(rows)} pairs of {len(encoded)} answers" + (f", {ties} ties left out" if ties else "")
+        said = f"{len(rows)} pairs of {len(encoded)} answers" + (
+            f", {ties} ties left out" if ties else ""
+        )
         if cut:
             said += f"; {cut} answers are over {self.format.max_length} tokens with their prompt and lose its beginning"
         if alike:
@@ -152,7 +176,9 @@ class ResponseRewardTrainer(RewardTrainer):
         """RewardTrainer's, of a model that reads what stands in the batch several times once."""
 
         def each_once(input_ids, attention_mask, **rest):
-            texts, place = torch.unique(torch.cat([input_ids, attention_mask], 1), dim=0, return_inverse=True)
+            texts, place = torch.unique(
+                torch.cat([input_ids, attention_mask], 1), dim=0, return_inverse=True
+            )
             ids, mask = texts.chunk(2, dim=1)
             outputs = model(input_ids=ids, attention_mask=mask, **rest)
             outputs.logits = outputs.logits[place]
@@ -163,4 +189,6 @@ class ResponseRewardTrainer(RewardTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save and is_peft_model(self.model):
-            self.model.config.save_pretrained(output_dir or self.args.output_dir)  # it names the question
+            self.model.config.save_pretrained(
+                output_dir or self.args.output_dir
+            )  # it names the question

@@ -40,7 +40,9 @@ class Solution:
             return cls(pair.prompt, pair.chosen, pair.prefix)
         problem = Problem.from_row(row)
         if not problem.steps:
-            raise RecordError("field 'steps' is missing: expected a solution to learn from (or a pair, with 'chosen')")
+            raise RecordError(
+                "field 'steps' is missing: expected a solution to learn from (or a pair, with 'chosen')"
+            )
         return cls(problem.prompt, problem.steps)
 
 
@@ -50,14 +52,21 @@ class StepSFTConfig(MiniatureDefaults, SFTConfig):
 
     def __post_init__(self):
         if self.assistant_only_loss or self.completion_only_loss is False:
-            raise ValueError("assistant_only_loss, completion_only_loss: the loss is on the steps' tokens, always; leave them out")
+            raise ValueError(
+                "assistant_only_loss, completion_only_loss: the loss is on the steps' tokens, always; leave them out"
+            )
         super().__post_init__()
 
 
 def encode_solution(row: dict, tokenizer) -> dict[str, list[int]]:
     """A solution as `input_ids` and `labels`: the ids of the steps and of the EOS that ends them, IGNORED (-100) elsewhere."""
     ids, step_of = encode_steps(tokenizer, row["prompt"], row["prefix"], row["steps"])
-    return {"input_ids": ids, "labels": [token if step >= 0 else IGNORED for token, step in zip(ids, step_of, strict=True)]}
+    return {
+        "input_ids": ids,
+        "labels": [
+            token if step >= 0 else IGNORED for token, step in zip(ids, step_of, strict=True)
+        ],
+    }
 
 
 class StepSFTTrainer(SFTTrainer):
@@ -67,19 +76,27 @@ class StepSFTTrainer(SFTTrainer):
 
     _tag_names: list[str] = ["trl", "sft", "reasoning"]  # noqa: RUF012 (as in TRL)
 
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+    def _prepare_dataset(
+        self, dataset, processing_class, args, packing, formatting_func, dataset_name
+    ):
         first = next(iter(dataset))
         if "input_ids" in first:
-            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+            return super()._prepare_dataset(
+                dataset, processing_class, args, packing, formatting_func, dataset_name
+            )
         if not getattr(processing_class, "is_fast", False):
-            raise ValueError("the tokenizer gives no character offsets, which steps are cut by: use a fast one (tokenizer.json)")
+            raise ValueError(
+                "the tokenizer gives no character offsets, which steps are cut by: use a fast one (tokenizer.json)"
+            )
         streaming = isinstance(dataset, IterableDataset)
         options = {} if streaming else {"num_proc": args.dataset_num_proc}
         unfinished = 0 if streaming else sum(not ends_solution(steps) for steps in dataset["steps"])
         with global_then_local_main_first():
             encode = {"fn_kwargs": {"tokenizer": processing_class}, "remove_columns": list(first)}
             dataset = dataset.map(encode_solution, **encode, **options)
-        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
+        prepared = super()._prepare_dataset(
+            dataset, processing_class, args, packing, None, dataset_name
+        )
         if unfinished:
             logger.warning(
                 f"{dataset_name}: {unfinished} of {len(dataset)} solutions state no final answer ('Answer: ...'): "
@@ -87,7 +104,9 @@ class StepSFTTrainer(SFTTrainer):
             )
         if not streaming and not packing:  # packing cuts nothing
             if not len(prepared):
-                raise ValueError(f"{dataset_name}: none of {len(dataset)} solutions fits into max_length {args.max_length}")
+                raise ValueError(
+                    f"{dataset_name}: none of {len(dataset)} solutions fits into max_length {args.max_length}"
+                )
             cut = sum(len(ids) > (args.max_length or len(ids)) for ids in dataset["input_ids"])
             if cut:
                 logger.warning(

@@ -48,7 +48,9 @@ class Row:
     ends: list[int] = field(default_factory=list)
     flaw: str = ""
     scores: list[float] | None = None
-    logps: Tensor | None = None  # (T,) each, under the policy that sampled, and of its reference and its value function
+    logps: Tensor | None = (
+        None  # (T,) each, under the policy that sampled, and of its reference and its value function
+    )
     ref_logps: Tensor | None = None
     values: Tensor | None = None
     entropy: Tensor | None = None
@@ -68,7 +70,12 @@ class Row:
             self.flaw = "repeated"
         elif child.status == "finished" and not ends_solution(list(child.steps)):
             self.flaw = "unanswered"
-        return self.is_fresh and not self.flaw and child.status == "open" and len(self.ends) < max_steps
+        return (
+            self.is_fresh
+            and not self.flaw
+            and child.status == "open"
+            and len(self.ends) < max_steps
+        )
 
     def judged(self) -> tuple[str, tuple[str, ...]]:
         """The solution as the judge is to see it: without a step that scores 0 in any case."""
@@ -80,7 +87,14 @@ def _without_number(step: str) -> str:
     return STEP_NUMBER.sub("", step, count=1).strip()
 
 
-def roll_out(policy: Policy, rows: Sequence[Row], temperature: float, max_new_tokens: int, max_steps: int, seed: int) -> None:
+def roll_out(
+    policy: Policy,
+    rows: Sequence[Row],
+    temperature: float,
+    max_new_tokens: int,
+    max_steps: int,
+    seed: int,
+) -> None:
     """Let the policy write after every row's beginning: one step, or to the end where the row is fresh. A row's samples come from
     the seed, its beginning and its `twin` alone."""
     going = list(rows)
@@ -88,8 +102,14 @@ def roll_out(policy: Policy, rows: Sequence[Row], temperature: float, max_new_to
         further = []
         for twin in sorted({row.twin for row in going}):
             group = [row for row in going if row.twin == twin]
-            children = policy.next_steps([row.state for row in group], 1, temperature, max_new_tokens, (seed << 20) + twin)
-            further += [row for row, (child,) in zip(group, children, strict=True) if row.add(child, max_steps)]
+            children = policy.next_steps(
+                [row.state for row in group], 1, temperature, max_new_tokens, (seed << 20) + twin
+            )
+            further += [
+                row
+                for row, (child,) in zip(group, children, strict=True)
+                if row.add(child, max_steps)
+            ]
         going = further
 
 

@@ -56,13 +56,20 @@ class PolicyAndValue(nn.Module):
 
     def value_parameters(self) -> list[nn.Parameter]:
         """The value function's own weights."""
-        return [*(self.backbone.parameters() if self.backbone is not None else ()), *self.head.parameters()]
+        return [
+            *(self.backbone.parameters() if self.backbone is not None else ()),
+            *self.head.parameters(),
+        ]
 
-    def forward(self, ids: Tensor, begins: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, ids: Tensor, begins: Tensor, count: int, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs of the actions, entropies, values of the states before them, (B, T) each. ids (B, L), right-padded: causal
         attention never sees the padding; begins (B,): where the actions of a row begin; count: T."""
         shared = self.backbone is None
-        logps, entropy, hidden = action_logps(self.policy, ids, begins, count, temperature, hidden=shared)
+        logps, entropy, hidden = action_logps(
+            self.policy, ids, begins, count, temperature, hidden=shared
+        )
         if not shared:
             hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
         before = _places(ids, begins, count) - 1
@@ -75,12 +82,21 @@ def _places(ids: Tensor, begins: Tensor, count: int) -> Tensor:
     return (begins[:, None] + torch.arange(count, device=ids.device)).clamp(max=ids.size(1) - 1)
 
 
-def action_logps(model, ids: Tensor, begins: Tensor, count: int, temperature: float, hidden: bool = False):
+def action_logps(
+    model, ids: Tensor, begins: Tensor, count: int, temperature: float, hidden: bool = False
+):
     """(log-probs of the actions, entropies, both (B, T) in nats; the last hidden states (B, L, H) if asked for, else None)."""
     first = int(begins.min()) - 1  # no logits are needed before
-    outputs = model(input_ids=ids, use_cache=False, logits_to_keep=ids.size(1) - first, output_hidden_states=hidden)
+    outputs = model(
+        input_ids=ids,
+        use_cache=False,
+        logits_to_keep=ids.size(1) - first,
+        output_hidden_states=hidden,
+    )
     places = _places(ids, begins, count)
-    logits = outputs.logits.gather(1, (places - 1 - first)[..., None].expand(-1, -1, outputs.logits.size(-1))).float()
+    logits = outputs.logits.gather(
+        1, (places - 1 - first)[..., None].expand(-1, -1, outputs.logits.size(-1))
+    ).float()
     logps = (logits / temperature).log_softmax(-1)  # (B, T, V)
     entropy = -(logps.detach().exp() * logps.detach()).sum(-1)
     chosen = logps.gather(-1, ids.gather(1, places)[..., None])[..., 0]
@@ -130,22 +146,41 @@ class StepPPOTrainer:
         evaluate: Callable[[Policy], dict[str, float]] | None = None,
     ):
         if peft_config is not None and value_backbone is not None:
-            raise ValueError("value_model: the value function of an adapter shares the policy's weights; leave out one of them")
-        self.args, self.tokenizer, self.judge, self.evaluate = args, processing_class, judge, evaluate
+            raise ValueError(
+                "value_model: the value function of an adapter shares the policy's weights; leave out one of them"
+            )
+        self.args, self.tokenizer, self.judge, self.evaluate = (
+            args,
+            processing_class,
+            judge,
+            evaluate,
+        )
         trackers = {}
         if args.report_to != "none":
-            folder = os.environ.get("TENSORBOARD_LOGGING_DIR", args.output_dir)  # as transformers' trainers
+            folder = os.environ.get(
+                "TENSORBOARD_LOGGING_DIR", args.output_dir
+            )  # as transformers' trainers
             trackers = {"log_with": args.report_to, "project_dir": folder}
-        self.accelerator = Accelerator(cpu=args.use_cpu, mixed_precision="bf16" if args.bf16 else "no", **trackers)
+        self.accelerator = Accelerator(
+            cpu=args.use_cpu, mixed_precision="bf16" if args.bf16 else "no", **trackers
+        )
         processes = self.accelerator.num_processes
-        of_device = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_mini_batches
+        of_device = (
+            args.per_device_train_batch_size
+            * args.gradient_accumulation_steps
+            * args.num_mini_batches
+        )
         self.rows_per_update = of_device * processes
         self.updates = math.ceil(args.total_episodes / self.rows_per_update)
 
         self.reference = None  # an adapter's is the policy without it
         if peft_config is None:
-            self.reference = copy.deepcopy(policy).requires_grad_(False).eval().to(self.accelerator.device)
-            value_backbone = copy.deepcopy(policy.base_model) if value_backbone is None else value_backbone
+            self.reference = (
+                copy.deepcopy(policy).requires_grad_(False).eval().to(self.accelerator.device)
+            )
+            value_backbone = (
+                copy.deepcopy(policy.base_model) if value_backbone is None else value_backbone
+            )
         else:
             from peft import get_peft_model
 
@@ -162,7 +197,10 @@ class StepPPOTrainer:
         ]
         self.rates = [args.learning_rate, args.value_learning_rate]
         self.value_weight = args.vf_coef if value_backbone is None else 1.0
-        groups = [{"params": params, "lr": rate} for params, rate in zip(self.parameters, self.rates, strict=True)]
+        groups = [
+            {"params": params, "lr": rate}
+            for params, rate in zip(self.parameters, self.rates, strict=True)
+        ]
         # a large epsilon, as PPO is usually run: gradients of nothing but rounding errors make no steps of full length
         optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
         self.prepared, self.optimizer = self.accelerator.prepare(self.module, optimizer)
@@ -174,7 +212,9 @@ class StepPPOTrainer:
         self.kept_out = None if eval_dataset is None else self._read(eval_dataset, starter, "eval")
         self.state = TrainerState(max_steps=self.updates)
 
-    def _read(self, dataset: Iterable[dict], policy: Policy, name: str) -> tuple[list[State], list[State]]:
+    def _read(
+        self, dataset: Iterable[dict], policy: Policy, name: str
+    ) -> tuple[list[State], list[State]]:
         """(the questions, the beginnings of solutions), each once, as far as they leave room in the context."""
         rows = {(row["prompt"], *row["prefix"]) for row in dataset}
         fresh, begun, too_long = [], [], 0
@@ -188,7 +228,9 @@ class StepPPOTrainer:
                 fresh += [state] * (not prefix)
                 begun += [state] * ((prompt, *prefix) in rows)
         if too_long:
-            logger.warning(f"{name}: {too_long} of {len(rows)} beginnings fill the policy's context and are left out")
+            logger.warning(
+                f"{name}: {too_long} of {len(rows)} beginnings fill the policy's context and are left out"
+            )
         return fresh, begun
 
     # --- what Training asks of a trainer
@@ -208,9 +250,13 @@ class StepPPOTrainer:
         if resume_from_checkpoint is not None:
             self._load(Path(resume_from_checkpoint))
         if args.report_to != "none":
-            self.accelerator.init_trackers(args.run_name or Path(args.output_dir).name, _flat(args.to_dict()))
+            self.accelerator.init_trackers(
+                args.run_name or Path(args.output_dir).name, _flat(args.to_dict())
+            )
         hidden = args.disable_tqdm or not self.accelerator.is_main_process
-        with tqdm(total=self.updates, initial=self.state.global_step, unit="update", disable=hidden) as bar:
+        with tqdm(
+            total=self.updates, initial=self.state.global_step, unit="update", disable=hidden
+        ) as bar:
             if self.state.global_step == 0:
                 self._evaluate()
             while self.state.global_step < self.updates:
@@ -222,7 +268,9 @@ class StepPPOTrainer:
                 if self._is_due(args.save_strategy, args.save_steps):
                     self._save()
                 bar.update()
-                bar.set_postfix(score=f"{logs['objective/scores']:.3f}", kl=f"{logs['objective/kl']:.3f}")
+                bar.set_postfix(
+                    score=f"{logs['objective/scores']:.3f}", kl=f"{logs['objective/kl']:.3f}"
+                )
         if args.report_to != "none":
             self.accelerator.end_training()
 
@@ -236,14 +284,20 @@ class StepPPOTrainer:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * shrink
         logs |= self._learn(batch, update)
-        return {**logs, "lr": self.rates[0] * shrink, "episode": (update + 1) * self.rows_per_update}
+        return {
+            **logs,
+            "lr": self.rates[0] * shrink,
+            "episode": (update + 1) * self.rows_per_update,
+        }
 
     def _draw(self, states: Sequence[State], start: int, count: int, name: str) -> list[State]:
         """The states from `start` on in an endless row of shuffled passes over all of them."""
         drawn, place = [], start
         while len(drawn) < count:
             turn, first = divmod(place, len(states))
-            order = random.Random(f"{self.args.seed} {name} {turn}").sample(range(len(states)), len(states))
+            order = random.Random(f"{self.args.seed} {name} {turn}").sample(
+                range(len(states)), len(states)
+            )
             drawn += [states[k] for k in order[first : first + count - len(drawn)]]
             place = start + len(drawn)
         return drawn
@@ -253,8 +307,13 @@ class StepPPOTrainer:
         of_fresh = {"rows": 0, "fresh": 1, "both": 0.5}[self.args.states]
         fresh = round(of_fresh * self.rows_per_update)
         begun = self.rows_per_update - fresh
-        rows = [Row(state, True) for state in self._draw(self.prompts, update * fresh, fresh, "fresh")]
-        rows += [Row(state, False) for state in self._draw(self.beginnings, update * begun, begun, "rows")]
+        rows = [
+            Row(state, True) for state in self._draw(self.prompts, update * fresh, fresh, "fresh")
+        ]
+        rows += [
+            Row(state, False)
+            for state in self._draw(self.beginnings, update * begun, begun, "rows")
+        ]
         return number_twins(rows)
 
     def _experience(self) -> tuple[Batch, dict[str, float]]:
@@ -263,7 +322,9 @@ class StepPPOTrainer:
         self._remember(rows)
         rows = self._gather(rows)
         scores = [score for row in rows for score in row.scores or []]
-        if update == 0 and scores:  # until it has learned something, a value is the mean score: a score all have teaches nothing
+        if (
+            update == 0 and scores
+        ):  # until it has learned something, a value is the mean score: a score all have teaches nothing
             mean = sum(scores) / len(scores)
             with torch.no_grad():
                 self.module.head.bias += mean
@@ -276,7 +337,9 @@ class StepPPOTrainer:
         """This process's share of the rows, written and judged."""
         args, accelerator = self.args, self.accelerator
         ours = rows[accelerator.process_index :: accelerator.num_processes]
-        policy = Policy(self.model, self.tokenizer)  # a new one: what an engine keeps is of older weights
+        policy = Policy(
+            self.model, self.tokenizer
+        )  # a new one: what an engine keeps is of older weights
         roll_out(policy, ours, args.temperature, args.max_new_tokens, args.max_solution_steps, seed)
         judge_rows(self.judge, ours)
         return ours
@@ -290,18 +353,29 @@ class StepPPOTrainer:
             found = [*self.prepared(*inputs), self._reference_logps(*inputs)]
             for b, row in enumerate(part):
                 count = row.ends[-1]
-                row.logps, row.entropy, row.values, row.ref_logps = (values[b, :count].cpu().clone() for values in found)
+                row.logps, row.entropy, row.values, row.ref_logps = (
+                    values[b, :count].cpu().clone() for values in found
+                )
 
     def _reference_logps(self, *inputs) -> Tensor:
-        without = self.model.disable_adapter() if self.reference is None else contextlib.nullcontext()
+        without = (
+            self.model.disable_adapter() if self.reference is None else contextlib.nullcontext()
+        )
         with without, self.accelerator.autocast():
             return action_logps(self.reference or self.model, *inputs)[0]
 
     def _inputs(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, int, float]:
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(row.state.ids) for row in rows], batch_first=True)
+        ids = nn.utils.rnn.pad_sequence(
+            [torch.tensor(row.state.ids) for row in rows], batch_first=True
+        )
         begins = torch.tensor([row.begin for row in rows])
         device = self.accelerator.device
-        return ids.to(device), begins.to(device), max(row.ends[-1] for row in rows), self.args.temperature
+        return (
+            ids.to(device),
+            begins.to(device),
+            max(row.ends[-1] for row in rows),
+            self.args.temperature,
+        )
 
     def _gather(self, rows: list[Row]) -> list[Row]:
         """The rows of all processes, in the order in which they were dealt out."""
@@ -316,16 +390,23 @@ class StepPPOTrainer:
         args, longest = self.args, max(row.ends[-1] for row in rows)
 
         def padded(tensors: Iterable[Tensor]) -> Tensor:
-            return torch.stack([nn.functional.pad(tensor, (0, longest - len(tensor))) for tensor in tensors])
+            return torch.stack(
+                [nn.functional.pad(tensor, (0, longest - len(tensor))) for tensor in tensors]
+            )
 
-        logps, ref_logps, values = (padded(getattr(row, name) for row in rows) for name in ("logps", "ref_logps", "values"))
+        logps, ref_logps, values = (
+            padded(getattr(row, name) for row in rows) for name in ("logps", "ref_logps", "values")
+        )
         rewards = -args.kl_coef * (logps - ref_logps)
         last = torch.zeros_like(logps, dtype=torch.bool)
         for b, row in enumerate(rows):
             ends = torch.tensor(row.ends) - 1
             last[b, ends] = True
             rewards[b, ends] += torch.tensor(row.scores or [0.0] * len(row.ends))
-        tokens = torch.arange(longest) < torch.tensor([row.ends[-1] if row.scores is not None else 0 for row in rows])[:, None]
+        tokens = (
+            torch.arange(longest)
+            < torch.tensor([row.ends[-1] if row.scores is not None else 0 for row in rows])[:, None]
+        )
         advantages, returns = gae(rewards, values, last, args.gamma, args.lam)
         if args.whiten_advantages and tokens.any():
             advantages = whiten(advantages, tokens)
@@ -336,7 +417,9 @@ class StepPPOTrainer:
         args, accelerator = self.args, self.accelerator
         sums, done, stopped = torch.zeros(5), 0, False
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
-        orders = [torch.randperm(len(batch.rows), generator=generator) for _ in range(args.num_ppo_epochs)]
+        orders = [
+            torch.randperm(len(batch.rows), generator=generator) for _ in range(args.num_ppo_epochs)
+        ]
         for mini in itertools.chain(*(order.chunk(args.num_mini_batches) for order in orders)):
             ours = mini[accelerator.process_index :: accelerator.num_processes]
             tokens = batch.tokens[mini].sum().clamp(min=1).item()
@@ -385,7 +468,9 @@ class StepPPOTrainer:
         value, value_clipped = ppo_value_loss(values, old_values, returns, args.cliprange_value)
         parts = [policy, value, clipped, value_clipped, approximate_kl(logps, old_logps)]
         policy, value, *others = [(part * tokens).sum() for part in parts]
-        return policy + self.value_weight * value, torch.stack([policy, value, *others]).detach().float().cpu()
+        return policy + self.value_weight * value, torch.stack(
+            [policy, value, *others]
+        ).detach().float().cpu()
 
     # --- what is watched
 
@@ -398,18 +483,30 @@ class StepPPOTrainer:
             fresh, begun = self.kept_out
             rows = [Row(state, True) for state in fresh] if self.args.states != "rows" else []
             rows += [Row(state, False) for state in begun] if self.args.states != "fresh" else []
-            rows = random.Random(f"{self.args.seed} eval").sample(rows, min(len(rows), self.rows_per_update))
+            rows = random.Random(f"{self.args.seed} eval").sample(
+                rows, min(len(rows), self.rows_per_update)
+            )
             rows = self._play(number_twins(rows), self.args.seed * 1_000_003)
             steps = Counter(tokens=0, number=0, scores=0.0)
             for row in rows:
                 if row.scores is not None:
                     steps.update(tokens=row.ends[-1], number=len(row.ends), scores=sum(row.scores))
-            sums = torch.tensor([[steps["tokens"], steps["number"], steps["scores"]]], dtype=torch.float64)
-            tokens, number, scores = self.accelerator.gather(sums.to(self.accelerator.device)).sum(0).tolist()
+            sums = torch.tensor(
+                [[steps["tokens"], steps["number"], steps["scores"]]], dtype=torch.float64
+            )
+            tokens, number, scores = (
+                self.accelerator.gather(sums.to(self.accelerator.device)).sum(0).tolist()
+            )
             if number:
-                logs |= {"eval_objective/scores": scores / number, "eval_steps/tokens": tokens / number}
+                logs |= {
+                    "eval_objective/scores": scores / number,
+                    "eval_steps/tokens": tokens / number,
+                }
         if self.evaluate is not None and self.accelerator.is_main_process:
-            logs |= {f"eval_{name}": value for name, value in self.evaluate(Policy(self.model, self.tokenizer)).items()}
+            logs |= {
+                f"eval_{name}": value
+                for name, value in self.evaluate(Policy(self.model, self.tokenizer)).items()
+            }
         self.accelerator.wait_for_everyone()
         self._log(logs)
 
@@ -421,7 +518,9 @@ class StepPPOTrainer:
 
     def _is_due(self, strategy: str, steps: float) -> bool:
         every = max(1, math.ceil(steps * self.updates) if steps < 1 else int(steps))
-        return strategy != "no" and (self.state.global_step % every == 0 or self.state.global_step == self.updates)
+        return strategy != "no" and (
+            self.state.global_step % every == 0 or self.state.global_step == self.updates
+        )
 
     # --- checkpoints
 
@@ -431,32 +530,51 @@ class StepPPOTrainer:
         if self.accelerator.is_main_process:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: w.detach().contiguous() for name, w in self._trained().items()}, folder / "trained.safetensors")
+            save_file(
+                {name: w.detach().contiguous() for name, w in self._trained().items()},
+                folder / "trained.safetensors",
+            )
             torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
             state = {"global_step": self.state.global_step, "log_history": self.state.log_history}
             write_text(folder / "trainer_state.json", [json.dumps(state, indent=1)])
-            older = [path for path in folder.parent.glob("checkpoint-*") if path.name[11:].isdigit() and path != folder]
+            older = [
+                path
+                for path in folder.parent.glob("checkpoint-*")
+                if path.name[11:].isdigit() and path != folder
+            ]
             older.sort(key=lambda path: int(path.name[11:]))
-            for path in older[: len(older) + 1 - self.args.save_total_limit] if self.args.save_total_limit else []:
+            for path in (
+                older[: len(older) + 1 - self.args.save_total_limit]
+                if self.args.save_total_limit
+                else []
+            ):
                 shutil.rmtree(path)
         self.accelerator.wait_for_everyone()
 
     def _trained(self) -> dict[str, Tensor]:
         """What is trained; of tied weights one."""
-        return {name: weight for name, weight in self.module.named_parameters() if weight.requires_grad}
+        return {
+            name: weight for name, weight in self.module.named_parameters() if weight.requires_grad
+        }
 
     @torch.no_grad()
     def _load(self, folder: Path) -> None:
         try:
             kept = json.loads((folder / "trainer_state.json").read_text("utf-8"))
             weights, ours = load_file(folder / "trained.safetensors"), self._trained()
-            if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in ours.items()}:
+            if {name: w.shape for name, w in weights.items()} != {
+                name: w.shape for name, w in ours.items()
+            }:
                 raise ValueError("it is of another model")
             for name, weight in ours.items():
                 weight.copy_(weights[name])
-            self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=self.accelerator.device))
+            self.optimizer.load_state_dict(
+                torch.load(folder / "optimizer.pt", map_location=self.accelerator.device)
+            )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise RecordError(f"{folder}: no checkpoint of this training can be read from it ({error})") from None
+            raise RecordError(
+                f"{folder}: no checkpoint of this training can be read from it ({error})"
+            ) from None
         self.state.global_step, self.state.log_history = kept["global_step"], kept["log_history"]
 
 
@@ -484,4 +602,7 @@ def _measure(batch: Batch) -> dict[str, float]:
 
 def _flat(settings: dict) -> dict:
     """A tracker takes numbers and texts alone."""
-    return {name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in settings.items()}
+    return {
+        name: value if isinstance(value, int | float | str | bool) else str(value)
+        for name, value in settings.items()
+    }

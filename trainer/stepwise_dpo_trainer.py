@@ -27,15 +27,37 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first,
 from reasoning.records import ScoredPair
 from reasoning.steps import encode_steps
 from trainer.defaults import MiniatureDefaults
-from trainer.losses import AGGREGATES, CREDITS, full_step_dpo_loss, step_dpo_loss, stepwise_loss, sum_per_step
+from trainer.losses import (
+    AGGREGATES,
+    CREDITS,
+    full_step_dpo_loss,
+    step_dpo_loss,
+    stepwise_loss,
+    sum_per_step,
+)
 
 logger = get_logger(__name__)
 
 TRL_LOSSES = (
-    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *(
+        "sigmoid",
+        "hinge",
+        "ipo",
+        "exo_pair",
+        "nca_pair",
+        "robust",
+        "bco_pair",
+        "sppo_hard",
+        "aot",
+        "aot_unpaired",
+    ),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
-STEP_LOSSES = {"stepwise": stepwise_loss, "step_dpo": step_dpo_loss, "full_step_dpo": full_step_dpo_loss}
+STEP_LOSSES = {
+    "stepwise": stepwise_loss,
+    "step_dpo": step_dpo_loss,
+    "full_step_dpo": full_step_dpo_loss,
+}
 MIXABLE = (*STEP_LOSSES, "sigmoid", "sft")  # what may stand in one list with a step loss
 
 LOGGED_POSITIONS = 8  # steps whose log-probs are logged each by itself
@@ -57,38 +79,62 @@ class StepwiseDPOConfig(MiniatureDefaults, DPOConfig):
     )
     credit: str = field(
         default="first_error",
-        metadata={"help": "How step scores become step weights in `stepwise` (trainer/losses.py).", "choices": list(CREDITS)},
+        metadata={
+            "help": "How step scores become step weights in `stepwise` (trainer/losses.py).",
+            "choices": list(CREDITS),
+        },
     )
     step_agg: str = field(
         default="sum",
-        metadata={"help": "How the weighted steps of a response become one number in `stepwise`.", "choices": list(AGGREGATES)},
+        metadata={
+            "help": "How the weighted steps of a response become one number in `stepwise`.",
+            "choices": list(AGGREGATES),
+        },
     )
     margin_gamma: float = field(
-        default=0.0, metadata={"help": "Margin asked for per unit of difference of the mean scores, in reward units, 0 or more."}
+        default=0.0,
+        metadata={
+            "help": "Margin asked for per unit of difference of the mean scores, in reward units, 0 or more."
+        },
     )
     anchor_lambda: float = field(
         default=5.0,
-        metadata={"help": "Pull on good steps that become less likely than under the reference (DPO-Positive), 0 or more."},
+        metadata={
+            "help": "Pull on good steps that become less likely than under the reference (DPO-Positive), 0 or more."
+        },
     )
 
     def __post_init__(self):
-        self.loss_type = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        self.loss_type = (
+            [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        )
         known = (*STEP_LOSSES, *TRL_LOSSES)
         unknown = [name for name in self.loss_type if name not in known]
         if unknown or not self.loss_type:
-            raise ValueError(f"loss_type: {', '.join(unknown) or 'an empty list'} is no loss; known are {', '.join(known)}")
+            raise ValueError(
+                f"loss_type: {', '.join(unknown) or 'an empty list'} is no loss; known are {', '.join(known)}"
+            )
         if self.has_step_loss:
             foreign = [name for name in self.loss_type if name not in MIXABLE]
             if foreign:
                 ours = ", ".join(STEP_LOSSES)
-                raise ValueError(f"loss_type: {ours} mix with sigmoid and sft only, not with {', '.join(foreign)}")
-            ignored = {"ld_alpha": None, "f_divergence_type": "reverse_kl", "use_weighting": False, "label_smoothing": 0.0}
+                raise ValueError(
+                    f"loss_type: {ours} mix with sigmoid and sft only, not with {', '.join(foreign)}"
+                )
+            ignored = {
+                "ld_alpha": None,
+                "f_divergence_type": "reverse_kl",
+                "use_weighting": False,
+                "label_smoothing": 0.0,
+            }
             for name, default in ignored.items():
                 if getattr(self, name) != default:
                     raise ValueError(f"{name}: not defined for step losses; leave it out")
         for name, known in (("credit", CREDITS), ("step_agg", AGGREGATES)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)}"
+                )
         self.check_numbers("margin_gamma", "anchor_lambda", least="0 or more")
         self.check_numbers("beta")
         super().__post_init__()
@@ -98,7 +144,9 @@ class StepwiseDPOConfig(MiniatureDefaults, DPOConfig):
         return any(name in STEP_LOSSES for name in self.loss_type)
 
 
-def encode_pair(row: dict, tokenizer, max_length: int | None, truncation_mode: str) -> dict[str, Any]:
+def encode_pair(
+    row: dict, tokenizer, max_length: int | None, truncation_mode: str
+) -> dict[str, Any]:
     """A scored pair as ids. `prompt_ids` (template, prompt, prefix), then for each side `*_ids`, `*_steps` (the step of every id,
     -1 for one of no step) and `*_scores`; `truncated_steps`: how many steps of the pair lose tokens to max_length."""
     pair = ScoredPair.from_row(row)
@@ -118,7 +166,9 @@ def encode_pair(row: dict, tokenizer, max_length: int | None, truncation_mode: s
         "rejected_steps": rejected_steps[cut:],
         "chosen_scores": [float(score) for score in pair.chosen_scores],
         "rejected_scores": [float(score) for score in pair.rejected_scores],
-        "truncated_steps": sum(len(set(steps[lost]) - {-1}) for steps in (chosen_steps, rejected_steps)),
+        "truncated_steps": sum(
+            len(set(steps[lost]) - {-1}) for steps in (chosen_steps, rejected_steps)
+        ),
     }
 
 
@@ -134,7 +184,9 @@ class DataCollatorForSteps(DataCollatorForPreference):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
-        like_ids = DataCollatorForPreference(-1, self.max_length, self.truncation_mode, self.pad_to_multiple_of)
+        like_ids = DataCollatorForPreference(
+            -1, self.max_length, self.truncation_mode, self.pad_to_multiple_of
+        )
         batch["step_ids"] = like_ids.torch_call(
             [
                 {
@@ -146,11 +198,15 @@ class DataCollatorForSteps(DataCollatorForPreference):
             ]
         )["input_ids"]
         batch["completion_mask"] = (batch["step_ids"] >= 0).long()
-        scores = [example[f"{side}_scores"] for side in ("chosen", "rejected") for example in examples]
+        scores = [
+            example[f"{side}_scores"] for side in ("chosen", "rejected") for example in examples
+        ]
         steps = max(self.min_steps, *map(len, scores))
         batch["step_scores"] = torch.tensor([row + [0.0] * (steps - len(row)) for row in scores])
         batch["step_mask"] = (batch["step_ids"][:, :, None] == torch.arange(steps)).any(1)
-        batch["truncated_steps"] = torch.tensor([float(example["truncated_steps"]) for example in examples])
+        batch["truncated_steps"] = torch.tensor(
+            [float(example["truncated_steps"]) for example in examples]
+        )
         return batch
 
 
@@ -182,16 +238,32 @@ class StepwiseDPOTrainer(DPOTrainer):
         if processing_class is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             revision = (args.model_init_kwargs or {}).get("revision") or "main"
-            processing_class = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+            processing_class = AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=args.trust_remote_code
+            )
         if not getattr(processing_class, "is_fast", False):
-            raise ValueError("the tokenizer gives no character offsets, which steps are cut by: use a fast one (tokenizer.json)")
+            raise ValueError(
+                "the tokenizer gives no character offsets, which steps are cut by: use a fast one (tokenizer.json)"
+            )
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
         if data_collator is None:
             data_collator = DataCollatorForSteps(
-                processing_class.pad_token_id, args.max_length, args.truncation_mode, args.pad_to_multiple_of
+                processing_class.pad_token_id,
+                args.max_length,
+                args.truncation_mode,
+                args.pad_to_multiple_of,
             )
-        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        super().__init__(
+            model,
+            ref_model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            **kwargs,
+        )
 
     # --- data ---
 
@@ -200,20 +272,30 @@ class StepwiseDPOTrainer(DPOTrainer):
         first = next(iter(dataset))
         if "prompt_ids" in first:
             return dataset
-        settings = {"tokenizer": processing_class, "max_length": args.max_length, "truncation_mode": args.truncation_mode}
+        settings = {
+            "tokenizer": processing_class,
+            "max_length": args.max_length,
+            "truncation_mode": args.truncation_mode,
+        }
         # the fingerprint of the result names cached reference log-probs, which are per step or per response
         settings = {"row_kind": "steps" if args.has_step_loss else "responses", **settings}
         streaming = isinstance(dataset, IterableDataset)
         options = {} if streaming else {"num_proc": args.dataset_num_proc}
         describe = {} if streaming else {"desc": f"Tokenizing {dataset_name} dataset"}
         with global_then_local_main_first():
-            dataset = dataset.map(_encode_row, fn_kwargs=settings, remove_columns=list(first), **options, **describe)
+            dataset = dataset.map(
+                _encode_row, fn_kwargs=settings, remove_columns=list(first), **options, **describe
+            )
             rows = None if streaming else len(dataset)
             if args.max_length is not None and args.truncation_mode == "keep_start":
-                dataset = dataset.filter(_leaves_room, fn_kwargs={"max_length": args.max_length}, **options)
+                dataset = dataset.filter(
+                    _leaves_room, fn_kwargs={"max_length": args.max_length}, **options
+                )
         if not streaming:
             if not len(dataset):
-                raise ValueError(f"{dataset_name}: none of {rows} pairs fits into max_length {args.max_length}; give a larger one")
+                raise ValueError(
+                    f"{dataset_name}: none of {rows} pairs fits into max_length {args.max_length}; give a larger one"
+                )
             truncated = sum(dataset["truncated_steps"])
             if truncated or len(dataset) < rows:
                 logger.warning(
@@ -225,14 +307,18 @@ class StepwiseDPOTrainer(DPOTrainer):
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            of_steps = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("steps", "scores")]
+            of_steps = [
+                f"{side}_{what}" for side in ("chosen", "rejected") for what in ("steps", "scores")
+            ]
             self._signature_columns += [*of_steps, "truncated_steps"]
 
     # --- reference ---
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         # the batches are concatenated: all need the same number of steps
-        self.data_collator.min_steps = max(len(scores) for side in ("chosen", "rejected") for scores in dataset[f"{side}_scores"])
+        self.data_collator.min_steps = max(
+            len(scores) for side in ("chosen", "rejected") for scores in dataset[f"{side}_scores"]
+        )
         try:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:
@@ -248,8 +334,12 @@ class StepwiseDPOTrainer(DPOTrainer):
             self.model
         ):  # the reference is the model without its adapter, or its first copy
             unwrapped = self.accelerator.unwrap_model(self.model)
-            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
-        checkpointing_off = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+            adapter = use_adapter(
+                unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None
+            )
+        checkpointing_off = disable_gradient_checkpointing(
+            self.model, self.args.gradient_checkpointing_kwargs
+        )
         with torch.no_grad(), checkpointing_off, adapter, self.accelerator.autocast():
             outputs = model(**_model_inputs(inputs), fused_lm_head=True)
         return _step_logps(outputs.log_probs, steps).chunk(2)
@@ -258,7 +348,9 @@ class StepwiseDPOTrainer(DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         inputs, steps = _split_batch(inputs)
-        chosen_scores, rejected_scores = steps["step_scores"].chunk(2)  # (B, K) each, and so on: the batch is [chosen, rejected]
+        chosen_scores, rejected_scores = steps["step_scores"].chunk(
+            2
+        )  # (B, K) each, and so on: the batch is [chosen, rejected]
         chosen_mask, rejected_mask = steps["step_mask"].chunk(2)
         mean = AGGREGATES["mean"]
         of_batch = {
@@ -277,13 +369,32 @@ class StepwiseDPOTrainer(DPOTrainer):
         chosen_logps, rejected_logps = _step_logps(outputs.log_probs, steps).chunk(2)
         if self.precompute_ref_logps:
             count = chosen_logps.size(1)
-            ref_chosen, ref_rejected = inputs["ref_chosen_logps"][:, :count], inputs["ref_rejected_logps"][:, :count]
+            ref_chosen, ref_rejected = (
+                inputs["ref_chosen_logps"][:, :count],
+                inputs["ref_rejected_logps"][:, :count],
+            )
         else:
-            ref_chosen, ref_rejected = self.compute_ref_log_probs(self.ref_model or self.model, {**inputs, **steps})
-        chosen_logratios, rejected_logratios = chosen_logps - ref_chosen, rejected_logps - ref_rejected
-        pair = (chosen_logratios, rejected_logratios, chosen_scores, rejected_scores, chosen_mask, rejected_mask)
+            ref_chosen, ref_rejected = self.compute_ref_log_probs(
+                self.ref_model or self.model, {**inputs, **steps}
+            )
+        chosen_logratios, rejected_logratios = (
+            chosen_logps - ref_chosen,
+            rejected_logps - ref_rejected,
+        )
+        pair = (
+            chosen_logratios,
+            rejected_logratios,
+            chosen_scores,
+            rejected_scores,
+            chosen_mask,
+            rejected_mask,
+        )
         options = {"beta": self.beta, "anchor_lambda": self.args.anchor_lambda}
-        of_stepwise = {"credit": self.args.credit, "agg": self.args.step_agg, "margin_gamma": self.args.margin_gamma}
+        of_stepwise = {
+            "credit": self.args.credit,
+            "agg": self.args.step_agg,
+            "margin_gamma": self.args.margin_gamma,
+        }
         step_losses = {
             name: STEP_LOSSES[name](*pair, **options, **(of_stepwise if name == "stepwise" else {}))
             for name in self.loss_types
@@ -291,11 +402,16 @@ class StepwiseDPOTrainer(DPOTrainer):
         }
         chosen_tokens = inputs["completion_mask"][:, 1:].chunk(2)[0].sum()
         losses = {  # sigmoid and sft as TRL has them
-            "sigmoid": -F.logsigmoid(self.beta * (chosen_logratios.sum(1) - rejected_logratios.sum(1))).mean(),
+            "sigmoid": -F.logsigmoid(
+                self.beta * (chosen_logratios.sum(1) - rejected_logratios.sum(1))
+            ).mean(),
             "sft": -chosen_logps.sum() / chosen_tokens.clamp(min=1),
             **{name: step_loss.loss.mean() for name, step_loss in step_losses.items()},
         }
-        loss = sum(weight * losses[name] for name, weight in zip(self.loss_types, self.loss_weights, strict=True))
+        loss = sum(
+            weight * losses[name]
+            for name, weight in zip(self.loss_types, self.loss_weights, strict=True)
+        )
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss
 
@@ -314,14 +430,23 @@ class StepwiseDPOTrainer(DPOTrainer):
             "weights/rejected": shown.rejected_weights.sum(1),
         }
         of_steps = {
-            f"logps/{side}_vs_ref/step_{k + 1}": (ratios[:, k], mask[:, k]) if k < ratios.size(1) else (ratios[:0, 0], mask[:0, 0])
-            for side, ratios, mask in (("chosen", chosen_logratios, chosen_mask), ("rejected", rejected_logratios, rejected_mask))
-            for k in range(LOGGED_POSITIONS)  # the same names in every process, whatever the length of its batch
+            f"logps/{side}_vs_ref/step_{k + 1}": (ratios[:, k], mask[:, k])
+            if k < ratios.size(1)
+            else (ratios[:0, 0], mask[:0, 0])
+            for side, ratios, mask in (
+                ("chosen", chosen_logratios, chosen_mask),
+                ("rejected", rejected_logratios, rejected_mask),
+            )
+            for k in range(
+                LOGGED_POSITIONS
+            )  # the same names in every process, whatever the length of its batch
         }
         good = chosen_mask & (chosen_scores >= 0.5)
         of_steps["drift/good_steps_less_likely"] = ((chosen_logratios < 0).float(), good)
         self._log_means(
-            {name: (values, None) for name, values in of_batch.items()} | of_steps | self._token_values(inputs, outputs)
+            {name: (values, None) for name, values in of_batch.items()}
+            | of_steps
+            | self._token_values(inputs, outputs)
         )
         if return_outputs:  # the logits, for compute_metrics: the fused head does not build them
             with torch.no_grad():
@@ -336,7 +461,9 @@ class StepwiseDPOTrainer(DPOTrainer):
             value = value.detach().float()
             where = torch.ones_like(value) if where is None else where.float()
             sums.append(torch.stack([(value * where).sum(), where.sum()]))
-        totals = self.accelerator.gather(torch.stack(sums)[None]).sum(0).tolist()  # (processes, names, 2) -> (names, 2)
+        totals = (
+            self.accelerator.gather(torch.stack(sums)[None]).sum(0).tolist()
+        )  # (processes, names, 2) -> (names, 2)
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, (total, count) in zip(values, totals, strict=True):
             if count:
@@ -350,7 +477,9 @@ class StepwiseDPOTrainer(DPOTrainer):
         if self.model.training:
             seen = self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
             self._total_train_tokens += seen // self._tp_size
-        self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self._total_train_tokens]
+        self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [
+            self._total_train_tokens
+        ]
         return {
             name: (values[:, -mask.size(1) :], where)
             for name, values, where in (
@@ -372,15 +501,24 @@ def _leaves_room(row: dict, max_length: int) -> bool:
 
 def _split_batch(inputs: dict) -> tuple[dict, dict]:
     """(what TRL's code expects, what belongs to the steps)."""
-    return {k: v for k, v in inputs.items() if k not in STEP_KEYS}, {k: v for k, v in inputs.items() if k in STEP_KEYS}
+    return {k: v for k, v in inputs.items() if k not in STEP_KEYS}, {
+        k: v for k, v in inputs.items() if k in STEP_KEYS
+    }
 
 
 def _model_inputs(inputs: dict) -> dict:
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-    return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels, "use_cache": False}
+    return {
+        "input_ids": inputs["input_ids"],
+        "attention_mask": inputs["attention_mask"],
+        "labels": labels,
+        "use_cache": False,
+    }
 
 
 def _step_logps(log_probs: Tensor, steps: dict) -> Tensor:
     """(2B, K) from the per-token log-probs (2B, L - 1) of the fused head. Prompt-learning adapters put virtual tokens in front."""
     step_ids = steps["step_ids"][:, 1:]
-    return sum_per_step(log_probs[:, -step_ids.size(1) :].float(), step_ids, steps["step_mask"].size(1))
+    return sum_per_step(
+        log_probs[:, -step_ids.size(1) :].float(), step_ids, steps["step_mask"].size(1)
+    )

@@ -36,15 +36,23 @@ CHECKED = 20  # batches that the figures at the end are measured on
 @dataclass
 class SurprisalArguments:
     model_name_or_path: str = field(
-        default=at_root("models/policy-mini"), metadata={"help": "a LLaMA-type causal LM: a directory or a hub name"}
+        default=at_root("models/policy-mini"),
+        metadata={"help": "a LLaMA-type causal LM: a directory or a hub name"},
     )
     output: str = field(
-        default=at_root("saved_model/policy_surprisal"), metadata={"help": "folder of the model with two layers more"}
+        default=at_root("saved_model/policy_surprisal"),
+        metadata={"help": "folder of the model with two layers more"},
     )
     updates: int = field(default=1500, metadata={"help": "optimizer steps"})
-    batch_size: int = field(default=16, metadata={"help": "solutions an update: of pretraining problems, each once"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate of AdamW, decayed linearly to 0"})
-    seed: int = field(default=0, metadata={"help": "seed of the new weights and of the errors put in"})
+    batch_size: int = field(
+        default=16, metadata={"help": "solutions an update: of pretraining problems, each once"}
+    )
+    learning_rate: float = field(
+        default=2e-3, metadata={"help": "peak learning rate of AdamW, decayed linearly to 0"}
+    )
+    seed: int = field(
+        default=0, metadata={"help": "seed of the new weights and of the errors put in"}
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace the output"})
 
     def __post_init__(self):
@@ -68,7 +76,9 @@ def aligned(plain: list[int], step_of: list[int], read: list[int]) -> Text:
     """Raises ValueError if `read` is not `plain` with tokens added in between."""
     source, steps, place = [], [], 0
     for index in read:
-        steps.append(step_of[min(place, len(plain) - 1)])  # what is added belongs to the step that follows
+        steps.append(
+            step_of[min(place, len(plain) - 1)]
+        )  # what is added belongs to the step that follows
         place += place < len(plain) and plain[place] == index
         source.append(place - 1)
     if place < len(plain) or source[0] < 0:
@@ -94,7 +104,10 @@ def solutions(tokenizer, seed: int) -> Iterator[Text]:
         read = plain
         if number % 2:
             ((read, _),) = tagged.encode([(problem.prompt, steps)])
-            plain = [*plain[:-1], read[-1]]  # a PRM reads a newline at the end, and no end-of-text token
+            plain = [
+                *plain[:-1],
+                read[-1],
+            ]  # a PRM reads a newline at the end, and no end-of-text token
         yield aligned(plain, step_of, read)
 
 
@@ -123,7 +136,10 @@ def build(args: SurprisalArguments, model, tokenizer) -> dict:
         `on` (B, L), where the tokens of solutions are; `step`, `solution` (B, L), the least log-prob of a token in it so far."""
         rows = list(itertools.islice(texts, args.batch_size))
         plain, ids = padded([row.plain for row in rows], 0), padded([row.read for row in rows], 0)
-        source, step_of = padded([row.source for row in rows], -1), padded([row.step_of for row in rows], -1)
+        source, step_of = (
+            padded([row.source for row in rows], -1),
+            padded([row.step_of for row in rows], -1),
+        )
         on, added = step_of >= 0, F.pad(source[:, 1:] == source[:, :-1], (1, 0))
         source = source.clamp(min=0)[..., None]
         written: list[Tensor] = []
@@ -132,19 +148,29 @@ def build(args: SurprisalArguments, model, tokenizer) -> dict:
             hook = body.norm.register_forward_pre_hook(lambda _, given: written.append(given[0]))
             body(ids, use_cache=False)
             hook.remove()
-        token = F.pad(expected[:, :-1].gather(2, plain[:, 1:, None]), (0, 0, 1, 0)).gather(1, source)[..., 0]
+        token = F.pad(expected[:, :-1].gather(2, plain[:, 1:, None]), (0, 0, 1, 0)).gather(
+            1, source
+        )[..., 0]
         token = token.clamp(min=FLOOR).masked_fill(added | ~on, 0)  # what is added surprises nobody
         step = token.clone()
         for t in range(1, ids.shape[1]):
             goes_on = step_of[:, t] == step_of[:, t - 1]
-            step[:, t] = torch.where(goes_on, torch.minimum(token[:, t], step[:, t - 1]), token[:, t])
+            step[:, t] = torch.where(
+                goes_on, torch.minimum(token[:, t], step[:, t - 1]), token[:, t]
+            )
         expected = expected.gather(1, source.expand(-1, -1, expected.shape[-1]))
-        return {"ids": ids, "hidden": written[0].float(), "expected": expected, "on": on, "step": step} | {
-            "solution": token.cummin(1).values
-        }
+        return {
+            "ids": ids,
+            "hidden": written[0].float(),
+            "expected": expected,
+            "on": on,
+            "step": step,
+        } | {"solution": token.cummin(1).values}
 
     first = batch()
-    scale = first["hidden"][first["on"]].pow(2).mean().sqrt()  # new layers learn beside numbers of size 1, and are scaled at last
+    scale = (
+        first["hidden"][first["on"]].pow(2).mean().sqrt()
+    )  # new layers learn beside numbers of size 1, and are scaled at last
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"  # the one that shows its attention
     layers = nn.ModuleList(type(body.layers[0])(config, depth + k) for k in range(2))
@@ -156,7 +182,9 @@ def build(args: SurprisalArguments, model, tokenizer) -> dict:
                 nn.init.normal_(weight, std=0.05)
         layer.input_layernorm.weight.data.copy_(body.norm.weight)
     learned = nn.ModuleList([layers, norm, readers]).float().requires_grad_(True).to(device)
-    optimizer = torch.optim.AdamW(learned.parameters(), lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        learned.parameters(), lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.98)
+    )
     schedule = get_linear_schedule_with_warmup(optimizer, args.updates // 20, args.updates)
 
     def losses_of(data: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -166,15 +194,23 @@ def build(args: SurprisalArguments, model, tokenizer) -> dict:
         attention = []
         for layer in layers:
             given = layer.input_layernorm(hidden)
-            seen, weights = layer.self_attn(given, position_embeddings=positions, attention_mask=causal)
+            seen, weights = layer.self_attn(
+                given, position_embeddings=positions, attention_mask=causal
+            )
             attention.append(weights)  # (B, heads, L, L)
             hidden = hidden + seen
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         top = norm(hidden)
-        before = attention[0][:, :heads].diagonal(-1, 2, 3).mean(1)  # (B, L - 1): what the token before gets
-        losses = {name: F.smooth_l1_loss(readers[name](top)[..., 0][on], data[name][on]) for name in READ}
+        before = (
+            attention[0][:, :heads].diagonal(-1, 2, 3).mean(1)
+        )  # (B, L - 1): what the token before gets
+        losses = {
+            name: F.smooth_l1_loss(readers[name](top)[..., 0][on], data[name][on]) for name in READ
+        }
         losses["attention"] = -ATTENTION * before[on[:, 1:]].clamp(min=1e-6).log().mean()
-        losses["next"] = -(data["expected"].exp() * model.lm_head(top).log_softmax(-1)).sum(-1)[on].mean()
+        losses["next"] = (
+            -(data["expected"].exp() * model.lm_head(top).log_softmax(-1)).sum(-1)[on].mean()
+        )
         return losses
 
     bar = tqdm(range(args.updates), desc="learning what surprises the model")
@@ -210,17 +246,28 @@ def figures_of(model, readers, ends: list[dict]) -> dict:
 
     from evaluation.metrics import auroc_metric, mean_metric
 
-    said, surprised, apart, solution_of = {name: [] for name in READ}, {name: [] for name in READ}, [], []
+    said, surprised, apart, solution_of = (
+        {name: [] for name in READ},
+        {name: [] for name in READ},
+        [],
+        [],
+    )
     for number, data in enumerate(ends):
         on, expected = data["on"], data["expected"]
         with torch.no_grad():
             top = model.model(data["ids"], use_cache=False).last_hidden_state
-            apart += (expected.exp() * (expected - model.lm_head(top).float().log_softmax(-1))).sum(-1)[on].tolist()
+            apart += (
+                (expected.exp() * (expected - model.lm_head(top).float().log_softmax(-1)))
+                .sum(-1)[on]
+                .tolist()
+            )
             for name in READ:
                 said[name] += (-readers[name](top.float())[..., 0][on]).tolist()
                 surprised[name] += (data[name][on] < -3).tolist()
         solution_of += [(number, row) for row in on.nonzero()[:, 0].tolist()]
-    clusters = [*map({key: k for k, key in enumerate(dict.fromkeys(solution_of))}.__getitem__, solution_of)]
+    clusters = [
+        *map({key: k for k, key in enumerate(dict.fromkeys(solution_of))}.__getitem__, solution_of)
+    ]
     return {
         f"AUROC of a token that was less likely than e^-3, in the {name} so far": auroc_metric(
             surprised[name], said[name], clusters
@@ -237,7 +284,9 @@ def main() -> None:
 
     policy = Policy.load(args.model_name_or_path)
     if policy.model.config.model_type != "llama":
-        raise UserError(f"{args.model_name_or_path}: a {policy.model.config.model_type}, expected a LLaMA-type model")
+        raise UserError(
+            f"{args.model_name_or_path}: a {policy.model.config.model_type}, expected a LLaMA-type model"
+        )
     figures = build(args, policy.model, policy.tokenizer)
     working = Path(args.output).with_name(Path(args.output).name + ".tmp")
     policy.model.save_pretrained(working)

@@ -20,18 +20,30 @@ from typing import Any, TextIO
 from evaluation.metrics import Metric, mean_metric
 from reasoning.loaders import load_records
 from reasoning.ranking import RankedResponse, check_groups, groups, read_answers, write_answers
-from reasoning.records import LabelledSolution, PreferencePair, RecordError, read_rows, write_records
+from reasoning.records import (
+    LabelledSolution,
+    PreferencePair,
+    RecordError,
+    read_rows,
+    write_records,
+)
 from utils.cli import UserError
 
 NAME = re.compile(r"[^\W_][\w .'-]{0,39}")
-LABELS = {"right": 1, "wrong": 0, "unsure": None}  # null is what the `human` judge takes for: nobody said
+LABELS = {
+    "right": 1,
+    "wrong": 0,
+    "unsure": None,
+}  # null is what the `human` judge takes for: nobody said
 
 
 def check_name(name: str) -> str:
     """A person's name, without spaces around. Raises UserError."""
     name = " ".join(name.split())
     if name.lower().startswith(("rule:", "llm:")):
-        raise UserError(f"ranker {name[:60]!r}: names that begin with rule: or llm: are for what is no person; give your own name")
+        raise UserError(
+            f"ranker {name[:60]!r}: names that begin with rule: or llm: are for what is no person; give your own name"
+        )
     if not NAME.fullmatch(name):
         raise UserError(
             f"ranker {name[:60]!r}: expected a name of 1 to 40 letters, digits, spaces or . - _ ', a letter or digit first"
@@ -50,7 +62,9 @@ def hold(path: str | Path) -> TextIO:
         holder = handle.read().strip() or "unknown"
         handle.close()
         what = f"another page (process {holder}) writes to this file"
-        raise UserError(f"{path}: {what}; use that page, which takes several people, stop it, or give another file") from None
+        raise UserError(
+            f"{path}: {what}; use that page, which takes several people, stop it, or give another file"
+        ) from None
     handle.truncate(0)
     handle.write(f"{os.getpid()}\n")
     handle.flush()
@@ -81,7 +95,9 @@ class Annotation:
 
     def __init__(self, path: str | Path):
         self.path = path
-        self._file = Path(path).resolve()  # a link stays one: it is the file behind it that is written anew
+        self._file = Path(
+            path
+        ).resolve()  # a link stays one: it is the file behind it that is written anew
         self._lock = threading.Lock()
         self._seen: tuple | None = None
 
@@ -99,7 +115,9 @@ class Annotation:
             task = find(self._tasks(name), key)
             decided = [mark for mark in marks if mark] if isinstance(marks, Sequence) else []
             if len(decided) != len(task.items):
-                raise UserError(f"{len(decided)} of {len(task.items)} are decided: decide all of them, or skip")
+                raise UserError(
+                    f"{len(decided)} of {len(task.items)} are decided: decide all of them, or skip"
+                )
             self._save(name, task, [str(mark) for mark in decided], " ".join(str(note).split()))
             self._seen = self._stamp()
 
@@ -128,7 +146,9 @@ def find(tasks: Sequence[Task], key: str) -> Task:
     for task in tasks:
         if task.key == key:
             return task
-    raise UserError("this task is not in the file any more: the file was changed while you were reading; reload the page")
+    raise UserError(
+        "this task is not in the file any more: the file was changed while you were reading; reload the page"
+    )
 
 
 def next_task(tasks: Sequence[Task], key: str | None = None) -> Task | None:
@@ -178,11 +198,20 @@ class AnswerRanking(Annotation):
             random.Random(f"{name}\n{prompt}").shuffle(items)
             ranks = [said[prompt][item].rank if item in said[prompt] else None for item in items]
             note = next((row.note for row in said[prompt].values()), "")
-            tasks.append(Task(prompt, tuple(items), tuple("" if rank is None else str(rank) for rank in ranks), note))
+            tasks.append(
+                Task(
+                    prompt,
+                    tuple(items),
+                    tuple("" if rank is None else str(rank) for rank in ranks),
+                    note,
+                )
+            )
         return tasks
 
     def _save(self, name: str, task: Task, marks: list[str], note: str) -> None:
-        if not all(mark.isascii() and mark.isdecimal() and int(mark) <= len(marks) for mark in marks):
+        if not all(
+            mark.isascii() and mark.isdecimal() and int(mark) <= len(marks) for mark in marks
+        ):
             raise UserError(f"expected ranks from 1 to {len(marks)}, got {', '.join(marks)[:60]}")
         ranks = dict(zip(task.items, map(int, marks), strict=True))
         said = {"ranker": name, "note": note}
@@ -191,16 +220,24 @@ class AnswerRanking(Annotation):
         for row in self.rows:
             if row.prompt == task.prompt:
                 last = len(rows) + 1
-                empty = not row.ranker and row.rank is None and not row.note and row.answer not in own
+                empty = (
+                    not row.ranker and row.rank is None and not row.note and row.answer not in own
+                )
                 if (row.ranker == name or empty) and row.answer in open_:
                     row = replace(row, rank=open_.pop(row.answer), **said)
             rows.append(row)
         first = {row.answer: row for row in reversed(rows) if row.prompt == task.prompt}
-        rows[last:last] = [replace(first[answer], rank=rank, **said) for answer, rank in open_.items()]
+        rows[last:last] = [
+            replace(first[answer], rank=rank, **said) for answer, rank in open_.items()
+        ]
         try:
-            check_groups([row for row in rows if (row.prompt, row.ranker) == (task.prompt, name)], self.path)
+            check_groups(
+                [row for row in rows if (row.prompt, row.ranker) == (task.prompt, name)], self.path
+            )
         except RecordError as error:
-            raise UserError(str(error).rpartition(": ")[2]) from None  # the person sees which prompt it is
+            raise UserError(
+                str(error).rpartition(": ")[2]
+            ) from None  # the person sees which prompt it is
         write_answers(self._file, rows)
         self.rows = rows
 
@@ -220,7 +257,11 @@ def load_solutions(path: str) -> list[Task]:
             sides = [record.steps] if record.steps else []
         solutions |= {Task(record.prompt, tuple(steps)): None for steps in sides}
     if not solutions:
-        left_out = f" ({', '.join(f'{count} {what}' for what, count in dropped.items())})" if dropped else ""
+        left_out = (
+            f" ({', '.join(f'{count} {what}' for what, count in dropped.items())})"
+            if dropped
+            else ""
+        )
         raise RecordError(f"{path}: no solutions with steps to label{left_out}")
     shuffled = list(solutions)
     random.Random(0).shuffle(shuffled)
@@ -255,22 +296,41 @@ class StepLabelling(Annotation):
 
     def _tasks(self, name: str) -> list[Task]:
         mark_of = {label: mark for mark, label in LABELS.items()}
-        said = {(row["prompt"], *row["steps"]): row for row in self.rows if row.get("labeller") == name}
+        said = {
+            (row["prompt"], *row["steps"]): row for row in self.rows if row.get("labeller") == name
+        }
         tasks = []
         for task in self._solutions:
             if row := said.get((task.prompt, *task.items)):
-                task = replace(task, marks=tuple(mark_of.get(label, "") for label in row["labels"]), note=str(row.get("note", "")))
+                task = replace(
+                    task,
+                    marks=tuple(mark_of.get(label, "") for label in row["labels"]),
+                    note=str(row.get("note", "")),
+                )
             tasks.append(task)
         return tasks
 
     def _save(self, name: str, task: Task, marks: list[str], note: str) -> None:
         if not set(marks) <= set(LABELS):
             raise UserError(f"expected {', '.join(LABELS)}, got {', '.join(marks)[:60]}")
-        said = {"prompt": task.prompt, "steps": list(task.items), "labels": [LABELS[mark] for mark in marks], "labeller": name}
+        said = {
+            "prompt": task.prompt,
+            "steps": list(task.items),
+            "labels": [LABELS[mark] for mark in marks],
+            "labeller": name,
+        }
         said |= {"note": note} if note else {}
         same = ("prompt", "steps", "labeller")
-        places = [k for k, row in enumerate(self.rows) if all(row.get(field) == said[field] for field in same)]
-        rows = [*self.rows[: places[0]], said, *self.rows[places[0] + 1 :]] if places else [*self.rows, said]
+        places = [
+            k
+            for k, row in enumerate(self.rows)
+            if all(row.get(field) == said[field] for field in same)
+        ]
+        rows = (
+            [*self.rows[: places[0]], said, *self.rows[places[0] + 1 :]]
+            if places
+            else [*self.rows, said]
+        )
         write_records(self._file, rows)
         self.rows = rows
 
@@ -284,8 +344,12 @@ class Agreement:
 
     rankers: tuple[str, ...]
     prompts: int  # ranked by each of them
-    tau: Metric | None  # Kendall's tau-b of two rankers within a prompt, -1 to 1, mean over prompts; n: where it is defined
-    alpha: float | None  # Krippendorff's alpha, ordinal, of answers that two or more of them ranked; at most 1, 0 is chance
+    tau: (
+        Metric | None
+    )  # Kendall's tau-b of two rankers within a prompt, -1 to 1, mean over prompts; n: where it is defined
+    alpha: (
+        float | None
+    )  # Krippendorff's alpha, ordinal, of answers that two or more of them ranked; at most 1, 0 is chance
 
 
 def agreement(rows: Sequence[RankedResponse]) -> list[Agreement]:
@@ -296,10 +360,14 @@ def agreement(rows: Sequence[RankedResponse]) -> list[Agreement]:
     that 1,2,2,4 and 1,2,2,3 are the same; it is None where there is nothing to compare."""
     from scipy.stats import kendalltau, rankdata
 
-    ranks: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)  # ranker -> prompt -> answer -> rank
+    ranks: dict[str, dict[str, dict[str, float]]] = defaultdict(
+        dict
+    )  # ranker -> prompt -> answer -> rank
     for (prompt, ranker), group in groups(rows).items():
         shared = rankdata([row.rank for row in group], method="average")
-        ranks[ranker][prompt] = dict(zip((row.answer for row in group), map(float, shared), strict=True))
+        ranks[ranker][prompt] = dict(
+            zip((row.answer for row in group), map(float, shared), strict=True)
+        )
     found = []
     for one, other in combinations(sorted(ranks), 2):
         prompts = [prompt for prompt in ranks[one] if prompt in ranks[other]]
@@ -311,14 +379,23 @@ def agreement(rows: Sequence[RankedResponse]) -> list[Agreement]:
                 taus.append(kendalltau(*pair).statistic)
         if prompts:
             both = {who: ranks[who] for who in (one, other)}
-            found.append(Agreement((one, other), len(prompts), mean_metric(taus) if taus else None, _alpha(both, set(prompts))))
+            found.append(
+                Agreement(
+                    (one, other),
+                    len(prompts),
+                    mean_metric(taus) if taus else None,
+                    _alpha(both, set(prompts)),
+                )
+            )
     if len(ranks) > 2 and found:
         every = set.intersection(*(set(of_ranker) for of_ranker in ranks.values()))
         found.append(Agreement(tuple(sorted(ranks)), len(every), None, _alpha(ranks)))
     return found
 
 
-def _alpha(ranks: dict[str, dict[str, dict[str, float]]], prompts: set[str] | None = None) -> float | None:
+def _alpha(
+    ranks: dict[str, dict[str, dict[str, float]]], prompts: set[str] | None = None
+) -> float | None:
     import krippendorff
     import numpy as np
 
@@ -346,7 +423,13 @@ def agreement_rows(rows: Sequence[RankedResponse]) -> list[tuple[str, ...]]:
     """The table of `agreement`, a text a cell."""
     table = []
     for found in agreement(rows):
-        who = " and ".join(ranker or "(no name)" for ranker in found.rankers) if len(found.rankers) == 2 else "all"
+        who = (
+            " and ".join(ranker or "(no name)" for ranker in found.rankers)
+            if len(found.rankers) == 2
+            else "all"
+        )
         tau, n = (str(found.tau), str(found.tau.n)) if found.tau else ("-", "-")
-        table.append((who, str(found.prompts), tau, n, "-" if found.alpha is None else f"{found.alpha:z.3f}"))
+        table.append(
+            (who, str(found.prompts), tau, n, "-" if found.alpha is None else f"{found.alpha:z.3f}")
+        )
     return table

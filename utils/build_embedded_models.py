@@ -28,19 +28,36 @@ from utils.cli import at_root, check_output, parse_args, run
 
 JUDGE_FILE = "judge-mini.Q8_0.gguf"
 TOKENS_PER_BATCH = 2000  # padded tokens an optimizer step
-SHAPES = {"mini": (192, 512, 4, 6, 3), "large": (320, 864, 5, 10, 5)}  # hidden, intermediate, layers, heads, KV heads
+SHAPES = {
+    "mini": (192, 512, 4, 6, 3),
+    "large": (320, 864, 5, 10, 5),
+}  # hidden, intermediate, layers, heads, KV heads
 LEARNING_RATES = {"mini": [2e-3], "large": [7e-4, 1.4e-3, 2.8e-3]}
 
 
 @dataclass
 class BuildArguments:
-    output: str = field(default_factory=lambda: at_root("models"), metadata={"help": "folder of policy-SIZE/ and judge-mini/"})
-    size: str = field(
-        default="mini", metadata={"help": "mini: policy-mini and judge-mini; large: policy-large", "choices": [*SHAPES]}
+    output: str = field(
+        default_factory=lambda: at_root("models"),
+        metadata={"help": "folder of policy-SIZE/ and judge-mini/"},
     )
-    policy_examples: int = field(default=130_000, metadata={"help": "pretraining texts, each problem once (about 116 tokens each)"})
-    judge_examples: int = field(default=24_000, metadata={"help": "solutions written for the judge, right and wrong"})
-    judge_samples: int = field(default=12_000, metadata={"help": "policy samples for the judge, one a train problem"})
+    size: str = field(
+        default="mini",
+        metadata={
+            "help": "mini: policy-mini and judge-mini; large: policy-large",
+            "choices": [*SHAPES],
+        },
+    )
+    policy_examples: int = field(
+        default=130_000,
+        metadata={"help": "pretraining texts, each problem once (about 116 tokens each)"},
+    )
+    judge_examples: int = field(
+        default=24_000, metadata={"help": "solutions written for the judge, right and wrong"}
+    )
+    judge_samples: int = field(
+        default=12_000, metadata={"help": "policy samples for the judge, one a train problem"}
+    )
     learning_rate: list[float] | None = field(
         default=None,
         metadata={
@@ -48,22 +65,33 @@ class BuildArguments:
             f"(default: {LEARNING_RATES})"
         },
     )
-    trial_examples: int = field(default=20_000, metadata={"help": "texts that each of several learning rates is tried on"})
-    judge_learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate of judge-mini, decayed linearly to 0"})
-    validation: int = field(default=2000, metadata={"help": "validation problems for choices and the figures in the model cards"})
+    trial_examples: int = field(
+        default=20_000, metadata={"help": "texts that each of several learning rates is tried on"}
+    )
+    judge_learning_rate: float = field(
+        default=1e-3, metadata={"help": "peak learning rate of judge-mini, decayed linearly to 0"}
+    )
+    validation: int = field(
+        default=2000,
+        metadata={"help": "validation problems for choices and the figures in the model cards"},
+    )
     seed: int = field(default=0, metadata={"help": "seed of initial weights, mistakes and order"})
     overwrite: bool = field(default=False, metadata={"help": "replace finished models"})
 
     def __post_init__(self):
         self.learning_rate = self.learning_rate or LEARNING_RATES[self.size]
         if min(self.learning_rate) <= 0 or len({*self.learning_rate}) < len(self.learning_rate):
-            raise ValueError(f"argument --learning_rate: expected different numbers above 0, got {self.learning_rate}")
+            raise ValueError(
+                f"argument --learning_rate: expected different numbers above 0, got {self.learning_rate}"
+            )
 
 
 # --- training data ---
 
 
-def bucketed(lengths: list[int], rng: random.Random, tokens: int = TOKENS_PER_BATCH, window: int = 4096) -> list[list[int]]:
+def bucketed(
+    lengths: list[int], rng: random.Random, tokens: int = TOKENS_PER_BATCH, window: int = 4096
+) -> list[list[int]]:
     """Indices in batches of at most `tokens` padded tokens: like lengths together, batches in random order."""
     batches = []
     for start in range(0, len(lengths), window):
@@ -85,9 +113,15 @@ def collate_text(batch: list[list[dict]]) -> dict:
 
     examples = batch[0]
     longest = max(len(example["ids"]) for example in examples)
-    ids = torch.tensor([example["ids"] + [0] * (longest - len(example["ids"])) for example in examples])
-    step_of = torch.tensor([example["step_of"] + [-1] * (longest - len(example["ids"])) for example in examples])
-    mask = torch.tensor([[1] * len(example["ids"]) + [0] * (longest - len(example["ids"])) for example in examples])
+    ids = torch.tensor(
+        [example["ids"] + [0] * (longest - len(example["ids"])) for example in examples]
+    )
+    step_of = torch.tensor(
+        [example["step_of"] + [-1] * (longest - len(example["ids"])) for example in examples]
+    )
+    mask = torch.tensor(
+        [[1] * len(example["ids"]) + [0] * (longest - len(example["ids"])) for example in examples]
+    )
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(step_of < 0, -100)}
 
 
@@ -99,12 +133,18 @@ def collate_judge(batch: list[list[dict]], question: list[int], yes: int, no: in
     import torch
 
     examples = batch[0]
-    longest = max(len(example["ids"]) + len(question) * len(example["labels"]) for example in examples)
+    longest = max(
+        len(example["ids"]) + len(question) * len(example["labels"]) for example in examples
+    )
     ids = torch.zeros(len(examples), longest, dtype=torch.long)
     positions = torch.zeros_like(ids)
-    mask = torch.eye(longest, dtype=torch.bool).repeat(len(examples), 1, 1)  # padding sees itself: no empty softmax
+    mask = torch.eye(longest, dtype=torch.bool).repeat(
+        len(examples), 1, 1
+    )  # padding sees itself: no empty softmax
     answers = torch.full_like(ids, -100)  # at the question's last token: the answer
-    trunk_labels = torch.full_like(ids, -100)  # the tokens of right steps, so that the judge keeps knowing how to solve
+    trunk_labels = torch.full_like(
+        ids, -100
+    )  # the tokens of right steps, so that the judge keeps knowing how to solve
     for b, example in enumerate(examples):
         trunk, step_of = example["ids"], example["step_of"]
         n = len(trunk)
@@ -117,7 +157,9 @@ def collate_judge(batch: list[list[dict]], question: list[int], yes: int, no: in
             ids[b, first:last] = torch.tensor(question)
             positions[b, first:last] = torch.arange(end, end + len(question))
             mask[b, first:last, :end] = True
-            mask[b, first:last, first:last] = torch.ones(len(question), len(question), dtype=torch.bool).tril()
+            mask[b, first:last, first:last] = torch.ones(
+                len(question), len(question), dtype=torch.bool
+            ).tril()
             answers[b, last - 1] = yes if right else no
             if right:
                 trunk_labels[b, :n][torch.tensor(step_of) == k] = torch.tensor(
@@ -138,7 +180,11 @@ def policy_data(tokenizer, count: int, seed: int) -> Iterator[dict]:
     from reasoning.problems import pretraining_texts
     from reasoning.steps import encode_steps
 
-    for problem, steps in tqdm(itertools.islice(pretraining_texts(seed), count), total=count, desc="writing pretraining texts"):
+    for problem, steps in tqdm(
+        itertools.islice(pretraining_texts(seed), count),
+        total=count,
+        desc="writing pretraining texts",
+    ):
         ids, step_of = encode_steps(tokenizer, problem.prompt, [], steps)
         yield {"ids": ids, "step_of": step_of}
 
@@ -192,7 +238,9 @@ def train(model, examples: list[dict], collate, work: Path, learning_rate: float
             answers, trunk_labels = inputs.pop("answers"), inputs.pop("trunk_labels")
             logits = model(**inputs).logits.float()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
-            return loss + torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), trunk_labels[:, 1:].flatten())
+            return loss + torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), trunk_labels[:, 1:].flatten()
+            )
 
     device, bf16 = pick_device()
     batches = bucketed([len(example["ids"]) for example in examples], random.Random(seed))
@@ -201,7 +249,9 @@ def train(model, examples: list[dict], collate, work: Path, learning_rate: float
         learning_rate=learning_rate, lr_scheduler_type="linear", warmup_steps=100, weight_decay=0.01, adam_beta2=0.98,
         save_steps=500, save_total_limit=1, use_cpu=device == "cpu", bf16=bf16, remove_unused_columns=False,
     )  # fmt: skip
-    trainer = MiniTrainer(model, arguments, collate, [[examples[i] for i in batch] for batch in batches])
+    trainer = MiniTrainer(
+        model, arguments, collate, [[examples[i] for i in batch] for batch in batches]
+    )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if work.is_dir() else None)
     return trainer.model
 
@@ -226,8 +276,12 @@ def judge_question(tokenizer) -> tuple[list[int], int, int]:
     from reward_model.base import PLAIN
 
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    question = tokenizer("\n" + PLAIN.question, add_special_tokens=False)["input_ids"][len(newline) :]
-    yes, no = (tokenizer(f"? {word}", add_special_tokens=False)["input_ids"][-1] for word in ("Yes", "No"))
+    question = tokenizer("\n" + PLAIN.question, add_special_tokens=False)["input_ids"][
+        len(newline) :
+    ]
+    yes, no = (
+        tokenizer(f"? {word}", add_special_tokens=False)["input_ids"][-1] for word in ("Yes", "No")
+    )
     return question, yes, no
 
 
@@ -241,14 +295,21 @@ def policy_figures(policy, limit: int | None = None) -> dict:
     from reasoning.problems import problems
 
     tasks = list(itertools.islice(problems("validation"), limit))
-    answers = [answer for (answer,) in policy.generate([task.prompt for task in tasks], progress="answering validation problems")]
+    answers = [
+        answer
+        for (answer,) in policy.generate(
+            [task.prompt for task in tasks], progress="answering validation problems"
+        )
+    ]
     right: dict[bool, list[float]] = {True: [], False: []}
     for task, answer in zip(tasks, answers, strict=True):
         scores = [*grade_steps(answer.steps, task), *[0.0] * len(task.steps)]
         for k, trap in enumerate(task.traps):
             if all(scores[:k]):
                 right[trap].append(scores[k])
-    correct = [float(is_correct(answer.steps, task)) for task, answer in zip(tasks, answers, strict=True)]
+    correct = [
+        float(is_correct(answer.steps, task)) for task, answer in zip(tasks, answers, strict=True)
+    ]
     return {
         "greedy accuracy": rate_metric(correct),
         "step right after a right beginning, at traps": rate_metric(right[True]),
@@ -265,14 +326,28 @@ def judge_figures(judge, tokenizer, policy, limit: int | None = None, seed: int 
 
     question, yes, no = judge_question(tokenizer)
     tasks = list(itertools.islice(problems("validation"), limit))
-    answers = policy.generate([task.prompt for task in tasks], temperature=1.0, seed=seed, progress="sampling validation problems")
-    examples = list(judge_data(tokenizer, [(task, a.steps) for task, (a,) in zip(tasks, answers, strict=True) if a.steps]))
+    answers = policy.generate(
+        [task.prompt for task in tasks],
+        temperature=1.0,
+        seed=seed,
+        progress="sampling validation problems",
+    )
+    examples = list(
+        judge_data(
+            tokenizer,
+            [(task, a.steps) for task, (a,) in zip(tasks, answers, strict=True) if a.steps],
+        )
+    )
     scores, labels, clusters = [], [], []
     for batch in bucketed([len(example["ids"]) for example in examples], random.Random(0)):
         inputs = collate_judge([[examples[i] for i in batch]], question, yes, no)
         verdicts, _ = inputs.pop("answers"), inputs.pop("trunk_labels")
         with torch.inference_mode():
-            logits = judge(**{name: value.to(judge.device) for name, value in inputs.items()}).logits.float().cpu()
+            logits = (
+                judge(**{name: value.to(judge.device) for name, value in inputs.items()})
+                .logits.float()
+                .cpu()
+            )
         asked = verdicts >= 0  # (B, L), row by row in the order of the steps
         scores += (logits[asked][:, yes] - logits[asked][:, no]).sigmoid().tolist()
         labels += (verdicts[asked] == yes).tolist()
@@ -295,7 +370,9 @@ def finish(model, tokenizer, folder: Path) -> None:
 def card(folder: Path, title: str, text: str, figures: dict) -> None:
     from reasoning.records import write_text
 
-    rows = "".join(f"| {name} | {metric} | {metric.n} |\n" for name, metric in figures.items() if metric)
+    rows = "".join(
+        f"| {name} | {metric} | {metric.n} |\n" for name, metric in figures.items() if metric
+    )
     table = f"| on validation problems | value and 95 % interval | n |\n|---|---|---|\n{rows}"
     write_text(folder / "README.md", [f"# {title}\n\n{text}\n\n{table}"])
     print(table, flush=True)
@@ -312,10 +389,14 @@ def sample_train(policy, count: int, path: Path, job: dict, seed: int) -> list[t
     for start in range(len(rows.rows), len(tasks), unit):
         chunk = tasks[start : start + unit]
         name = f"sampling for the judge, {start}/{len(tasks)}"
-        answers = policy.generate([task.prompt for task in chunk], temperature=1.0, seed=seed + start, progress=name)
+        answers = policy.generate(
+            [task.prompt for task in chunk], temperature=1.0, seed=seed + start, progress=name
+        )
         for (answer,) in answers:
             rows.append({"steps": answer.steps})
-    return [(task, row["steps"]) for task, row in zip(tasks, rows.rows, strict=True) if row["steps"]]
+    return [
+        (task, row["steps"]) for task, row in zip(tasks, rows.rows, strict=True) if row["steps"]
+    ]
 
 
 def make_policy(args: BuildArguments, tokenizer, work: Path, job: dict) -> None:
@@ -328,30 +409,62 @@ def make_policy(args: BuildArguments, tokenizer, work: Path, job: dict) -> None:
 
     def trained(name: str, rate: float, count: int) -> Policy:
         if not (work / name).exists():
-            print(f"{name}: learning from {count} pretraining texts, learning rate {rate:g}", flush=True)
-            examples.extend([] if examples else policy_data(tokenizer, args.policy_examples, args.seed))
+            print(
+                f"{name}: learning from {count} pretraining texts, learning rate {rate:g}",
+                flush=True,
+            )
+            examples.extend(
+                [] if examples else policy_data(tokenizer, args.policy_examples, args.seed)
+            )
             model = new_policy(tokenizer, args.seed, args.size)
-            finish(train(model, examples[:count], collate_text, work / f"{name}.training", rate, args.seed), tokenizer, work / name)
+            finish(
+                train(
+                    model,
+                    examples[:count],
+                    collate_text,
+                    work / f"{name}.training",
+                    rate,
+                    args.seed,
+                ),
+                tokenizer,
+                work / name,
+            )
         return Policy.load(str(work / name))
 
-    tasks = [(task.prompt, [], task.steps) for task in itertools.islice(problems("validation"), args.validation)]
+    tasks = [
+        (task.prompt, [], task.steps)
+        for task in itertools.islice(problems("validation"), args.validation)
+    ]
     trials = {}
     for rate in args.learning_rate if len(args.learning_rate) > 1 else []:
         policy = trained(f"trial-{rate:g}", rate, args.trial_examples)
-        trials[rate] = mean_metric(policy.logps(tasks, progress=f"solutions under learning rate {rate:g}"))
+        trials[rate] = mean_metric(
+            policy.logps(tasks, progress=f"solutions under learning rate {rate:g}")
+        )
     best = max(trials, key=lambda rate: trials[rate].value, default=args.learning_rate[0])
     name = f"policy-{args.size}"
     policy = trained(name, best, args.policy_examples)
     hidden, _, layers, _, _ = SHAPES[args.size]
     parameters = f"{policy.model.num_parameters() / 1e6:.1f}M"
-    values = job | {"learning_rate": f"{best:g}", "hidden": hidden, "layers": layers, "parameters": parameters}
+    values = job | {
+        "learning_rate": f"{best:g}",
+        "hidden": hidden,
+        "layers": layers,
+        "parameters": parameters,
+    }
     text = POLICY_CARD.format(**values) + (TRIALS_CARD.format(**values) if trials else "")
-    of_trials = {f"log-prob of reference solutions, nats a token, trial with {rate:g}": trials[rate] for rate in trials}
+    of_trials = {
+        f"log-prob of reference solutions, nats a token, trial with {rate:g}": trials[rate]
+        for rate in trials
+    }
     card(work / name, name, text, policy_figures(policy, limit=args.validation) | of_trials)
 
 
 def main() -> None:
-    (args,) = parse_args(BuildArguments, description="Make policy-mini and judge-mini, or policy-large, from nothing.")
+    (args,) = parse_args(
+        BuildArguments,
+        description="Make policy-mini and judge-mini, or policy-large, from nothing.",
+    )
     output = Path(args.output)
     policy_dir, judge_dir = output / f"policy-{args.size}", output / "judge-mini"
     folders = [policy_dir, judge_dir] if args.size == "mini" else [policy_dir]
@@ -359,7 +472,9 @@ def main() -> None:
     for folder in folders:
         check_output(str(folder), args.overwrite)
     job = {name: value for name, value in vars(args).items() if name not in ("output", "overwrite")}
-    if work.exists() and not ((work / "job.json").is_file() and json.loads((work / "job.json").read_text()) == job):
+    if work.exists() and not (
+        (work / "job.json").is_file() and json.loads((work / "job.json").read_text()) == job
+    ):
         shutil.rmtree(work)  # another job's half-built models
     work.mkdir(parents=True, exist_ok=True)
     (work / "job.json").write_text(json.dumps(job))
@@ -378,7 +493,10 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         arriving.rename(folder)
     shutil.rmtree(work)
-    print(f"wrote {policy_dir}" + (f" and {judge_dir} (with {JUDGE_FILE})" if judge_dir in folders else ""))
+    print(
+        f"wrote {policy_dir}"
+        + (f" and {judge_dir} (with {JUDGE_FILE})" if judge_dir in folders else "")
+    )
 
 
 def make_judge(args: BuildArguments, tokenizer, work: Path, job: dict) -> None:
@@ -393,13 +511,17 @@ def make_judge(args: BuildArguments, tokenizer, work: Path, job: dict) -> None:
         samples = sample_train(policy, args.judge_samples, work / "samples.jsonl", job, args.seed)
         print("judge-mini: learning to judge steps", flush=True)
         question, yes, no = judge_question(tokenizer)
-        examples = list(judge_data(tokenizer, [*judge_solutions(args.judge_examples, args.seed), *samples]))
+        examples = list(
+            judge_data(tokenizer, [*judge_solutions(args.judge_examples, args.seed), *samples])
+        )
         random.Random(args.seed).shuffle(examples)
         start = AutoModelForCausalLM.from_pretrained(work / "policy-mini", dtype="float32")
         collate = partial(collate_judge, question=question, yes=yes, no=no)
         model = train(start, examples, collate, work / "judge", args.judge_learning_rate, args.seed)
         finish(model, tokenizer, work / "judge-mini")
-    judge = AutoModelForCausalLM.from_pretrained(work / "judge-mini", dtype="float32").to(policy.device)
+    judge = AutoModelForCausalLM.from_pretrained(work / "judge-mini", dtype="float32").to(
+        policy.device
+    )
     from utils.export_gguf import export_gguf
 
     export_gguf(str(work / "judge-mini"), str(work / "judge-mini" / JUDGE_FILE))

@@ -25,31 +25,72 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reasoning.grading import is_correct
 from reasoning.loaders import load_problems, three_columns
 from reasoning.problems import problems
-from reasoning.records import Problem, RecordError, ResumableRows, StepValue, read_records, write_records, write_text
+from reasoning.records import (
+    Problem,
+    RecordError,
+    ResumableRows,
+    StepValue,
+    read_records,
+    write_records,
+    write_text,
+)
 from reasoning.steps import ends_solution
 from reward_model.base import PromptTooLong
 from search.mcts import DROPPED, SEARCHES, Budget, Tree, run_searches
-from utils.cli import UserError, at_root, check_input, check_output, parse_args, refuse_held_out, run
+from utils.cli import (
+    UserError,
+    at_root,
+    check_input,
+    check_output,
+    parse_args,
+    refuse_held_out,
+    run,
+)
 from utils.policies import PolicyArgs, check_policy, open_policy, policy_identity
 
-SEARCH = ("search", "rollouts_per_state", "budget", "budget_unit", "temperature", "max_new_tokens", "seed")  # what makes a tree
+SEARCH = (
+    "search",
+    "rollouts_per_state",
+    "budget",
+    "budget_unit",
+    "temperature",
+    "max_new_tokens",
+    "seed",
+)  # what makes a tree
 
 
 @dataclass
 class TreeArguments(PolicyArgs):
     input: str | None = field(
         default=None,
-        metadata={"help": "problems, of any shape that reasoning/loaders.py knows; default: the generated train problems"},
+        metadata={
+            "help": "problems, of any shape that reasoning/loaders.py knows; default: the generated train problems"
+        },
     )
-    output: str = field(default_factory=lambda: at_root("data/mcts_steps.jsonl"), metadata={"help": "the steps with their values"})
-    csv: str | None = field(default=None, metadata={"help": "write them also as a table: question and beginning, next step, score"})
-    trees: str | None = field(default=None, metadata={"help": "write the trees here, one a line (utils/show_tree.py shows them)"})
+    output: str = field(
+        default_factory=lambda: at_root("data/mcts_steps.jsonl"),
+        metadata={"help": "the steps with their values"},
+    )
+    csv: str | None = field(
+        default=None,
+        metadata={"help": "write them also as a table: question and beginning, next step, score"},
+    )
+    trees: str | None = field(
+        default=None,
+        metadata={"help": "write the trees here, one a line (utils/show_tree.py shows them)"},
+    )
     from_trees: str | None = field(
-        default=None, metadata={"help": "search nothing: take the trees of this file, which --trees wrote, and label their steps"}
+        default=None,
+        metadata={
+            "help": "search nothing: take the trees of this file, which --trees wrote, and label their steps"
+        },
     )
     search: str = field(
         default="omegaprm",
-        metadata={"help": "omegaprm: first errors of wrong rollouts; per_step: every step of solutions", "choices": [*SEARCHES]},
+        metadata={
+            "help": "omegaprm: first errors of wrong rollouts; per_step: every step of solutions",
+            "choices": [*SEARCHES],
+        },
     )
     labels: str = field(
         default="mc",
@@ -59,26 +100,55 @@ class TreeArguments(PolicyArgs):
         },
     )
     keep_dropped: bool = field(
-        default=False, metadata={"help": "keep the steps of problems that are always or never right, from the rollouts there are"}
+        default=False,
+        metadata={
+            "help": "keep the steps of problems that are always or never right, from the rollouts there are"
+        },
     )
     min_rollouts: int = field(
         default=1,
-        metadata={"help": "leave out steps whose label comes from fewer rollouts (one that closes a solution needs none)"},
+        metadata={
+            "help": "leave out steps whose label comes from fewer rollouts (one that closes a solution needs none)"
+        },
     )
-    rollouts_per_state: int = field(default=8, metadata={"help": "rollouts from every state that is evaluated"})
-    budget: int = field(default=64, metadata={"help": "what a problem may cost, the rollouts from its root included"})
-    budget_unit: str = field(default="rollouts", metadata={"help": "what --budget counts", "choices": ["rollouts", "tokens"]})
-    in_flight: int = field(default=64, metadata={"help": "problems searched at once; changes the speed, never the result"})
+    rollouts_per_state: int = field(
+        default=8, metadata={"help": "rollouts from every state that is evaluated"}
+    )
+    budget: int = field(
+        default=64,
+        metadata={"help": "what a problem may cost, the rollouts from its root included"},
+    )
+    budget_unit: str = field(
+        default="rollouts",
+        metadata={"help": "what --budget counts", "choices": ["rollouts", "tokens"]},
+    )
+    in_flight: int = field(
+        default=64,
+        metadata={"help": "problems searched at once; changes the speed, never the result"},
+    )
     limit: int | None = field(
-        default=None, metadata={"help": "use the first N problems; default: 500 of the train problems, all of --input"}
+        default=None,
+        metadata={
+            "help": "use the first N problems; default: 500 of the train problems, all of --input"
+        },
     )
     temperature: float = field(default=1.0, metadata={"help": "sampling temperature, above 0"})
-    max_new_tokens: int = field(default=256, metadata={"help": "tokens a rollout may add; more, and it is cut and not right"})
+    max_new_tokens: int = field(
+        default=256,
+        metadata={"help": "tokens a rollout may add; more, and it is cut and not right"},
+    )
     seed: int = field(default=0, metadata={"help": "seed of the rollouts"})
     overwrite: bool = field(default=False, metadata={"help": "replace the outputs"})
 
     def __post_init__(self):
-        for name in ("min_rollouts", "rollouts_per_state", "budget", "in_flight", "limit", "max_new_tokens"):
+        for name in (
+            "min_rollouts",
+            "rollouts_per_state",
+            "budget",
+            "in_flight",
+            "limit",
+            "max_new_tokens",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"argument --{name}: expected 1 or more, got {getattr(self, name)}")
         if self.budget_unit == "rollouts" and self.budget < 2 * self.rollouts_per_state:
@@ -109,7 +179,9 @@ def search_problems(args: TreeArguments) -> tuple[list[Tree], ResumableRows]:
     tasks = read_problems(args)
     check_policy(args)
     job = {name: getattr(args, name) for name in SEARCH} | policy_identity(args)
-    job["problems"] = hashlib.sha256(json.dumps([vars(task) for task in tasks]).encode()).hexdigest()
+    job["problems"] = hashlib.sha256(
+        json.dumps([vars(task) for task in tasks]).encode()
+    ).hexdigest()
     check_outputs(args, args.overwrite or ResumableRows.pending(args.output, job))
 
     from tqdm import tqdm
@@ -119,7 +191,11 @@ def search_problems(args: TreeArguments) -> tuple[list[Tree], ResumableRows]:
     done = {row["problem"] for row in rows.rows}
     if done:
         print(f"resuming: {len(done)} of {len(tasks)} problems are done")
-    budget, started, rollouts = Budget(args.budget, args.budget_unit, args.rollouts_per_state), time.monotonic(), 0
+    budget, started, rollouts = (
+        Budget(args.budget, args.budget_unit, args.rollouts_per_state),
+        time.monotonic(),
+        0,
+    )
 
     def searches() -> Iterator:
         for number, task in enumerate(tasks):
@@ -142,12 +218,20 @@ def search_problems(args: TreeArguments) -> tuple[list[Tree], ResumableRows]:
         bar.set_postfix(rollouts=rollouts)
 
     with tqdm(total=len(tasks), initial=len(done), desc="searching", unit="problem") as bar:
-        options = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
-        for number, tree in run_searches(searches(), policy, args.in_flight, **options, sampled=sampled):
+        options = {
+            "temperature": args.temperature,
+            "max_new_tokens": args.max_new_tokens,
+            "seed": args.seed,
+        }
+        for number, tree in run_searches(
+            searches(), policy, args.in_flight, **options, sampled=sampled
+        ):
             add(number, tree)
     seconds = time.monotonic() - started
     print(f"searched for {seconds:.0f} s: {rollouts} rollouts, {rollouts / seconds:.0f} a second")
-    return [Tree.from_row(row["tree"]) for row in sorted(rows.rows, key=lambda row: row["problem"])], rows
+    return [
+        Tree.from_row(row["tree"]) for row in sorted(rows.rows, key=lambda row: row["problem"])
+    ], rows
 
 
 def judge_of(task: Problem) -> Callable[[tuple[str, ...]], bool]:
@@ -159,7 +243,9 @@ def summary(trees: list[Tree]) -> None:
     ended = Counter(tree.ended for tree in trees)
     searched = len(trees) - sum(ended[reason] for reason in DROPPED)
     dropped = ", ".join(f"{ended[reason]} {reason}" for reason in DROPPED)
-    print(f"{len(trees)} problems: {searched} searched, {ended['budget']} of them to the end of the budget; dropped: {dropped}")
+    print(
+        f"{len(trees)} problems: {searched} searched, {ended['budget']} of them to the end of the budget; dropped: {dropped}"
+    )
     outcomes = Counter(rollout.outcome for tree in trees for rollout in tree.rollouts)
     in_vain = sum(len(tree.rollouts) for tree in trees if tree.ended in DROPPED)
     print(
@@ -172,15 +258,29 @@ def summary_of_labels(labels: str, values: list[StepValue], without: int) -> Non
     """How many rollouts the labels come from, and how they are distributed: exactly 0, exactly 1, and what is between."""
     single = sum(value.rollouts == 1 for value in values)
     mean = sum(value.rollouts for value in values) / len(values)
-    print(f"{len(values)} rows, from {mean:.1f} rollouts each ({single} of them from 1); labels ({labels}):")
+    print(
+        f"{len(values)} rows, from {mean:.1f} rollouts each ({single} of them from 1); labels ({labels}):"
+    )
     kinds = {
         "steps on the way": [value.score for value in values if not ends_solution([value.step])],
-        "steps that state the answer": [value.score for value in values if ends_solution([value.step])],
+        "steps that state the answer": [
+            value.score for value in values if ends_solution([value.step])
+        ],
     }
     for kind, scores in kinds.items():
-        bins = Counter("0" if s == 0 else "1" if s == 1 else "below 1/2" if s < 0.5 else "from 1/2 on" for s in scores)
-        shares = ", ".join(f"{name}: {bins[name] / len(scores):.3f}" for name in ("0", "below 1/2", "from 1/2 on", "1") if scores)
-        print(f"  {len(scores)} {kind}" + (f"; {shares}; mean {sum(scores) / len(scores):.3f}" if scores else ""))
+        bins = Counter(
+            "0" if s == 0 else "1" if s == 1 else "below 1/2" if s < 0.5 else "from 1/2 on"
+            for s in scores
+        )
+        shares = ", ".join(
+            f"{name}: {bins[name] / len(scores):.3f}"
+            for name in ("0", "below 1/2", "from 1/2 on", "1")
+            if scores
+        )
+        print(
+            f"  {len(scores)} {kind}"
+            + (f"; {shares}; mean {sum(scores) / len(scores):.3f}" if scores else "")
+        )
     if labels == "relative":
         print(f"  {without} steps that follow a state of value 0 have no label and are left out")
 
@@ -188,7 +288,9 @@ def summary_of_labels(labels: str, values: list[StepValue], without: int) -> Non
 def check_outputs(args: TreeArguments, overwrite: bool) -> None:
     paths = [path for path in (args.output, args.csv, args.trees) if path]
     if len({Path(path).resolve() for path in (*paths, args.from_trees or "")}) <= len(paths):
-        raise UserError(f"--output, --csv, --trees and --from_trees: expected different files, got {', '.join(paths)}")
+        raise UserError(
+            f"--output, --csv, --trees and --from_trees: expected different files, got {', '.join(paths)}"
+        )
     for path in paths:
         check_output(path, overwrite)
 
@@ -205,7 +307,9 @@ def write_csv(path: str, values: list[StepValue]) -> None:
             left_out += 1
     write_text(path, [text.getvalue()])
     if left_out:
-        print(f"{path}: {left_out} of {len(values)} rows left out: three columns need solutions that begin with 'Step 1:'")
+        print(
+            f"{path}: {left_out} of {len(values)} rows left out: three columns need solutions that begin with 'Step 1:'"
+        )
 
 
 def main() -> None:
@@ -219,12 +323,21 @@ def main() -> None:
         trees, rows = search_problems(args)
 
     summary(trees)
-    labelled = [tree.values(args.labels) for tree in trees if args.keep_dropped or tree.ended not in DROPPED]
+    labelled = [
+        tree.values(args.labels) for tree in trees if args.keep_dropped or tree.ended not in DROPPED
+    ]
     values = [
-        value for of_tree, _ in labelled for value in of_tree if value.rollouts >= args.min_rollouts or ends_solution([value.step])
+        value
+        for of_tree, _ in labelled
+        for value in of_tree
+        if value.rollouts >= args.min_rollouts or ends_solution([value.step])
     ]
     if not values:
-        kept = f"; {rows.path} keeps the search for other --labels, --min_rollouts or --keep_dropped" if rows else ""
+        kept = (
+            f"; {rows.path} keeps the search for other --labels, --min_rollouts or --keep_dropped"
+            if rows
+            else ""
+        )
         raise UserError(f"no steps came out (see above), nothing was written{kept}")
     summary_of_labels(args.labels, values, without=sum(count for _, count in labelled))
     if args.csv:
@@ -234,7 +347,10 @@ def main() -> None:
     write_records(args.output, values)
     if rows:
         rows.finish()
-    print(f"wrote {len(values)} step values to {args.output}" + "".join(f", {path}" for path in (args.csv, args.trees) if path))
+    print(
+        f"wrote {len(values)} step values to {args.output}"
+        + "".join(f", {path}" for path in (args.csv, args.trees) if path)
+    )
 
 
 if __name__ == "__main__":

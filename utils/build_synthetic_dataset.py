@@ -21,7 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reasoning.grading import is_correct
 from reasoning.loaders import load_problems
 from reasoning.problems import problems
-from reasoning.records import PreferencePair, Problem, Prompt, ResumableRows, read_records, write_records
+from reasoning.records import (
+    PreferencePair,
+    Problem,
+    Prompt,
+    ResumableRows,
+    read_records,
+    write_records,
+)
 from reward_model.base import StepJudge, aggregate
 from utils.cli import UserError, at_root, check_output, parse_args, refuse_held_out, run
 from utils.judges import JudgeArgs, check_judge, judge_identity, open_judge
@@ -34,15 +41,26 @@ UNIT = 64  # problems sampled together: with the same seed a group always gives 
 class PairArguments(JudgeArgs, PolicyArgs):
     input: str | None = field(
         default=None,
-        metadata={"help": "problems, of any shape that reasoning/loaders.py knows; default: the generated train problems"},
+        metadata={
+            "help": "problems, of any shape that reasoning/loaders.py knows; default: the generated train problems"
+        },
     )
-    output: str = field(default_factory=lambda: at_root("data/synthetic_dataset.jsonl"), metadata={"help": "the pairs"})
+    output: str = field(
+        default_factory=lambda: at_root("data/synthetic_dataset.jsonl"),
+        metadata={"help": "the pairs"},
+    )
     pair_by: str = field(
         default="answer",
-        metadata={"help": "answer: right against wrong; judge: best against worst mean step score", "choices": ["answer", "judge"]},
+        metadata={
+            "help": "answer: right against wrong; judge: best against worst mean step score",
+            "choices": ["answer", "judge"],
+        },
     )
     limit: int | None = field(
-        default=None, metadata={"help": "use the first N problems; default: 2000 of the train problems, all of --input"}
+        default=None,
+        metadata={
+            "help": "use the first N problems; default: 2000 of the train problems, all of --input"
+        },
     )
     samples: int = field(default=8, metadata={"help": "samples a problem"})
     temperature: float = field(default=1.0, metadata={"help": "sampling temperature, above 0"})
@@ -64,7 +82,9 @@ def read_problems(args: PairArguments) -> list[Problem] | list[Prompt]:
     """Raises UserError if one of them is held out."""
     if args.input is None:
         return list(itertools.islice(problems("train"), args.limit or 2000))
-    rows = load_problems(args.input) if args.pair_by == "answer" else read_records(args.input, Prompt)
+    rows = (
+        load_problems(args.input) if args.pair_by == "answer" else read_records(args.input, Prompt)
+    )
     tasks = list(itertools.islice({task.prompt: task for task in rows}.values(), args.limit))
     refuse_held_out(args.input, tasks)
     return tasks
@@ -79,7 +99,9 @@ def pair_by_answer(task: Problem, samples: list[list[str]]) -> tuple[PreferenceP
     return PreferencePair.of_solutions(task.prompt, right[0], wrong[0]), ""
 
 
-def pair_by_judge(task: Prompt, samples: list[list[str]], scores: list[list[float]]) -> tuple[PreferencePair | None, str]:
+def pair_by_judge(
+    task: Prompt, samples: list[list[str]], scores: list[list[float]]
+) -> tuple[PreferencePair | None, str]:
     """(pair, why not): the highest mean step score against the lowest."""
     ranked = sorted(zip(map(aggregate, scores), samples, strict=True), key=lambda scored: scored[0])
     (low, worse), (high, better) = ranked[0], ranked[-1]
@@ -94,9 +116,14 @@ def main() -> None:
     check_policy(args)
     if args.pair_by == "judge":
         check_judge(args)
-    job = {name: getattr(args, name) for name in ("pair_by", "samples", "temperature", "max_new_tokens", "seed")}
+    job = {
+        name: getattr(args, name)
+        for name in ("pair_by", "samples", "temperature", "max_new_tokens", "seed")
+    }
     job |= policy_identity(args)
-    job["problems"] = hashlib.sha256(json.dumps([vars(task) for task in tasks]).encode()).hexdigest()
+    job["problems"] = hashlib.sha256(
+        json.dumps([vars(task) for task in tasks]).encode()
+    ).hexdigest()
     if args.pair_by == "judge":
         job |= judge_identity(args)
     check_output(args.output, args.overwrite or ResumableRows.pending(args.output, job))
@@ -107,7 +134,9 @@ def main() -> None:
         if rows.rows:
             print(f"resuming: {len(rows.rows)} of {len(tasks)} problems are done")
         sample_problems(args, tasks, policy, judge, rows)
-    pairs = list({json.dumps(row["pair"]): row["pair"] for row in rows.rows if row["pair"]}.values())
+    pairs = list(
+        {json.dumps(row["pair"]): row["pair"] for row in rows.rows if row["pair"]}.values()
+    )
     summary(tasks, rows.rows, pairs)
     if not pairs:
         rows.finish()
@@ -124,21 +153,42 @@ def sample_problems(args: PairArguments, tasks: list, policy, judge, rows: Resum
     with tqdm(total=len(tasks), initial=len(rows.rows), desc="sampling", unit="problem") as bar:
         for start in range(len(rows.rows), len(tasks), UNIT):
             group = tasks[start : start + UNIT]
-            options = {"n": args.samples, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
-            answers = policy.generate([task.prompt for task in group], seed=args.seed * 1_000_003 + start, **options)
-            ended = [[response.steps for response in responses if response.finished and response.steps] for responses in answers]
+            options = {
+                "n": args.samples,
+                "temperature": args.temperature,
+                "max_new_tokens": args.max_new_tokens,
+            }
+            answers = policy.generate(
+                [task.prompt for task in group], seed=args.seed * 1_000_003 + start, **options
+            )
+            ended = [
+                [response.steps for response in responses if response.finished and response.steps]
+                for responses in answers
+            ]
             scores = ended
             if judge:
                 ended, scores = score_group(judge, group, ended)
             for task, samples, their_scores in zip(group, ended, scores, strict=True):
-                right = sum(is_correct(steps, task) for steps in samples) if isinstance(task, Problem) else None
+                right = (
+                    sum(is_correct(steps, task) for steps in samples)
+                    if isinstance(task, Problem)
+                    else None
+                )
                 if not samples:
-                    pair, why_not = None, "no sample ended" + (f", or all were {judge.left_out}" if judge else "")
+                    pair, why_not = (
+                        None,
+                        "no sample ended" + (f", or all were {judge.left_out}" if judge else ""),
+                    )
                 elif judge is None:
                     pair, why_not = pair_by_answer(task, samples)
                 else:
                     pair, why_not = pair_by_judge(task, samples, their_scores)
-                counts = {"samples": args.samples, "ended": len(samples), "right": right, "why_not": why_not}
+                counts = {
+                    "samples": args.samples,
+                    "ended": len(samples),
+                    "right": right,
+                    "why_not": why_not,
+                }
                 rows.append({**counts, "pair": vars(pair) if pair else False})
                 bar.update()
 
@@ -146,16 +196,27 @@ def sample_problems(args: PairArguments, tasks: list, policy, judge, rows: Resum
 def score_group(judge: StepJudge, group: list, ended: list[list[list[str]]]) -> tuple[list, list]:
     """(samples, scores): for each problem its samples that the judge can score, and their step scores."""
     tasks = list(zip(group, ended, strict=True))
-    solutions = list(dict.fromkeys((task.prompt, tuple(steps)) for task, samples in tasks for steps in samples))
+    solutions = list(
+        dict.fromkeys((task.prompt, tuple(steps)) for task, samples in tasks for steps in samples)
+    )
     scores = dict(zip(solutions, judge.score_steps(solutions), strict=True))
-    scored = [[(steps, scores[task.prompt, tuple(steps)]) for steps in samples] for task, samples in tasks]
-    fitting = [[(steps, of_steps) for steps, of_steps in samples if of_steps is not None] for samples in scored]
-    return [[steps for steps, _ in samples] for samples in fitting], [[of_steps for _, of_steps in samples] for samples in fitting]
+    scored = [
+        [(steps, scores[task.prompt, tuple(steps)]) for steps in samples] for task, samples in tasks
+    ]
+    fitting = [
+        [(steps, of_steps) for steps, of_steps in samples if of_steps is not None]
+        for samples in scored
+    ]
+    return [[steps for steps, _ in samples] for samples in fitting], [
+        [of_steps for _, of_steps in samples] for samples in fitting
+    ]
 
 
 def summary(tasks: list, rows: list[dict], pairs: list[dict]) -> None:
     samples = sum(row["samples"] for row in rows)
-    print(f"{len(tasks)} problems, {samples} samples, {sum(row['ended'] for row in rows)} ended by themselves")
+    print(
+        f"{len(tasks)} problems, {samples} samples, {sum(row['ended'] for row in rows)} ended by themselves"
+    )
     if isinstance(tasks[0], Problem):
         right = sum(row["right"] for row in rows)
         print(f"{right} samples right ({right / samples:.3f})")

@@ -30,7 +30,10 @@ def fail(message: object) -> NoReturn:
 
 
 def parse_args(
-    *dataclasses: type, description: str, args: list[str] | None = None, defaults: dict[str, Any] | None = None
+    *dataclasses: type,
+    description: str,
+    args: list[str] | None = None,
+    defaults: dict[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """Fill dataclasses from flags and `--config file.yaml` by TRL's TrlParser (flags beat YAML, an unknown key is an error).
     `defaults` replace the dataclasses' own: for what depends on the machine or on where the user is.
@@ -46,7 +49,12 @@ def parse_args(
         def error(self, message: str) -> NoReturn:
             fail(f"{message} (see --help)")
 
-    parser = Parser(dataclasses, description=description, allow_abbrev=False, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = Parser(
+        dataclasses,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
     parser.set_defaults_with_config(**(defaults or {}))
     parser.epilog = "--config FILE.yaml gives any of these flags as keys; flags beat the file."
     args = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
@@ -95,7 +103,9 @@ def _check_config(parser, path: str, yaml) -> None:
             fail(f"config file {path}: key '{key}' takes one value, got a list")
         if isinstance(value, dict):
             value = json.dumps(value)
-        parser.parse_known_args([f"--{key}", *[str(item) for item in (value if isinstance(value, list) else [value])]])
+        parser.parse_known_args(
+            [f"--{key}", *[str(item) for item in (value if isinstance(value, list) else [value])]]
+        )
 
 
 def run(main: Callable[[], None]) -> None:
@@ -126,7 +136,9 @@ def check_input(path: str, made_by: str | None = None) -> None:
 def check_output(path: str, overwrite: bool = False) -> None:
     """Raises UserError if an output exists and may not be overwritten, or if it cannot be written where it should go."""
     target = Path(path)
-    if (target.is_dir() and any(target.iterdir()) and not overwrite) or (target.is_file() and not overwrite):
+    if (target.is_dir() and any(target.iterdir()) and not overwrite) or (
+        target.is_file() and not overwrite
+    ):
         raise UserError(f"{path} exists: give --overwrite to replace it, or another output")
     parent = target.absolute().parent
     while not parent.exists():
@@ -139,18 +151,28 @@ def check_model(path: str, made_by: str | None = None) -> None:
     """Raises UserError if a local model directory is none. A name such as `org/model` that is no local path is left to the hub."""
     folder = Path(path)
     if folder.is_dir():
-        if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        if (
+            not (folder / "config.json").is_file()
+            and not (folder / "adapter_config.json").is_file()
+        ):
             raise UserError(f"{path} is no model directory: it has no config.json")
     elif folder.exists():
         raise UserError(f"{path} is a file, expected a model directory")
     elif made_by or path.count("/") != 1 or path.startswith((".", "models/", "saved_model/")):
-        raise UserError(f"model directory {path} not found" + (f": run `{made_by}` first" if made_by else ""))
+        raise UserError(
+            f"model directory {path} not found" + (f": run `{made_by}` first" if made_by else "")
+        )
 
 
 def held_out_prompts() -> dict[str, str]:
     """Prompt -> file name of every held-out problem: no pair is made of one, and none is trained on."""
     files = [ROOT / "data" / f"problems_{split}.jsonl" for split in HELD_OUT]
-    return {problem.prompt: file.name for file in files if file.is_file() for problem in read_records(file, Problem)}
+    return {
+        problem.prompt: file.name
+        for file in files
+        if file.is_file()
+        for problem in read_records(file, Problem)
+    }
 
 
 def refuse_held_out(name: str, rows: Iterable[Any]) -> None:
@@ -159,4 +181,6 @@ def refuse_held_out(name: str, rows: Iterable[Any]) -> None:
     for row in rows:
         if row.prompt in held_out:
             file = held_out[row.prompt]
-            raise UserError(f"{name}: holds a held-out problem ({file}), nothing is learned from those: {row.prompt[:60]!r} ...")
+            raise UserError(
+                f"{name}: holds a held-out problem ({file}), nothing is learned from those: {row.prompt[:60]!r} ..."
+            )

@@ -22,8 +22,12 @@ BASE, TUNED = "models/policy-mini", "saved_model/stepwise_dpo_tinyllama"
 
 @dataclass
 class DemoArguments:
-    problems: int = field(default=700, metadata={"help": "train problems that are sampled, 8 times each"})
-    test_problems: int = field(default=1000, metadata={"help": "held-out problems that base and tuned answer"})
+    problems: int = field(
+        default=700, metadata={"help": "train problems that are sampled, 8 times each"}
+    )
+    test_problems: int = field(
+        default=1000, metadata={"help": "held-out problems that base and tuned answer"}
+    )
     seed: int = field(default=0, metadata={"help": "seed of samples and training"})
 
 
@@ -41,7 +45,10 @@ def telling_problem(answers: Path) -> str:
     """The first problem that the base gets wrong and the tuned model right; if there is none, the first."""
     rows = [row for _, row in read_rows(answers)]
     for row in rows:
-        base, tuned = (same_answer(extract_answer(row[f"{side}_steps"][-1]), row["answer"]) for side in ("base", "tuned"))
+        base, tuned = (
+            same_answer(extract_answer(row[f"{side}_steps"][-1]), row["answer"])
+            for side in ("base", "tuned")
+        )
         if tuned and not base:
             return row["prompt"]
     return rows[0]["prompt"]
@@ -73,10 +80,17 @@ def main() -> None:
     )  # fmt: skip
     prompt = telling_problem(ROOT / "evaluation/results/reward_score_comparison.jsonl")
     show = ("inference.py", "--show_scores", "--prompt", prompt, "--model_name_or_path")
-    step("5/5 Answer: the base", "One held-out problem, the judge's score beside each step.", *show, BASE)
+    step(
+        "5/5 Answer: the base",
+        "One held-out problem, the judge's score beside each step.",
+        *show,
+        BASE,
+    )
     step("5/5 Answer: the tuned model", "The same problem after training.", *show, TUNED)
     plot = at_root("evaluation/plots/reward_score_comparison.png")
-    print(f"\nThe table of step 4 as a picture: {plot} (the whole loop took {(time.monotonic() - start) / 60:.1f} minutes)")
+    print(
+        f"\nThe table of step 4 as a picture: {plot} (the whole loop took {(time.monotonic() - start) / 60:.1f} minutes)"
+    )
 
 
 if __name__ == "__main__":

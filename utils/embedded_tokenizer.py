@@ -27,20 +27,37 @@ def build_tokenizer():
 
     llama.cpp merges any two neighbours whose joined text is in the vocabulary, best score first. To make the BPE here do the same,
     every way to split a piece into two pieces becomes a merge, ranked by the piece's place in the vocabulary."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     learner = Tokenizer(models.BPE())
-    learner.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    learner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    )
     learner.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
     printable = [chr(code) for code in range(33, 127)] + [SPACE]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIAL) - len(BYTES), initial_alphabet=printable, special_tokens=[], show_progress=False
+        vocab_size=VOCAB_SIZE - len(SPECIAL) - len(BYTES),
+        initial_alphabet=printable,
+        special_tokens=[],
+        show_progress=False,
     )
     learner.train_from_iterator(corpus(), trainer)
     learned = sorted(learner.get_vocab(), key=learner.get_vocab().get)
     learned.remove("\n")  # as in LLaMA a newline is its byte token
-    pieces = sorted(learned, key=lambda piece: len(piece) > 1)  # characters first, then the merges in the order they were learned
+    pieces = sorted(
+        learned, key=lambda piece: len(piece) > 1
+    )  # characters first, then the merges in the order they were learned
 
     vocab = {piece: rank for rank, piece in enumerate([*SPECIAL, *BYTES, *pieces])}
     merges = [
@@ -49,13 +66,26 @@ def build_tokenizer():
         for cut in range(1, len(piece))
         if piece[:cut] in vocab and piece[cut:] in vocab
     ]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer = Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

@@ -17,7 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.cli import UserError, at_root, check_model, check_output, parse_args, run
 
-QUANTIZATIONS = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_0"}  # -> gguf's file types
+QUANTIZATIONS = {
+    "F32": "ALL_F32",
+    "F16": "MOSTLY_F16",
+    "Q8_0": "MOSTLY_Q8_0",
+    "Q4_0": "MOSTLY_Q4_0",
+}  # -> gguf's file types
 
 
 @dataclass
@@ -27,11 +32,17 @@ class ExportArguments:
         metadata={"help": "LLaMA model directory, adapter directory or hub name to export"},
     )
     output: str | None = field(
-        default=None, metadata={"help": "GGUF file to write (default: in that directory, <its name>.<quantization>.gguf)"}
+        default=None,
+        metadata={
+            "help": "GGUF file to write (default: in that directory, <its name>.<quantization>.gguf)"
+        },
     )
     quantization: str = field(
         default="Q8_0",
-        metadata={"help": "how matrices are stored: Q8_0 and Q4_0 in blocks of 32 numbers", "choices": [*QUANTIZATIONS]},
+        metadata={
+            "help": "how matrices are stored: Q8_0 and Q4_0 in blocks of 32 numbers",
+            "choices": [*QUANTIZATIONS],
+        },
     )
     overwrite: bool = field(default=False, metadata={"help": "replace an existing output"})
 
@@ -62,7 +73,9 @@ def export_gguf(model_dir: str | Path, output: str | Path, quantization: str = "
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     _add_vocabulary(writer, model_dir, tokenizer, config.vocab_size)
 
-    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])  # tied embeddings: llama.cpp wants both
+    weights.setdefault(
+        "lm_head.weight", weights["model.embed_tokens.weight"]
+    )  # tied embeddings: llama.cpp wants both
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     kinds = {}
     for name, weight in weights.items():
@@ -71,7 +84,9 @@ def export_gguf(model_dir: str | Path, output: str | Path, quantization: str = "
             kind = "F16"
         kinds[name] = kind = gguf.GGMLQuantizationType[kind]
         size = math.prod(gguf.quants.quant_shape_to_byte_shape(tuple(weight.shape), kind))
-        writer.add_tensor_info(names.get_name(name, (".weight",)), weight.shape, np.float32, size, raw_dtype=kind)
+        writer.add_tensor_info(
+            names.get_name(name, (".weight",)), weight.shape, np.float32, size, raw_dtype=kind
+        )
 
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +98,10 @@ def export_gguf(model_dir: str | Path, output: str | Path, quantization: str = "
         for name, weight in tqdm(weights.items(), desc="writing", unit="tensor"):
             array = weight.float().numpy()
             if name.endswith(("q_proj.weight", "k_proj.weight")):
-                array = _permute(array, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+                array = _permute(
+                    array,
+                    config.num_attention_heads if "q_proj" in name else config.num_key_value_heads,
+                )
             writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(array), kinds[name]))
         writer.close()
         os.replace(temporary, output)
@@ -101,14 +119,19 @@ def _load(model_dir: str):
         base, is_adapter = base_of(model_dir)
         config = AutoConfig.from_pretrained(base)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{model_dir} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(
+            f"{model_dir} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from None
     if config.model_type != "llama":
-        raise UserError(f"{model_dir} is a '{config.model_type}' model, expected the LLaMA architecture")
+        raise UserError(
+            f"{model_dir} is a '{config.model_type}' model, expected the LLaMA architecture"
+        )
     unsupported = {
         "scaled rotary positions": config.rope_parameters.get("rope_type", "default") != "default",
         "biases": config.attention_bias or config.mlp_bias,
         f"activation '{config.hidden_act}'": config.hidden_act != "silu",
-        "heads of a size that is not hidden / heads": config.head_dim != config.hidden_size // config.num_attention_heads,
+        "heads of a size that is not hidden / heads": config.head_dim
+        != config.hidden_size // config.num_attention_heads,
     }
     for what, present in unsupported.items():
         if present:
@@ -130,14 +153,23 @@ def _add_vocabulary(writer, model_dir: str | Path, tokenizer, size: int) -> None
     spec = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {}}
     vocab = tokenizer.get_vocab()
     byte_tokens = {f"<0x{byte:02X}>" for byte in range(256)}
-    begins = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[:1]
-    if not (spec["model"].get("byte_fallback") and byte_tokens <= vocab.keys() and begins and begins[0].startswith("▁")):
+    begins = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[
+        :1
+    ]
+    if not (
+        spec["model"].get("byte_fallback")
+        and byte_tokens <= vocab.keys()
+        and begins
+        and begins[0].startswith("▁")
+    ):
         raise UserError(
             f"{model_dir} has a tokenizer that is not SentencePiece-style: expected BPE with byte fallback, 256 byte tokens and a "
             "space put in front"
         )
     if max(vocab.values()) >= size:
-        raise UserError(f"{model_dir} has {max(vocab.values()) + 1} tokens, but embeddings for {size}")
+        raise UserError(
+            f"{model_dir} has {max(vocab.values()) + 1} tokens, but embeddings for {size}"
+        )
 
     ranks: dict[str, int] = {}
     for merge in spec["model"]["merges"]:

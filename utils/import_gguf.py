@@ -19,10 +19,13 @@ from reward_model.base import JudgeError
 from reward_model.gguf_file import read_gguf
 from utils.cli import UserError, check_input, check_output, parse_args, run
 
-PROBE = (
-    "Mia has 12 apples. She buys 3 boxes of 4 apples.\nStep 1: 3 * 4 = 12, 12 + 12 = 24\nAnswer: 24"  # what the copy is checked on
-)
-SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}  # tokenizer -> GGUF
+PROBE = "Mia has 12 apples. She buys 3 boxes of 4 apples.\nStep 1: 3 * 4 = 12, 12 + 12 = 24\nAnswer: 24"  # what the copy is checked on
+SPECIAL = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+}  # tokenizer -> GGUF
 
 CARD = """---
 library_name: transformers{license}
@@ -46,8 +49,12 @@ class ImportArguments:
             "choices": ["bfloat16", "float16", "float32"],
         },
     )
-    sha256: str | None = field(default=None, metadata={"help": "refuse the file unless this is its SHA-256"})
-    overwrite: bool = field(default=False, metadata={"help": "replace a model directory that is there"})
+    sha256: str | None = field(
+        default=None, metadata={"help": "refuse the file unless this is its SHA-256"}
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "replace a model directory that is there"}
+    )
 
 
 def import_gguf(source: Path, output: Path, dtype: str = "bfloat16", sha256: str = "") -> None:
@@ -58,23 +65,41 @@ def import_gguf(source: Path, output: Path, dtype: str = "bfloat16", sha256: str
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     try:
-        header = read_gguf(source, any_kind=True).metadata  # the library would take a damaged length as it stands
+        header = read_gguf(
+            source, any_kind=True
+        ).metadata  # the library would take a damaged length as it stands
     except JudgeError as error:
         raise UserError(str(error).removeprefix("judge ")) from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=getattr(torch, dtype)).eval()
-    except (OSError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
-        raise UserError(f"{source}: transformers cannot read this GGUF file ({type(error).__name__}: {error})") from None
+        model = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=getattr(torch, dtype)
+        ).eval()
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        NotImplementedError,
+    ) as error:
+        raise UserError(
+            f"{source}: transformers cannot read this GGUF file ({type(error).__name__}: {error})"
+        ) from None
     for name, key in SPECIAL.items():  # transformers leaves them out for some vocabularies
         index = header.get(f"tokenizer.ggml.{key}_token_id")
         if index is not None and getattr(tokenizer, name) is None:
             setattr(tokenizer, name, header["tokenizer.ggml.tokens"][index])
-    model.hf_quantizer = None  # the weights are plain numbers now, and save_pretrained refuses a quantizer
+    model.hf_quantizer = (
+        None  # the weights are plain numbers now, and save_pretrained refuses a quantizer
+    )
     del model.config.quantization_config
-    vars(model.config).pop("_model_name_or_path", None)  # what the file calls itself is no place to load from
+    vars(model.config).pop(
+        "_model_name_or_path", None
+    )  # what the file calls itself is no place to load from
     if model.generation_config is None:
         model.generation_config = GenerationConfig.from_model_config(model.config)
 
@@ -84,7 +109,9 @@ def import_gguf(source: Path, output: Path, dtype: str = "bfloat16", sha256: str
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         _check_copy(model, tokenizer, staging, dtype)
-        (staging / "README.md").write_text(_card(model, tokenizer, header, source, output, dtype, sha256), encoding="utf-8")
+        (staging / "README.md").write_text(
+            _card(model, tokenizer, header, source, output, dtype, sha256), encoding="utf-8"
+        )
         shutil.rmtree(output, ignore_errors=True)
         os.replace(staging, output)
     finally:
@@ -97,17 +124,28 @@ def _check_copy(model, tokenizer, folder: Path, dtype: str) -> None:
 
     copied = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(PROBE, return_tensors="pt")["input_ids"]
-    same = torch.equal(ids, copied(PROBE, return_tensors="pt")["input_ids"]) and tokenizer.eos_token_id == copied.eos_token_id
+    same = (
+        torch.equal(ids, copied(PROBE, return_tensors="pt")["input_ids"])
+        and tokenizer.eos_token_id == copied.eos_token_id
+    )
     if not same or tokenizer.chat_template != copied.chat_template:
-        raise UserError(f"{folder}: the saved tokenizer is not the file's (other ids or another chat template)")
-    copy, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), output_loading_info=True)
+        raise UserError(
+            f"{folder}: the saved tokenizer is not the file's (other ids or another chat template)"
+        )
+    copy, loading = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), output_loading_info=True
+    )
     with torch.inference_mode():
         before, after = model(input_ids=ids).logits, copy.eval()(input_ids=ids).logits
     if loading["missing_keys"] or not torch.equal(before, after) or not before.isfinite().all():
-        raise UserError(f"{folder}: the saved model does not give the file's logits; try --dtype float32")
+        raise UserError(
+            f"{folder}: the saved model does not give the file's logits; try --dtype float32"
+        )
 
 
-def _card(model, tokenizer, header: dict, source: Path, output: Path, dtype: str, sha256: str) -> str:
+def _card(
+    model, tokenizer, header: dict, source: Path, output: Path, dtype: str, sha256: str
+) -> str:
     licence = header.get("general.license")
     return CARD.format(
         license=f"\nlicense: {licence}" if licence else "",
@@ -127,16 +165,24 @@ def main() -> None:
     source, output = Path(args.input), Path(args.output)
     check_input(args.input)
     check_output(args.output, args.overwrite)
-    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file()):
-        raise UserError(f"{output} is no model directory: it is not replaced, give another --output")
+    if output.is_file() or (
+        output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file()
+    ):
+        raise UserError(
+            f"{output} is no model directory: it is not replaced, give another --output"
+        )
     with open(source, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if args.sha256 and sha256 != args.sha256.lower():
-        raise UserError(f"{source}: its SHA-256 is {sha256}, expected {args.sha256.lower()}; the file is damaged or another one")
+        raise UserError(
+            f"{source}: its SHA-256 is {sha256}, expected {args.sha256.lower()}; the file is damaged or another one"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     import_gguf(source, output, args.dtype, sha256)
     size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
-    print(f"wrote {output}: {size:.0f} MB in {args.dtype}; same ids, chat template and logits as the file")
+    print(
+        f"wrote {output}: {size:.0f} MB in {args.dtype}; same ids, chat template and logits as the file"
+    )
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ def _openai(args: "JudgeArgs") -> StepJudge:
         in_flight=args.judge_requests,
         cache=args.judge_cache,
     )
-    judge.score_steps([("2 + 3 = ?", ["Step 1: 2 + 3 = 5"])])  # a server that cannot be used is found before the work begins
+    judge.score_steps(
+        [("2 + 3 = ?", ["Step 1: 2 + 3 = 5"])]
+    )  # a server that cannot be used is found before the work begins
     return judge
 
 
@@ -62,8 +64,14 @@ def _exact(args: "JudgeArgs") -> StepJudge:
 
     if args.judge_problems is not None:
         return ExactJudge(read_records(args.judge_problems, Problem))
-    held_out = [ROOT / "data" / f"problems_{split}.jsonl" for split in HELD_OUT]  # quicker to read than to make again
-    return ExactJudge(itertools.chain(*(read_records(path, Problem) for path in held_out if path.is_file()), problems("train")))
+    held_out = [
+        ROOT / "data" / f"problems_{split}.jsonl" for split in HELD_OUT
+    ]  # quicker to read than to make again
+    return ExactJudge(
+        itertools.chain(
+            *(read_records(path, Problem) for path in held_out if path.is_file()), problems("train")
+        )
+    )
 
 
 def _shuffled(args: "JudgeArgs") -> StepJudge:
@@ -100,7 +108,14 @@ USES = {  # judge -> its own arguments, first what it is called by
     "hf": ("judge_path", "judge_template"),
     "prm": ("judge_path",),
     "response": ("judge_path",),
-    "openai": ("judge_model", "judge_base_url", "judge_template", "judge_samples", "judge_requests", "judge_cache"),
+    "openai": (
+        "judge_model",
+        "judge_base_url",
+        "judge_template",
+        "judge_samples",
+        "judge_requests",
+        "judge_cache",
+    ),
     "exact": ("judge_problems",),
     "random": ("seed",),
     "human": ("judge_labels",),
@@ -146,19 +161,31 @@ class JudgeArgs:
             "choices": [*TEMPLATES],
         },
     )
-    threads: int | None = field(default=None, metadata={"help": "gguf: threads (default: as many as pay off)"})
-    judge_base_url: str | None = field(default=None, metadata={"help": "openai: URL of the server, http://localhost:8000/v1"})
+    threads: int | None = field(
+        default=None, metadata={"help": "gguf: threads (default: as many as pay off)"}
+    )
+    judge_base_url: str | None = field(
+        default=None, metadata={"help": "openai: URL of the server, http://localhost:8000/v1"}
+    )
     judge_model: str | None = field(default=None, metadata={"help": "openai: name of the model"})
-    judge_samples: int = field(default=5, metadata={"help": "openai: verdicts a step from a server that gives no logprobs"})
+    judge_samples: int = field(
+        default=5, metadata={"help": "openai: verdicts a step from a server that gives no logprobs"}
+    )
     judge_requests: int = field(default=16, metadata={"help": "openai: most requests at once"})
     judge_cache: str = field(
-        default=at_root("logs/judge_answers.jsonl"), metadata={"help": "openai: every answer, so that none is paid for twice"}
+        default=at_root("logs/judge_answers.jsonl"),
+        metadata={"help": "openai: every answer, so that none is paid for twice"},
     )
     judge_problems: str | None = field(
-        default=None, metadata={"help": "exact: JSONL of problems with reference steps (default: the embedded world's)"}
+        default=None,
+        metadata={
+            "help": "exact: JSONL of problems with reference steps (default: the embedded world's)"
+        },
     )
     judge_labels: str | None = field(default=None, metadata={"help": "human: JSONL of step labels"})
-    shuffled_judge: str = field(default="gguf", metadata={"help": "shuffled: whose scores are permuted", "choices": [*USES]})
+    shuffled_judge: str = field(
+        default="gguf", metadata={"help": "shuffled: whose scores are permuted", "choices": [*USES]}
+    )
     seed: int = field(default=0, metadata={"help": "shuffled, random: seed of the scores"})
 
 
@@ -174,7 +201,12 @@ def check_judge(args: JudgeArgs) -> None:
     path, made_by = MINIATURES.get(inner, (JudgeArgs.judge_path, "make models"))
     if args.judge_path == JudgeArgs.judge_path:
         args.judge_path = path
-    used = {*USES[inner], "judge", "seed", *(["shuffled_judge"] if args.judge == "shuffled" else [])}
+    used = {
+        *USES[inner],
+        "judge",
+        "seed",
+        *(["shuffled_judge"] if args.judge == "shuffled" else []),
+    }
     for argument in fields(JudgeArgs):
         if argument.name not in used and getattr(args, argument.name) != argument.default:
             raise UserError(f"argument --{argument.name}: --judge {args.judge} does not use it")
@@ -198,9 +230,17 @@ def open_judge(args: JudgeArgs) -> StepJudge:
 
 def judge_identity(args: JudgeArgs) -> dict:
     """All that changes a judge's scores, for the `job` of ResumableRows: its name, its arguments, what its files hold."""
-    values = {name: getattr(args, name) for name in USES[_inner(args)] if name not in CHANGE_NO_SCORE}
-    values |= {name: content_hash(values[name]) or values[name] for name in FILES if values.get(name)}
-    shuffled = {"shuffled_judge": args.shuffled_judge, "seed": args.seed} if args.judge == "shuffled" else {}
+    values = {
+        name: getattr(args, name) for name in USES[_inner(args)] if name not in CHANGE_NO_SCORE
+    }
+    values |= {
+        name: content_hash(values[name]) or values[name] for name in FILES if values.get(name)
+    }
+    shuffled = (
+        {"shuffled_judge": args.shuffled_judge, "seed": args.seed}
+        if args.judge == "shuffled"
+        else {}
+    )
     return {"judge": args.judge, **values, **shuffled}
 
 
@@ -209,11 +249,15 @@ def judge_name(args: JudgeArgs) -> str:
     inner = _inner(args)
     called = Path(str(getattr(args, USES[inner][0]) or ""))
     name = called.stem if called.is_file() else called.name
-    kinds = dict.fromkeys(kind for kind in (args.judge, inner) if kind != "gguf" and not name.startswith(f"{kind}-"))
+    kinds = dict.fromkeys(
+        kind for kind in (args.judge, inner) if kind != "gguf" and not name.startswith(f"{kind}-")
+    )
     return "-".join(filter(None, [*kinds, name]))
 
 
-def score_all(judge: StepJudge, solutions: Sequence[Solution], label: str) -> list[list[float] | None]:
+def score_all(
+    judge: StepJudge, solutions: Sequence[Solution], label: str
+) -> list[list[float] | None]:
     """The judge's scores of many solutions, with a progress bar."""
     from tqdm import tqdm
 
@@ -230,6 +274,10 @@ def content_hash(path: str | Path) -> str | None:
     if Path(path).is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted(file for file in Path(path).glob("*") if file.suffix in (".json", ".safetensors", ".bin", ".model", ".gguf"))
+    files = sorted(
+        file
+        for file in Path(path).glob("*")
+        if file.suffix in (".json", ".safetensors", ".bin", ".model", ".gguf")
+    )
     lines = "".join(f"{file.name} {content_hash(file)}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest() if files else None

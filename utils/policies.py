@@ -17,23 +17,34 @@ class PolicyArgs:
     """Mixed into a script's own arguments."""
 
     model_name_or_path: str = field(
-        default=BASE, metadata={"help": "the policy: any causal LM; with --policy_base_url the name by which the server knows it"}
+        default=BASE,
+        metadata={
+            "help": "the policy: any causal LM; with --policy_base_url the name by which the server knows it"
+        },
     )
     policy_base_url: str | None = field(
         default=None,
-        metadata={"help": "URL of an OpenAI-compatible completion server, http://localhost:8000/v1 (key from OPENAI_API_KEY)"},
+        metadata={
+            "help": "URL of an OpenAI-compatible completion server, http://localhost:8000/v1 (key from OPENAI_API_KEY)"
+        },
     )
-    policy_requests: int = field(default=16, metadata={"help": "with --policy_base_url: most requests at once"})
+    policy_requests: int = field(
+        default=16, metadata={"help": "with --policy_base_url: most requests at once"}
+    )
 
 
 def check_policy(args: PolicyArgs) -> None:
     """Raises UserError for a mistake in the policy's arguments, before anything heavy is imported."""
     if args.policy_requests < 1:
-        raise UserError(f"argument --policy_requests: expected 1 or more, got {args.policy_requests}")
+        raise UserError(
+            f"argument --policy_requests: expected 1 or more, got {args.policy_requests}"
+        )
     if args.policy_base_url is None:
         if args.policy_requests != PolicyArgs.policy_requests:
             raise UserError("argument --policy_requests: goes with --policy_base_url")
-        check_model(args.model_name_or_path, "make models" if args.model_name_or_path == BASE else None)
+        check_model(
+            args.model_name_or_path, "make models" if args.model_name_or_path == BASE else None
+        )
 
 
 def open_policy(args: PolicyArgs, chat: bool = False) -> "Policy":
@@ -45,7 +56,9 @@ def open_policy(args: PolicyArgs, chat: bool = False) -> "Policy":
     from search.remote import RemotePolicy
 
     policy = RemotePolicy(args.policy_base_url, args.model_name_or_path, args.policy_requests)
-    policy.texts(["2 + 3 = ?"], max_new_tokens=1, chat=chat)  # a server that cannot be used is found before the work begins
+    policy.texts(
+        ["2 + 3 = ?"], max_new_tokens=1, chat=chat
+    )  # a server that cannot be used is found before the work begins
     return policy
 
 

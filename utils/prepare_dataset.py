@@ -30,9 +30,17 @@ from utils.cli import UserError, at_root, check_output, parse_args, run
 
 @dataclass
 class PrepareArguments:
-    dataset_name: str = field(metadata={"help": "a .jsonl, .json, .csv or .parquet file, a folder of them, or a name on the hub"})
-    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a hub data set"})
-    dataset_split: str | None = field(default=None, metadata={"help": "split of a hub data set or a folder; default: train"})
+    dataset_name: str = field(
+        metadata={
+            "help": "a .jsonl, .json, .csv or .parquet file, a folder of them, or a name on the hub"
+        }
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "configuration of a hub data set"}
+    )
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "split of a hub data set or a folder; default: train"}
+    )
     to: str | None = field(
         default=None,
         metadata={
@@ -40,9 +48,17 @@ class PrepareArguments:
             "choices": [*loaders.KINDS],
         },
     )
-    output: str = field(default_factory=lambda: at_root("data/prepared.jsonl"), metadata={"help": "the records (JSONL)"})
-    test_size: float = field(default=0.1, metadata={"help": "share of the problems, 0 to below 1, that goes to NAME_test.jsonl"})
-    limit: int | None = field(default=None, metadata={"help": "use the first LIMIT records of the data set"})
+    output: str = field(
+        default_factory=lambda: at_root("data/prepared.jsonl"),
+        metadata={"help": "the records (JSONL)"},
+    )
+    test_size: float = field(
+        default=0.1,
+        metadata={"help": "share of the problems, 0 to below 1, that goes to NAME_test.jsonl"},
+    )
+    limit: int | None = field(
+        default=None, metadata={"help": "use the first LIMIT records of the data set"}
+    )
     seed: int = field(default=0, metadata={"help": "which problems go to the test file"})
     overwrite: bool = field(default=False, metadata={"help": "replace the output"})
 
@@ -63,7 +79,9 @@ def records_of(args: PrepareArguments, split: str | None, counts: Counter) -> tu
     kind = args.to or {"step_labels": "pairs"}.get(next(iter(shape.gives)), next(iter(shape.gives)))
     has_steps = {"step_labels", "step_values"} & shape.gives.keys()
     if kind not in shape.gives and not (kind in ("pairs", "step_values") and has_steps):
-        raise UserError(f"{args.dataset_name}: {shape} gives {' or '.join(shape.gives)}, and no {kind} can be made of that")
+        raise UserError(
+            f"{args.dataset_name}: {shape} gives {' or '.join(shape.gives)}, and no {kind} can be made of that"
+        )
     make_pairs = kind == "pairs" and "pairs" not in shape.gives
     load = {
         "problems": loaders.load_problems,
@@ -91,12 +109,16 @@ def pair_steps(values: Iterable[StepValue], counts: Counter) -> list[PreferenceP
     pairs = []
     for (prompt, prefix), (right, wrong) in after.items():
         if not right or not wrong:
-            counts[f"  steps without a {'wrong' if right else 'right'} one after the same beginning"] += len(right) + len(wrong)
+            counts[
+                f"  steps without a {'wrong' if right else 'right'} one after the same beginning"
+            ] += len(right) + len(wrong)
             continue
         for k in range(max(len(right), len(wrong))):
             better, worse = right[k % len(right)], wrong[k % len(wrong)]
             scores = {"chosen_scores": [better.score], "rejected_scores": [worse.score]}
-            pairs.append(PreferencePair(prompt, [better.step], [worse.step], list(prefix), **scores))
+            pairs.append(
+                PreferencePair(prompt, [better.step], [worse.step], list(prefix), **scores)
+            )
     return pairs
 
 
@@ -107,29 +129,46 @@ def _grouped(records: Iterable, key: Callable[[Any], Any]) -> list[list]:
     return list(groups.values())
 
 
-def merge_values(values: Iterable[StepValue], counts: Counter, drop_conflicts: bool = False) -> list[StepValue]:
+def merge_values(
+    values: Iterable[StepValue], counts: Counter, drop_conflicts: bool = False
+) -> list[StepValue]:
     """Each step after its beginning once, with the mean of its scores. Called right here and wrong there, it is a conflict."""
     merged = []
     for same in _grouped(values, lambda value: (value.prompt, tuple(value.prefix), value.step)):
         counts["  merged, step seen before"] += len(same) - 1
         scores = [value.score for value in same]
         if min(scores) < 0.5 <= max(scores):
-            counts["  steps called right and wrong, " + ("dropped" if drop_conflicts else "their scores averaged")] += 1
+            counts[
+                "  steps called right and wrong, "
+                + ("dropped" if drop_conflicts else "their scores averaged")
+            ] += 1
             if drop_conflicts:
                 continue
-        merged.append(same[0] if len(same) == 1 else replace(same[0], score=fmean(scores), rollouts=None, visits=None))
+        merged.append(
+            same[0]
+            if len(same) == 1
+            else replace(same[0], score=fmean(scores), rollouts=None, visits=None)
+        )
     return merged
 
 
 # kind -> (what makes two records the same, whether two of those agree, what they are)
 SAME = {
-    "problems": (lambda p: problem_key(p.prompt), lambda p, q: same_answer(p.answer, q.answer), "problem"),
+    "problems": (
+        lambda p: problem_key(p.prompt),
+        lambda p, q: same_answer(p.answer, q.answer),
+        "problem",
+    ),
     "pairs": (
         lambda p: (p.prompt, tuple(p.prefix), frozenset([tuple(p.chosen), tuple(p.rejected)])),
         lambda p, q: p.chosen == q.chosen,
         "pair",
     ),
-    "step_labels": (lambda s: (s.prompt, tuple(s.steps)), lambda s, t: s.labels == t.labels, "solution"),
+    "step_labels": (
+        lambda s: (s.prompt, tuple(s.steps)),
+        lambda s, t: s.labels == t.labels,
+        "solution",
+    ),
 }
 
 
@@ -173,7 +212,9 @@ def own_sides(args: PrepareArguments) -> bool:
     if args.dataset_split or not Path(args.dataset_name).is_dir():
         return False
     try:
-        return bool(folder_files(args.dataset_name, "train") and folder_files(args.dataset_name, "test"))
+        return bool(
+            folder_files(args.dataset_name, "train") and folder_files(args.dataset_name, "test")
+        )
     except RecordError:
         return False
 

@@ -44,19 +44,36 @@ HERE = Path(__file__).resolve()
 
 @dataclass
 class RankArguments:
-    input: str = field(default_factory=lambda: at_root(ANSWERS), metadata={"help": "table of answers (prompt, answer, rank ...)"})
-    output: str | None = field(default=None, metadata={"help": "where ranks go, a table as well (default: into the input)"})
-    ranker: str | None = field(default=None, metadata={"help": "your name (default: the page asks each person)"})
+    input: str = field(
+        default_factory=lambda: at_root(ANSWERS),
+        metadata={"help": "table of answers (prompt, answer, rank ...)"},
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "where ranks go, a table as well (default: into the input)"}
+    )
+    ranker: str | None = field(
+        default=None, metadata={"help": "your name (default: the page asks each person)"}
+    )
     steps: str | None = field(
-        default=None, metadata={"help": "solutions whose steps are to be labelled: pairs, labelled solutions, problems with steps"}
+        default=None,
+        metadata={
+            "help": "solutions whose steps are to be labelled: pairs, labelled solutions, problems with steps"
+        },
     )
     labels: str = field(
         default_factory=lambda: at_root("data/step_labels.jsonl"),
-        metadata={"help": "where labels of steps go, JSONL; `--judge human --judge_labels FILE` reads it"},
+        metadata={
+            "help": "where labels of steps go, JSONL; `--judge human --judge_labels FILE` reads it"
+        },
     )
-    agreement: bool = field(default=False, metadata={"help": "print how far the rankers agree, and end"})
+    agreement: bool = field(
+        default=False, metadata={"help": "print how far the rankers agree, and end"}
+    )
     port: int = field(default=7860, metadata={"help": "of the page on this machine"})
-    share: bool = field(default=False, metadata={"help": "also give the page a public address, through Gradio's servers"})
+    share: bool = field(
+        default=False,
+        metadata={"help": "also give the page a public address, through Gradio's servers"},
+    )
 
     def __post_init__(self):
         if not 1 <= self.port <= 65535:
@@ -113,12 +130,16 @@ BACK = '<button data-do="back">Back <kbd>B</kbd></button>'
 def task_html(name: str, tasks: Sequence[Task], task: Task, kind: Kind) -> str:
     marks = kind.marks(task)
     keys = json.dumps({key: mark for mark, keys in marks.items() for key in keys})
-    buttons = "".join(f'<button type="button" tabindex="-1" data-mark="{mark}">{mark}</button>' for mark in marks)
+    buttons = "".join(
+        f'<button type="button" tabindex="-1" data-mark="{mark}">{mark}</button>' for mark in marks
+    )
     grip = '<span class="grip" title="drag">⠿</span>' if kind.can_drag else ""
     items = "".join(
         f'<div class="item" tabindex="0" data-place="{k}" data-mark="{html.escape(mark)}">'
         f'<div class="choice">{buttons}{grip}</div><div class="text">{html.escape(item)}</div></div>'
-        for k, (item, mark) in enumerate(zip(task.items, task.marks or [""] * len(task.items), strict=True))
+        for k, (item, mark) in enumerate(
+            zip(task.items, task.marks or [""] * len(task.items), strict=True)
+        )
     )
     return f"""{head(name, tasks, kind)}
 <div class="task" data-key="{task.key}" data-keys="{html.escape(keys)}">
@@ -158,7 +179,9 @@ def turn(work: Annotation, kind: Kind, request: dict[str, Any]) -> dict[str, str
             task = task_before(tasks, key)
         else:
             task = next_task(tasks, key if action in ("save", "skip") else None)
-        return {"html": task_html(name, tasks, task, kind) if task else done_html(name, tasks, kind)}
+        return {
+            "html": task_html(name, tasks, task, kind) if task else done_html(name, tasks, kind)
+        }
     except (UserError, RecordError, OSError) as error:
         return {"error": f"Not saved: {error}" if request.get("action") == "save" else str(error)}
 
@@ -166,7 +189,9 @@ def turn(work: Annotation, kind: Kind, request: dict[str, Any]) -> dict[str, str
 def agreement_html(rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return '<div class="agreement"><p>No prompt has been ranked by two rankers yet.</p></div>'
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    cells = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
     columns = "".join(f"<th>{html.escape(column)}</th>" for column in AGREEMENT_COLUMNS)
     return f"""<div class="agreement"><table><tr>{columns}</tr>{cells}</table>
 <p>Kendall's tau-b within a prompt, mean over the n prompts where it is defined, with a 95 % bootstrap interval: 1 is the same
@@ -207,7 +232,11 @@ def build_page(ranking: AnswerRanking, labelling: StepLabelling | None, ranker: 
                 workplace(labelling, STEPS)
             else:
                 gr.HTML("Start with <code>--steps FILE</code> to label the steps of solutions.")
-        tab.select(lambda: agreement_html(agreement_rows(ranking.rows)), outputs=table, api_visibility="private")
+        tab.select(
+            lambda: agreement_html(agreement_rows(ranking.rows)),
+            outputs=table,
+            api_visibility="private",
+        )
     return page
 
 
@@ -215,7 +244,10 @@ def serve(args: RankArguments, page, waiting: Callable[[], object]) -> None:
     """Show the page until `waiting` returns. Raises UserError if the port is taken or no public address can be had."""
     import gradio as gr
 
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none from the network
+    fonts = {
+        "font": ["system-ui", "sans-serif"],
+        "font_mono": ["ui-monospace", "monospace"],
+    }  # none from the network
     theme = gr.themes.Default(primary_hue="indigo", **fonts)
     css = HERE.with_suffix(".css").read_text(encoding="utf-8")
     try:
@@ -224,10 +256,17 @@ def serve(args: RankArguments, page, waiting: Callable[[], object]) -> None:
             run_history=False, enable_monitoring=False, ssr_mode=False, prevent_thread_lock=True,
         )  # fmt: skip
     except OSError as error:
-        raise UserError(f"argument --port: {args.port} cannot be used ({error}); give another") from None
+        raise UserError(
+            f"argument --port: {args.port} cannot be used ({error}); give another"
+        ) from None
     if args.share and not public:
-        raise UserError("argument --share: Gradio could not give the page a public address; leave --share out to use it here")
-    print(f"ranks go to {args.output or args.input}" + (f", labels of steps to {args.labels}" if args.steps else ""))
+        raise UserError(
+            "argument --share: Gradio could not give the page a public address; leave --share out to use it here"
+        )
+    print(
+        f"ranks go to {args.output or args.input}"
+        + (f", labels of steps to {args.labels}" if args.steps else "")
+    )
     print(f"{public or local} (Ctrl-C ends)", flush=True)
     waiting()
 
@@ -250,7 +289,9 @@ def main() -> None:
     for proxies in ("NO_PROXY", "no_proxy"):  # Gradio asks its own page whether it is there
         os.environ[proxies] = ",".join(filter(None, [os.environ.get(proxies), "127.0.0.1"]))
     solutions = load_solutions(args.steps) if args.steps else None
-    held = [hold(path) for path in (args.output or args.input, *([args.labels] if args.steps else []))]  # until the process ends
+    held = [
+        hold(path) for path in (args.output or args.input, *([args.labels] if args.steps else []))
+    ]  # until the process ends
     ranking = AnswerRanking(args.input, args.output)
     labelling = StepLabelling(solutions, args.labels) if solutions else None
     serve(args, build_page(ranking, labelling, args.ranker), threading.Event().wait)

@@ -29,9 +29,14 @@ class ScorerArgs:
 
 def check_scorer(args: ScorerArgs) -> None:
     """Raises UserError if there is no such model. Where none was trained yet, fills in the miniature."""
-    trained = any((Path(args.scorer) / name).is_file() for name in ("config.json", "adapter_config.json"))
+    trained = any(
+        (Path(args.scorer) / name).is_file() for name in ("config.json", "adapter_config.json")
+    )
     if args.scorer == ScorerArgs.scorer and not trained:
-        print(f"no trained reward model yet (`python train.py reward` makes one): {MINIATURE} scores", file=sys.stderr)
+        print(
+            f"no trained reward model yet (`python train.py reward` makes one): {MINIATURE} scores",
+            file=sys.stderr,
+        )
         args.scorer = MINIATURE
     check_model(args.scorer, MADE_BY if args.scorer == MINIATURE else None)
 

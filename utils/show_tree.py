@@ -24,10 +24,18 @@ MADE_BY = f"python utils/build_mcts_dataset.py --trees {TREES}"
 
 @dataclass
 class ShowArguments:
-    trees: str = field(default_factory=lambda: at_root(TREES), metadata={"help": f"trees, one a line, as `{MADE_BY}` writes them"})
-    prompt: str | None = field(default=None, metadata={"help": "look only at problems in which this text stands"})
+    trees: str = field(
+        default_factory=lambda: at_root(TREES),
+        metadata={"help": f"trees, one a line, as `{MADE_BY}` writes them"},
+    )
+    prompt: str | None = field(
+        default=None, metadata={"help": "look only at problems in which this text stands"}
+    )
     index: int = field(default=0, metadata={"help": "which of them to show, counted from 0"})
-    html: str | None = field(default=None, metadata={"help": "write the tree to this file, a page that needs nothing else"})
+    html: str | None = field(
+        default=None,
+        metadata={"help": "write the tree to this file, a page that needs nothing else"},
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace the page"})
 
     def __post_init__(self):
@@ -65,9 +73,18 @@ def lines_of(tree: Tree) -> Line:
         mark = ""
         if steps and not right and counts[steps[:-1]][0]:
             # where no rollouts were begun, the few that came through may have gone wrong later
-            mark = "first error" if steps in tree.nodes or not below else "first error, here or below"
+            mark = (
+                "first error" if steps in tree.nodes or not below else "first error, here or below"
+            )
         visits = tree.nodes[steps].visits if steps in tree.nodes else None
-        return Line(steps[-1] if steps else one_line(tree.prompt), right, total, visits, mark, [line(longer) for longer in below])
+        return Line(
+            steps[-1] if steps else one_line(tree.prompt),
+            right,
+            total,
+            visits,
+            mark,
+            [line(longer) for longer in below],
+        )
 
     return line(())
 
@@ -82,7 +99,9 @@ def as_text(tree: Tree) -> str:
     def add(line: Line, depth: int) -> None:
         rollouts, visits = f"{line.right}/{line.total}", "-" if line.visits is None else line.visits
         mark = f"   <-- {line.mark}" if line.mark else ""
-        rows.append(f"{line.value:5.2f} {rollouts:>11} {visits:>7}  {'  ' * depth}{line.text}{mark}")
+        rows.append(
+            f"{line.value:5.2f} {rollouts:>11} {visits:>7}  {'  ' * depth}{line.text}{mark}"
+        )
         for below in line.below:
             add(below, depth + 1)
 
@@ -120,7 +139,11 @@ def as_page(tree: Tree) -> str:
         )
         if not line.below:
             return f'<div class="leaf">{label}</div>'
-        return f"<details open><summary>{label}</summary>\n" + "\n".join(map(element, line.below)) + "\n</details>"
+        return (
+            f"<details open><summary>{label}</summary>\n"
+            + "\n".join(map(element, line.below))
+            + "\n</details>"
+        )
 
     return PAGE.format(headline=html.escape(headline(tree)), tree=element(lines_of(tree)))
 
@@ -134,7 +157,9 @@ def find_tree(args: ShowArguments) -> Tree:
                 return tree
             found += 1
     which = "trees" if args.prompt is None else f"trees of problems with {args.prompt!r}"
-    raise UserError(f"{args.trees}: holds {found} {which}, none at --index {args.index} (counted from 0)")
+    raise UserError(
+        f"{args.trees}: holds {found} {which}, none at --index {args.index} (counted from 0)"
+    )
 
 
 def main() -> None:
@@ -144,7 +169,9 @@ def main() -> None:
         check_output(args.html, args.overwrite)
     tree = find_tree(args)
     if not tree.nodes:
-        raise UserError(f"{args.trees}: this problem was not searched ({tree.ended}): {tree.prompt[:60]!r} ...")
+        raise UserError(
+            f"{args.trees}: this problem was not searched ({tree.ended}): {tree.prompt[:60]!r} ..."
+        )
     print(as_text(tree))
     if args.html:
         write_text(args.html, [as_page(tree)])

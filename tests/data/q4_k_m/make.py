@@ -31,7 +31,11 @@ def write_parent(folder: str | Path) -> None:
         for name, weight in sorted(model.named_parameters()):
             if weight.ndim == 2:
                 size = scale.get(name.split(".")[-2], 1.0) / weight.shape[1] ** 0.5
-                weight.copy_(torch.from_numpy(random.standard_normal(weight.shape).astype(np.float32) * np.float32(size)))
+                weight.copy_(
+                    torch.from_numpy(
+                        random.standard_normal(weight.shape).astype(np.float32) * np.float32(size)
+                    )
+                )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
