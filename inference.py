@@ -11,13 +11,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reasoning.records import Prompt, read_records, write_records
-from reward_model.base import AGGREGATES, JudgeError
-from search.strategies import NEED_NO_JUDGE, PICKS, STRATEGIES, Answer, Budget, Round
-from utils.cli import UserError, at_root, check_input, check_model, check_output, parse_args, run
-from utils.judges import CHUNK, JudgeArgs, check_judge, open_judge, score_all
-from utils.policies import BASE, PolicyArgs, check_policy, open_policy
-from utils.scorers import check_scorer, open_scorer
+from common.cli import check_input, check_model, check_output, parse_args, run
+from common.errors import JudgeError, UserError
+from common.files import at_root, read_records, write_records
+from lm.registry import BASE, PolicyArgs, check_policy, open_policy
+from reasoning.records import Prompt
+from reward_model.protocols import SCORE_AGGREGATES
+from reward_model.registry import (
+    CHUNK,
+    JudgeArgs,
+    check_judge,
+    check_scorer,
+    open_judge,
+    open_scorer,
+    score_all,
+)
+from search.strategies import NEED_NO_JUDGE, PICKS, STRATEGIES, Round, SearchBudget, SearchResult
 
 
 @dataclass
@@ -48,21 +57,21 @@ class InferenceArgs(JudgeArgs, PolicyArgs):
         metadata={"help": "search for the answer, guided by the judge", "choices": [*STRATEGIES]},
     )
     n: int = field(
-        default=Budget.n,
+        default=SearchBudget.n,
         metadata={"help": "with --search: proposals for each beginning, or whole solutions"},
     )
     beams: int = field(
-        default=Budget.beams,
+        default=SearchBudget.beams,
         metadata={"help": "with --search: beams of beam, subtrees of dvts, walks of mcts"},
     )
     max_steps: int = field(
-        default=Budget.max_steps, metadata={"help": "with --search: most steps of a solution"}
+        default=SearchBudget.max_steps, metadata={"help": "with --search: most steps of a solution"}
     )
     aggregate: str = field(
-        default=Budget.aggregate,
+        default=SearchBudget.aggregate,
         metadata={
             "help": "with --search: how the scores of the steps become one number",
-            "choices": [*AGGREGATES],
+            "choices": [*SCORE_AGGREGATES],
         },
     )
     scorer: str | None = field(
@@ -97,7 +106,7 @@ class InferenceArgs(JudgeArgs, PolicyArgs):
             raise ValueError("--input and --output go together")
         if self.input is not None and self.prompt is not None:
             raise ValueError("give --prompt or --input, not both")
-        self.budget = Budget(
+        self.budget = SearchBudget(
             self.n,
             self.beams,
             self.max_steps,
@@ -105,7 +114,7 @@ class InferenceArgs(JudgeArgs, PolicyArgs):
             self.temperature,
             self.aggregate,
         )
-        if self.search is None and self.budget != Budget(
+        if self.search is None and self.budget != SearchBudget(
             max_new_tokens=self.max_new_tokens, temperature=self.temperature
         ):
             raise ValueError(
@@ -193,10 +202,10 @@ def answer(policy, judge, prompt: str, args: InferenceArgs, seed: int) -> None:
 
 def _score(judge, prompt: str, step: str, previous: list[str]) -> str:
     scores = judge.score_steps([(prompt, [*previous, step])], skip=[len(previous)])[0]
-    return judge.left_out if scores is None else f"{scores[0]:.2f}"
+    return judge.unscored_reason if scores is None else f"{scores[0]:.2f}"
 
 
-def show(found: Answer, args: InferenceArgs) -> None:
+def show(found: SearchResult, args: InferenceArgs) -> None:
     """Print a searched answer; with --show_scores the candidates of every round before it, and the scores of its steps."""
     if not args.show_scores:
         print("\n".join(found.steps))
@@ -289,7 +298,7 @@ def search_file(policy, judge, prompts: list[str], args: InferenceArgs) -> None:
     write_records(args.output, rows)
     print(
         f"wrote {len(rows)} answers to {args.output}"
-        + (f"; {left_out} proposals left out ({judge.left_out})" if left_out else "")
+        + (f"; {left_out} proposals left out ({judge.unscored_reason})" if left_out else "")
     )
 
 
@@ -309,7 +318,7 @@ def answer_file(policy, judge, prompts: list[str], args: InferenceArgs) -> None:
     ]
     write_records(args.output, rows)
     unscored = (
-        f", {scores.count(None)} without scores ({judge.left_out})"
+        f", {scores.count(None)} without scores ({judge.unscored_reason})"
         if judge and None in scores
         else ""
     )
@@ -336,9 +345,8 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading weights: it would stand in front of the answer
-    sys.stdout.reconfigure(
-        errors="replace"
-    )  # a terminal that cannot show a character shows a question mark
+    # a terminal that cannot show a character shows a question mark
+    sys.stdout.reconfigure(errors="replace")
     opened = (
         open_scorer(args) if args.scorer else open_judge(args) if args.uses_judge else nullcontext()
     )

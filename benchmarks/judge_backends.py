@@ -16,7 +16,9 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import UserError, at_root, check_input, check_model, parse_args, run
+from common.cli import check_input, check_model, parse_args, run
+from common.errors import UserError
+from common.files import at_root
 
 Scores = list[list[float] | None]
 
@@ -42,7 +44,7 @@ class BackendArguments:
 
 def compare(path: Path, solutions: list) -> list[list[object]]:
     """Rows of the table for one file."""
-    from reward_model.hf_judge import HFJudge
+    from reward_model.judges.hf import HFJudge
     from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer
 
     def timed(name: str, score: Callable[[], Scores]) -> Scores:
@@ -93,9 +95,10 @@ def main() -> None:
         raise UserError(f"argument --limit: expected 1 or more, got {args.limit}")
     import itertools
 
+    from common.files import read_records
     from evaluation.metrics import print_table
-    from reasoning.records import PreferencePair, read_records
-    from utils.export_gguf import export_gguf
+    from lm.gguf_export import export_gguf
+    from reasoning.records import PreferencePair
 
     pairs = itertools.islice(read_records(args.dataset_name, PreferencePair), args.limit)
     solutions = [

@@ -17,7 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.runs import base_run, bits, run_all
-from utils.cli import at_root, check_input, parse_args, run
+from common.cli import check_input, parse_args, run
+from common.files import at_root
 
 FOLDER = Path(at_root("data/demo"))  # ignored by git
 SCORE, BY_JUDGE = "reward_model/evaluate_steps.py", str(FOLDER / "by_judge.jsonl")

@@ -16,7 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.runs import BASE, bits
-from utils.cli import at_root, check_input, parse_args, run
+from common.cli import check_input, parse_args, run
+from common.files import AppendedRows, at_root, read_records
+from reasoning.records import Problem
 
 DATA = at_root("data/mcts_steps.jsonl")
 ROWS = {  # name -> what train.py is told, seeds
@@ -53,19 +55,16 @@ class PPOTableArguments:
 
 def accuracy(model: str, limit: int | None) -> dict[str, str]:
     """Name in MEASURED -> a 0 or 1 a problem."""
-    from reasoning.grading import is_correct
-    from reasoning.records import Problem, read_records
-    from search.policy import Policy
+    from evaluation.accuracy import correct_answers
+    from lm.policy import Policy
 
     policy, found = Policy.load(model), {}
     for name, (split, temperature) in MEASURED.items():
-        tasks = list(read_records(at_root(f"data/problems_{split}.jsonl"), Problem))[:limit]
-        answers = policy.generate(
-            [task.prompt for task in tasks], 1, temperature, progress=f"{Path(model).name}: {name}"
-        )
-        found[name] = "".join(
-            str(int(is_correct(a.steps, task))) for task, (a,) in zip(tasks, answers, strict=True)
-        )
+        path = at_root(f"data/problems_{split}.jsonl")
+        problems = list(read_records(path, Problem))[:limit]
+        label = f"{Path(model).name}: {name}"
+        correct = correct_answers(policy, problems, temperature, label)
+        found[name] = "".join(str(int(right)) for right in correct)
     return found
 
 
@@ -100,17 +99,17 @@ def main() -> None:
     from evaluation.metrics import clustered_mean_metric, print_table, rate_metric, write_result
 
     path = Path(args.output_dir) / "ppo.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    store = AppendedRows(path)
     done = {
-        (row["name"], row["seed"]): row for row in rows if row["correct"].keys() == MEASURED.keys()
+        (row["name"], row["seed"]): row
+        for row in store.rows
+        if row["correct"].keys() == MEASURED.keys()
     }
 
     def measured(name: str, seed: int, make) -> dict:
         if (name, seed) not in done:
             done[name, seed] = make()
-            with path.open("a") as file:
-                file.write(json.dumps(done[name, seed]) + "\n")
+            store.append(done[name, seed])
         return done[name, seed]
 
     base = measured(

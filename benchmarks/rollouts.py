@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import at_root, check_model, parse_args, run
+from common.cli import check_model, parse_args, run
+from common.files import at_root
 
 
 @dataclass
@@ -38,8 +39,8 @@ def main() -> None:
     from tqdm import trange
 
     from evaluation.metrics import print_table
+    from lm.policy import Policy
     from reasoning.problems import problems
-    from search.policy import Policy
 
     policy = Policy.load(args.model_name_or_path)
     tasks = list(islice(problems("train"), args.limit))

@@ -1,105 +1,88 @@
-"""What the experiments share: train policy-mini once with given settings in this process, look at its exact accuracy, remember it.
+"""What the experiments share: one training of policy-mini by `train.py dpo`, its exact accuracy, and a
+file of finished runs.
 
-A run is a plain dict: `name`, `pairs` (file of scored pairs), `limit`, `settings` (of StepwiseDPOConfig), `seed`, `split` and
-`problems` (what the accuracy is measured on, greedily), `each_epoch` (whether after each, or after the last). The rows it gives are
-appended to a JSONL, so a stopped experiment goes on where it was.
+A run is a dict: `name`, `pairs` (file of scored pairs), `limit`, `settings` (arguments of train.py),
+`seed`, `split` and `problems` (the problems on which greedy accuracy is measured), `each_epoch`
+(whether it is measured after each epoch, or after the last). Its rows are appended to a JSONL file, so
+a stopped experiment resumes.
 """
 
 import hashlib
 import json
 import multiprocessing
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-BASE = str(Path(__file__).resolve().parents[1] / "models/policy-mini")
+from common.files import ROOT, AppendedRows
+
+BASE = str(ROOT / "models/policy-mini")
+KEPT = (
+    *("loss", "logps/chosen_vs_ref", "logps/rejected_vs_ref"),
+    *("drift/good_steps_less_likely", "rewards/accuracies"),
+)
 
 
 def train_and_measure(run: dict) -> list[dict]:
-    """One training of policy-mini, a row after each epoch or the last: the run, `epoch`, `correct` (a 0 or 1
-    a problem), `logged` (what was logged last)."""
-    import logging
+    """Train policy-mini once. One row after each epoch, or after the last: the run, `epoch`, `correct`
+    (a 0 or 1 a problem), `logged` (the last values of the log)."""
+    import contextlib
     import tempfile
-    import warnings
-    from dataclasses import asdict
     from itertools import islice
 
     import torch
 
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(run["threads"])
-    import datasets
-    import transformers
-    from datasets import Dataset
-    from transformers import PrinterCallback, TrainerCallback
+    torch.set_num_threads(run["threads"])  # before anything of torch runs
+    from transformers import TrainerCallback
 
-    from reasoning.grading import is_correct
+    from evaluation.accuracy import correct_answers
+    from lm.policy import Policy
     from reasoning.problems import problems
-    from reasoning.records import ScoredPair, is_kept_out, read_records
-    from search.policy import Policy, pick_device
-    from trainer.stepwise_dpo_trainer import StepwiseDPOConfig, StepwiseDPOTrainer
+    from trainer.session import train
+    from trainer.stepwise_dpo_trainer import RECIPE
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("trl").setLevel(logging.ERROR)
-
-    pairs = [
-        asdict(pair)
-        for pair in read_records(run["pairs"], ScoredPair)
-        if not is_kept_out(pair.prompt)
-    ][: run["limit"]]
-    tasks = list(islice(problems(run["split"]), run["problems"]))
+    measured_on = list(islice(problems(run["split"]), run["problems"]))
     rows: list[dict] = []
-    device, bf16 = pick_device()
 
-    class Look(TrainerCallback):
+    class Measure(TrainerCallback):
         def on_epoch_end(self, args, state, control, model=None, processing_class=None, **kwargs):
             if not (run["each_epoch"] or state.global_step == state.max_steps):
                 return
             policy = Policy(model, processing_class)
             model.eval()
-            answers = policy.generate([task.prompt for task in tasks])
+            correct = "".join(str(int(right)) for right in correct_answers(policy, measured_on))
             model.train()
-            correct = [
-                is_correct(answer.steps, task)
-                for task, (answer,) in zip(tasks, answers, strict=True)
-            ]
-            rows.append(
-                {
-                    **run,
-                    "epoch": round(state.epoch),
-                    "correct": "".join(str(int(c)) for c in correct),
-                }
-            )
+            rows.append({**run, "epoch": round(state.epoch), "correct": correct})
 
+    settings = {
+        "dataset_name": run["pairs"],
+        "limit": run["limit"],
+        "seed": run["seed"],
+        "model_name_or_path": BASE,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **run["settings"],
+    }
     with tempfile.TemporaryDirectory() as folder:
-        config = StepwiseDPOConfig(
-            folder, use_cpu=device == "cpu", bf16=bf16, disable_tqdm=True, report_to="none", save_strategy="no", seed=run["seed"],
-            logging_steps=1, **run["settings"],
-        )  # fmt: skip
-        trainer = StepwiseDPOTrainer(
-            model=BASE, args=config, train_dataset=Dataset.from_list(pairs)
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Look())
-        trainer.train()
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    kept = (
-        "loss",
-        "logps/chosen_vs_ref",
-        "logps/rejected_vs_ref",
-        "drift/good_steps_less_likely",
-        "rewards/accuracies",
-    )
-    return [
-        {
-            **row,
-            "pairs_trained": len(pairs),
-            "logged": {key: log[-1][key] for key in kept if key in log[-1]},
-        }
-        for row in rows
-    ]
+        settings |= {"output_dir": f"{folder}/model", "logs_dir": f"{folder}/logs"}
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            train(RECIPE, as_flags(settings), callbacks=[Measure()])
+        log = json.loads(Path(folder, "logs/model/log.json").read_text(encoding="utf-8"))
+    last = [entry for entry in log["history"] if "loss" in entry][-1]
+    logged = {key: last[key] for key in KEPT if key in last}
+    return [{**row, "pairs_trained": log["job"]["pairs"], "logged": logged} for row in rows]
+
+
+def as_flags(settings: dict) -> list[str]:
+    """Arguments of a script as they are written on a command line."""
+    flags = []
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{name}", *map(str, values)]
+    return flags
 
 
 def bits(correct: str) -> list[float]:
@@ -108,48 +91,33 @@ def bits(correct: str) -> list[float]:
 
 def base_run(pairs: str, split: str, problems: int) -> dict:
     """The base, as a run that changes nothing."""
-    common = {
-        "name": "base",
-        "pairs": pairs,
-        "limit": 16,
-        "seed": 0,
-        "split": split,
-        "problems": problems,
-    }
-    return {**common, "each_epoch": False, "settings": {"learning_rate": 0.0, "max_steps": 1}}
+    common = {"name": "base", "pairs": pairs, "limit": 16, "seed": 0, "split": split}
+    settings = {"learning_rate": 0.0, "max_steps": 1}
+    return {**common, "problems": problems, "each_epoch": False, "settings": settings}
 
 
 def key_of(run: dict) -> str:
     """What a run is: its settings and the contents of its pairs."""
     named = {name: value for name, value in run.items() if name != "threads"}
-    return json.dumps(
-        {**named, "pairs": hashlib.sha256(Path(run["pairs"]).read_bytes()).hexdigest()},
-        sort_keys=True,
-    )
+    pairs = hashlib.sha256(Path(run["pairs"]).read_bytes()).hexdigest()
+    return json.dumps({**named, "pairs": pairs}, sort_keys=True)
 
 
-def run_all(runs: list[dict], path: Path, workers: int) -> list[dict]:
-    """All rows of the runs, those that `path` holds already among them; `workers` runs at once, each on its share of the cores."""
+def run_all(runs: Sequence[dict], path: Path, workers: int) -> list[dict]:
+    """All rows of the runs, among them those that `path` holds already; `workers` runs at once, each on
+    its share of the cores."""
     from tqdm import tqdm
 
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {row["key"] for row in rows}
+    store = AppendedRows(path)
+    done = {row["key"] for row in store.rows}
     todo = [run for run in runs if key_of(run) not in done]
     threads = max(1, (os.cpu_count() or 1) // workers)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1
-        ) as pool,
-        path.open("a") as file,
-    ):
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
         futures = {pool.submit(train_and_measure, {**run, "threads": threads}): run for run in todo}
         for future in tqdm(as_completed(futures), total=len(todo), unit="run", desc="training"):
-            fresh = [{**row, "key": key_of(futures[future])} for row in future.result()]
-            rows += fresh
-            file.writelines(
-                json.dumps(row) + "\n" for row in fresh
-            )  # one write a run: all its epochs or none
-            file.flush()
+            key = key_of(futures[future])
+            store.append(*({**row, "key": key} for row in future.result()))
+    store.close()
     keys = {key_of(run) for run in runs}
-    return [row for row in rows if row["key"] in keys]
+    return [row for row in store.rows if row["key"] in keys]

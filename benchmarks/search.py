@@ -16,9 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from search.strategies import Answer, Budget, beam
-from utils.cli import UserError, at_root, check_model, parse_args, run
-from utils.judges import JudgeArgs, check_judge, open_judge
+from common.cli import check_model, parse_args, run
+from common.errors import UserError
+from common.files import at_root
+from reward_model.registry import JudgeArgs, check_judge, open_judge
+from search.strategies import SearchBudget, SearchResult, beam
 
 
 @dataclass
@@ -35,7 +37,7 @@ class SearchBenchmarkArguments(JudgeArgs):
     rounds: int = field(default=3, metadata={"help": "how often each takes its turn"})
 
     def __post_init__(self):
-        Budget(self.n, self.beams)
+        SearchBudget(self.n, self.beams)
         for name in ("limit", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -50,8 +52,8 @@ def main() -> None:
     from tqdm import trange
 
     from evaluation.metrics import print_table
+    from lm.policy import Policy
     from reasoning.problems import problems
-    from search.policy import Policy
 
     def forget(policy: Policy, judge) -> None:
         policy.decoder._kept.clear()
@@ -66,11 +68,11 @@ def main() -> None:
             forget(self, judge)
             return super().next_steps(*rest, **named)
 
-    budget = Budget(args.n, args.beams)
+    budget = SearchBudget(args.n, args.beams)
     prompts = [task.prompt for task in islice(problems("validation"), args.limit)]
     kept, forgetful = Policy.load(args.model_name_or_path), Forgetful.load(args.model_name_or_path)
     with open_judge(args) as judge:
-        ways: dict[str, Callable[[int], list[Answer]]] = {
+        ways: dict[str, Callable[[int], list[SearchResult]]] = {
             "together": lambda seed: beam(prompts, kept, judge, budget, seed),
             "one at a time": lambda seed: [
                 beam([prompt], forgetful, judge, budget, seed)[0] for prompt in prompts

@@ -15,7 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.runs import base_run, bits, run_all
-from utils.cli import at_root, check_input, parse_args, run
+from common.cli import check_input, parse_args, run
+from common.files import at_root
 
 RATES = (1.0, 3.0, 1 / 3)  # times the default
 EPOCHS = 3
@@ -119,9 +120,8 @@ def main() -> None:
         last = [
             bits(row["correct"]) for row in rows if row["name"] == name and row["epoch"] == epochs
         ]
-        problem_of = [
-            k for correct in last for k in range(len(correct))
-        ]  # a problem's answers are not independent
+        # a problem's answers are not independent
+        problem_of = [k for correct in last for k in range(len(correct))]
         pooled = clustered_mean_metric([c for correct in last for c in correct], problem_of)
         metrics[f"test/{name}/accuracy"] = pooled
         seeds = ", ".join(f"{sum(correct) / len(correct):.3f}" for correct in last)

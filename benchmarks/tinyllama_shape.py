@@ -17,8 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import ROOT, check_input, parse_args, run
-from utils.export_gguf import QUANTIZATIONS
+from common.cli import check_input, parse_args, run
+from common.files import ROOT
+from lm.gguf_export import QUANTIZATIONS
 
 NAME = "tinyllama-1.1b-chat-v1.0"
 SHAPE = {  # TinyLlama-1.1B-Chat-v1.0's config.json, but for the layers
@@ -60,7 +61,7 @@ def tinyllama_tokenizer():
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from utils.embedded_tokenizer import SPACE, build_tokenizer
+    from lm.miniature_tokenizer import SPACE, build_tokenizer
 
     spec = json.loads(build_tokenizer().backend_tokenizer.to_str())
     vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]

@@ -14,8 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reasoning.records import PreferencePair, Problem, is_kept_out, read_records
-from utils.cli import UserError, at_root, check_input, check_model, check_output, parse_args, run
+from common.cli import check_input, check_model, check_output, parse_args, run
+from common.errors import UserError
+from common.files import at_root, read_records
+from reasoning.records import PreferencePair, Problem
+from reasoning.splits import is_kept_out
 
 # what the steps of pairs are told apart by -> in words
 KINDS = {
@@ -106,7 +109,7 @@ def main() -> None:
 
     from evaluation.metrics import clustered_mean_metric, print_table, write_result
     from evaluation.plots import credit_plot
-    from search.policy import Policy
+    from lm.policy import Policy
 
     sides = ("chosen", "rejected")
     kinds = {side: [kinds_of(pair, known[pair.prompt], side) for pair in pairs] for side in sides}

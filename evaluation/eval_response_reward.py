@@ -15,6 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.cli import check_input, check_output, parse_args, run
+from common.errors import RecordError, UserError
+from common.files import at_root, read_records
 from evaluation.metrics import (
     Metric,
     best_of_n,
@@ -25,12 +28,11 @@ from evaluation.metrics import (
     reliability,
     write_result,
 )
-from reasoning.ranking import RankedGroup, check_groups, groups, read_answers
-from reasoning.records import Problem, RecordError, read_records
-from reasoning.rows import load_rows
-from utils.cli import UserError, at_root, check_input, check_output, parse_args, run
-from utils.policies import PolicyArgs, check_policy, open_policy
-from utils.scorers import ScorerArgs, check_scorer, open_scorer
+from lm.registry import PolicyArgs, check_policy, open_policy
+from reasoning.datasets.files import load_rows
+from reasoning.datasets.ranking import RankedGroup, check_groups, groups, read_answers
+from reasoning.records import Problem
+from reward_model.registry import ScorerArgs, check_scorer, open_scorer
 
 NAME = "response_reward"
 CHUNK = 64  # problems that are sampled together
@@ -82,13 +84,13 @@ class RewardEvalArgs(ScorerArgs, PolicyArgs):
 
 
 @dataclass(frozen=True)
-class Answer:
+class RankedAnswer:
     text: str
     rank: int
     category: str
 
 
-Group = tuple[str, list[Answer]]  # prompt and answers
+Group = tuple[str, list[RankedAnswer]]  # prompt and answers
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,8 @@ class Pair:
     """Two answers to one prompt, the better one first; gap: its score minus the other's; cluster: which prompt it is."""
 
     cluster: int
-    better: Answer
-    worse: Answer
+    better: RankedAnswer
+    worse: RankedAnswer
     gap: float
 
     @property
@@ -131,7 +133,7 @@ def read_groups(args: RewardEvalArgs) -> tuple[list[Group], bool]:
         wanted = args.data_split or ("test" if any(row.split for row in rows) else "")
         kept = [row for row in rows if row.split == wanted]
         found = [
-            (prompt, [Answer(row.answer, row.rank, row.category) for row in ranked])
+            (prompt, [RankedAnswer(row.answer, row.rank, row.category) for row in ranked])
             for (prompt, _), ranked in groups(kept).items()
             if len({row.rank for row in ranked}) > 1
         ]
@@ -150,7 +152,7 @@ def read_groups(args: RewardEvalArgs) -> tuple[list[Group], bool]:
             (
                 pair.prompt,
                 [
-                    Answer(*of_pair, subset)
+                    RankedAnswer(*of_pair, subset)
                     for of_pair in zip(pair.answers, pair.ranks, strict=True)
                 ],
             )
@@ -253,9 +255,9 @@ def pick_best(
     from tqdm import tqdm
 
     from reasoning.grading import is_correct
-    from search.strategies import Budget, draw, pick_majority
+    from search.strategies import SearchBudget, draw, pick_majority
 
-    budget = Budget(n=args.n, max_new_tokens=args.max_new_tokens)
+    budget = SearchBudget(n=args.n, max_new_tokens=args.max_new_tokens)
     found: dict[str, list[float]] = {
         name: [] for name in ("chance", "log-prob", "majority", "scorer", "oracle")
     }
@@ -325,7 +327,7 @@ def main() -> None:
     for path in (result, plot):
         check_output(str(path), overwrite=True)
 
-    from evaluation.plots import response_picture
+    from evaluation.plots import response_plot
 
     with open_scorer(args) as scorer:
         flat = iter(
@@ -364,7 +366,7 @@ def main() -> None:
         "metrics": metrics,
     }
     title = f"{Path(args.scorer).name} on {len(found):,} groups of {Path(args.data).name}"
-    response_picture(plot, title, card)
+    response_plot(plot, title, card)
     extras = {
         "groups": len(found),
         "reliability": [{**row, "right": asdict(row["right"])} for row in bins],

@@ -9,9 +9,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reasoning.records import PreferencePair, Problem, is_kept_out, read_records, write_records
-from utils.cli import UserError, at_root, check_input, check_model, check_output, parse_args, run
-from utils.judges import JudgeArgs, check_judge, open_judge, score_all
+from common.cli import check_input, check_model, check_output, parse_args, run
+from common.errors import UserError
+from common.files import at_root, read_records, write_records
+from reasoning.records import PreferencePair, Problem
+from reasoning.splits import is_kept_out
+from reward_model.registry import JudgeArgs, check_judge, open_judge, score_all
 
 NAME = "reward_score_comparison"
 RATES = ("accuracy", "unfinished")
@@ -86,7 +89,7 @@ def check(args: EvalArgs) -> tuple[list[Problem], list[PreferencePair], dict[str
 def measure(problem: Problem, answer, scores: list[float]) -> dict[str, float]:
     """The measures of one answer (DESIGN: metric names)."""
     from reasoning.grading import is_correct, step_accuracy
-    from reward_model.base import aggregate
+    from reward_model.protocols import aggregate
 
     measures = {
         "reward": aggregate(scores, "mean"),
@@ -107,7 +110,7 @@ def main() -> None:
 
     answers, margins = {}, {}
     with open_judge(args) as judge:
-        from search.policy import Policy
+        from lm.policy import Policy
 
         for side, model in (("base", args.base_model), ("tuned", args.tuned_model)):
             policy = Policy.load(model)
@@ -126,9 +129,8 @@ def main() -> None:
             for k, problem in enumerate(problems)
             for side in answers
         ]
-        of_both = score_all(
-            judge, both, "scores"
-        )  # side by side: the judge reads a problem once, `shuffled` permutes over both
+        # side by side: the judge reads a problem once, `shuffled` permutes over both
+        of_both = score_all(judge, both, "scores")
         scores = {"base": of_both[::2], "tuned": of_both[1::2]}
 
     scored = [
@@ -139,7 +141,7 @@ def main() -> None:
     left_out = len(problems) - len(scored)
     if not scored:
         raise UserError(
-            f"nothing to compare: an answer to each of the {left_out} problems is {judge.left_out}"
+            f"nothing to compare: an answer to each of the {left_out} problems is {judge.unscored_reason}"
         )
     measures = {
         side: [measure(problems[k], answers[side][k], scores[side][k]) for k in scored]
@@ -182,7 +184,7 @@ def main() -> None:
     )
     if left_out:
         print(
-            f"{left_out} of {len(problems)} problems left out for both: an answer is {judge.left_out}"
+            f"{left_out} of {len(problems)} problems left out for both: an answer is {judge.unscored_reason}"
         )
     if not pairs:
         print(f"{args.pairs} holds none of the pairs kept out of training: no logp_margin")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reasoning.records import write_text
+from common.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
@@ -38,9 +38,10 @@ class Metric:
     n: int
 
     def __str__(self) -> str:
+        # z: no -0.000
         return f"{self.value:z.3f}" + (
             f" [{self.ci95[0]:z.3f}, {self.ci95[1]:z.3f}]" if self.ci95 else ""
-        )  # z: no -0.000
+        )
 
 
 def _metric(value: float, low: float, high: float, n: int) -> Metric:
@@ -110,15 +111,15 @@ def _auroc(
     labels: Sequence[float], scores: Sequence[float]
 ) -> Callable[[np.ndarray], float | None]:
     labels = np.asarray(labels) == 1
-    levels = np.unique(scores, return_inverse=True)[
-        1
-    ]  # the rank of each score; equal ones share it
+    # the rank of each score; equal ones share it
+    levels = np.unique(scores, return_inverse=True)[1]
 
     def auroc(weights: np.ndarray) -> float | None:
+        # weight at each level
         ones, zeros = (
             np.bincount(levels, weights * labels),
             np.bincount(levels, weights * ~labels),
-        )  # weight at each level
+        )
         pairs = ones.sum() * zeros.sum()
         return float(ones @ (zeros.cumsum() - zeros / 2) / pairs) if pairs else None
 
@@ -450,9 +451,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     for row in rows:
         table.add_row(*map(str, row))
     console = Console(markup=False, highlight=False, emoji=False)
-    console.width = max(
-        console.width, 160
-    )  # a row is a line, also where nobody looks at a terminal
+    # a row is a line, also where nobody looks at a terminal
+    console.width = max(console.width, 160)
     console.print(title, "", sep="\n", soft_wrap=True)
     console.print(table)
 

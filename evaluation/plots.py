@@ -1,6 +1,5 @@
 """The pictures of the evaluation scripts: the only place that knows matplotlib."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +7,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
+from common.files import replacing
 from evaluation.metrics import Metric
 
 BASE, TUNED, WARNING = "#8a8f98", "#1f77b4", "#d1495b"
@@ -48,10 +49,10 @@ def comparison_plot(
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside lower center", ncols=2)
-    _save(figure, Path(path))
+    _save(figure, path)
 
 
-def judge_picture(path: str | Path, title: str, card: dict, policies: Sequence[dict]) -> None:
+def judge_plot(path: str | Path, title: str, card: dict, policies: Sequence[dict]) -> None:
     """The report card of a judge, as evaluation/eval_judge.py makes it: reliability, distribution of the scores, score by position
     and, where there are, best of n and the ranked policies."""
     panels = [_reliability, _distribution, _by_position]
@@ -66,7 +67,7 @@ def judge_picture(path: str | Path, title: str, card: dict, policies: Sequence[d
     for axes in list(grid.flat)[len(panels) :]:
         axes.remove()
     figure.suptitle(title, fontsize=10)
-    _save(figure, Path(path))
+    _save(figure, path)
 
 
 def _reliability(axes: plt.Axes, card: dict) -> None:
@@ -179,7 +180,7 @@ def _policies(axes: plt.Axes, policies: Sequence[dict]) -> None:
     axes.set_title("policies, greedy answers", fontsize=9)
 
 
-def response_picture(path: str | Path, title: str, card: dict) -> None:
+def response_plot(path: str | Path, title: str, card: dict) -> None:
     """What evaluation/eval_response_reward.py says of a reward model: score by rank and over length, the calibration of score
     differences, accuracy by kind of pair and, where there is, best of n.
 
@@ -196,7 +197,7 @@ def response_picture(path: str | Path, title: str, card: dict) -> None:
     for axes in list(grid.flat)[len(panels) :]:
         axes.remove()
     figure.suptitle(title, fontsize=10)
-    _save(figure, Path(path))
+    _save(figure, path)
 
 
 def _score_by_rank(axes: plt.Axes, card: dict) -> None:
@@ -300,7 +301,7 @@ PANELS = {
 LESS_LIKELY = "drift/good_steps_less_likely"
 
 
-def training_picture(history: Sequence[dict], path: str | Path, title: str) -> bool:
+def training_plot(history: Sequence[dict], path: str | Path, title: str) -> bool:
     """The course of a training run, from `trainer.state.log_history`: loss, margins, accuracy and drift over optimizer steps, rows
     with `eval_` dashed. What the history lacks is left out; returns False, and writes nothing, if there is nothing to draw."""
 
@@ -361,7 +362,7 @@ def training_picture(history: Sequence[dict], path: str | Path, title: str) -> b
     for axes in list(grid.flat)[len(shown) :]:
         axes.remove()
     figure.suptitle(title, fontsize=11)
-    _save(figure, Path(path))
+    _save(figure, path)
     return True
 
 
@@ -405,7 +406,7 @@ def credit_plot(
     right.set(ylim=(0, 1.02), ylabel="share right")
     right.set_title("greedy next step after a right beginning", fontsize=10)
     figure.legend(frameon=False, loc="outside lower center", ncols=len(models))
-    _save(figure, Path(path))
+    _save(figure, path)
 
 
 def stability_plot(
@@ -451,7 +452,7 @@ def stability_plot(
         ncols=4,
     )
     figure.suptitle(title, fontsize=10)
-    _save(figure, Path(path))
+    _save(figure, path)
 
 
 def frontier_plot(
@@ -513,7 +514,7 @@ def frontier_plot(
         ncols=4 * len(panels),
     )
     figure.suptitle(title, fontsize=10)
-    _save(figure, Path(path))
+    _save(figure, path)
 
 
 def _whiskers(metrics: Sequence[Metric]) -> list[list[float]]:
@@ -525,13 +526,10 @@ def _whiskers(metrics: Sequence[Metric]) -> list[list[float]]:
     ]
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _save(figure: Figure, path: str | Path) -> None:
+    """Write a PNG, whole or not at all."""
     try:
-        figure.savefig(temporary, format="png", dpi=150)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
     finally:
-        temporary.unlink(missing_ok=True)
         plt.close(figure)

@@ -58,17 +58,15 @@ _FRACTION = re.compile(r"(-?)\s*(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")  # 3/4 and 2 3/
 _AMOUNT = re.compile(
     r"(?:^[-+]\s*|(?<![\d.])[-+])?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,2}(?!\d))?", re.IGNORECASE
 )
-_SHORT_WORDS = re.compile(
-    r"cm|mm|km|kg|mg|ml|ft|in|lb|oz|hr|am|pm|mi|yd|is|he|an|at|by"
-)  # others of two letters are variables
+# others of two letters are variables
+_SHORT_WORDS = re.compile(r"cm|mm|km|kg|mg|ml|ft|in|lb|oz|hr|am|pm|mi|yd|is|he|an|at|by")
 _NO_UNITS = re.compile(  # words that make another number of one
     r"\b(?:and|or|half|halves|of|to|times|plus|minus|negative|dozens?|hundreds?|thousands?|[mb]illions?|sqrt|sin|cos|tan|log|exp)\b",
     re.IGNORECASE,
 )
 _WORD = re.compile(r"[^\W\d_]+")
-_FUNCTIONS = re.compile(
-    r"(?<![a-zA-Z\\])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![a-zA-Z])"
-)  # as a programming language writes them
+# as a programming language writes them
+_FUNCTIONS = re.compile(r"(?<![a-zA-Z\\])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![a-zA-Z])")
 
 
 def _tidy(text: str) -> str:
@@ -175,10 +173,8 @@ def _processor_limit(seconds: float) -> Iterator[None]:
 
 
 def _same_expression(answer: str, reference: str) -> bool:
-    from math_verify import (
-        parse,
-        verify,
-    )  # sympy takes a second to import, and plain numbers never need it
+    # sympy takes a second to import, and plain numbers never need it
+    from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns when its own limit is off
 

@@ -1,24 +1,16 @@
-"""The records that flow between the scripts, and the files that hold them.
+"""The records that flow between the scripts.
 
-A record is checked where it enters: `from_row` takes a decoded JSON object and raises `RecordError` with the field and what was
-expected; `read_records` puts file and line in front. One annotated row of each file type stands beside its class.
+A record is checked where it enters: `from_row` takes a decoded JSON object and raises RecordError
+with the field and what was expected; `common.files.read_records` adds file and line. One annotated
+row of each file type stands beside its class.
 """
 
-import hashlib
-import json
 import math
-import os
-import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
+from common.errors import RecordError
 from reasoning.steps import shared_prefix
-
-
-class RecordError(ValueError):
-    """A file or a row that is not what it should be; the message says where, what, and what was expected."""
 
 
 # One row of data/problems_test.jsonl:
@@ -144,7 +136,7 @@ class StepValue:
         return value
 
 
-# One row of a file of step labels (made by people, or read from PRM800K, Math-Shepherd, ProcessBench by reasoning/loaders.py):
+# One row of a file of step labels (made by people, or read from PRM800K, Math-Shepherd, ProcessBench by reasoning/datasets/shapes.py):
 #   {"prompt": "Mia has 12 apples. ...",                                      the question, plain text
 #    "steps": ["Step 1: 12 + 14 = 26", "Step 2: 26 + 2 = 28", "Answer: 28"],  a solution
 #    "labels": [1, 0, null],                                                  1 right, 0 wrong, null: nobody said
@@ -189,14 +181,6 @@ class Prompt:
     @classmethod
     def from_row(cls, row: Any) -> "Prompt":
         return cls(_text(_object(row), "prompt"))
-
-
-Record = TypeVar("Record", Problem, PreferencePair, ScoredPair, StepValue, LabelledSolution, Prompt)
-
-
-def is_kept_out(prompt: str) -> bool:
-    """Whether the pairs of this prompt are kept out of all training, for log-prob margins: a tenth of all prompts."""
-    return int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10 == 0
 
 
 def _object(row: Any) -> dict:
@@ -277,137 +261,3 @@ def _count(row: dict, name: str) -> int | None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
         raise RecordError(f"field '{name}': expected a whole number from 0 on, got {_kind(value)}")
     return value
-
-
-# --- files -----------------------------------------------------------------------------------------------------------------------
-
-
-def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Stream (line number, decoded JSON) of a JSONL file, blank lines skipped. Raises RecordError with file and line."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode()
-                if text.strip():
-                    yield number, json.loads(text)
-            except UnicodeDecodeError as error:
-                raise RecordError(
-                    f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
-                ) from None
-            except json.JSONDecodeError as error:
-                raise RecordError(
-                    f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); expected one object a line"
-                ) from None
-            except RecursionError:
-                raise RecordError(
-                    f"{path}:{number}: nested too deeply; expected one flat object a line"
-                ) from None
-
-
-def read_records(path: str | Path, kind: type[Record]) -> Iterator[Record]:
-    """Stream the records of a JSONL file. Raises RecordError: `file:line: field ...`, or that the file has no rows."""
-    number = 0
-    for number, row in read_rows(path):
-        try:
-            yield kind.from_row(row)
-        except RecordError as error:
-            raise RecordError(f"{path}:{number}: {error}") from None
-    if not number:
-        raise RecordError(f"{path}: no rows; expected one JSON object a line")
-
-
-def to_line(record: Any) -> str:
-    """One JSON line; fields that are None are left out."""
-    row = record if isinstance(record, dict) else asdict(record)
-    return (
-        json.dumps(
-            {key: value for key, value in row.items() if value is not None}, ensure_ascii=False
-        )
-        + "\n"
-    )
-
-
-def write_records(path: str | Path, records: Iterable[Any]) -> int:
-    """Write records as JSONL, whole or not at all (temporary file, then rename). Returns the number of rows."""
-    count = 0
-
-    def lines():
-        nonlocal count
-        for record in records:
-            count += 1
-            yield to_line(record)
-
-    write_text(path, lines())
-    return count
-
-
-def write_text(path: str | Path, chunks: Iterable[str]) -> None:
-    """Write a text file whole or not at all: a temporary file in the same folder, flushed to disk, then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-class ResumableRows:
-    """Rows of a long job, appended one by one to `<output>.partial` and kept when the job is killed.
-
-    The first line says what job it is, so that another job's rows are never continued. Opening it again gives the rows that are
-    there (`rows`, a torn last line dropped) and goes on behind them. `unit` rows belong together (a batch that is only
-    reproducible as a whole): an incomplete group at the end is dropped and done again, so the result is the undisturbed run's.
-    Raises RecordError if the rows of another job are there, unless `overwrite`.
-    """
-
-    def __init__(self, output: str | Path, job: dict, unit: int = 1, overwrite: bool = False):
-        self.path = Path(f"{output}.partial")
-        header = to_line({"job": job}).encode()
-        lines = (
-            self.path.read_bytes().splitlines(keepends=True) if self.pending(output, job) else []
-        )
-        if self.path.exists() and not lines and not overwrite:
-            raise RecordError(
-                f"{self.path}: holds the rows of another job (other arguments or other input); "
-                "finish that job, remove the file, or give --overwrite"
-            )
-        whole = [
-            line for line in lines[1:] if line.endswith(b"\n")
-        ]  # a line without its newline is torn
-        kept = whole[: len(whole) // unit * unit]
-        self.rows: list[dict] = [json.loads(line) for line in kept]
-        write_text(self.path, [(header + b"".join(kept)).decode()])
-        self._file = open(self.path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (open as long as the job runs)
-
-    @staticmethod
-    def pending(output: str | Path, job: dict) -> bool:
-        """True if this very job was begun and not finished: running it again resumes it."""
-        path = Path(f"{output}.partial")
-        header = to_line({"job": job}).encode()
-        if not path.is_file():
-            return False
-        with open(path, "rb") as file:
-            return file.readline() == header
-
-    def append(self, row: dict) -> None:
-        self.rows.append(row)
-        self._file.write(to_line(row))
-        self._file.flush()
-
-    def finish(self) -> None:
-        """Call after the output was renamed into place: the partial rows are no longer needed."""
-        self._file.close()
-        self.path.unlink()

@@ -4,26 +4,10 @@ A response of K steps is written `step 1 \\n step 2 \\n ... step K`, and then ei
 by whoever tokenizes) if step K states the final answer, or a newline if the solution is to go on (a step pair, a prefix).
 """
 
-import bisect
-import itertools
 import re
 from collections.abc import Sequence
 
 from reasoning.answers import extract_answer
-
-PLAIN_TEMPLATE = "Problem: {prompt}\nSolution:\n"
-CHAT_INSTRUCTION = (
-    "Solve the problem step by step. Write one short step a line, beginning with 'Step 1:', "
-    "and end with a line 'Answer: ' and the result.\n\n"
-)
-
-
-def format_prompt(prompt: str, tokenizer=None) -> str:
-    """The text a policy continues. Chat models (a tokenizer with a chat template) get the instruction as a user message."""
-    if getattr(tokenizer, "chat_template", None):
-        message = {"role": "user", "content": CHAT_INSTRUCTION + prompt}
-        return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    return PLAIN_TEMPLATE.format(prompt=prompt)
 
 
 def split_steps(text: str) -> list[str]:
@@ -99,44 +83,6 @@ def split_sentences(text: str) -> list[str]:
 def ends_solution(steps: list[str]) -> bool:
     """True if the last step states a final answer: nothing is to follow but EOS."""
     return bool(steps) and extract_answer(steps[-1]) is not None
-
-
-def response_pieces(steps: list[str], finished: bool) -> list[str]:
-    """The texts of the steps, joined they are the response: each with its closing newline, the last without if `finished`."""
-    return [
-        step + ("" if finished and k == len(steps) - 1 else "\n") for k, step in enumerate(steps)
-    ]
-
-
-def encode_steps(
-    tokenizer, prompt: str, prefix: list[str], steps: list[str]
-) -> tuple[list[int], list[int]]:
-    """Token ids of template, prompt, prefix and steps, and for every token the step it belongs to: 0 .. len(steps) - 1, or -1
-    for what comes before the steps. The one place where text becomes ids for training and for scoring.
-
-    The whole text is tokenized once and cut by character offsets (a fast tokenizer is needed); a token that straddles a boundary
-    belongs to the earlier step. A response that ends the solution gets EOS, which belongs to its last step."""
-    finished = ends_solution(steps)
-    pieces = [
-        format_prompt(prompt, tokenizer) + "".join(response_pieces(prefix, finished=False)),
-        *response_pieces(steps, finished),
-    ]
-    # a chat template writes the special tokens itself
-    encoded = tokenizer(
-        "".join(pieces), return_offsets_mapping=True, add_special_tokens=not tokenizer.chat_template
-    )
-    ends = list(itertools.accumulate(map(len, pieces)))
-    step_of, reached = [], 0
-    for start, end in encoded["offset_mapping"]:
-        begin = min(
-            start, reached
-        )  # offsets may leave white space out (trim_offsets): a newline belongs to the step it closes
-        step_of.append(min(bisect.bisect_right(ends, begin), len(steps)) - 1)
-        reached = max(reached, end)
-    ids = list(encoded["input_ids"])
-    return (
-        ([*ids, tokenizer.eos_token_id], [*step_of, len(steps) - 1]) if finished else (ids, step_of)
-    )
 
 
 def shared_prefix(first: Sequence, second: Sequence) -> int:

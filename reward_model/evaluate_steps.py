@@ -14,10 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reasoning.records import PreferencePair, ResumableRows, read_records, write_records
-from reward_model.base import StepJudge, mean
-from utils.cli import UserError, at_root, check_input, check_output, parse_args, run
-from utils.judges import CHUNK, JudgeArgs, check_judge, content_hash, judge_identity, open_judge
+from common.cli import check_input, check_output, parse_args, run
+from common.errors import UserError
+from common.files import ResumableRows, at_root, content_hash, read_records, write_records
+from reasoning.records import PreferencePair
+from reward_model.protocols import StepJudge, mean
+from reward_model.registry import CHUNK, JudgeArgs, check_judge, judge_identity, open_judge
 
 
 @dataclass
@@ -75,9 +77,8 @@ def main() -> None:
         "limit": args.limit,
         "seed": args.seed,
     }
-    unit = (
-        1 if args.judge == "gguf" else CHUNK // 2
-    )  # pairs at a time; gguf scores one by one, so it need lose none when killed
+    # pairs at a time; gguf scores one by one, so it need lose none when killed
+    unit = 1 if args.judge == "gguf" else CHUNK // 2
     if not ResumableRows.pending(args.output, job):
         check_output(args.output, args.overwrite)
         check_output(str(left_out_path), args.overwrite)
@@ -110,7 +111,7 @@ def main() -> None:
     if not scored:
         rows.finish()
         raise UserError(
-            f"no pair was scored, all {len(pairs)} are {judge.left_out}: see {left_out_path}"
+            f"no pair was scored, all {len(pairs)} are {judge.unscored_reason}: see {left_out_path}"
         )
     write_records(args.output, scored)
     rows.finish()
@@ -126,7 +127,7 @@ def main() -> None:
     )
     if left_out:
         print(
-            f"left out          {len(left_out)} ({judge.left_out}), written without scores to {left_out_path}"
+            f"left out          {len(left_out)} ({judge.unscored_reason}), written without scores to {left_out_path}"
         )
     print(f"wrote {args.output}: {len(scored)} pairs with a score for every step")
 

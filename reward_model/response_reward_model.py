@@ -17,18 +17,21 @@ A reward model is a plain directory for sequence classification with one label, 
 
 import copy
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig
+from peft.utils import load_peft_weights
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
-from reasoning.steps import PLAIN_TEMPLATE, split_steps
-from reward_model.base import JudgeError, Response, ResponseScorer, Solution, StepJudge, short
-from reward_model.process_reward_model import StepTokens
-from reward_model.reading import PlainText, batches, first_line
+from common.errors import JudgeError, ModelError, UserError, first_line, short
+from lm.loading import base_of, load_adapter, load_tokenizer, load_weights, scoring_device
+from lm.text_encoding import PLAIN_TEMPLATE, PlainText, batches_by_length
+from reasoning.steps import split_steps
+from reward_model.prm_formats import StepTokens
+from reward_model.protocols import Response, ResponseScorer, Solution, StepJudge
 
 
 class ResponseTokens:
@@ -172,12 +175,8 @@ def longest(model, tokenizer) -> int | None:
 
 def is_reward_adapter(path: str) -> bool:
     """Whether an adapter is that of a reward model, and not that of a causal LM."""
-    return (
-        json.loads(Path(find_adapter_config_file(path)).read_text(encoding="utf-8")).get(
-            "task_type"
-        )
-        == "SEQ_CLS"
-    )
+    config = json.loads(Path(find_adapter_config_file(path)).read_text(encoding="utf-8"))
+    return config.get("task_type") == "SEQ_CLS"
 
 
 def load_reward_model(
@@ -186,90 +185,63 @@ def load_reward_model(
     new_head: bool = False,
     trainable: bool = False,
     revision: str | None = None,
-):
+) -> tuple[Any, Any]:
     """(model, tokenizer) of a directory, a PEFT adapter's directory, or a hub name (of a revision).
 
-    new_head: any model is taken, and one that has no head of one number yet gets it, of random weights; without it that is a
-    JudgeError, as is all else that cannot be loaded. trainable: an adapter is loaded to be trained."""
+    new_head: any model is taken; one without a head of one number gets it, with random weights. Without
+    it such a model is refused. trainable: an adapter is loaded to be trained. Raises ModelError."""
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
-        adapter = find_adapter_config_file(path, revision=revision)
-        base = (
-            json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
-            if adapter
-            else path
-        )
-        if not base:
-            raise ValueError("its adapter_config.json names no base_model_name_or_path")
-        hub = {"revision": None if adapter else revision}
-        if not new_head and not adapter:
+        base, is_adapter = base_of(path, revision)
+        hub = {"revision": None if is_adapter else revision}
+        if not new_head and not is_adapter:
             _check_head(path, config)
-        options = {
-            "dtype": dtype,
-            "num_labels": 1,
-            "use_safetensors": True,
-            "output_loading_info": True,
-        }
-        model, loading = AutoModelForSequenceClassification.from_pretrained(base, **options, **hub)
-        backbone = model.base_model_prefix
-        head = [name for name, _ in model.named_children() if name != backbone]
-        missing = [
-            key
-            for key in loading["missing_keys"]
-            if key.split(".")[0] not in head or not (new_head or adapter)
-        ]
-        if missing:  # transformers fills them with random numbers
-            raise ValueError(f"weights are missing, {min(missing)} for one")
-        tokenizer = AutoTokenizer.from_pretrained(path, **hub)
-        if adapter:
-            model = _with_adapter(model, path, trainable, needs=loading["missing_keys"])
-    except JudgeError:
+        brought = load_peft_weights(path, device="cpu") if is_adapter else {}
+
+        def may_miss(model: Any, key: str) -> bool:
+            """A head may be new, or be brought by the adapter."""
+            if key.split(".")[0] not in head_names(model):
+                return False
+            return any(name.endswith(key) for name in brought) if is_adapter else new_head
+
+        kind = AutoModelForSequenceClassification
+        model = load_weights(kind, base, may_miss, dtype=dtype, num_labels=1, **hub)
+        tokenizer = load_tokenizer(path, path, **hub)
+        if is_adapter:
+            model = load_adapter(model, path, trainable, revision)
+    except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # what a folder that is no model makes of the libraries is beyond a list
-        raise JudgeError(f"reward model {path} cannot be loaded: {first_line(error)}") from None
+    except Exception as error:  # what the libraries raise for a folder that is no model has no list
+        raise ModelError(f"reward model {path} cannot be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
-        raise JudgeError(f"reward model {path}: it has no fast tokenizer (tokenizer.json)")
-    model.config.reward_question = config.get(
-        "reward_question"
-    )  # an adapter's own is not its base's
+        raise ModelError(f"reward model {path}: it has no fast tokenizer (tokenizer.json)")
+    # an adapter's own is not its base's
+    model.config.reward_question = config.get("reward_question")
     model.config.reward_step_token = config.get("reward_step_token", config.get("step_token"))
     for name in {"step_token", "running_min"} & vars(model.config).keys():  # it is no PRM any more
         delattr(model.config, name)
     return with_padding(model, tokenizer), tokenizer
 
 
+def head_names(model: Any) -> list[str]:
+    """The names of the modules on top of a model's backbone."""
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
+
+
 def _check_head(path: str, config: dict) -> None:
-    """Raises JudgeError for a model that gives something else than one number a text."""
+    """Raises ModelError for a model that gives something else than one number a text."""
     kinds = config.get("architectures") or []
     if not any(kind.endswith(("ForSequenceClassification", "RewardModel")) for kind in kinds):
         made = f"`python train.py reward --model_name_or_path {path}` makes one of it"
-        raise JudgeError(
+        raise ModelError(
             f"{path} is no reward model but {', '.join(kinds) or 'of no kind that its config.json names'}; {made}"
         )
     labels = len(config.get("id2label") or [0] * config.get("num_labels", 2))
     if labels != 1:
-        raise JudgeError(f"{path} is a classifier with {labels} labels; a reward model has one")
+        raise ModelError(f"{path} is a classifier with {labels} labels; a reward model has one")
 
 
-def _with_adapter(model, path: str, trainable: bool, needs: Sequence[str]):
-    """An adapter on its base; it brings the weights that the base does not have."""
-    from peft import PeftModel
-    from peft.utils import load_peft_weights
-
-    brought = load_peft_weights(path, device="cpu")
-    if lost := [key for key in needs if not any(name.endswith(key) for name in brought)]:
-        raise ValueError(f"neither the adapter nor its base has {min(lost)}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings(
-            "error", message="Found missing adapter keys"
-        )  # peft would start them anew
-        return PeftModel.from_pretrained(model, path, is_trainable=trainable)
-
-
-class _Row(list):
+class _EncodedPair(list):
     """The ids of a pair, and which pair it is."""
 
     def __init__(self, ids: list[int], place: int):
@@ -290,10 +262,8 @@ class ResponseRewardModel(ResponseScorer):
         self.path, self.batch_tokens, self.cut = str(path), batch_tokens, 0
         if batch_tokens < 1:
             raise JudgeError(f"batch_tokens must be at least 1, got {batch_tokens}")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load_reward_model(
-            self.path, torch.float32 if device == "cpu" else "auto"
-        )
+        device, dtype = scoring_device(device)
+        model, tokenizer = load_reward_model(self.path, dtype)
         self.model = model.to(device, model.dtype).eval()  # peft keeps what it trained in float32
         self.device = self.model.device
         self.format = ResponseTokens(
@@ -311,8 +281,9 @@ class ResponseRewardModel(ResponseScorer):
         with tqdm(
             total=len(pairs), desc=progress, unit="response", disable=progress is None
         ) as bar:
-            for batch in batches(
-                [_Row(ids, place) for place, (ids, _) in enumerate(encoded)], self.batch_tokens
+            for batch in batches_by_length(
+                [_EncodedPair(ids, place) for place, (ids, _) in enumerate(encoded)],
+                self.batch_tokens,
             ):
                 for row, score in zip(batch, self._scores(batch), strict=True):
                     if score != score:
@@ -324,10 +295,9 @@ class ResponseRewardModel(ResponseScorer):
         return scores
 
     @torch.inference_mode()
-    def _scores(self, batch: list[_Row]) -> list[float]:
-        ids = torch.full(
-            (len(batch), max(map(len, batch))), self.pad_token_id
-        )  # (B, L), right-padded
+    def _scores(self, batch: list[_EncodedPair]) -> list[float]:
+        # (B, L), right-padded
+        ids = torch.full((len(batch), max(map(len, batch))), self.pad_token_id)
         mask = torch.zeros_like(ids)
         for b, row in enumerate(batch):
             ids[b, : len(row)], mask[b, : len(row)] = torch.tensor(row), 1

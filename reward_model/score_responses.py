@@ -15,26 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reasoning.records import (
-    PreferencePair,
-    Prompt,
-    RecordError,
-    read_rows,
-    write_records,
-    write_text,
-)
-from reasoning.rows import read_table
+from common.cli import check_input, check_output, parse_args, run
+from common.errors import RecordError, UserError
+from common.files import at_root, read_rows, write_records, write_text
+from reasoning.datasets.files import read_table
+from reasoning.records import PreferencePair, Prompt
+from reasoning.splits import refuse_held_out
 from reasoning.steps import split_steps
-from utils.cli import (
-    UserError,
-    at_root,
-    check_input,
-    check_output,
-    parse_args,
-    refuse_held_out,
-    run,
-)
-from utils.scorers import ScorerArgs, check_scorer, open_scorer
+from reward_model.registry import ScorerArgs, check_scorer, open_scorer
 
 HELP = """usage: python reward_model/score_responses.py COMMAND [ARGUMENTS]
 

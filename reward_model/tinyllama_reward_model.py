@@ -19,19 +19,10 @@ from itertools import pairwise
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-from reward_model.base import (
-    NO,
-    TEMPLATES,
-    YES,
-    JudgeError,
-    JudgeTemplate,
-    Solution,
-    StepJudge,
-    fitting_template,
-    short,
-    where,
-)
-from reward_model.gguf_file import GGUFFile, TokenType, read_gguf
+from common.errors import JudgeError, short
+from lm.gguf_file import GGUFFile, TokenType, read_gguf
+from reward_model.protocols import Solution, StepJudge, describe_step
+from reward_model.templates import NO, TEMPLATES, YES, JudgeTemplate, fitting_template
 
 MAX_CONTEXT = 4096  # tokens; more only if asked for, since the cache grows with it
 BATCH = 512  # tokens evaluated at once; the library crashes above
@@ -120,7 +111,7 @@ class TinyLlamaRewardScorer(StepJudge):
             while (reply := self._connection.recv())[0] == "score":
                 scores.append(round(reply[1], 6))
         except (EOFError, OSError):
-            place = where(prompt, steps, skip + len(scores))
+            place = describe_step(prompt, steps, skip + len(scores))
             raise JudgeError(f"{self._obituary()} while it scored {place}") from None
         except BaseException:
             self.close()  # replies to an interrupted question would be taken for those of the next one
@@ -129,7 +120,7 @@ class TinyLlamaRewardScorer(StepJudge):
         if kind == "too long":
             return None
         if kind == "not finite":
-            place = where(prompt, steps, skip + len(scores))
+            place = describe_step(prompt, steps, skip + len(scores))
             raise JudgeError(
                 f"judge {self.file.path}: the model's logits are not finite at {place}"
             )
@@ -264,9 +255,8 @@ class _Text:
 
 def _serve(descriptor: int) -> None:
     """Score what comes through the pipe until it closes."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C goes to the whole group; the parent decides
+    # Ctrl-C goes to the whole group; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(descriptor)
     settings = connection.recv()
     try:
@@ -287,19 +277,16 @@ class _Model:
         from ctransformers.llm import LLM, Config
 
         cpu = Path("/proc/cpuinfo")
-        has_avx2 = (
-            cpu.exists() and " avx2 " in cpu.read_text()
-        )  # left to itself ctransformers takes a second to find out
-        config = Config(
-            context_length=settings["context_length"], mmap=False
-        )  # mmap crashes on a file that shrinks
+        # left to itself ctransformers takes a second to find out
+        has_avx2 = cpu.exists() and " avx2 " in cpu.read_text()
+        # mmap crashes on a file that shrinks
+        config = Config(context_length=settings["context_length"], mmap=False)
         self.llm = LLM(settings["path"], "gguf", config=config, lib="avx2" if has_avx2 else None)
         self.path, self.context_length = settings["path"], settings["context_length"]
         self.yes, self.no = settings["yes"], settings["no"]
         self.edge = len(self._tokenize(EDGE))
-        self.held: list[
-            list[int]
-        ] = []  # the groups of tokens whose keys and values are in the cache
+        # the groups of tokens whose keys and values are in the cache
+        self.held: list[list[int]] = []
         self.threads = self._choose_threads(settings["threads"])
 
     def _choose_threads(self, threads: int | None) -> int:
@@ -321,9 +308,8 @@ class _Model:
 
     def _tokenize(self, text: str) -> list[int]:
         data = text.encode()
-        buffer = (
-            ctypes.c_int * (3 * len(data) + 8)
-        )()  # LLM.tokenize reserves a token a character, and an emoji has four
+        # LLM.tokenize reserves a token a character, and an emoji has four
+        buffer = (ctypes.c_int * (3 * len(data) + 8))()
         return buffer[: self.llm.ctransformers_llm_tokenize(data, False, buffer)]
 
     def _ids(self, items: list[Item]) -> list[int]:

@@ -1,6 +1,6 @@
 """Guided search: answer prompts by choosing among what a policy proposes, step by step or among whole solutions.
 
-Every strategy has one signature, (prompts, policy, judge, budget, seed) -> one Answer a prompt, and one line in `STRATEGIES`. They
+Every strategy has one signature, (prompts, policy, judge, budget, seed) -> one SearchResult a prompt, and one line in `STRATEGIES`. They
 see prompts and a judge's scores, no reference. With no judge (None) the score of a step is the share of the samples from the same
 beginning that wrote it: self-consistency, the control that needs none.
 
@@ -21,12 +21,13 @@ from dataclasses import dataclass, field, replace
 from math import isfinite, sqrt
 from typing import TYPE_CHECKING
 
+from common.errors import UserError
 from reasoning.answers import extract_answer, same_answer
 from reasoning.steps import ends_solution
-from reward_model.base import AGGREGATES, JudgeError, ResponseScorer, StepJudge, aggregate
+from reward_model.protocols import SCORE_AGGREGATES, ResponseScorer, StepJudge, aggregate
 
 if TYPE_CHECKING:  # nothing here needs torch
-    from search.policy import Policy, State
+    from lm.policy import Policy, State
 
 RESOLUTION = (
     0.05  # values as close as this say the same; chosen on hard validation problems (docs/LOG.md)
@@ -37,7 +38,7 @@ ANOTHER = 1 << 32  # from one seed to the next, where a state is sampled again
 
 
 @dataclass(frozen=True)
-class Budget:
+class SearchBudget:
     """What an answer may cost. n: next steps proposed for each beginning that goes on, or whole solutions. beams: how many
     beginnings `beam` keeps, independent ones of `dvts`, walks of `mcts`. max_steps and max_new_tokens: of a solution. aggregate:
     how the scores of its steps become one number. Raises ValueError, one line, for a value that makes no sense."""
@@ -57,9 +58,9 @@ class Budget:
                 )
         if not (self.temperature >= 0 and isfinite(self.temperature)):
             raise ValueError(f"argument --temperature: expected 0 or more, got {self.temperature}")
-        if self.aggregate not in AGGREGATES:
+        if self.aggregate not in SCORE_AGGREGATES:
             raise ValueError(
-                f"argument --aggregate: expected one of {', '.join(AGGREGATES)}, got {self.aggregate}"
+                f"argument --aggregate: expected one of {', '.join(SCORE_AGGREGATES)}, got {self.aggregate}"
             )
 
 
@@ -85,13 +86,12 @@ class Candidate:
         return -1.0 if self.scores is None else round(aggregate(self.scores, how), 5)
 
 
-Round = list[
-    tuple[Candidate, bool]
-]  # the candidates of a step of the search, and whether each was kept
+# the candidates of a step of the search, and whether each was kept
+Round = list[tuple[Candidate, bool]]
 
 
 @dataclass
-class Answer:
+class SearchResult:
     """An answer, how it was found, and what that cost. scores: of every step; None if the judge leaves the answer out, or was not
     there to be asked. finished: it ended by itself. proposals: steps or whole solutions that were sampled; tokens: in them; judged:
     steps that the judge scored; left_out: proposals that it could not score; seconds: this prompt's share of the call's."""
@@ -127,7 +127,7 @@ def _best(candidates: Sequence[Candidate], how: str) -> Candidate:
 
 
 def _sample(
-    how: Callable, states: Sequence["State"], n: int, budget: Budget, seed: int
+    how: Callable, states: Sequence["State"], n: int, budget: SearchBudget, seed: int
 ) -> list[list["State"]]:
     """n samples of every state, by `policy.next_steps` or `policy.rollouts`."""
     groups: list[list[State]] = [[] for _ in states]
@@ -145,13 +145,13 @@ def _sample(
     ) as error:  # torch has an error of its own on a GPU and a plain RuntimeError on a CPU
         if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
             raise
-        raise JudgeError(
+        raise UserError(
             f"{n} samples of each of {len(states)} beginnings do not fit into memory: lower --n or --beams"
         ) from None
     return groups
 
 
-def _candidate(parent: Candidate, state: "State", budget: Budget) -> Candidate:
+def _candidate(parent: Candidate, state: "State", budget: SearchBudget) -> Candidate:
     """What was sampled after a parent; its scores are still those of the parent."""
     tokens = parent.tokens + state.sampled
     if (
@@ -182,7 +182,7 @@ def _merge(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _score(
     judge: StepJudge | ResponseScorer,
-    answers: Sequence[Answer],
+    answers: Sequence[SearchResult],
     groups: Sequence[Sequence[Candidate]],
 ) -> None:
     """One call of the judge for the steps that have no score yet, one group an answer; the same text is asked once. A step that
@@ -220,7 +220,7 @@ def _score(
             steps, known = candidate.state.steps, candidate.scores
             new = fresh.get((answer.prompt, steps), [])
             if known is None or new is None:
-                candidate.scores, candidate.note = None, judge.left_out
+                candidate.scores, candidate.note = None, judge.unscored_reason
                 answer.left_out += candidate.count
             elif len(known) < len(steps):
                 new = zip(range(len(known), len(steps)), new, strict=True)
@@ -254,14 +254,14 @@ def draw(
     prompts: Sequence[str],
     policy: "Policy",
     judge: StepJudge | ResponseScorer | None,
-    budget: Budget,
+    budget: SearchBudget,
     seed: int,
-) -> tuple[list[Answer], list[list[Candidate]]]:
+) -> tuple[list[SearchResult], list[list[Candidate]]]:
     """n whole solutions of every prompt, with their scores, and what they cost: the pool that `PICKS` choose from. The first m of n
     samples are those that m would have got (without a judge their scores are not)."""
     start = time.perf_counter()
     roots = [Candidate(policy.start(prompt)) for prompt in prompts]
-    answers = [Answer(prompt, proposals=budget.n) for prompt in prompts]
+    answers = [SearchResult(prompt, proposals=budget.n) for prompt in prompts]
     sampled = _sample(policy.rollouts, [root.state for root in roots], budget.n, budget, seed)
     pools = [
         [_candidate(root, state, budget) for state in states]
@@ -335,7 +335,7 @@ PICKS: dict[str, Callable[..., Candidate]] = {
 
 
 def _from_pool(pick: Callable[..., Candidate], needs_scores: bool = True):
-    def strategy(prompts, policy, judge, budget, seed) -> list[Answer]:
+    def strategy(prompts, policy, judge, budget, seed) -> list[SearchResult]:
         answers, pools = draw(prompts, policy, judge if needs_scores else None, budget, seed)
         picked = [pick(pool, budget.aggregate) for pool in pools]
         for answer, pool, candidate in zip(answers, pools, picked, strict=True):
@@ -354,7 +354,7 @@ def _from_pool(pick: Callable[..., Candidate], needs_scores: bool = True):
     return strategy
 
 
-def greedy(prompts, policy, judge, budget, seed) -> list[Answer]:
+def greedy(prompts, policy, judge, budget, seed) -> list[SearchResult]:
     """One solution, at temperature 0."""
     return majority_vote(prompts, policy, judge, replace(budget, n=1, temperature=0.0), seed)
 
@@ -366,12 +366,13 @@ weighted_vote = _from_pool(pick_weighted)
 
 # --- step by step
 
-Search = Generator[
-    list[Candidate], list[list[Candidate]], Candidate
-]  # yields who goes on, is sent their next steps; the answer
+# yields who goes on, is sent their next steps; the answer
+StepSearch = Generator[list[Candidate], list[list[Candidate]], Candidate]
 
 
-def _beams(root: Candidate, budget: Budget, rounds: list[Round], beams: int, trees: int) -> Search:
+def _beams(
+    root: Candidate, budget: SearchBudget, rounds: list[Round], beams: int, trees: int
+) -> StepSearch:
     """`trees` independent searches, each keeps the best `beams` candidates; a finished one holds its place until it is beaten."""
     kept = [[root]] * trees
     for _ in range(budget.max_steps):
@@ -412,7 +413,7 @@ class _Node:
     total: float = 0.0  # of the values that were backed up
 
 
-def _walks(root: Candidate, budget: Budget, rounds: list[Round]) -> Search:
+def _walks(root: Candidate, budget: SearchBudget, rounds: list[Round]) -> StepSearch:
     """MCTS without rollouts and without an oracle: `beams` walks from the root to an end, each by PUCT (Silver et al. 2017; as in
     AlphaMath, Chen et al. 2024), a node that was not walked through being worth what the judge says. What the end is worth is
     backed up along the walk. The first walk is `step_greedy`."""
@@ -444,11 +445,17 @@ def _walks(root: Candidate, budget: Budget, rounds: list[Round]) -> Search:
 
 
 def _explore(
-    search: Callable[..., Search], prompts, policy, judge, budget: Budget, seed: int, **shape: int
-) -> list[Answer]:
+    search: Callable[..., StepSearch],
+    prompts,
+    policy,
+    judge,
+    budget: SearchBudget,
+    seed: int,
+    **shape: int,
+) -> list[SearchResult]:
     """Run one search a prompt, all of them a round at a time."""
     start = time.perf_counter()
-    answers = [Answer(prompt) for prompt in prompts]
+    answers = [SearchResult(prompt) for prompt in prompts]
     searches = [
         search(Candidate(policy.start(answer.prompt)), budget, answer.rounds, **shape)
         for answer in answers
@@ -469,7 +476,7 @@ def _explore(
 
 
 def _propose(
-    running: Sequence[tuple], policy, judge, budget: Budget, seed: int
+    running: Sequence[tuple], policy, judge, budget: SearchBudget, seed: int
 ) -> list[list[list[Candidate]]]:
     """Of every search, for every candidate that it asked to go on, n next steps: merged, with scores."""
     parents = [(i, parent) for i, (_, _, request) in enumerate(running) for parent in request]
@@ -505,28 +512,30 @@ def _propose(
     return longer
 
 
-def step_greedy(prompts, policy, judge, budget, seed) -> list[Answer]:
+def step_greedy(prompts, policy, judge, budget, seed) -> list[SearchResult]:
     """n next steps, the best is taken, and so on."""
     return _explore(_beams, prompts, policy, judge, budget, seed, beams=1, trees=1)
 
 
-def beam(prompts, policy, judge, budget, seed) -> list[Answer]:
+def beam(prompts, policy, judge, budget, seed) -> list[SearchResult]:
     """n next steps for each of the `beams` best beginnings, the best `beams` of all of them go on."""
     return _explore(_beams, prompts, policy, judge, budget, seed, beams=budget.beams, trees=1)
 
 
-def dvts(prompts, policy, judge, budget, seed) -> list[Answer]:
+def dvts(prompts, policy, judge, budget, seed) -> list[SearchResult]:
     """`beams` times step_greedy, each with samples of its own, and the best of their answers (diverse verifier tree search,
     Beeching et al. 2024)."""
     return _explore(_beams, prompts, policy, judge, budget, seed, beams=1, trees=budget.beams)
 
 
-def mcts(prompts, policy, judge, budget, seed) -> list[Answer]:
+def mcts(prompts, policy, judge, budget, seed) -> list[SearchResult]:
     """`beams` walks through one tree, where the judge's values say and where few went before (PUCT)."""
     return _explore(_walks, prompts, policy, judge, budget, seed)
 
 
-Strategy = Callable[[Sequence[str], "Policy", StepJudge | None, Budget, int], list[Answer]]
+Strategy = Callable[
+    [Sequence[str], "Policy", StepJudge | None, SearchBudget, int], list[SearchResult]
+]
 
 STRATEGIES: dict[str, Strategy] = {
     "greedy": greedy,

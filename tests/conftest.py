@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tiny models: a second thread only waits for the first
+# tiny models: a second thread only waits for the first
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from utils.embedded_tokenizer import build_tokenizer
+    from lm.miniature_tokenizer import build_tokenizer
 
     return build_tokenizer()
 
@@ -42,7 +41,7 @@ def tiny_model_dir(tokenizer, tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def tiny_gguf(tiny_model_dir, tmp_path_factory) -> str:
     """The tiny model as a GGUF file in F32."""
-    from utils.export_gguf import export_gguf
+    from lm.gguf_export import export_gguf
 
     path = tmp_path_factory.mktemp("gguf") / "tiny.F32.gguf"
     export_gguf(tiny_model_dir, path, "F32")

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 
-from reasoning.records import RecordError, read_rows, write_records
-from search.policy import Policy, load_model
+from common.errors import ModelError
+from common.files import read_rows, write_records
+from lm.loading import load_model
+from lm.policy import Policy
+from tests.conftest import ROOT
 
 BASE = str(ROOT / "models/policy-mini")
 PROMPTS = [
@@ -82,7 +84,7 @@ def test_an_adapters_own_tokenizer_comes_before_its_bases(adapter, tmp_path):
 
 def test_a_gguf_of_an_adapter_is_that_of_its_merged_model(adapter, merged, tmp_path):
     """Byte for byte: it is merged in float32, although its base is stored in 16 bits."""
-    from utils.export_gguf import export_gguf
+    from lm.gguf_export import export_gguf
 
     export_gguf(adapter, tmp_path / "adapter.gguf")
     export_gguf(merged, tmp_path / "merged.gguf")
@@ -224,7 +226,7 @@ def with_half_a_base(folder: Path):
 def test_half_an_adapter_is_one_line_that_names_it(adapter, tmp_path, change, expected):
     folder = Path(shutil.copytree(adapter, tmp_path / "model"))
     change(folder)
-    with pytest.raises(RecordError, match=expected) as error:
+    with pytest.raises(ModelError, match=expected) as error:
         Policy.load(str(folder))
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
@@ -250,7 +252,7 @@ def test_the_scripts_take_an_adapter(adapter, merged, run_script, tmp_path):
                     4,
                     "--output",
                     out / "pairs.jsonl",
-                ),
+                )
             ],
             "evaluation/eval_reward_scores.py": [
                 *(
@@ -262,7 +264,7 @@ def test_the_scripts_take_an_adapter(adapter, merged, run_script, tmp_path):
                     6,
                     "--output_dir",
                     out / "results",
-                ),
+                )
             ],
         }
         for script, arguments in commands.items():

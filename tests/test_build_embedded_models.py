@@ -203,9 +203,8 @@ def test_gguf_and_hf_judge_agree_on_200_steps():
     hf = logits[:, yes] - logits[:, no]
     with TinyLlamaRewardScorer(str(folder / "judge-mini.Q8_0.gguf")) as judge:
         scored = judge.score_steps([(problem.prompt, steps) for problem, steps in solutions])
-    gguf = torch.logit(
-        torch.tensor([score for scores in scored for score in scores]), eps=1e-6
-    )  # scores have 6 decimals
+    # scores have 6 decimals
+    gguf = torch.logit(torch.tensor([score for scores in scored for score in scores]), eps=1e-6)
     hf = hf.clamp(gguf.min(), gguf.max())
     assert len(hf) >= 200
     # a decision may differ where the judge does not know: within the quantization error of the border

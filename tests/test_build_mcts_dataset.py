@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from reasoning.loaders import load_step_values
+from common.files import read_records, write_records
+from reasoning.datasets.shapes import load_step_values
 from reasoning.problems import problems
-from reasoning.records import Problem, StepValue, read_records, write_records
+from reasoning.records import Problem, StepValue
 from reasoning.steps import ends_solution
-from search.mcts import DROPPED, Tree
+from search.tree_search import DROPPED, Tree
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "utils/build_mcts_dataset.py"

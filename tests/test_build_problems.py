@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from reasoning.problems import HELD_OUT, problems
-from reasoning.records import Problem, read_records
+from common.cli import run
+from common.files import ROOT, read_records
+from reasoning.problems import problems
+from reasoning.records import Problem
+from reasoning.splits import HELD_OUT
 from utils import build_problems
-from utils.cli import ROOT, run
 
 
 def build(folder: Path, monkeypatch, *args: str) -> None:
@@ -44,9 +46,10 @@ def test_a_part_of_train(tmp_path, monkeypatch, capsys):
     some = list(read_records(tmp_path / "some.jsonl", Problem))
     whole = problems("train")
     skipped = [next(whole) for _ in range(10)]
+    # start, events, question
     expected = [task for task in (next(whole) for _ in range(60)) if task.prompt.count(". ") <= 4][
         :20
-    ]  # start, events, question
+    ]
     assert some == expected and not {task.prompt for task in some} & {
         task.prompt for task in skipped
     }

@@ -13,16 +13,19 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_openai_judge import Server, chat, completion
 
+from common.cli import run
+from common.errors import JudgeError, PromptTooLong
+from common.files import write_records
+from lm.policy import Policy
+from lm.server_policy import RemotePolicy
+from reasoning.datasets.ranking import check_groups, groups, read_answers
 from reasoning.grading import grade_steps, is_correct
 from reasoning.problems import problems
-from reasoning.ranking import check_groups, groups, read_answers, split_of
-from reasoning.records import Problem, is_kept_out, write_records
+from reasoning.records import Problem
+from reasoning.splits import default_split, held_out_prompts, is_kept_out
 from reasoning.steps import split_steps
-from reward_model.base import JudgeError, PromptTooLong
-from search.policy import Policy
-from search.remote import RemotePolicy
+from tests.test_openai_judge import Server, chat, completion
 from utils.build_ranked_responses import (
     KINDS,
     AnswerArguments,
@@ -33,7 +36,6 @@ from utils.build_ranked_responses import (
     put_in,
     read_tasks,
 )
-from utils.cli import held_out_prompts, run
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "utils/build_ranked_responses.py"
@@ -156,12 +158,11 @@ def test_exact_groups_and_a_killed_run(monkeypatch, tmp_path, capsys):
         assert right["right"] and right["flawed"] and not right["wrong"]
         assert all(bool(row.note) == row.generator.endswith("+error") for row in group)
         assert {by_kind[kind].generator for kind in ("right", "wrong")} == {"policy-mini"}
-        assert {row.split for row in group} == {split_of(prompt)} and (
-            split_of(prompt) == "test" or not is_kept_out(prompt)
+        assert {row.split for row in group} == {default_split(prompt)} and (
+            default_split(prompt) == "test" or not is_kept_out(prompt)
         )
-    assert (
-        len({tuple(row.rank for row in group) for group in found.values()}) > 5
-    )  # the order in the file tells nothing
+    # the order in the file tells nothing
+    assert len({tuple(row.rank for row in group) for group in found.values()}) > 5
 
     policy = Policy.load(POLICY)  # a row's settings give its answer again
     for row in [row for row in rows if not row.note][::20]:
@@ -239,10 +240,8 @@ def test_prompts_of_any_kind_are_left_to_be_ranked(monkeypatch, tmp_path, tiny_m
     rows = read_answers("answers.csv")
     check_groups(rows, "answers.csv")
     policy = Policy.load(str(model))
-    for prompt, category in (
-        ('Tell "this",\nplease', "tale"),
-        ("Why?", "tale"),
-    ):  # of a prompt that comes twice, the last
+    # of a prompt that comes twice, the last
+    for prompt, category in (('Tell "this",\nplease', "tale"), ("Why?", "tale")):
         settings = [(0, 1, 0), (0.8, 0.9, 1), (0, 0.8, 2), (0.8, 1, 3)]
         texts = [policy.texts([prompt], *how[:2], 12, how[2], chat=True)[0][0] for how in settings]
         expected = {
@@ -317,9 +316,8 @@ def test_answers_from_a_server(server, monkeypatch, tmp_path):
 def test_texts_of_a_server(server):
     policy = RemotePolicy(server.url, "./some", max_retries=0)
     server.answer = lambda number, body: completion("Step 1: 1 + 1 = 2\nAnswer: 2\n")
-    assert policy.texts(["1 + 1?"], 0.7, 0.9, 40, 5) == [
-        ("Step 1: 1 + 1 = 2\nAnswer: 2", False)
-    ]  # finish_reason: length
+    # finish_reason: length
+    assert policy.texts(["1 + 1?"], 0.7, 0.9, 40, 5) == [("Step 1: 1 + 1 = 2\nAnswer: 2", False)]
     (request,) = server.requests
     assert (
         request["path"] == "/v1/completions"
@@ -421,7 +419,7 @@ def test_the_committed_groups_of_four():
         assert [by_kind[kind].rank for kind in KINDS] == [1, 2, 3, 4] and by_kind[
             "right"
         ].split == tasks[prompt].split
-        assert (by_kind["right"].split == "test") == (split_of(prompt) == "test")
+        assert (by_kind["right"].split == "test") == (default_split(prompt) == "test")
         assert [
             kind_of(sample(by_kind[kind].answer), tasks[prompt].problem) for kind in KINDS
         ] == list(KINDS)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from reasoning.records import PreferencePair, Problem, read_records, write_records
-from reward_model.base import FixedJudge
+from common.files import read_records, write_records
+from reasoning.records import PreferencePair, Problem
+from tests.helpers.judges import FixedJudge
 from utils.build_synthetic_dataset import pair_by_answer, pair_by_judge, score_group
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +64,7 @@ def half_right(tiny_model_dir, tokenizer, tmp_path_factory) -> tuple[str, str]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from reasoning.steps import encode_steps
+    from lm.text_encoding import encode_steps
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("half")

@@ -5,9 +5,9 @@ import json
 
 import pytest
 import yaml
-from conftest import ROOT
 
-from reasoning.records import read_rows
+from common.files import read_rows
+from tests.conftest import ROOT
 
 FOLDER = ROOT / "configs/tinyllama"
 SCRIPTS = {
@@ -38,13 +38,13 @@ def test_there_is_a_file_for_each_command():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_takes_its_file(name):
-    from utils.cli import parse_args
+    from common.cli import parse_args
 
     if name == "train":
         from trl import ModelConfig
 
+        from trainer.session import DataArgs
         from trainer.stepwise_dpo_trainer import StepwiseDPOConfig
-        from utils.training import DataArgs
 
         classes = (DataArgs, StepwiseDPOConfig, ModelConfig)
     else:
@@ -107,8 +107,8 @@ def tinyllama(tmp_path_factory) -> str:
 def test_the_five_commands_run(tinyllama, run_script, tmp_path):
     """A dry run of the files as they are. Overridden are paths, limits and lengths; what random weights cannot do, which is to be
     right (--pair_by judge); and bf16 where this machine has none, as the scripts choose by themselves where no file asks for it."""
-    from search.policy import pick_device
-    from utils.export_gguf import export_gguf
+    from lm.gguf_export import export_gguf
+    from lm.loading import pick_device
 
     judge = tmp_path / "judge.Q4_0.gguf"
     export_gguf(tinyllama, judge, "Q4_0")

@@ -4,9 +4,10 @@ from itertools import chain
 
 import pytest
 
-from evaluation.controls import ExactJudge, RandomJudge, ShuffledJudge
+from common.errors import JudgeError
 from reasoning.records import Problem
-from reward_model.base import FixedJudge, JudgeError
+from reward_model.controls import ExactJudge, RandomJudge, ShuffledJudge
+from tests.helpers.judges import FixedJudge
 
 MIA = Problem("Mia has 2 apples.", "10", ["Step 1: 2 + 3 = 5", "Step 2: 5 * 2 = 10", "Answer: 10"])
 WRONG = ["Step 1: 2 + 3 = 5", "Step 2: 5 + 2 = 7", "Answer: 10"]

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from common.files import write_records
 from evaluation.eval_credit import KINDS, kinds_of
 from reasoning.problems import problems
-from reasoning.records import PreferencePair, Problem, is_kept_out, write_records
+from reasoning.records import PreferencePair, Problem
+from reasoning.splits import is_kept_out
 
 PROBLEM = Problem(
     "Mia has 12 apples. ...",

@@ -6,10 +6,12 @@ import sys
 
 import pytest
 
+from common.cli import run
+from common.errors import UserError
+from common.files import write_records
 from evaluation import eval_judge
-from evaluation.eval_judge import Judged, card
-from reasoning.records import LabelledSolution, write_records
-from utils.cli import UserError, run
+from evaluation.judge_card import Judged, card
+from reasoning.records import LabelledSolution
 
 # prompt, labels, the judge's scores, final answer right, the policy's log-prob
 SOLUTIONS = [
@@ -291,8 +293,7 @@ def test_bad_input_is_one_line(evaluate, tmp_path, args, message):
     write_records(tmp_path / "strange.jsonl", [{"prompt": "Mia", "steps": ["a"], "labels": [1]}])
     before = sorted(path.name for path in tmp_path.rglob("*"))
     code, _, err = evaluate(*args)
-    (line,) = [
-        line for line in err.splitlines() if line.strip() and "scores:" not in line
-    ]  # but for a progress bar
+    # but for a progress bar
+    (line,) = [line for line in err.splitlines() if line.strip() and "scores:" not in line]
     assert code == 2 and message in line
     assert sorted(path.name for path in tmp_path.rglob("*")) == before

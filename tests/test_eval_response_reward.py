@@ -6,29 +6,41 @@ import math
 import sys
 
 import pytest
-from reward_models import make_llama
 
+from common.cli import run
+from common.errors import UserError
+from common.files import write_records
 from evaluation import eval_response_reward as script
 from evaluation.eval_response_reward import (
-    Answer,
+    RankedAnswer,
     accuracies,
     best_of_n_metrics,
     calibration,
     pairs_of,
     rank_correlations,
 )
+from reasoning.datasets.ranking import RankedResponse, write_answers
 from reasoning.problems import problems
-from reasoning.ranking import RankedResponse, write_answers
-from reasoning.records import write_records
-from utils.cli import UserError, run
+from tests.helpers.reward_models import make_llama
 
 # two groups; the third answer of the second is as long as the first, with as many lines
 FOUND = [
     (
         "p",
-        [Answer("aaaa", 1, "right"), Answer("bbbbbbbb", 2, "wrong"), Answer("c", 3, "malformed")],
+        [
+            RankedAnswer("aaaa", 1, "right"),
+            RankedAnswer("bbbbbbbb", 2, "wrong"),
+            RankedAnswer("c", 3, "malformed"),
+        ],
     ),
-    ("q", [Answer("aaaa", 1, "right"), Answer("bb", 2, "wrong"), Answer("cccc", 2, "wrong")]),
+    (
+        "q",
+        [
+            RankedAnswer("aaaa", 1, "right"),
+            RankedAnswer("bb", 2, "wrong"),
+            RankedAnswer("cccc", 2, "wrong"),
+        ],
+    ),
 ]
 SCORES = [[2.0, 3.0, -1.0], [1.0, 0.0, 1.0]]
 
@@ -37,10 +49,8 @@ def test_pairwise_accuracies_by_hand():
     pairs = pairs_of(FOUND, SCORES)
     assert [(pair.cluster, pair.gap, pair.told_apart) for pair in pairs] == [
         *((0, -1.0, 0.0), (0, 3.0, 1.0), (0, 4.0, 1.0)),
-        *(
-            (1, 1.0, 1.0),
-            (1, 0.0, 0.5),
-        ),  # ties of the ranker are no pair, ties of the scorer count half
+        # ties of the ranker are no pair, ties of the scorer count half
+        *((1, 1.0, 1.0), (1, 0.0, 0.5)),
     ]
     assert [pair.longer for pair in pairs] == [0.0, 1.0, 1.0, 1.0, 0.5]
     values = {
@@ -65,16 +75,15 @@ def test_correlations_within_groups_by_hand():
     assert metrics["kendall"].value == pytest.approx((1 / 3 + 0.5) / 2)
     assert metrics["length_spearman"].value == pytest.approx((1.0 + 1.0) / 2)
     assert "length_spearman" not in rank_correlations(
-        [("p", [Answer("a", 1, ""), Answer("b", 2, "")])], [[1.0, 0.0]], 0
+        [("p", [RankedAnswer("a", 1, ""), RankedAnswer("b", 2, "")])], [[1.0, 0.0]], 0
     )
 
 
 def test_calibration_of_a_model_that_knows_how_sure_it_is():
     gap = math.log(3)  # says .75
-    found = [(f"p{k}", [Answer("a", 1, ""), Answer("b", 2, "")]) for k in range(400)]
-    sure = pairs_of(
-        found, [[0.0, -gap] if k % 4 else [-gap, 0.0] for k in range(400)]
-    )  # and is right in three of four
+    found = [(f"p{k}", [RankedAnswer("a", 1, ""), RankedAnswer("b", 2, "")]) for k in range(400)]
+    # and is right in three of four
+    sure = pairs_of(found, [[0.0, -gap] if k % 4 else [-gap, 0.0] for k in range(400)])
     error, bins = calibration(sure, 0)
     assert error.value < 0.06 and [round(row["score"], 2) for row in bins] == [0.25, 0.75]
     overconfident, _ = calibration(

@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.files import write_records
+from lm.text_encoding import PLAIN_TEMPLATE
 from reasoning.problems import corrupted, stories
-from reasoning.records import PreferencePair, Problem, is_kept_out, write_records
-from reasoning.steps import PLAIN_TEMPLATE, shared_prefix
+from reasoning.records import PreferencePair, Problem
+from reasoning.splits import is_kept_out
+from reasoning.steps import shared_prefix
 
 SCRIPT = "evaluation/eval_reward_scores.py"
 COUNT, WRONG = 8, 4  # short problems, and how many of them the base was taught wrongly
@@ -46,7 +49,7 @@ def teach(model_dir: str, folder: Path, solutions: list[tuple[str, list[str]]]) 
 
 def export_judge(model_dir: str, folder: Path, context: int) -> str:
     """A GGUF judge with random weights and a context of its own."""
-    from utils.export_gguf import export_gguf
+    from lm.gguf_export import export_gguf
 
     shutil.copytree(model_dir, folder / "judge")
     config = json.loads((folder / "judge" / "config.json").read_text())
@@ -227,9 +230,7 @@ def test_table_and_files(comparison):
     assert [
         cell.strip()
         for cell in next(line for line in lines if "difference" in line).split("|")[1:-1]
-    ] == [
-        *("metric", "base", "tuned", "difference", "n"),
-    ]
+    ] == [*("metric", "base", "tuned", "difference", "n")]
     assert sum(line.startswith("| ") for line in lines) == 8  # header and seven metrics
     assert "wrote " in lines[-1] and "reward_score_comparison.json" in lines[-1]
     names = sorted(

@@ -6,20 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.eval_search import (
-    Laboratory,
+from common.files import read_records, write_records
+from evaluation.search_measurement import (
     Outcomes,
-    Report,
     SearchArgs,
+    SearchMeasurements,
     Setting,
-    as_dear,
     choose,
-    trend,
     wanted,
 )
-from reasoning.records import Problem, read_records, write_records
-from reward_model.base import FixedJudge
-from search.strategies import Answer
+from evaluation.search_report import Report, matched_budget, trend
+from reasoning.records import Problem
+from search.strategies import SearchResult
+from tests.helpers.judges import FixedJudge
 
 ROOT = Path(__file__).resolve().parents[1]
 POLICY, JUDGE = str(ROOT / "models/policy-mini"), str(ROOT / "models/judge-mini")
@@ -133,7 +132,7 @@ def args(tmp_path) -> SearchArgs:
     )
 
 
-def fake(lab: Laboratory, accuracy: dict[str, float], calls: list | None = None) -> None:
+def fake(lab: SearchMeasurements, accuracy: dict[str, float], calls: list | None = None) -> None:
     """Instead of a search: of every ten answers so many are right, by strategy or strategy/aggregate."""
 
     def search(settings, chunk, policy):
@@ -146,7 +145,7 @@ def fake(lab: Laboratory, accuracy: dict[str, float], calls: list | None = None)
             )
             right = [(k % 10) < 10 * share for k in range(len(chunk))]
             found[setting] = [
-                Answer(p.prompt, [f"Answer: {p.answer if ok else -1}"], tokens=10)
+                SearchResult(p.prompt, [f"Answer: {p.answer if ok else -1}"], tokens=10)
                 for p, ok in zip(chunk, right, strict=True)
             ]
         return found
@@ -156,7 +155,7 @@ def fake(lab: Laboratory, accuracy: dict[str, float], calls: list | None = None)
 
 def test_the_choice_is_the_best_on_validation(args, tmp_path):
     problems = list(islice(read_records(ROOT / "data/problems_hard_validation.jsonl", Problem), 20))
-    lab = Laboratory(args, tmp_path / "rows.jsonl")
+    lab = SearchMeasurements(args, tmp_path / "rows.jsonl")
     fake(
         lab,
         {
@@ -185,7 +184,7 @@ def test_rows_are_of_what_they_depend_on(args, tmp_path, monkeypatch):
     def measure(setting: Setting, count: int = 60, **changes) -> int:
         """How many problems were searched."""
         values = {field: getattr(args, field) for field in vars(args)} | changes
-        lab = Laboratory(SearchArgs(**values), tmp_path / "rows.jsonl")
+        lab = SearchMeasurements(SearchArgs(**values), tmp_path / "rows.jsonl")
         fake(lab, {"beam": 0.5}, calls)
         calls.clear()
         outcomes = lab.measure([setting], problems[:count], "hard_validation")[setting]
@@ -214,7 +213,7 @@ def test_pools_are_drawn_once(args):
 
 
 def test_a_pool_costs_what_its_part_costs(args, tmp_path):
-    from search.policy import State
+    from lm.policy import State
 
     class Sampler:
         def start(self, prompt):
@@ -230,7 +229,7 @@ def test_a_pool_costs_what_its_part_costs(args, tmp_path):
                 for s in states
             ]
 
-    lab = Laboratory(args, tmp_path / "rows.jsonl")
+    lab = SearchMeasurements(args, tmp_path / "rows.jsonl")
     lab._open |= {
         "own": Sampler(),
         "judge": FixedJudge(lambda prompt, step, before: 0.9 if step == "Answer: 3" else 0.5),
@@ -263,13 +262,9 @@ def test_trend_and_equal_cost():
     assert gain.value == 0 and p > 0.4
     assert trend({n: rising[n] for n in (1, 16)}, 0)[1] is None
     curve = {n: Outcomes(tokens=[100 * n]) for n in (1, 2, 4, 8)}
-    assert [as_dear(curve, Outcomes(tokens=[tokens])) for tokens in (0, 130, 150, 900, 9000)] == [
-        1,
-        1,
-        2,
-        8,
-        8,
-    ]
+    assert [
+        matched_budget(curve, Outcomes(tokens=[tokens])) for tokens in (0, 130, 150, 900, 9000)
+    ] == [1, 1, 2, 8, 8]
 
 
 def test_report_compares_the_same_problems(args):
@@ -329,9 +324,8 @@ def test_bad_input_is_one_line(run_script, tmp_path, changes, message):
     if changes.get("judge") == "shuffled":
         given = [part for part in given if part not in ("--judge_path", JUDGE)]
     process = run_script("evaluation/eval_search.py", *given)
-    lines = [
-        line for line in process.stderr.splitlines() if line and "problem/s]" not in line
-    ]  # a bar stands before a judge opens
+    # a bar stands before a judge opens
+    lines = [line for line in process.stderr.splitlines() if line and "problem/s]" not in line]
     assert process.returncode == 2 and len(lines) == 1 and message in lines[0], process.stderr
     assert not (tmp_path / "results/search.json").exists()
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from reasoning.records import ScoredPair, read_records
+from common.cli import run
+from common.files import read_records
+from reasoning.records import ScoredPair
 from reward_model import evaluate_steps
 from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer
-from utils.cli import run
 
 ROWS = [
     {

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from reasoning.records import RecordError
-from utils.cli import UserError
-from utils.export_gguf import export_gguf
+from common.errors import ModelError, UserError
+from lm.gguf_export import export_gguf
 
 TEXT = (
     "Problem: Mia has 12 apples. She buys 3 more. How many?\nSolution:\nStep 1: 12 + 3 = 15\nRight?"
@@ -43,7 +42,7 @@ def test_transformers_reads_the_same_model_back(
 
 
 def test_metadata_and_vocabulary(tiny_gguf, tiny_model_dir, tokenizer):
-    from reward_model.gguf_file import read_gguf
+    from lm.gguf_file import read_gguf
 
     metadata = read_gguf(tiny_gguf).metadata
     assert metadata["general.name"] == "tiny-model"
@@ -51,12 +50,8 @@ def test_metadata_and_vocabulary(tiny_gguf, tiny_model_dir, tokenizer):
     assert metadata["tokenizer.ggml.tokens"] == tokenizer.convert_ids_to_tokens(
         range(len(tokenizer))
     )
-    assert metadata["tokenizer.ggml.token_type"][:4] == [
-        2,
-        3,
-        3,
-        6,
-    ]  # unknown, control, control, byte
+    # unknown, control, control, byte
+    assert metadata["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
     assert (metadata["tokenizer.ggml.bos_token_id"], metadata["tokenizer.ggml.eos_token_id"]) == (
         1,
         2,
@@ -72,7 +67,7 @@ def test_metadata_and_vocabulary(tiny_gguf, tiny_model_dir, tokenizer):
 def test_tied_embeddings_chat_template_and_rows_that_do_not_fit_a_block(tokenizer, tmp_path):
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    from reward_model.gguf_file import read_gguf
+    from lm.gguf_file import read_gguf
 
     torch.manual_seed(0)
     shape = {
@@ -93,16 +88,12 @@ def test_tied_embeddings_chat_template_and_rows_that_do_not_fit_a_block(tokenize
     export_gguf(tmp_path / "tied", tmp_path / "m.gguf", "Q8_0")
     metadata = read_gguf(tmp_path / "m.gguf").metadata  # a missing output.weight would be refused
     assert metadata["tokenizer.chat_template"].startswith("<|user|>")
-    assert metadata["tokenizer.ggml.token_type"][-3:] == [
-        5,
-        5,
-        5,
-    ]  # rows without a token are unused
+    # rows without a token are unused
+    assert metadata["tokenizer.ggml.token_type"][-3:] == [5, 5, 5]
     assert metadata["llama.rope.freq_base"] == 5000
     back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf").eval()
-    assert (
-        logits_of(back, tokenizer) - logits_of(model, tokenizer)
-    ).abs().max() < 0.02  # 48 is no multiple of 32: mostly F16
+    # 48 is no multiple of 32: mostly F16
+    assert (logits_of(back, tokenizer) - logits_of(model, tokenizer)).abs().max() < 0.02
 
 
 @pytest.mark.parametrize(
@@ -121,7 +112,7 @@ def test_a_model_it_cannot_write_is_one_line(tiny_model_dir, tmp_path, change, e
     folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises((UserError, RecordError), match=expected):
+    with pytest.raises((UserError, ModelError), match=expected):
         export_gguf(folder, tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
 

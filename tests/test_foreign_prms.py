@@ -10,8 +10,8 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from reward_model.base import JudgeError
-from reward_model.foreign_prms import FOREIGN, MathShepherd, QwenMath, RLHFlow
+from common.errors import ModelError
+from reward_model.prm_formats import PUBLISHED, MathShepherd, QwenMath, RLHFlow
 from reward_model.process_reward_model import ProcessRewardModel
 
 PROMPT = "Mia has 12 apples. She buys 3 times as many. How many apples does Mia have now?"
@@ -41,7 +41,7 @@ def bytes_tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-@pytest.fixture(scope="module", params=FOREIGN)
+@pytest.fixture(scope="module", params=PUBLISHED)
 def prm(request, tokenizer, tmp_path_factory):
     """(folder, its tokenizer, a function (prompt, steps) -> values of all steps, computed as the publishers' examples do)"""
     folder = tmp_path_factory.mktemp("foreign") / request.param
@@ -151,7 +151,7 @@ def rlhflow(folder, tokenizer):
 def test_values_are_the_publishers(prm):
     folder, _, values = prm
     judge = ProcessRewardModel(folder, device="cpu")
-    assert type(judge.format) is FOREIGN[Path(folder).name]
+    assert type(judge.format) is PUBLISHED[Path(folder).name]
     solutions = [
         (PROMPT, STEPS),
         ("2 + 2?", ["Answer: 4"]),
@@ -191,8 +191,8 @@ def test_what_reads_like_a_tag_stays_text(prm):
         ("math-shepherd-sft", {"architectures": ["MistralForCausalLM"]}, None),
     ],
 )
-def test_a_family_is_told_by_its_name_or_architecture(name, config, family):
-    assert [found for found in FOREIGN.values() if found.is_told_by(name, config)] == (
+def test_a_family_matches_its_name_or_architecture(name, config, family):
+    assert [found for found in PUBLISHED.values() if found.matches(name, config)] == (
         [family] if family else []
     )
 
@@ -204,6 +204,6 @@ def test_a_tokenizer_that_lacks_the_tag(tokenizer, tmp_path):
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     with pytest.raises(
-        JudgeError, match=r"math-shepherd-mistral-7b-prm: the tokenizer does not know 'ки'"
+        ModelError, match=r"math-shepherd-mistral-7b-prm: the tokenizer does not know 'ки'"
     ):
         ProcessRewardModel(folder, device="cpu")

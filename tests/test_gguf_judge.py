@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from reward_model.base import PLAIN, JudgeError, JudgeTemplate
-from reward_model.gguf_file import GGUFFile, read_gguf
+from common.errors import ModelError
+from lm.gguf_file import GGUFFile, read_gguf
+from reward_model.templates import PLAIN, JudgeTemplate
 from reward_model.tinyllama_reward_model import (
     NO,
     TEMPLATES,
@@ -204,10 +205,10 @@ def test_any_unicode_is_scored(judge, text):
 
 
 def test_what_cannot_be_scored_is_an_error_of_one_line(judge, tiny_gguf):
-    with pytest.raises(JudgeError, match="surrogate"):
+    with pytest.raises(ModelError, match="surrogate"):
         score_step(judge, "\ud800", "Answer: 1")
     for arguments in ({"template": "none"}, {"threads": 0}, {"context_length": 0}):
-        with pytest.raises(JudgeError, match=r"expected one of plain|at least 1"):
+        with pytest.raises(ModelError, match=r"expected one of plain|at least 1"):
             TinyLlamaRewardScorer(tiny_gguf, **arguments)
 
 
@@ -235,7 +236,7 @@ def test_a_dead_worker_is_one_error_that_names_the_input(tiny_gguf):
         scores = judge.score_steps([(PROMPT, STEPS)])
         os.kill(judge._process.pid, signal.SIGKILL)
         with pytest.raises(
-            JudgeError, match=r"SIGKILL.*step 1 'Step 1: boom' of prompt 'The deadly problem.'"
+            ModelError, match=r"SIGKILL.*step 1 'Step 1: boom' of prompt 'The deadly problem.'"
         ) as error:
             judge.score_steps([("The deadly problem.", ["Step 1: boom"])])
         assert "\n" not in str(error.value)
@@ -259,7 +260,7 @@ def test_weights_that_are_not_finite(tiny_gguf, tmp_path):
     reader.data.flush()
     with (
         TinyLlamaRewardScorer(path, threads=1) as judge,
-        pytest.raises(JudgeError, match="not finite at step 1 'x'"),
+        pytest.raises(ModelError, match="not finite at step 1 'x'"),
     ):
         score_step(judge, PROMPT, "x")
 
@@ -321,7 +322,7 @@ def test_a_bad_file_is_one_line_that_names_it(tiny_gguf, tmp_path):
     for name, (content, expected) in bad_files(Path(tiny_gguf).read_bytes()).items():
         path = tmp_path / f"{name}.gguf"
         path.write_bytes(content)
-        with pytest.raises(JudgeError) as error:
+        with pytest.raises(ModelError) as error:
             TinyLlamaRewardScorer(path)
         assert (
             str(path) in str(error.value)
@@ -335,7 +336,7 @@ def test_a_file_that_only_the_library_finds_wrong(tiny_gguf, tmp_path):
     key = b"llama.feed_forward_length" + struct.pack("<I", 4)
     data = Path(tiny_gguf).read_bytes()
     path.write_bytes(data.replace(key + struct.pack("<I", 96), key + struct.pack("<I", 97)))
-    with pytest.raises(JudgeError, match=r"bad\.gguf cannot be loaded"):
+    with pytest.raises(ModelError, match=r"bad\.gguf cannot be loaded"):
         TinyLlamaRewardScorer(path)
 
 
@@ -350,7 +351,7 @@ def test_a_damaged_header_never_hangs_or_crashes(tiny_gguf, tmp_path):
         path.write_bytes(data[: rng.choice([len(data), rng.randrange(len(data))])])
         try:
             assert isinstance(read_gguf(path), GGUFFile)
-        except JudgeError as error:
+        except ModelError as error:
             assert str(path) in str(error)
 
 
@@ -361,7 +362,7 @@ def test_a_vocabulary_without_the_words(judge):
             judge.file.metadata | {"tokenizer.ggml.tokens": ["a"] * len(judge.file.tokens)},
         )
     )
-    with pytest.raises(JudgeError, match=r"x\.gguf .* no token Yes or yes"):
+    with pytest.raises(ModelError, match=r"x\.gguf .* no token Yes or yes"):
         text.spellings(YES)
 
 

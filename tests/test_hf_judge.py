@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from reasoning.records import PreferencePair, read_records
-from reward_model.base import CHAT, NO, PLAIN, TEMPLATES, YES, JudgeError, JudgeTemplate
-from reward_model.hf_judge import HFJudge
+from common.errors import ModelError
+from common.files import read_records
+from reasoning.records import PreferencePair
+from reward_model.judges.hf import HFJudge
+from reward_model.templates import CHAT, NO, PLAIN, TEMPLATES, YES, JudgeTemplate
 from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer, _Model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,7 +91,7 @@ def real() -> list[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize("quantization", ["F32", "Q8_0"])
 def test_scores_are_those_of_the_gguf_judge_on_the_same_file(quantization, real, tmp_path):
-    from utils.export_gguf import export_gguf
+    from lm.gguf_export import export_gguf
 
     path = tmp_path / f"judge.{quantization}.gguf"
     export_gguf(JUDGE, path, quantization)
@@ -102,9 +104,8 @@ def test_scores_are_those_of_the_gguf_judge_on_the_same_file(quantization, real,
     assert len(apart) > 150
     if quantization == "F32":
         assert max(apart) < 5e-3
-        assert (
-            max(differences(scores, HFJudge(JUDGE, device="cpu").score_steps(real))) < 1e-5
-        )  # the directory it was made from
+        # the directory it was made from
+        assert max(differences(scores, HFJudge(JUDGE, device="cpu").score_steps(real))) < 1e-5
     else:  # the library of the GGUF judge rounds the activations to 8 bits as well, transformers the weights alone
         assert max(apart) < 0.1 and sum(apart) / len(apart) < 5e-3
 
@@ -351,11 +352,11 @@ def test_what_cannot_be_used_is_an_error_of_one_line(tiny_model_dir, tiny_gguf, 
         "weightless": "cannot be loaded", "nobody/nothing": "cannot be loaded",
     }.items():  # fmt: skip
         path = path if "/" in path else tmp_path / path
-        with pytest.raises(JudgeError, match=reason) as error:
+        with pytest.raises(ModelError, match=reason) as error:
             HFJudge(path, device="cpu")
         assert str(path) in str(error.value) and "\n" not in str(error.value)
     for arguments in ({"template": "none"}, {"batch_tokens": 0}):
-        with pytest.raises(JudgeError, match=r"expected one of plain|at least 1"):
+        with pytest.raises(ModelError, match=r"expected one of plain|at least 1"):
             HFJudge(tiny_model_dir, device="cpu", **arguments)
 
 
@@ -371,17 +372,17 @@ def test_a_vocabulary_without_the_words(tiny_model_dir, tmp_path):
     }
     spec["model"] |= {"merges": [], "byte_fallback": False}
     tokens.write_text(json.dumps(spec))
-    with pytest.raises(JudgeError, match="no token No or no"):
+    with pytest.raises(ModelError, match="no token No or no"):
         HFJudge(tmp_path, device="cpu")
 
 
 def test_what_cannot_be_scored_is_named(judge, tiny_model_dir, tmp_path):
-    with pytest.raises(JudgeError, match="surrogate"):
+    with pytest.raises(ModelError, match="surrogate"):
         judge.score_steps([("\ud800", ["Answer: 1"])])
     broken = HFJudge(tiny_model_dir, device="cpu")
     broken.model.model.norm.weight.data[:] = float("nan")
     with pytest.raises(
-        JudgeError, match=r"not finite at step 2 'Step 2: 12 \+ 36 = 48' of prompt 'Mia has"
+        ModelError, match=r"not finite at step 2 'Step 2: 12 \+ 36 = 48' of prompt 'Mia has"
     ):
         broken.score_steps([(PROMPT, STEPS)], skip=[1])
 

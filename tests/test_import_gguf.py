@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from utils.cli import ROOT
-from utils.export_gguf import export_gguf
+from common.files import ROOT
+from lm.gguf_export import export_gguf
 
 JUDGE = ROOT / "models/judge-mini/judge-mini.Q8_0.gguf"
 TEXT = "Problem: Zoë has 12 apples.  She buys 3 more.\nSolution:\nStep 1: 12 + 3 = 15\n"
@@ -53,11 +53,8 @@ def test_a_quantized_file_becomes_a_plain_directory(run_script, tmp_path):
     of_file = AutoTokenizer.from_pretrained(JUDGE.parent, gguf_file=JUDGE.name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer(TEXT)["input_ids"] == of_file(TEXT)["input_ids"]
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_id) == (
-        "<s>",
-        "</s>",
-        2,
-    )  # transformers leaves them out
+    # transformers leaves them out
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_id) == ("<s>", "</s>", 2)
     expected = logits_of(
         AutoModelForCausalLM.from_pretrained(
             JUDGE.parent, gguf_file=JUDGE.name, dtype=torch.float32
@@ -91,9 +88,8 @@ def test_by_default_two_bytes_a_weight_and_the_chat_template_is_kept(
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "<|user|>\n1 + 1?\n"
     parent = AutoModelForCausalLM.from_pretrained(chat_gguf.parent / "model", dtype=torch.float32)
     difference = (logits_of(model.float(), tokenizer) - logits_of(parent, tokenizer)).abs().max()
-    assert (
-        difference < 0.05 * logits_of(parent, tokenizer).abs().max()
-    )  # bfloat16 keeps 8 bits of a weight
+    # bfloat16 keeps 8 bits of a weight
+    assert difference < 0.05 * logits_of(parent, tokenizer).abs().max()
 
 
 def test_an_old_directory_is_replaced_when_asked(run_script, chat_gguf, tmp_path):
@@ -181,8 +177,8 @@ def refused(monkeypatch, capsys, folder: Path, *args: str) -> str:
     """Run the script in this process; it must exit with 2, say one line, and leave the folder as it was."""
     import sys
 
+    from common.cli import run
     from utils import import_gguf
-    from utils.cli import run
 
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["import_gguf.py", *args])

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_eval_reward_scores import export_judge, teach
 
 import inference
 from reasoning.problems import stories
+from tests.test_eval_reward_scores import export_judge, teach
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBLEMS = [
@@ -140,9 +140,8 @@ def test_loop_ends_on_ctrl_c(model, judge, tmp_path):
     )  # fmt: skip
     assert os.read(process.stdout.fileno(), 2) == b"> "
     os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(
-        timeout=120
-    )  # far less, but on a machine that has much else to do
+    # far less, but on a machine that has much else to do
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0 and b"Traceback" not in stderr, stderr.decode()
 
 

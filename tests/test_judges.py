@@ -10,23 +10,24 @@ from pathlib import Path
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
+from common.errors import RecordError, UserError
+from common.files import ROOT, content_hash, read_records
 from evaluation.metrics import kappa_metric
 from reasoning.problems import problems
-from reasoning.records import Problem, RecordError, read_records
-from reward_model.base import FixedJudge, aggregate
-from reward_model.human_judge import HumanJudge
-from utils.cli import ROOT, UserError
-from utils.judges import (
+from reasoning.records import Problem
+from reward_model.judges.human import HumanJudge
+from reward_model.protocols import aggregate
+from reward_model.registry import (
     CHUNK,
     JUDGES,
     JudgeArgs,
     check_judge,
-    content_hash,
     judge_identity,
     judge_name,
     open_judge,
     score_all,
 )
+from tests.helpers.judges import FixedJudge
 
 TEST_PROBLEMS = str(ROOT / "data/problems_test.jsonl")
 
@@ -325,9 +326,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def test_a_server_that_fails_costs_no_scored_row_and_no_answer_twice(run_script, tmp_path):
-    pairs = [
-        {"prompt": f"p {k}", "chosen": ["a", "b"], "rejected": ["c"]} for k in range(40)
-    ]  # 3 questions each, 32 pairs a chunk
+    # 3 questions each, 32 pairs a chunk
+    pairs = [{"prompt": f"p {k}", "chosen": ["a", "b"], "rejected": ["c"]} for k in range(40)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     with Server() as server:
         url = f"http://127.0.0.1:{server.server_port}/v1"

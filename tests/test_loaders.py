@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from reasoning.loaders import (
+from common.errors import RecordError
+from common.files import read_rows, write_records
+from lm.text_encoding import encode_steps, response_pieces
+from reasoning.datasets.files import load_rows
+from reasoning.datasets.shapes import (
     KINDS,
     SHAPES,
     find_shape,
@@ -16,17 +20,8 @@ from reasoning.loaders import (
     load_step_values,
     three_columns,
 )
-from reasoning.records import (
-    LabelledSolution,
-    PreferencePair,
-    Problem,
-    RecordError,
-    StepValue,
-    read_rows,
-    write_records,
-)
-from reasoning.rows import load_rows
-from reasoning.steps import encode_steps, response_pieces, split_steps, split_text
+from reasoning.records import LabelledSolution, PreferencePair, Problem, StepValue
+from reasoning.steps import split_steps, split_text
 
 DATA = Path(__file__).parent / "data"
 LOAD = {

@@ -7,7 +7,7 @@ import torch
 from torch import tensor
 
 from trainer.losses import (
-    AGGREGATES,
+    AGGREGATIONS,
     CREDITS,
     full_step_dpo_loss,
     step_dpo_loss,
@@ -57,7 +57,7 @@ def test_three_steps_by_hand():
     )
 
 
-@pytest.mark.parametrize("agg", AGGREGATES)
+@pytest.mark.parametrize("agg", AGGREGATIONS)
 @pytest.mark.parametrize("credit", CREDITS)
 def test_every_credit_against_float64(credit, agg):
     (u, v), count = WEIGHTS[credit], 3 if agg == "mean" else 1
@@ -80,7 +80,7 @@ def test_at_the_reference_only_the_margin_is_left(credit):
     assert loss(zero, zero, credit=credit).loss.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
-@pytest.mark.parametrize("agg", AGGREGATES)
+@pytest.mark.parametrize("agg", AGGREGATIONS)
 @pytest.mark.parametrize("credit", CREDITS)
 def test_padding_changes_nothing_and_lost_steps_leave_k(credit, agg):
     options = {"credit": credit, "agg": agg, "margin_gamma": 0.7, "anchor_lambda": 3.0}
@@ -129,9 +129,8 @@ def test_anchor_pulls_back_good_steps_that_become_less_likely():
         credit="score",
         anchor_lambda=5.0,
     ).loss.sum().backward()
-    assert chosen.grad[0, 0] == pytest.approx(
-        6 * chosen.grad[0, 2].item()
-    )  # u + lambda a against u
+    # u + lambda a against u
+    assert chosen.grad[0, 0] == pytest.approx(6 * chosen.grad[0, 2].item())
     assert chosen.grad[0, 1] == 0  # a wrong step is not held
 
 

@@ -4,19 +4,21 @@ import json
 
 import pytest
 
-from reasoning.records import RecordError, StepValue, read_records, write_records
-from search.mcts import (
+from common.errors import RecordError
+from common.files import read_records, write_records
+from lm.policy import State
+from reasoning.records import StepValue
+from search.tree_search import (
     SEARCHES,
-    Budget,
-    Node,
     Rollout,
     Tree,
+    TreeBudget,
+    TreeNode,
     omegaprm,
     per_step,
     run_searches,
     selection_score,
 )
-from search.policy import State
 
 PROMPT_TOKENS, STEP_TOKENS = 5, 10
 
@@ -92,7 +94,9 @@ def with_an_error(error: int):
 def test_binary_search_finds_the_first_error_in_log2_evaluations(error, asked):
     """8 steps, 3 evaluations. The other wrong rollouts share the beginning, so nothing more has to be asked for them."""
     tree, states = drive(
-        omegaprm(state(()), is_right, Budget(100, rollouts_per_state=2)), with_an_error(error), k=2
+        omegaprm(state(()), is_right, TreeBudget(100, rollouts_per_state=2)),
+        with_an_error(error),
+        k=2,
     )
     assert (
         [len(steps) for steps in states] == [0, *asked]
@@ -101,29 +105,19 @@ def test_binary_search_finds_the_first_error_in_log2_evaluations(error, asked):
     )
     values = {len(steps): node.value for steps, node in tree.nodes.items()}
     assert all(value == (0.5 if k < error else 0) for k, value in values.items())
-    assert (error == 8 or values[error] == 0) and (
-        error == 1 or values[error - 1] == 0.5
-    )  # found from both sides
+    # found from both sides
+    assert (error == 8 or values[error] == 0) and (error == 1 or values[error - 1] == 0.5)
 
 
 def test_budget_in_rollouts_is_never_exceeded():
     for limit, evaluations in [(2, 1), (3, 1), (4, 2), (7, 3), (8, 4)]:
         tree, states = drive(
-            omegaprm(state(()), is_right, Budget(limit, rollouts_per_state=2)),
+            omegaprm(state(()), is_right, TreeBudget(limit, rollouts_per_state=2)),
             with_an_error(5),
             k=2,
         )
         assert len(states) == evaluations and len(tree.rollouts) == 2 * evaluations
         assert tree.ended == ("budget" if limit < 8 else "nothing left")
-
-
-def test_budget_in_tokens_ends_with_the_evaluation_that_reaches_it():
-    """From the root: 2 + 8 steps of 10 tokens; from the fourth: 2 + 4 steps; from the sixth: 2 + 2."""
-    for limit, tokens in [(100, 100), (101, 160), (160, 160), (161, 200)]:
-        tree, _ = drive(
-            omegaprm(state(()), is_right, Budget(limit, "tokens", 2)), with_an_error(5), k=2
-        )
-        assert tree.tokens == tokens and tree.ended == "budget"
 
 
 @pytest.mark.parametrize("search", SEARCHES.values())
@@ -136,7 +130,7 @@ def test_nothing_to_search(search):
         ([right, cut], "" if search is per_step else "nothing left"),
     ]:
         tree, states = drive(
-            search(state(()), is_right, Budget(rollouts_per_state=2)),
+            search(state(()), is_right, TreeBudget(rollouts_per_state=2)),
             lambda steps, rollouts=rollouts: rollouts if not steps else [right[1:]] * 2,
             k=2,
         )
@@ -146,7 +140,7 @@ def test_nothing_to_search(search):
 
 
 def test_a_rollout_that_was_cut_is_not_right_whatever_it_says():
-    search = omegaprm(state(()), lambda steps: True, Budget(rollouts_per_state=2))
+    search = omegaprm(state(()), lambda steps: True, TreeBudget(rollouts_per_state=2))
     tree, _ = drive(search, lambda steps: [("a", "Answer: 1"), ("a", "...")], k=2)
     assert [rollout.outcome for rollout in tree.rollouts] == ["right", "cut"] and tree.nodes[
         ()
@@ -159,7 +153,7 @@ def test_a_rollout_that_was_cut_is_not_right_whatever_it_says():
 def test_selection_score_by_hand():
     """Equations 2 and 3: 0.5^0.25 * 0.9^(250/500) + 0.125 * sqrt(4) / (1 + 1)."""
     right, wrong = Rollout(("a",), "right", 10), Rollout(("a",), "wrong", 250)
-    node = Node((), [right, right, right, wrong], visits=1)
+    node = TreeNode((), [right, right, right, wrong], visits=1)
     assert node.value == 0.75
     assert selection_score(node, wrong, all_visits=4) == pytest.approx(
         0.9227443845417482, abs=1e-12
@@ -180,7 +174,7 @@ def test_selection_is_from_the_pool_of_the_whole_tree():
         ("a1", "a2"): [("Answer: 1",)] * 3 + [steps_of("x3 x4 Answer:9")],
     }
     tree, asked = drive(
-        omegaprm(state(()), is_right, Budget(100, rollouts_per_state=4)),
+        omegaprm(state(()), is_right, TreeBudget(100, rollouts_per_state=4)),
         lambda steps: goes_on.get(steps, [("Answer: 0",)] * 4),
         k=4,
     )
@@ -198,14 +192,14 @@ def test_per_step_values_every_step_of_every_solution_once():
         (): [steps_of("a b Answer:1"), steps_of("a c Answer:0"), ("a", "..."), ("d", "Answer: 1")]
     }
     tree, asked = drive(
-        per_step(state(()), is_right, Budget(100, rollouts_per_state=4)),
+        per_step(state(()), is_right, TreeBudget(100, rollouts_per_state=4)),
         lambda steps: goes_on.get(steps, [("Answer: 1",)] * 2 + [("Answer: 2",)] * 2),
         k=4,
     )
     assert asked == [(), ("a",), ("a", "b"), ("a", "c"), ("d",)] and tree.ended == "nothing left"
     assert [node.visits for node in tree.nodes.values()] == [3, 2, 1, 1, 1]
     tree, asked = drive(
-        per_step(state(()), is_right, Budget(15, rollouts_per_state=4)),
+        per_step(state(()), is_right, TreeBudget(15, rollouts_per_state=4)),
         lambda steps: goes_on.get(steps, [("Answer: 1",)] * 4),
         k=4,
     )
@@ -218,12 +212,12 @@ def test_per_step_values_every_step_of_every_solution_once():
 @pytest.fixture
 def tree() -> Tree:
     """The root and the state `a`, two rollouts from each; one was cut in the middle of its step `half`."""
-    root = Node(
+    root = TreeNode(
         (),
         [Rollout(("a", "b", "Answer: 0"), "wrong", 30), Rollout(("c", "Answer: 1"), "right", 20)],
         2,
     )
-    a = Node(
+    a = TreeNode(
         ("a",), [Rollout(("b", "Answer: 1"), "right", 20), Rollout(("b", "half"), "cut", 15)], 1
     )
     return Tree("How many?", "omegaprm", "nothing left", {node.steps: node for node in (root, a)})
@@ -253,14 +247,13 @@ def test_labels(tree):
     ]
     assert left_out == 0
     rows, left_out = tree.values("relative")
-    assert [row.score for row in rows] == pytest.approx(
-        [2 / 3, 1, 0, 1, 1, 1]
-    )  # (1/3) / (1/2), then its like, then at most 1
+    # (1/3) / (1/2), then its like, then at most 1
+    assert [row.score for row in rows] == pytest.approx([2 / 3, 1, 0, 1, 1, 1])
     assert left_out == 0
 
 
 def test_relative_labels_leave_out_what_follows_a_state_of_value_0():
-    root = Node(
+    root = TreeNode(
         (),
         [Rollout(("a", "b", "Answer: 0"), "wrong", 30), Rollout(("c", "Answer: 1"), "right", 20)],
     )
@@ -284,10 +277,8 @@ def test_a_tree_comes_back_from_its_file(tree, tmp_path):
         (lambda row: row.pop("nodes"), "no search tree"),
         (lambda row: row["nodes"][0].pop("rollouts"), "no search tree"),
         (lambda row: row["nodes"].pop(0), "hangs in the air"),
-        (
-            lambda row: row["nodes"][1].update(rollouts=[]),
-            None,
-        ),  # the root's rollouts still come by: sound
+        # the root's rollouts still come by: sound
+        (lambda row: row["nodes"][1].update(rollouts=[]), None),
         (lambda row: row["nodes"][0].update(rollouts=[]), "hangs in the air"),
     ],
 )
@@ -330,7 +321,7 @@ def test_many_searches_ask_together_and_find_what_each_finds_alone():
         for error in range(1, 9):
             for k in (1, 2):
                 root = State(str(error), (0,), (1,))
-                yield (error, k), omegaprm(root, is_right, Budget(100, rollouts_per_state=2))
+                yield (error, k), omegaprm(root, is_right, TreeBudget(100, rollouts_per_state=2))
 
     found, asked = {}, {}
     for in_flight in (1, 3, 64):

@@ -141,9 +141,8 @@ def test_brier_and_calibration_against_other_code():
         )
     metric = calibration_metric(labels, scores, np.arange(500))
     assert metric.value == pytest.approx(expected)
-    assert (
-        metric.ci95[0] < 1 / 6 < metric.ci95[1]
-    )  # the integral of s - s^2: what it is without noise
+    # the integral of s - s^2: what it is without noise
+    assert metric.ci95[0] < 1 / 6 < metric.ci95[1]
 
 
 def test_a_mean_over_clusters_knows_how_many_there_are():
@@ -220,9 +219,10 @@ def test_best_of_n_shares_ties():
     correct = [[1, 0, 0], [0, 1], [0, 0], [1]]
     assert best_of_n([[0.9, 0.1, 0.2], [0.9, 0.1], [0.3, 0.3], [0.0]], correct) == [1, 0, 0, 1]
     assert best_of_n([[0.9, 0.9, 0.2], [0.1, 0.1], [0.3, 0.3], [0.0]], correct) == [0.5, 0.5, 0, 1]
+    # chance
     assert best_of_n([[0] * len(row) for row in correct], correct) == pytest.approx(
         [1 / 3, 0.5, 0, 1]
-    )  # chance
+    )
     assert best_of_n(correct, correct) == [1, 1, 0, 1]  # the oracle
     assert best_of_n([[-math.inf, -2.0]], [[0, 1]]) == [1]
 
@@ -283,15 +283,12 @@ def test_how_many_rollouts_a_judge_is_worth_by_hand():
     """One rollout has an AUROC of 0.75, two have 0.875: shares 1 and .5 against .5 and 0."""
     labels, right = [1, 1, 0, 0], np.array([[1, 1], [0, 1], [0, 1], [0, 0]])
     clusters = range(4)
-    assert equal_rollouts(labels, [4, 1, 2, 0], right, clusters).value == pytest.approx(
-        1
-    )  # 3 of 4 pairs
-    assert equal_rollouts(labels, [4, 1, 1, 0], right, clusters).value == pytest.approx(
-        2
-    )  # 3.5 of 4
-    assert (
-        equal_rollouts(labels, [4, 3, 2, 1], right, clusters).value == 2
-    )  # all of 4: more than there are
+    # 3 of 4 pairs
+    assert equal_rollouts(labels, [4, 1, 2, 0], right, clusters).value == pytest.approx(1)
+    # 3.5 of 4
+    assert equal_rollouts(labels, [4, 1, 1, 0], right, clusters).value == pytest.approx(2)
+    # all of 4: more than there are
+    assert equal_rollouts(labels, [4, 3, 2, 1], right, clusters).value == 2
     assert equal_rollouts(labels, [1, 1, 1, 1], right, clusters).value == 0  # a coin is worth none
 
 
@@ -314,6 +311,5 @@ def test_bins_of_equal_mass():
     assert calibration_metric(halves, scores, range(100), equal_mass=True).value == pytest.approx(
         by_hand
     )
-    assert (
-        len(reliability([1, 0], [0.5, 0.5], [0, 1], equal_mass=True)) == 1
-    )  # equal scores share a bin
+    # equal scores share a bin
+    assert len(reliability([1, 0], [0.5, 0.5], [0, 1], equal_mass=True)) == 1

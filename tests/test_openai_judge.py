@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from reward_model.base import CHAT, PLAIN, JudgeError
-from reward_model.openai_judge import OpenAIJudge
+from common.errors import ModelError
+from reward_model.judges.openai import OpenAIJudge
+from reward_model.templates import CHAT, PLAIN
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "Mia has 12 apples. She buys 3 times as many. How many apples does Mia have now?"
@@ -224,7 +225,7 @@ def test_an_answer_without_the_words_among_its_logprobs_is_sampled(server):
 def test_no_verdict_at_all_is_an_error_that_says_what_came(server):
     server.answer = lambda number, body: chat("There is no way to tell")
     with pytest.raises(
-        JudgeError,
+        ModelError,
         match="asked for Yes or No 3 times and answered neither, but 'There is no way to tell'",
     ):
         judge(server, samples=3).score_steps([(PROMPT, STEPS[:1])])
@@ -273,7 +274,7 @@ def test_a_failing_server_is_one_line_and_costs_no_answer(server, name, tmp_path
     failure, expected = FAILURES[name]
     server.answer = lambda number, body: SURE if number < 2 else failure
     with judge(server, in_flight=1, cache=tmp_path / "cache.jsonl") as first:
-        with pytest.raises(JudgeError, match=expected) as raised:
+        with pytest.raises(ModelError, match=expected) as raised:
             first.score_steps(FOUR)
         assert server.url in str(raised.value) and "\n" not in str(raised.value)
         assert len(server.requests) == 3  # nothing is begun after a failure
@@ -285,7 +286,7 @@ def test_a_failing_server_is_one_line_and_costs_no_answer(server, name, tmp_path
 
 def test_a_slow_server(server):
     server.answer = lambda number, body: time.sleep(1) or SURE
-    with pytest.raises(JudgeError, match=r"127.0.0.1.* did not answer within 0\.1 s, 2 times"):
+    with pytest.raises(ModelError, match=r"127.0.0.1.* did not answer within 0\.1 s, 2 times"):
         judge(server, timeout=0.1, max_retries=1).score_steps([(PROMPT, STEPS[:1])])
     assert len(server.requests) == 2
 
@@ -295,7 +296,7 @@ def test_a_server_that_is_down():
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     with pytest.raises(
-        JudgeError, match=f"judge {url} cannot be reached .*is the server running"
+        ModelError, match=f"judge {url} cannot be reached .*is the server running"
     ) as raised:
         OpenAIJudge(url, "m", max_retries=0).score_steps(FOUR)
     assert "\n" not in str(raised.value)
@@ -333,7 +334,7 @@ def test_a_killed_run_asks_for_nothing_twice(server, tmp_path):
     )
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from reward_model.openai_judge import OpenAIJudge\n"
+        "from reward_model.judges.openai import OpenAIJudge\n"
         "import os, signal\n"
         f"judge = OpenAIJudge({server.url!r}, 'some-model', cache={str(cache)!r})\n"
         f"judge.score_steps({FOUR[:2]!r})\n"
@@ -373,7 +374,7 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(
         ours.score_steps(FOUR[:1])
     assert server.requests[0]["key"] == "Bearer sk-secret"
     server.answer = lambda number, body: error(401, "bad key")
-    with pytest.raises(JudgeError) as raised:
+    with pytest.raises(ModelError) as raised:
         judge(server).score_steps(FOUR[:1])
     printed = capfd.readouterr()
     assert (
@@ -392,9 +393,9 @@ def test_bad_arguments_are_one_line(monkeypatch, tmp_path):
         ({"samples": 0}, "samples must be at least 1"),
         ({"cache": tmp_path}, "cannot be written"),
     ]:
-        with pytest.raises(JudgeError, match=expected):
+        with pytest.raises(ModelError, match=expected):
             OpenAIJudge(**{"base_url": "http://localhost:1/v1", "model": "m", **arguments})
-    with pytest.raises(JudgeError, match="surrogate"):
+    with pytest.raises(ModelError, match="surrogate"):
         OpenAIJudge("http://localhost:1/v1", "m").score_steps([("\ud800", ["Answer: 1"])])
 
 
@@ -441,7 +442,7 @@ def transformers_serve(model: str, folder: Path):
 @pytest.mark.slow
 def test_transformers_serve(tmp_path):
     """It ignores `logprobs`, so verdicts are sampled; where the judge is sure they are those of the same model read here."""
-    from reward_model.hf_judge import HFJudge
+    from reward_model.judges.hf import HFJudge
 
     model = str(ROOT / "models/judge-mini")
     with transformers_serve(model, tmp_path) as (url, process):
@@ -463,8 +464,7 @@ def test_transformers_serve(tmp_path):
         with OpenAIJudge(
             url, model, "plain", samples=5, cache=tmp_path / "cache", max_retries=0
         ) as judge:
-            assert (
-                judge.score_steps(solutions) == scores
-            )  # every answer is kept: the server is not needed
-            with pytest.raises(JudgeError, match="cannot be reached"):
+            # every answer is kept: the server is not needed
+            assert judge.score_steps(solutions) == scores
+            with pytest.raises(ModelError, match="cannot be reached"):
                 judge.score_steps([("Another problem", ["Answer: 1"])])

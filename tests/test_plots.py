@@ -4,7 +4,7 @@ import pytest
 
 from evaluation import plots
 from evaluation.metrics import Metric
-from evaluation.plots import judge_picture, training_picture
+from evaluation.plots import judge_plot, training_plot
 
 TRAIN = [
     {
@@ -51,7 +51,7 @@ def drawn(monkeypatch) -> list:
 
 def test_a_run_has_four_panels_and_a_twin_axis(tmp_path, drawn):
     path = tmp_path / "logs" / "run" / "training.png"
-    assert training_picture([*TRAIN, *EVAL, END], path, "stepwise, lr 1e-4")
+    assert training_plot([*TRAIN, *EVAL, END], path, "stepwise, lr 1e-4")
     assert path.read_bytes().startswith(b"\x89PNG") and [
         file.name for file in path.parent.iterdir()
     ] == ["training.png"]
@@ -72,10 +72,10 @@ def test_a_run_has_four_panels_and_a_twin_axis(tmp_path, drawn):
 
 
 def test_what_the_history_lacks_is_left_out(tmp_path, drawn):
-    assert training_picture([{"step": 1, "loss": 0.7}], tmp_path / "one.png", "one row")
+    assert training_plot([{"step": 1, "loss": 0.7}], tmp_path / "one.png", "one row")
     assert drawn == [("loss", {"loss": ([1], [0.7])})]
     drawn.clear()
-    assert training_picture(
+    assert training_plot(
         [{"step": 1, "drift/good_steps_less_likely": 0.5}, EVAL[0]], tmp_path / "odd.png", "odd"
     )
     assert [title for title, _ in drawn if title] == [
@@ -83,7 +83,7 @@ def test_what_the_history_lacks_is_left_out(tmp_path, drawn):
         "margin between chosen and rejected",
         "log-prob against the reference (nats)",
     ]
-    assert training_picture([END], tmp_path / "none.png", "nothing") is False
+    assert training_plot([END], tmp_path / "none.png", "nothing") is False
     assert sorted(file.name for file in tmp_path.iterdir()) == ["odd.png", "one.png"]
 
 
@@ -99,7 +99,7 @@ def test_the_card_of_a_judge_draws_what_it_holds(tmp_path, drawn):
         "by_position": [("1", half, None), ("2", Metric(0.7, None, 1), half)],
         "selection": {"min": {"answer_auroc": half}},
     }
-    judge_picture(tmp_path / "few.png", "a judge", card, [])
+    judge_plot(tmp_path / "few.png", "a judge", card, [])
     assert [title.split(" (")[0] for title, _ in drawn] == [
         "reliability",
         "scores",
@@ -108,7 +108,7 @@ def test_the_card_of_a_judge_draws_what_it_holds(tmp_path, drawn):
     drawn.clear()
     card["selection"] = {"min": {"best_of_n": half}, "chance": {"best_of_n": half}}
     policies = [{"policy": f"runs/{name}", "reward": half, "accuracy": half} for name in "abc"]
-    judge_picture(tmp_path / "all.png", "a judge", card | {"samples": 4.0}, policies)
+    judge_plot(tmp_path / "all.png", "a judge", card | {"samples": 4.0}, policies)
     assert [title for title, _ in drawn][3:] == [
         "best of 4 (4 problems)",
         "policies, greedy answers",

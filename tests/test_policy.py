@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.errors import ModelError, PromptTooLong
+from lm.policy import Policy
+from lm.text_encoding import encode_prompt, encode_steps, format_prompt
 from reasoning.problems import problems
-from reasoning.records import RecordError
-from reasoning.steps import encode_steps, format_prompt, split_steps
-from reward_model.base import PromptTooLong
-from search.policy import Policy
+from reasoning.steps import split_steps
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = [
@@ -54,7 +54,7 @@ def test_rows_that_end_leave_and_others_enter(policy, monkeypatch):
     alone = [policy.generate([prompt], max_new_tokens=30)[0] for prompt in PROMPTS]
     (first,) = next(policy.decoder.decode([policy.start(PROMPTS[0]).ids], 1, 0.0, 1, 0))[0].ids
     monkeypatch.setattr(policy.decoder, "eos_ids", policy.decoder.eos_ids | {first})
-    monkeypatch.setattr("search.decoding.MAX_ROWS", 3)
+    monkeypatch.setattr("lm.decoding.MAX_ROWS", 3)
     together = policy.generate([PROMPTS[0]] * 4 + PROMPTS[1:] + [PROMPTS[0]], max_new_tokens=30)
     assert [group[0].tokens for group in together if group[0].finished] == [1] * 5
     assert [group for group in together if not group[0].finished] == alone[1:]
@@ -91,9 +91,8 @@ def test_steps_add_up_to_what_transformers_writes(policy):
         longer = iter(policy.next_steps(going, temperature=0) if going else [])
         reached = [next(longer)[0] if state.status == "open" else state for state in reached]
     assert reached == whole and {state.status for state in whole} == {"finished"}
-    assert (
-        sum(columns > 1 for _, columns in read) == 1
-    )  # the prompts are read, once; all else is one token at a time
+    # the prompts are read, once; all else is one token at a time
+    assert sum(columns > 1 for _, columns in read) == 1
     for state in whole:
         ids = torch.tensor([policy.start(state.prompt).ids])
         assert state.ids == tuple(
@@ -131,11 +130,10 @@ def test_samples_are_one_row_until_they_part(monkeypatch):
         for ids in group
         for end in range(len(states[k].ids), len(ids))
     }
-    assert (
-        len(written) <= sum(rows for rows, _ in read) < 1.34 * len(written)
-    )  # the rest are rows that ended and have not left yet
+    # the rest are rows that ended and have not left yet
+    assert len(written) <= sum(rows for rows, _ in read) < 1.34 * len(written)
     for most in (1, 4, 9):
-        monkeypatch.setattr("search.decoding.MAX_ROWS", most)
+        monkeypatch.setattr("lm.decoding.MAX_ROWS", most)
         read.clear()
         assert policy.rollouts(states, n=64, seed=3) == together
         assert (
@@ -143,12 +141,12 @@ def test_samples_are_one_row_until_they_part(monkeypatch):
             and not policy.decoder._kept
             and not policy.decoder._kept_bytes
         )
-    monkeypatch.setattr("search.decoding.KEPT_BYTES", 0)  # those that wait are read anew
+    monkeypatch.setattr("lm.decoding.KEPT_BYTES", 0)  # those that wait are read anew
     assert policy.rollouts(states[:2], n=64, seed=3) == together[:2]
 
 
 def test_kept_caches_do_not_outgrow_their_room(policy, monkeypatch):
-    monkeypatch.setattr("search.decoding.KEPT_BYTES", 400_000)
+    monkeypatch.setattr("lm.decoding.KEPT_BYTES", 400_000)
     policy = Policy.load(str(ROOT / "models/policy-mini"))
     states = policy.next_steps([policy.start(PROMPTS[1])], n=8)[0]
     assert 0 < policy.decoder._kept_bytes <= 400_000 and len(policy.decoder._kept) < 8
@@ -252,7 +250,8 @@ def test_a_chat_is_the_prompt_in_the_models_template(tiny_model_dir):
     policy = Policy.load(tiny_model_dir)
     policy.tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}:{% endif %}"
     assert (
-        policy.tokenizer.decode(policy._prompt_ids("Tell a story", chat=True)) == "[Tell a story]:"
+        policy.tokenizer.decode(encode_prompt(policy.tokenizer, "Tell a story", chat=True))
+        == "[Tell a story]:"
     )
     assert policy.texts(["Tell a story"], max_new_tokens=5, chat=True) != policy.texts(
         ["Tell a story"], max_new_tokens=5
@@ -275,7 +274,7 @@ def test_logps_by_hand(policy):
 def test_what_cannot_be_done_is_one_line(policy, tmp_path):
     with pytest.raises(PromptTooLong, match="512"):
         policy.generate(["apple " * 600])
-    with pytest.raises(RecordError, match="no model can be loaded"):
+    with pytest.raises(ModelError, match="no model can be loaded"):
         Policy.load(str(tmp_path))
 
 
@@ -290,12 +289,12 @@ def test_missing_or_unfitting_weights_are_no_model(tiny_model_dir, tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RecordError, match="weights are missing"):
+    with pytest.raises(ModelError, match="weights are missing"):
         Policy.load(str(folder))
     shutil.copy(f"{tiny_model_dir}/model.safetensors", folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
-    with pytest.raises(RecordError, match="no model can be loaded"):
+    with pytest.raises(ModelError, match="no model can be loaded"):
         Policy.load(str(folder))
 
 

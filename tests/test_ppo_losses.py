@@ -36,12 +36,8 @@ def last(*ends: bool) -> torch.Tensor:
         # two steps: the first ends at the second token, whose delta is .2 - .4 = -.2
         (last(False, True, True), 1.0, 0.95, [-0.2 - 0.95 * 0.2, -0.2, 0.4]),
         (last(False, False, True), 1.0, 0.0, [-0.2, 0.4, 0.4]),
-        (
-            last(False, False, True),
-            1.0,
-            1.0,
-            [1.1 - 0.5, 1.2 - 0.4, 0.4],
-        ),  # all that is still to come, minus the value
+        # all that is still to come, minus the value
+        (last(False, False, True), 1.0, 1.0, [1.1 - 0.5, 1.2 - 0.4, 0.4]),
     ],
 )
 def test_advantages_by_hand(ends, gamma, lam, expected):
@@ -75,9 +71,8 @@ def test_policy_objective_of_three_tokens_by_hand():
             for a, r, is_clipped in zip(advantages, ratios, clipped[0].tolist(), strict=True)
         ]
         assert logps.grad[0].tolist() == pytest.approx(gradient, abs=1e-12)
-    assert clipped.tolist() == [
-        [False, False, False]
-    ]  # moved against their advantages: free to come back
+    # moved against their advantages: free to come back
+    assert clipped.tolist() == [[False, False, False]]
     assert ppo_policy_loss(logps, old, tensor([[2.0, -1.0, 0.5]], dtype=F64), 0.2)[1].tolist() == [
         [True, True, False]
     ]

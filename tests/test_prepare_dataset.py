@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from reasoning.loaders import KINDS
-from reasoning.records import ScoredPair, read_records, write_records
+from common.cli import run
+from common.files import read_records, write_records
+from reasoning.datasets.shapes import KINDS
+from reasoning.records import ScoredPair
 from utils import prepare_dataset
-from utils.cli import run
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(__file__).parent / "data"
@@ -88,9 +89,8 @@ def test_labelled_steps_become_scored_pairs(prepare):
         len(pair.prefix) == 1 for pair in pencil
     )
     assert all((pair.chosen_scores, pair.rejected_scores) == ([1.0], [0.0]) for pair in pairs)
-    assert (
-        len(pairs) == 8 and len({pair.chosen[0] for pair in pairs[5:]}) == 3
-    )  # one wrong step against each of three right ones
+    # one wrong step against each of three right ones
+    assert len(pairs) == 8 and len({pair.chosen[0] for pair in pairs[5:]}) == 3
     rows = [" ".join(line.split()) for line in said.splitlines()]
     assert (
         "labelled steps read 25" in rows
@@ -146,9 +146,8 @@ def test_duplicates_and_contradictions(prepare):
         "--dataset_name", "pairs.jsonl", "--output", "out.jsonl", "--test_size", 0, "--overwrite"
     )
     assert [pair.rejected for pair in both_sides("pairs")[0]] == [["c"]]
-    assert (
-        "next: python reward_model/evaluate_steps.py --input out.jsonl" in said
-    )  # these have no scores yet
+    # these have no scores yet
+    assert "next: python reward_model/evaluate_steps.py --input out.jsonl" in said
 
 
 def test_split_by_problem(prepare):

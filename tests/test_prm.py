@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-from reasoning.records import write_records
-from reward_model.base import JudgeError
-from reward_model.process_reward_model import ProcessRewardModel, StepTokens, _Text, from_causal_lm
-from utils.judges import JudgeArgs, check_judge, judge_name, open_judge
+from common.errors import ModelError
+from common.files import write_records
+from reward_model.prm_formats import StepTokens
+from reward_model.process_reward_model import ProcessRewardModel, _Text, from_causal_lm
+from reward_model.registry import JudgeArgs, check_judge, judge_name, open_judge
 
 PROMPT = "Mia has 12 apples. She buys 3 times as many. How many apples does Mia have now?"
 STEPS = ["Step 1: 12 * 3 = 36", "Step 2: 12 + 36 = 48", "Answer: 48"]
@@ -150,10 +151,8 @@ def test_all_steps_are_scored_in_one_pass_and_skipped_ones_are_context(judge):
     skipped = judge.score_steps(SOLUTIONS, skip=[2, 0, 0, 1, 1])
     assert judge.score_steps(SOLUTIONS[:1], skip=[len(SOLUTIONS[0][1])]) == [[]]
     handle.remove()
-    assert [rows for rows, _ in read] == [
-        3,
-        2,
-    ]  # the first two share a row; what has nothing to be scored is not read
+    # the first two share a row; what has nothing to be scored is not read
+    assert [rows for rows, _ in read] == [3, 2]
     expected = [whole[0][2:], whole[1], [], whole[3][1:], []]
     assert [len(scores) for scores in skipped] == [len(scores) for scores in expected]
     assert max(differences(skipped, expected)) < 1e-5
@@ -344,9 +343,8 @@ def test_any_causal_lm_is_a_backbone(name, tokenizer, tmp_path):
         max(differences(together, [judge.score_steps([solution])[0] for solution in SOLUTIONS]))
         < 1e-5
     )
-    assert (
-        len({score for scores in together for score in scores}) == 9
-    )  # of 10 two begin with the same step
+    # of 10 two begin with the same step
+    assert len({score for scores in together for score in scores}) == 9
 
 
 # --- what cannot be used or scored
@@ -378,25 +376,24 @@ def test_what_cannot_be_used_is_an_error_of_one_line(prm_dir, tiny_model_dir, tm
         ): "weights are missing, score",
     }
     for path, reason in cases.items():
-        with pytest.raises(JudgeError, match=reason) as error:
+        with pytest.raises(ModelError, match=reason) as error:
             ProcessRewardModel(path, device="cpu")
         assert path in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(JudgeError, match="at least 1"):
+    with pytest.raises(ModelError, match="at least 1"):
         ProcessRewardModel(prm_dir, batch_tokens=0)
 
 
 def test_what_cannot_be_scored_is_named(judge, prm_dir):
-    with pytest.raises(JudgeError, match="surrogate"):
+    with pytest.raises(ModelError, match="surrogate"):
         judge.score_steps([("\ud800", ["Answer: 1"])])
     with ProcessRewardModel(prm_dir, device="cpu") as broken:
         broken.model.model.norm.weight.data[:] = float("nan")
         with pytest.raises(
-            JudgeError, match=r"not finite at step 2 'Step 2: 12 \+ 36 = 48' of prompt 'Mia has"
+            ModelError, match=r"not finite at step 2 'Step 2: 12 \+ 36 = 48' of prompt 'Mia has"
         ):
             broken.score_steps([(PROMPT, STEPS)], skip=[1])
-    assert "context 512, on cpu" in str(
-        broken
-    )  # scripts say which judge it was after they have closed it
+    # scripts say which judge it was after they have closed it
+    assert "context 512, on cpu" in str(broken)
 
 
 # --- the flag

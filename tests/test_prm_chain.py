@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from reasoning.records import ScoredPair, StepValue, read_records
+from common.files import read_records
+from reasoning.records import ScoredPair, StepValue
 
 pytestmark = pytest.mark.slow
 

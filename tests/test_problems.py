@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from common.files import read_records, to_line
 from reasoning import problems as world
 from reasoning.grading import grade_steps
-from reasoning.records import Problem, read_records, to_line
+from reasoning.records import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
 

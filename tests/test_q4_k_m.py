@@ -5,10 +5,10 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
-from reward_model.base import PLAIN
+from reward_model.templates import PLAIN
 from reward_model.tinyllama_reward_model import NO, YES, TinyLlamaRewardScorer
+from tests.conftest import ROOT
 
 HERE = ROOT / "tests/data/q4_k_m"
 FILE = HERE / "tiny.Q4_K_M.gguf"
@@ -71,9 +71,8 @@ def test_the_file_is_what_its_name_says():
     assert FILE.stat().st_size <= 2_000_000
     assert reader.fields["general.file_type"].contents() == LlamaFileType.MOSTLY_Q4_K_M
     kinds = [tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) == 2]
-    assert (
-        set(kinds) == {"Q4_K", "Q6_K"} and kinds.count("Q6_K") == 3
-    )  # as in the large file: output, and some values and ffn_down
+    # as in the large file: output, and some values and ffn_down
+    assert set(kinds) == {"Q4_K", "Q6_K"} and kinds.count("Q6_K") == 3
 
 
 def test_it_is_read_right(scores):
@@ -91,7 +90,7 @@ def test_it_agrees_with_its_parent(scores, tmp_path):
     """The parent is made again from its seed. 4 bits cost something, but scores that spread over .4 mostly keep their order."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from utils.export_gguf import export_gguf
+    from lm.gguf_export import export_gguf
 
     spec = importlib.util.spec_from_file_location("make", HERE / "make.py")
     make = importlib.util.module_from_spec(spec)

@@ -21,21 +21,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from reasoning.ranking import RankedResponse, check_groups, groups, read_answers, write_answers
-from reasoning.records import (
-    LabelledSolution,
-    PreferencePair,
-    RecordError,
-    read_rows,
-    write_records,
-)
-from reward_model.human_judge import HumanJudge
-from utils.annotations import (
+from common.cli import run
+from common.errors import RecordError, UserError
+from common.files import read_rows, write_records
+from evaluation.agreement import agreement, agreement_rows
+from reasoning.annotation import (
+    AnnotationTask,
     AnswerRanking,
     StepLabelling,
-    Task,
-    agreement,
-    agreement_rows,
     check_name,
     find,
     hold,
@@ -43,7 +36,15 @@ from utils.annotations import (
     next_task,
     task_before,
 )
-from utils.cli import UserError, run
+from reasoning.datasets.ranking import (
+    RankedResponse,
+    check_groups,
+    groups,
+    read_answers,
+    write_answers,
+)
+from reasoning.records import LabelledSolution, PreferencePair
+from reward_model.judges.human import HumanJudge
 from utils.rank_responses import RANKS, STEPS, agreement_html, main, turn
 
 SCRIPT = "utils/rank_responses.py"
@@ -78,7 +79,7 @@ def table(tmp_path) -> str:
     return str(tmp_path / "answers.csv")
 
 
-def by_text(task: Task, ranks: str) -> list[str]:
+def by_text(task: AnnotationTask, ranks: str) -> list[str]:
     """Marks in the order shown, from those of the best, second best ... answer."""
     place = PROMPTS.index(task.prompt)
     return [ranks[[answer(k, place) for k in range(1, 5)].index(item)] for item in task.items]
@@ -109,9 +110,8 @@ def test_first_ranks_fill_empty_cells_and_others_are_rows_behind_them(table):
     ]
     check_groups(rows, table)
 
-    again = AnswerRanking(
-        table
-    )  # as a page that was started again finds it; changed, nothing is added
+    # as a page that was started again finds it; changed, nothing is added
+    again = AnswerRanking(table)
     (done, *open_) = again.tasks("Ann")
     assert done.done and (done.marks, done.note) == (tuple(by_text(done, "1223")), "short, clear")
     assert not any(task.done for task in open_)
@@ -161,9 +161,10 @@ def test_the_order_is_drawn_for_each_prompt_and_ranker(tmp_path):
         name: {task.prompt: task.items for task in AnswerRanking(tmp_path / "a.csv").tasks(name)}
         for name in ("Ann", "Ben")
     }
+    # whatever the file's
     assert shown["Ann"] == {
         task.prompt: task.items for task in AnswerRanking(tmp_path / "b.csv").tasks("Ann")
-    }  # whatever the file's
+    }
     for of_name in shown.values():
         firsts = [items[0] for items in of_name.values()]
         assert (
@@ -215,7 +216,7 @@ def test_what_others_write_meanwhile_is_kept(table):
 
 def test_next_skip_and_back():
     tasks = [
-        Task(prompt, ("a", "b"), marks)
+        AnnotationTask(prompt, ("a", "b"), marks)
         for prompt, marks in [("p", ("1", "2")), ("q", ()), ("r", ("1", "")), ("s", ("1", "1"))]
     ]
     p, q, r, s = tasks
@@ -232,7 +233,8 @@ def test_next_skip_and_back():
         and task_before(tasks) == s
     )
     with pytest.raises(UserError, match="reload the page"):
-        find(tasks, Task("p", ("b", "a")).key)  # the same answers in another order are another task
+        # the same answers in another order are another task
+        find(tasks, AnnotationTask("p", ("b", "a")).key)
 
 
 def test_names():
@@ -312,9 +314,8 @@ def test_turns(table):
     assert any(EVIL in text for text in page.of("text")) and not {"script", "img", "a"} & set(
         page.tags
     )
-    assert not any(
-        word in ask(action="open")["html"] for word in ("kind 1", "model", "0.7")
-    )  # where an answer comes from
+    # where an answer comes from
+    assert not any(word in ask(action="open")["html"] for word in ("kind 1", "model", "0.7"))
     assert Texts(ask(action="skip", key=first.key)["html"]).of("prompt") == [second.prompt]
     assert Texts(ask(action="back", key=second.key)["html"]).of("prompt") == [first.prompt]
     refused = ask(action="save", key=first.key, marks=["1", "", "", ""])
@@ -360,20 +361,17 @@ def test_both_sides_of_pairs_are_labelled_once(tmp_path):
     write_records(tmp_path / "pairs.jsonl", [*PAIRS, PAIRS[1]])
     solutions = load_solutions(str(tmp_path / "pairs.jsonl"))
     assert len(solutions) == 4 and {(task.prompt, task.items) for task in solutions} == SOLUTIONS
-    assert solutions == load_solutions(
-        str(tmp_path / "pairs.jsonl")
-    )  # the same order for everybody
+    # the same order for everybody
+    assert solutions == load_solutions(str(tmp_path / "pairs.jsonl"))
     many = [PreferencePair(f"p{n}", ["right"], ["wrong"]) for n in range(40)]
     write_records(tmp_path / "many.jsonl", many)
     shown = [task.items[0] for task in load_solutions(str(tmp_path / "many.jsonl"))]
-    assert (
-        5 < sum(a == b for a, b in itertools.pairwise(shown)) < 74
-    )  # neither side by side nor in turn
+    # neither side by side nor in turn
+    assert 5 < sum(a == b for a, b in itertools.pairwise(shown)) < 74
 
     write_records(tmp_path / "labelled.jsonl", [LabelledSolution("P", ["Answer: 1"], [1])])
-    assert load_solutions(str(tmp_path / "labelled.jsonl")) == [
-        Task("P", ("Answer: 1",))
-    ]  # nobody sees the label
+    # nobody sees the label
+    assert load_solutions(str(tmp_path / "labelled.jsonl")) == [AnnotationTask("P", ("Answer: 1",))]
     (tmp_path / "problems.jsonl").write_text('{"prompt": "P", "answer": "1"}\n')
     with pytest.raises(RecordError, match=r"problems.jsonl: no solutions with steps"):
         load_solutions(str(tmp_path / "problems.jsonl"))
@@ -656,7 +654,7 @@ class Page:
 
     def ranks(self, ranks: str) -> str:
         """The keys, from the first answer on, that give the best, second best ... answer these ranks."""
-        return "".join(by_text(Task(self.prompt(), tuple(self.items())), ranks))
+        return "".join(by_text(AnnotationTask(self.prompt(), tuple(self.items())), ranks))
 
     def network(self) -> set[str]:
         """Where anything was asked for since the last call."""
@@ -708,9 +706,8 @@ def test_rank_by_keyboard_kill_and_go_on(table, tmp_path):
             page.press(page.ranks("1234"), Keys.ENTER)
             page.see("1 of 4 prompts done")
             page.press(page.ranks("1334"), Keys.ENTER)
-            page.see(
-                "ranks 1,3,3,4 by Ann leave one out"
-            )  # and nothing is saved; set right, from the top
+            # and nothing is saved; set right, from the top
+            page.see("ranks 1,3,3,4 by Ann leave one out")
             page.press(
                 Keys.ARROW_UP,
                 Keys.ARROW_UP,
@@ -792,9 +789,8 @@ def test_rank_by_keyboard_kill_and_go_on(table, tmp_path):
             for entry in driver.get_log("browser")
             if entry["level"] == "SEVERE"
         }
-        assert all(
-            url.startswith(f"http://127.0.0.1:{port}/gradio_api/") for url in failed
-        )  # the turn when no server was there
+        # the turn when no server was there
+        assert all(url.startswith(f"http://127.0.0.1:{port}/gradio_api/") for url in failed)
 
 
 @in_browser

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from reasoning.ranking import (
+from common.errors import RecordError
+from reasoning.datasets.ranking import (
     COLUMNS,
     RankedResponse,
     check_groups,
@@ -12,7 +13,6 @@ from reasoning.ranking import (
     read_answers,
     write_answers,
 )
-from reasoning.records import RecordError
 
 ROWS = [
     RankedResponse(
@@ -162,10 +162,8 @@ def test_ranks_that_are_sound(ranks):
         (ranked(1, 3, 4), "ranks 1,3,4 by Ann leave one out"),
         (ranked(2, 2, 3), "ranks 2,2,3 by Ann leave one out"),
         (ranked(4, 2, 2, 2), "ranks 2,2,2,4 by Ann"),
-        (
-            ranked(1, 1, 3, 4, 4, 5),
-            "ranks 1,1,3,4,4,5 by Ann",
-        ),  # after a tie neither way of counting
+        # after a tie neither way of counting
+        (ranked(1, 1, 3, 4, 4, 5), "ranks 1,1,3,4,4,5 by Ann"),
         (ranked(1, 2, None), "some of its answers have no rank by Ann"),
         (ranked(1), "has one answer"),
         (ranked(None, ranker=""), "has one answer"),

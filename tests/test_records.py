@@ -3,19 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from reasoning.records import (
-    LabelledSolution,
-    PreferencePair,
-    Problem,
-    RecordError,
-    ResumableRows,
-    ScoredPair,
-    StepValue,
-    read_records,
-    to_line,
-    write_records,
-    write_text,
-)
+from common.errors import RecordError
+from common.files import ResumableRows, read_records, to_line, write_records, write_text
+from reasoning.records import LabelledSolution, PreferencePair, Problem, ScoredPair, StepValue
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = {"prompt": "2 + 2?", "chosen": ["2 + 2 = 4", "Answer: 4"], "rejected": ["Answer: 5"]}

@@ -6,16 +6,17 @@ import shutil
 import time
 
 import pytest
-from test_openai_judge import FAILURES, PROMPT, ROOT, STEPS, Server, error, transformers_serve
 
 import inference
-from reasoning.records import PreferencePair, Problem, read_records, write_records
-from reasoning.steps import PLAIN_TEMPLATE, format_prompt
-from reward_model.base import JudgeError, PromptTooLong
-from search.policy import Policy, State
-from search.remote import RemotePolicy
-from utils.cli import UserError, run
-from utils.policies import PolicyArgs, check_policy
+from common.cli import run
+from common.errors import ModelError, PromptTooLong, UserError
+from common.files import read_records, write_records
+from lm.policy import Policy, State
+from lm.registry import PolicyArgs, check_policy
+from lm.server_policy import RemotePolicy
+from lm.text_encoding import PLAIN_TEMPLATE, format_prompt
+from reasoning.records import PreferencePair, Problem
+from tests.test_openai_judge import FAILURES, PROMPT, ROOT, STEPS, Server, error, transformers_serve
 
 PLAIN = PLAIN_TEMPLATE.format(prompt=PROMPT)
 
@@ -81,21 +82,12 @@ def test_what_is_asked(server, capsys):
 
 ANSWERS = [  # what the server says to a request for one step -> steps, status
     (completion(STEPS[0]), STEPS[:1], "open"),
-    (
-        completion(f"{STEPS[0]}\n"),
-        STEPS[:1],
-        "open",
-    ),  # as `transformers serve` has it, which returns the stop
-    (
-        completion(f"\n\n  {STEPS[0]}\n\n{STEPS[1]}\nStep", "length"),
-        STEPS[:1],
-        "open",
-    ),  # a server that does not stop there
-    (
-        completion("Step 1:\t12  * 3", stop_reason="\n"),
-        ["Step 1: 12 * 3"],
-        "open",
-    ),  # vLLM tells its stop
+    # as `transformers serve` has it, which returns the stop
+    (completion(f"{STEPS[0]}\n"), STEPS[:1], "open"),
+    # a server that does not stop there
+    (completion(f"\n\n  {STEPS[0]}\n\n{STEPS[1]}\nStep", "length"), STEPS[:1], "open"),
+    # vLLM tells its stop
+    (completion("Step 1:\t12  * 3", stop_reason="\n"), ["Step 1: 12 * 3"], "open"),
     (completion("So be it.", stop_reason=None), ["So be it."], "finished"),  # from EOS
     (completion("So be it.", stop_reason=128009), ["So be it."], "finished"),
     (completion("Answer: 48\n"), ["Answer: 48"], "finished"),
@@ -129,10 +121,7 @@ def test_an_empty_line_is_no_end(server, behind, steps, status):
     assert (list(child.steps), child.status, child.sampled) == (steps, status, 6)
     assert [
         (request["prompt"][len(PLAIN) :], request["max_tokens"]) for request in server.requests
-    ] == [
-        (f"{STEPS[0]}\n", 20),
-        (f"{STEPS[0]}\n\n", 17),
-    ]
+    ] == [(f"{STEPS[0]}\n", 20), (f"{STEPS[0]}\n\n", 17)]
 
 
 def test_samples_are_seeded_by_their_state(server):
@@ -228,14 +217,14 @@ def test_the_context_bounds_what_is_written(server):
 def test_a_failing_server_is_one_line(server, name):
     failure, expected = FAILURES[name]
     server.answer = lambda number, body: failure
-    with pytest.raises(JudgeError, match=expected) as raised:
+    with pytest.raises(ModelError, match=expected) as raised:
         remote(server).generate([PROMPT], n=4, temperature=1.0)
     assert str(raised.value).startswith(f"policy {server.url}") and "\n" not in str(raised.value)
 
 
 def test_a_slow_server_and_one_that_recovers(server):
     server.answer = lambda number, body: time.sleep(1) or completion("")
-    with pytest.raises(JudgeError, match=r"policy .* did not answer within 0\.1 s, 2 times"):
+    with pytest.raises(ModelError, match=r"policy .* did not answer within 0\.1 s, 2 times"):
         remote(server, timeout=0.1, max_retries=1).generate([PROMPT])
     server.requests.clear()
     server.answer = lambda number, body: (
@@ -247,11 +236,11 @@ def test_a_slow_server_and_one_that_recovers(server):
 def test_what_needs_ids_is_refused_in_one_line(server):
     for refused in (RemotePolicy.logps, RemotePolicy.step_logps):
         with pytest.raises(
-            JudgeError, match="need token ids, a server gives text: take a model without"
+            ModelError, match="need token ids, a server gives text: take a model without"
         ) as raised:
             refused(remote(server), [(PROMPT, [], STEPS)])
         assert "\n" not in str(raised.value) and not server.requests
-    with pytest.raises(JudgeError, match="surrogate"):
+    with pytest.raises(ModelError, match="surrogate"):
         remote(server).generate(["\ud800"])
 
 
@@ -278,7 +267,7 @@ def test_arguments():
     ]:
         with pytest.raises(UserError, match=expected):
             check_policy(args)
-    with pytest.raises(JudgeError, match="policy 'localhost:8000' is no URL"):
+    with pytest.raises(ModelError, match="policy 'localhost:8000' is no URL"):
         RemotePolicy("localhost:8000", "m")
 
 
@@ -308,9 +297,10 @@ def test_transformers_serve(tmp_path, run_script):
     model = str(tmp_path / "policy")
     shutil.copytree(ROOT / "models/policy-mini", model)
     config = json.loads((tmp_path / "policy/generation_config.json").read_text())
+    # else it is always greedy
     (tmp_path / "policy/generation_config.json").write_text(
         json.dumps({**config, "do_sample": True})
-    )  # else it is always greedy
+    )
     problems = list(
         itertools.islice(read_records(ROOT / "data/problems_validation.jsonl", Problem), 6)
     )

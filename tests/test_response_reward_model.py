@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from reward_models import make_distilbert, make_llama
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,14 +13,15 @@ from transformers import (
     AutoTokenizer,
 )
 
-from reasoning.steps import PLAIN_TEMPLATE
-from reward_model.base import JudgeError
+from common.errors import ModelError
+from lm.text_encoding import PLAIN_TEMPLATE
 from reward_model.response_reward_model import (
     ResponseJudge,
     ResponseRewardModel,
     ResponseTokens,
     from_causal_lm,
 )
+from tests.helpers.reward_models import make_distilbert, make_llama
 
 PROMPT = "Mia has 12 apples. She buys 3 more. How many apples does Mia have now?"
 RESPONSES = [
@@ -200,7 +200,7 @@ def test_what_is_no_reward_model_is_refused_in_one_line(folders, tiny_model_dir,
         (lost, "weights are missing, score.weight for one"),
         (str(tmp_path / "empty"), "empty"),
     ):
-        with pytest.raises(JudgeError, match=message) as error:
+        with pytest.raises(ModelError, match=message) as error:
             ResponseRewardModel(path, device="cpu")
         assert "\n" not in str(error.value)
     assert AutoConfig.from_pretrained(folders["eos"]).num_labels == 1
@@ -208,8 +208,8 @@ def test_what_is_no_reward_model_is_refused_in_one_line(folders, tiny_model_dir,
 
 def test_text_that_is_no_unicode_and_scores_that_are_no_numbers(folders):
     scorer = ResponseRewardModel(folders["eos"], device="cpu")
-    with pytest.raises(JudgeError, match="surrogate"):
+    with pytest.raises(ModelError, match="surrogate"):
         scorer.score([(PROMPT, "\ud83d")])
     torch.nn.init.constant_(scorer.model.score.weight, float("nan"))
-    with pytest.raises(JudgeError, match="is not a number"):
+    with pytest.raises(ModelError, match="is not a number"):
         scorer.score([(PROMPT, "Answer: 1")])

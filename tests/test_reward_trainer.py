@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from reward_models import make_distilbert, make_llama
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from reasoning.records import RecordError
+from common.errors import RecordError
 from reward_model.response_reward_model import ResponseRewardModel
+from tests.helpers.reward_models import make_distilbert, make_llama
 from trainer.reward_trainer import (
     GroupSampler,
     RankedGroup,
@@ -152,9 +152,8 @@ def test_shuffled_ranks_say_nothing(llama, tmp_path):
     groups = [GROUPS[0] | {"prompt": f"1 + {k}?"} for k in range(300)]
     best, *_ = make_trainer(llama, tmp_path, groups[:1]).train_dataset["chosen_ids"]
     rows = make_trainer(llama, tmp_path, groups, shuffle_ranks=True).train_dataset
-    of_best = [
-        better[-len(best) + 8 :] == best[8:] for better in rows["chosen_ids"]
-    ]  # the same answer, to any prompt
+    # the same answer, to any prompt
+    of_best = [better[-len(best) + 8 :] == best[8:] for better in rows["chosen_ids"]]
     assert len(rows) == 900 and 0.27 < sum(of_best) / len(rows) < 0.40
     again = make_trainer(llama, tmp_path, groups, shuffle_ranks=True).train_dataset
     assert again["chosen_ids"] == rows["chosen_ids"]
@@ -189,9 +188,8 @@ def test_what_is_too_long_is_cut_and_counted_not_dropped(tmp_path):
     trainer = make_trainer(folder, tmp_path / "out", groups, max_length=1024)
     assert len(trainer.train_dataset) == 8 and "3 answers are over 64 tokens" in trainer.balance
     ids = [row[side] for row in trainer.train_dataset for side in ("chosen_ids", "rejected_ids")]
-    assert max(map(len, ids)) == 64 and all(
-        row[0] == 2 and row[-1] == 3 for row in ids
-    )  # [CLS] ... [SEP]
+    # [CLS] ... [SEP]
+    assert max(map(len, ids)) == 64 and all(row[0] == 2 and row[-1] == 3 for row in ids)
     short = make_trainer(folder, tmp_path / "out", groups, max_length=32)
     assert short.format.max_length == 32 and all(
         len(row["chosen_ids"]) <= 32 for row in short.train_dataset

@@ -6,10 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
-from reasoning.ranking import read_answers
-from reasoning.records import PreferencePair, read_records
+from common.files import read_records
+from reasoning.datasets.ranking import read_answers
+from reasoning.records import PreferencePair
+from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs/reward_model.md").read_text(encoding="utf-8")
 COMMANDS = [

@@ -8,15 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from reward_models import make_llama
 
+from common.cli import run
+from common.errors import RecordError, UserError
+from common.files import read_rows, write_records
+from reasoning.datasets.ranking import RankedResponse, write_answers
 from reasoning.problems import problems
-from reasoning.ranking import RankedResponse, write_answers
-from reasoning.records import RecordError, read_rows, write_records
 from reward_model import score_responses
 from reward_model.response_reward_model import ResponseRewardModel
-from utils.cli import UserError, run
+from tests.conftest import ROOT
+from tests.helpers.reward_models import make_llama
 
 TEXTS = [
     "Step 1: 1 + 1 = 2\nAnswer: 2",
@@ -61,9 +62,8 @@ def test_a_table_gets_a_column_and_keeps_the_others(
     assert [{name: row[name] for name in ("prompt", "answer")} for row in found] == ROWS
     assert [row["id"] for row in found] == [str(k) for k in range(6)]
     assert [float(row["score"]) for row in found] == pytest.approx(scores, abs=2e-6)
-    run_here(
-        tmp_path, monkeypatch, scorer, "filter", "--input", "out.csv", "--output", "best.csv"
-    )  # a scored table goes on
+    # a scored table goes on
+    run_here(tmp_path, monkeypatch, scorer, "filter", "--input", "out.csv", "--output", "best.csv")
     with open(tmp_path / "best.csv", newline="", encoding="utf-8") as file:
         best = [int(row["id"]) for row in csv.DictReader(file, delimiter=delimiter)]
     assert best == [max(range(3), key=scores.__getitem__), max(range(3, 6), key=scores.__getitem__)]

@@ -4,14 +4,14 @@ import json
 import sys
 
 import pytest
-from reward_models import make_llama
 
 import inference
-from reasoning.records import write_records
-from reward_model.base import ResponseScorer
+from common.files import write_records
+from lm.policy import Policy
+from reward_model.protocols import ResponseScorer
 from reward_model.response_reward_model import ResponseRewardModel
-from search.policy import Policy
-from search.strategies import STRATEGIES, Budget
+from search.strategies import STRATEGIES, SearchBudget
+from tests.helpers.reward_models import make_llama
 
 PROMPTS = ["Mia has 12 apples. She buys 3 more.", "1 + 1?"]
 
@@ -29,7 +29,7 @@ class ByLength(ResponseScorer):
 
 def test_the_answer_with_the_highest_score_wins(tiny_model_dir):
     policy, scorer = Policy.load(tiny_model_dir), ByLength()
-    budget = Budget(n=6, max_new_tokens=12)
+    budget = SearchBudget(n=6, max_new_tokens=12)
     answers = STRATEGIES["best_of_n"](PROMPTS, policy, scorer, budget, 0)
     for answer in answers:
         (candidates,) = answer.rounds

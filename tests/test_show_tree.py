@@ -4,8 +4,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from reasoning.records import write_records
-from search.mcts import Node, Rollout, Tree
+from common.files import write_records
+from search.tree_search import Rollout, Tree, TreeNode
 from utils.show_tree import as_page, as_text
 
 SCRIPT = "utils/show_tree.py"
@@ -17,17 +17,17 @@ def tree() -> Tree:
     """The search came by `Step 1: good` and found `Step 2: bad` to be the first error of the rollout that begins so."""
     good, bad = ("Step 1: good",), ("Step 1: good", "Step 2: bad")
     nodes = [
-        Node(
+        TreeNode(
             (),
             [Rollout((*bad, "Answer: 0"), "wrong", 30), Rollout((*good, "Answer: 1"), "right", 20)],
             2,
         ),
-        Node(
+        TreeNode(
             good,
             [Rollout(("Answer: 1",), "right", 10), Rollout((EVIL, "Answer: 2"), "wrong", 20)],
             1,
         ),
-        Node(bad, [Rollout(("Answer: 0",), "wrong", 10), Rollout(("Answer: 3",), "wrong", 10)]),
+        TreeNode(bad, [Rollout(("Answer: 0",), "wrong", 10), Rollout(("Answer: 3",), "wrong", 10)]),
     ]
     return Tree("How many\napples?", "omegaprm", "budget", {node.steps: node for node in nodes})
 
@@ -51,7 +51,7 @@ def test_text(tree):
 
 
 def test_a_closing_step_can_be_the_first_error():
-    root = Node(
+    root = TreeNode(
         (),
         [
             Rollout(("Step 1", "Answer: 0"), "wrong", 30),
@@ -105,7 +105,7 @@ def test_the_script(tree, run_script, tmp_path):
         "What is left?",
         "omegaprm",
         "always right",
-        {(): Node((), [Rollout(("Answer: 1",), "right", 5)])},
+        {(): TreeNode((), [Rollout(("Answer: 1",), "right", 5)])},
     )
     write_records(
         tmp_path / "trees.jsonl",

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from common.files import ROOT, write_records
 from reasoning.problems import problems
-from reasoning.records import is_kept_out, write_records
-from utils.cli import ROOT
+from reasoning.splits import is_kept_out
 
 pytestmark = pytest.mark.slow
 TASKS = [
@@ -65,7 +65,7 @@ def trained(smollm2, tmp_path_factory) -> Path:
 def test_ids_are_those_of_its_chat_template(smollm2):
     from transformers import AutoTokenizer
 
-    from reasoning.steps import CHAT_INSTRUCTION, encode_steps
+    from lm.text_encoding import CHAT_INSTRUCTION, encode_steps
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     ids, step_of = encode_steps(tokenizer, "1 + 1?", [], ["Step 1: 1 + 1 = 2", "Answer: 2"])
@@ -94,7 +94,7 @@ def test_three_steps_of_training_lower_the_loss(trained, smollm2):
 
 
 def test_four_samples(trained):
-    from search.policy import Policy
+    from lm.policy import Policy
 
     policy = Policy.load(str(trained / "out"))
     start = time.monotonic()
@@ -112,7 +112,7 @@ def test_four_samples(trained):
 
 
 def test_two_solutions_judged(smollm2):
-    from reward_model.hf_judge import HFJudge
+    from reward_model.judges.hf import HFJudge
 
     solutions = [
         (TASKS[0].prompt, TASKS[0].steps),

@@ -15,13 +15,13 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reasoning.records import RecordError
-from reasoning.steps import encode_steps
-from reward_model.base import FixedJudge
-from search.policy import Policy, State
-from trainer.step_ppo_config import StepPPOConfig
-from trainer.step_ppo_episodes import Beginning, Row, judge_rows, roll_out
-from trainer.step_ppo_trainer import StepPPOTrainer, action_logps
+from common.errors import RecordError
+from lm.policy import Policy, State
+from lm.text_encoding import encode_steps
+from tests.helpers.judges import FixedJudge
+from trainer.ppo.config import StepPPOConfig
+from trainer.ppo.episodes import EpisodeStart, Trajectory, judge_rows, roll_out
+from trainer.ppo.trainer import StepPPOTrainer, action_logps
 
 PROMPTS = [f"Pick one, number {k}." for k in range(16)]
 ROWS = [{"prompt": prompt, "prefix": []} for prompt in PROMPTS]
@@ -80,7 +80,6 @@ def make(two_arms, tmp_path):
             "evaluate": config.pop("evaluate", None),
             "eval_dataset": config.pop("eval_dataset", None),
         }
-        given["value_backbone"] = config.pop("value_backbone", None)
         settings = {
             "states": "rows",
             "per_device_train_batch_size": 16,
@@ -133,11 +132,13 @@ def chance(trainer, arm=ARMS[0]) -> float:
 
 def test_a_row_is_a_searched_step_or_a_problem():
     step = {"prompt": "p", "prefix": ["a"], "step": "b", "score": 0.5}
-    assert Beginning.from_row(step) == Beginning("p", ["a"])
-    assert Beginning.from_row({"prompt": "p", "answer": "3", "steps": ["a"]}) == Beginning("p", [])
+    assert EpisodeStart.from_row(step) == EpisodeStart("p", ["a"])
+    assert EpisodeStart.from_row({"prompt": "p", "answer": "3", "steps": ["a"]}) == EpisodeStart(
+        "p", []
+    )
     for row in ({"prompt": "p"}, {"prompt": "p", "step": "a"}, ["p"]):
         with pytest.raises(RecordError):
-            Beginning.from_row(row)
+            EpisodeStart.from_row(row)
 
 
 BEGUN = State("p", (1, 2, 3), (2, 3), ("Step 1: 2 + 2 = 4",))
@@ -157,7 +158,7 @@ BEGUN = State("p", (1, 2, 3), (2, 3), ("Step 1: 2 + 2 = 4",))
     ],
 )
 def test_what_scores_0(steps, status, flaw):
-    row, asked = Row(BEGUN, True), []
+    row, asked = Trajectory(BEGUN, True), []
     child = State("p", (1, 2, 3, 4, 5), (2, 3, 5)[: 2 + len(steps)], (*BEGUN.steps, *steps), status)
     goes_on = row.add(child, max_steps=9)
     assert row.flaw == flaw and row.ends == [2] and goes_on == (status == "open" and not flaw)
@@ -165,9 +166,8 @@ def test_what_scores_0(steps, status, flaw):
         FixedJudge(lambda prompt, step, earlier: asked.append((step, earlier)) or 0.75), [row]
     )
     assert row.scores == [0.0 if flaw else 0.75]
-    assert asked == (
-        [] if flaw else [(steps[0], BEGUN.steps)]
-    )  # a step that scores 0 anyway is not paid for
+    # a step that scores 0 anyway is not paid for
+    assert asked == ([] if flaw else [(steps[0], BEGUN.steps)])
 
 
 def test_a_fresh_row_ends_after_as_many_steps_as_it_may_have():
@@ -179,19 +179,18 @@ def test_a_fresh_row_ends_after_as_many_steps_as_it_may_have():
             tuple(f"Step {n + 1}: {n}" for n in range(k)),
         )
 
-    row = Row(child(0), True)
+    row = Trajectory(child(0), True)
     assert [row.add(child(k), max_steps=3) for k in (1, 2, 3)] == [
         True,
         True,
         False,
     ] and row.ends == [1, 2, 3]
-    assert not Row(child(0), False).add(
-        child(1), max_steps=3
-    )  # a beginning of the data set: one step
+    # a beginning of the data set: one step
+    assert not Trajectory(child(0), False).add(child(1), max_steps=3)
 
 
 def test_a_judge_that_cannot_read_leaves_out():
-    row = Row(BEGUN, False)
+    row = Trajectory(BEGUN, False)
     row.add(State("p", (1, 2, 3, 4), (2, 3, 4), (*BEGUN.steps, "Answer: 4"), "finished"), 9)
     judge_rows(FixedJudge(lambda *_: None), [row])
     assert row.scores is None
@@ -202,7 +201,7 @@ def test_rows_depend_on_seed_beginning_and_twin_alone(tiny_model_dir):
 
     def written(prompts, twins, seed=3):
         rows = [
-            Row(policy.start(prompt), True, twin)
+            Trajectory(policy.start(prompt), True, twin)
             for prompt, twin in zip(prompts, twins, strict=True)
         ]
         roll_out(policy, rows, 1.0, 6, 3, seed)
@@ -219,7 +218,7 @@ def test_rows_depend_on_seed_beginning_and_twin_alone(tiny_model_dir):
 # --- the objective
 
 
-def by_hand(trainer, row: Row, model, temperature: float) -> list[float]:
+def by_hand(trainer, row: Trajectory, model, temperature: float) -> list[float]:
     """log pi of a row's actions in float64, one after the other, each from its own text."""
     ids = list(row.state.ids)
     found = []
@@ -252,14 +251,13 @@ def test_the_objective_of_three_tokens_from_raw_logits(make, tiny_model_dir, pef
 
     shake(trainer.module, 0.05)
     start = Policy(trainer.model, trainer.tokenizer).start("2 + 2 = ?")
-    row, other = Row(start, True), Row(start, True)  # the other is longer, so that there is padding
+    # the other is longer, so that there is padding
+    row, other = (Trajectory(start, True), Trajectory(start, True))
     for k in (2, 3):
         row.add(State("p", (*start.ids, *(50, 60, 70)[:k]), (), tuple("ab")[: k - 1]), 9)
     other.add(State("p", (*start.ids, 90, 91, 92, 93, 94), (), ("c",)), 9)
-    row.scores, other.scores = (
-        [0.25, 1.0],
-        None,
-    )  # the other was left out: it has no part in anything
+    # the other was left out: it has no part in anything
+    row.scores, other.scores = ([0.25, 1.0], None)
     trainer._remember([row, other])
     sampler = copy.deepcopy(trainer.module).double()
     shake(trainer.module, 0.1 if peft else 0.02)
@@ -309,14 +307,14 @@ def test_steps_of_a_fresh_row_are_episodes_of_their_own(make):
     """All steps of a row in one pass give each what it has alone; the values do not reach over the end of a step."""
     trainer = make()
     start = Policy(trainer.model, trainer.tokenizer).start("q")
-    whole = Row(start, True)
+    whole = Trajectory(start, True)
     texts, ids = ("a", "b", "c"), (300, 301, 13, 302, 303, 304, 13, 305, 13)
     for k, end in enumerate((3, 7, 9)):
         whole.add(State("q", (*start.ids, *ids[:end]), (), texts[: k + 1]), 9)
     whole.scores = [1.0, 0.0, 0.5]
     alone, begin = [], 0
     for k, end in enumerate(whole.ends):
-        row = Row(State("q", (*start.ids, *ids[:begin]), (), texts[:k]), False)
+        row = Trajectory(State("q", (*start.ids, *ids[:begin]), (), texts[:k]), False)
         row.add(State("q", (*start.ids, *ids[:end]), (), texts[: k + 1]), 9)
         row.scores, begin = [whole.scores[k]], end
         alone.append(row)
@@ -381,7 +379,7 @@ def test_a_reward_that_all_have_teaches_nothing(make, monkeypatch, score):
         for row in rows:
             row.scores = [score] * len(row.ends)
 
-    monkeypatch.setattr("trainer.step_ppo_trainer.judge_rows", all_alike)
+    monkeypatch.setattr("trainer.ppo.trainer.judge_rows", all_alike)
     trainer = make(total_episodes=10 * 16)
     before = chance(trainer)
     trainer.train()
@@ -428,9 +426,8 @@ def test_states(make, tiny_model_dir):
         assert {(row.state.prompt, row.state.steps) for row in drawn if not row.is_fresh} == set(
             begun if from_rows else ()
         )
-        assert (
-            len({(row.state.ids, row.twin) for row in drawn}) == 8
-        )  # the same beginning again is another sample
+        # the same beginning again is another sample
+        assert len({(row.state.ids, row.twin) for row in drawn}) == 8
         assert trainer.update()["steps/number"] >= 8
     with pytest.raises(ValueError, match="no beginning is left"):
         make(rows=rows[4:5], model=tiny_model_dir)
@@ -454,9 +451,8 @@ def test_how_many_updates_and_optimizer_steps(make):
     }
     trainer = make(total_episodes=25, target_kl=None, **counts)
     trainer.train()
-    assert (
-        trainer.rows_per_update == 12 and trainer.updates == len(trainer.state.log_history) == 3
-    )  # 36: no fewer than asked
+    # 36: no fewer than asked
+    assert trainer.rows_per_update == 12 and trainer.updates == len(trainer.state.log_history) == 3
     taken = {state["step"].item() for state in trainer.optimizer.state.values()}
     assert taken == {3 * 2 * 3} and trainer.state.log_history[-1]["episode"] == 36
 
@@ -605,22 +601,6 @@ def test_what_a_judge_cannot_read_teaches_nothing(make):
     )
 
 
-def test_a_value_function_of_another_size(make, tiny_model_dir):
-    from transformers import LlamaConfig, LlamaModel
-
-    sizes = {"num_attention_heads": 2, "num_hidden_layers": 1, "max_position_embeddings": 512}
-    backbone = LlamaModel(
-        LlamaConfig(vocab_size=700, hidden_size=32, intermediate_size=48, **sizes)
-    )
-    trainer = make(value_backbone=backbone)
-    trainer.update()
-    assert (
-        trainer.module.head.weight.shape == (1, 32) and trainer.module.head.weight.abs().max() > 0
-    )
-    with pytest.raises(ValueError, match="shares the policy's weights"):
-        make(value_backbone=backbone, peft=True)
-
-
 def test_bf16_and_trackers(make, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
     trainer = make(bf16=True, report_to="tensorboard", run_name="run")
@@ -712,10 +692,10 @@ TWO = """
 import sys, torch
 sys.path[:0] = [{root!r}, {tests!r}]
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from reward_model.base import FixedJudge
+from reward_model.protocols import FixedJudge
 from safetensors.torch import save_file
-from trainer.step_ppo_config import StepPPOConfig
-from trainer.step_ppo_trainer import StepPPOTrainer
+from trainer.ppo.config import StepPPOConfig
+from trainer.ppo.trainer import StepPPOTrainer
 
 torch.optim.AdamW = lambda groups, **_: torch.optim.SGD(groups)  # AdamW makes a step of rounding errors
 model, out, batch, accumulated = sys.argv[1:]

@@ -1,16 +1,10 @@
 import pytest
 
+from lm.text_encoding import encode_steps, format_prompt, response_pieces
 from reasoning.answers import extract_answer, same_answer
 from reasoning.grading import grade_steps, is_correct, step_accuracy, step_value
 from reasoning.records import Problem
-from reasoning.steps import (
-    encode_steps,
-    ends_solution,
-    format_prompt,
-    response_pieces,
-    shared_prefix,
-    split_steps,
-)
+from reasoning.steps import ends_solution, shared_prefix, split_steps
 
 PROBLEM = Problem("?", "52", ["Step 1: 12 + 14 = 26", "Step 2: 26 * 2 = 52", "Answer: 52"])
 
@@ -55,19 +49,13 @@ def test_step_value(step, value, true):
     [
         (PROBLEM.steps, [1, 1, 1]),
         (["Step 1: 14 + 12 = 26", "Step 2: 2 * 26 = 52", "The answer is 52."], [1, 1, 1]),
-        (
-            ["Step 1: 12 + 14 = 25", "Step 2: 26 * 2 = 52", "Answer: 52"],
-            [0, 0, 0],
-        ),  # what comes after an error is 0
-        (
-            ["Step 1: 12 + 14 = 26", "Step 2: 26 + 2 = 28", "Answer: 28"],
-            [1, 0, 0],
-        ),  # true, and not what was asked
+        # what comes after an error is 0
+        (["Step 1: 12 + 14 = 25", "Step 2: 26 * 2 = 52", "Answer: 52"], [0, 0, 0]),
+        # true, and not what was asked
+        (["Step 1: 12 + 14 = 26", "Step 2: 26 + 2 = 28", "Answer: 28"], [1, 0, 0]),
         (["Step 1: 12 + 14 = 26", "Answer: 52"], [1, 0]),  # a step left out
-        (
-            ["Step 1: 12 + 14 = 26", "Step 2: 26 * 2 = 52", "Answer: 52", "Answer: 52"],
-            [1, 1, 1, 0],
-        ),  # one too many
+        # one too many
+        (["Step 1: 12 + 14 = 26", "Step 2: 26 * 2 = 52", "Answer: 52", "Answer: 52"], [1, 1, 1, 0]),
         (["twenty-six"], [0]),
         ([], []),
     ],

@@ -13,9 +13,9 @@ from peft import LoraConfig
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from common.errors import RecordError
+from lm.text_encoding import format_prompt, response_pieces
 from reasoning.problems import pretraining_texts
-from reasoning.records import RecordError
-from reasoning.steps import format_prompt, response_pieces
 from trainer.stepwise_dpo_trainer import (
     STEP_LOSSES,
     DataCollatorForSteps,
@@ -63,33 +63,10 @@ PROMPT_IDS = [
     *(358, 353, 275, 284, 353, 275, 371, 353, 276, 355, 353, 277, 13),  # Step 1: 1 + 2 = 3\n
 ]
 STEP = [358, 353, 276, 284, 353, 277]  # Step 2: 3
-CHOSEN_IDS = [
-    *STEP,
-    375,
-    353,
-    278,
-    355,
-    353,
-    275,
-    276,
-    13,
-    420,
-    284,
-    353,
-    275,
-    276,
-    2,
-]  # * 4 = 12\n Answer: 12</s>
-REJECTED_IDS = [
-    *STEP,
-    371,
-    353,
-    278,
-    355,
-    353,
-    281,
-    13,
-]  # + 4 = 7\n, and no </s>: the solution is to go on
+# * 4 = 12\n Answer: 12</s>
+CHOSEN_IDS = [*STEP, 375, 353, 278, 355, 353, 275, 276, 13, 420, 284, 353, 275, 276, 2]
+# + 4 = 7\n, and no </s>: the solution is to go on
+REJECTED_IDS = [*STEP, 371, 353, 278, 355, 353, 281, 13]
 
 
 @pytest.fixture
@@ -234,12 +211,8 @@ def test_collator_by_hand(tokenizer):
 @pytest.mark.parametrize(
     ("max_length", "mode", "left", "truncated"),
     [
-        (
-            36,
-            "keep_start",
-            [[True, False], [True, False]],
-            2,
-        ),  # both steps of chosen lose tokens, one all of them
+        # both steps of chosen lose tokens, one all of them
+        (36, "keep_start", [[True, False], [True, False]], 2),
         (24, "keep_start", [[True, False], [True, False]], 3),
         (6, "keep_end", [[False, True], [True, False]], 2),
     ],
@@ -264,9 +237,8 @@ def test_a_straddling_token_belongs_to_the_earlier_step(tokenizer):
         "rejected_steps"
     ][:2] == [-1, 0]
     ids = straddling.convert_tokens_to_ids(["\nAns"])[0]
-    assert (
-        pair["chosen_steps"][pair["chosen_ids"].index(ids)] == 0
-    )  # between two steps: the earlier one's
+    # between two steps: the earlier one's
+    assert pair["chosen_steps"][pair["chosen_ids"].index(ids)] == 0
     mask = DataCollatorForSteps(pad_token_id=0)([pair])["completion_mask"]
     assert mask.sum(1).tolist() == [len(pair["chosen_ids"]) - 1, len(pair["rejected_ids"]) - 1]
 

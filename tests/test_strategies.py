@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
+from lm.policy import Policy, State
 from reasoning.problems import problems
-from reward_model.base import FixedJudge, JudgeError
-from search.policy import Policy, State
 from search.strategies import (
     AT_ONCE,
     STRATEGIES,
-    Answer,
-    Budget,
     Candidate,
+    SearchBudget,
+    SearchResult,
     beam,
     draw,
     mcts,
@@ -22,6 +22,7 @@ from search.strategies import (
     pick_weighted,
     votes,
 )
+from tests.helpers.judges import FixedJudge
 
 ROOT = Path(__file__).parents[1]
 STEPWISE = ("step_greedy", "beam", "dvts", "mcts")
@@ -94,10 +95,10 @@ SCORES = {"a": 0.9, "b": 0.8, "c": 0.1, "a1": 0.3, "a2": 0.2, "b1": 0.7, "b2": 0
 SCORES |= {"Answer: 1": 0.6, "Answer: 2": 0.6, "Answer: 3": 0.5, "Answer: 4": 0.6}
 
 
-def run(name: str, table=None, scores=None, seed: int = 0, **budget) -> Answer:
+def run(name: str, table=None, scores=None, seed: int = 0, **budget) -> SearchResult:
     policy = Tree(GARDEN if table is None else table)
     (answer,) = STRATEGIES[name](
-        ["p"], policy, judge_by(SCORES if scores is None else scores), Budget(**budget), seed
+        ["p"], policy, judge_by(SCORES if scores is None else scores), SearchBudget(**budget), seed
     )
     return answer
 
@@ -163,12 +164,8 @@ def test_aggregates_change_what_is_picked():
     scores = {"a": 1.0, "a1": 0.3, "Answer: 1": 1.0}  # mean .767, min .3, prod .3, last 1
     scores |= {"b": 0.65, "b1": 0.7, "Answer: 2": 0.7}  # mean .683, min .65, prod .319, last .7
     scores |= {"c": 0.6, "c1": 0.95, "Answer: 3": 0.8}  # mean .783, min .6, prod .456, last .8
-    scores |= {
-        "d": 0.9,
-        "d1": 0.9,
-        "d2": 0.9,
-        "Answer: 4": 0.5,
-    }  # mean .8, min .5, prod .365, last .5
+    # mean .8, min .5, prod .365, last .5
+    scores |= {"d": 0.9, "d1": 0.9, "d2": 0.9, "Answer: 4": 0.5}
     picked = {
         how: run("best_of_n", table, scores, n=4, aggregate=how).steps[-1]
         for how in ("mean", "min", "prod", "last")
@@ -234,7 +231,7 @@ def test_weighted_vote_counts_scores_and_majority_counts_heads():
     assert run("weighted_vote", table, scores | {"Answer: 1": 0.4}, n=5).steps == ["Answer: 1"], (
         "the better scored of the two is .4"
     )
-    _, (pool,) = draw(["p"], Tree(table), judge_by(scores), Budget(n=5), 0)
+    _, (pool,) = draw(["p"], Tree(table), judge_by(scores), SearchBudget(n=5), 0)
     assert votes(pool) == [0, 0, 2, -1, -1]
     assert pick_majority(pool[2:4], "min") is pool[2] and pick_majority(pool[3:], "min") is pool[3]
     assert pick_weighted(pool[3:], "min").state.steps == ("x",)
@@ -243,7 +240,7 @@ def test_weighted_vote_counts_scores_and_majority_counts_heads():
 def test_all_advance_together_and_equal_proposals_are_scored_once():
     asked = []
     policy = Tree(GARDEN)
-    answers = beam(["p", "q"], policy, judge_by(SCORES, asked), Budget(n=3, beams=2), 0)
+    answers = beam(["p", "q"], policy, judge_by(SCORES, asked), SearchBudget(n=3, beams=2), 0)
     assert [states for states, _, _ in policy.calls] == [2, 4, 4] and len(asked) == 3
     for solutions, skips in asked:
         assert len({(prompt, tuple(steps)) for prompt, steps in solutions}) == len(solutions)
@@ -261,12 +258,11 @@ def test_all_advance_together_and_equal_proposals_are_scored_once():
 
 def test_trees_that_meet_have_samples_of_their_own():
     policy = Tree(GARDEN)
-    (answer,) = STRATEGIES["dvts"](["p"], policy, judge_by(SCORES), Budget(n=3, beams=3), 5)
-    assert (
-        answer.proposals == 27 and policy.calls == [(1, 9, 5)] * 3
-    )  # this policy repeats itself: the trees stay together
+    (answer,) = STRATEGIES["dvts"](["p"], policy, judge_by(SCORES), SearchBudget(n=3, beams=3), 5)
+    # this policy repeats itself: the trees stay together
+    assert answer.proposals == 27 and policy.calls == [(1, 9, 5)] * 3
     policy = Tree(GARDEN | {(): [*"aaabbbccc"]})
-    (answer,) = STRATEGIES["dvts"](["p"], policy, judge_by(SCORES), Budget(n=3, beams=3), 5)
+    (answer,) = STRATEGIES["dvts"](["p"], policy, judge_by(SCORES), SearchBudget(n=3, beams=3), 5)
     assert [c.state.steps for c, is_kept in answer.rounds[0] if is_kept] == [("a",), ("b",), ("c",)]
     assert policy.calls == [(1, 9, 5)] + [(3, 3, 5)] * 2 and answer.steps == [
         "b",
@@ -333,14 +329,13 @@ def test_without_a_judge_samples_agree():
     }
     for name in STRATEGIES:
         (answer,) = STRATEGIES[name](
-            ["p"], Tree(table), None, Budget(n=4, beams=1, aggregate="prod"), 0
+            ["p"], Tree(table), None, SearchBudget(n=4, beams=1, aggregate="prod"), 0
         )
         if name in ("greedy", "majority_vote"):
             assert answer.scores is None and answer.judged == 0
         else:
-            wanted = (
-                [0.75, 0.75] if name in STEPWISE else [0.75, 2 / 3]
-            )  # of the pool's three that begin with b, two go on to 2
+            # of the pool's three that begin with b, two go on to 2
+            wanted = [0.75, 0.75] if name in STEPWISE else [0.75, 2 / 3]
             assert answer.steps == ["b", "Answer: 2"] and answer.scores == pytest.approx(wanted), (
                 name
             )
@@ -349,7 +344,7 @@ def test_without_a_judge_samples_agree():
 def test_majority_asks_the_judge_about_its_answer_alone():
     asked = []
     (answer,) = STRATEGIES["majority_vote"](
-        ["p"], Tree(GARDEN), judge_by(SCORES, asked), Budget(n=6), 0
+        ["p"], Tree(GARDEN), judge_by(SCORES, asked), SearchBudget(n=6), 0
     )
     assert (
         asked == [([("p", answer.steps)], [0])]
@@ -361,7 +356,7 @@ def test_majority_asks_the_judge_about_its_answer_alone():
 
 def test_mcts_goes_where_the_value_was_better():
     """The first walk finds that the promising beginning ends badly; the second begins with the other."""
-    (answer,) = mcts(["p"], Tree(GARDEN), judge_by(SCORES), Budget(n=3, beams=2), 0)
+    (answer,) = mcts(["p"], Tree(GARDEN), judge_by(SCORES), SearchBudget(n=3, beams=2), 0)
     kept = [
         next(c.state.steps[-1] for c, is_kept in candidates if is_kept)
         for candidates in answer.rounds
@@ -376,14 +371,14 @@ def test_mcts_goes_where_the_value_was_better():
 def test_a_budget_of_nothing_is_refused(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"argument --{name}: expected"):
-        Budget(**wrong)
+        SearchBudget(**wrong)
     with pytest.raises(ValueError, match="--aggregate: expected one of"):
-        Budget(aggregate="max")
+        SearchBudget(aggregate="max")
 
 
 def test_a_large_n_is_sampled_in_parts_and_a_lack_of_memory_is_one_line():
     policy = Tree({(): ["Answer: 1!"]})
-    (answer,) = STRATEGIES["majority_vote"](["p"], policy, None, Budget(n=AT_ONCE * 2 + 3), 0)
+    (answer,) = STRATEGIES["majority_vote"](["p"], policy, None, SearchBudget(n=AT_ONCE * 2 + 3), 0)
     assert answer.proposals == AT_ONCE * 2 + 3 and [n for _, n, _ in policy.calls] == [
         AT_ONCE,
         AT_ONCE,
@@ -394,12 +389,12 @@ def test_a_large_n_is_sampled_in_parts_and_a_lack_of_memory_is_one_line():
         RuntimeError("DefaultCPUAllocator: can't allocate memory")
     )
     with pytest.raises(
-        JudgeError, match="16 samples of each of 1 beginnings do not fit into memory: lower --n"
+        UserError, match="16 samples of each of 1 beginnings do not fit into memory: lower --n"
     ):
-        STRATEGIES["best_of_n"](["p"], policy, None, Budget(), 0)
+        STRATEGIES["best_of_n"](["p"], policy, None, SearchBudget(), 0)
     policy.rollouts = lambda *rest: (_ for _ in ()).throw(RuntimeError("a fault of another kind"))
     with pytest.raises(RuntimeError, match="another kind"):
-        STRATEGIES["best_of_n"](["p"], policy, None, Budget(), 0)
+        STRATEGIES["best_of_n"](["p"], policy, None, SearchBudget(), 0)
 
 
 def test_the_value_of_what_has_no_score():
@@ -417,7 +412,7 @@ def policy():
 
 @pytest.fixture(scope="module")
 def judge():
-    from reward_model.hf_judge import HFJudge
+    from reward_model.judges.hf import HFJudge
 
     with HFJudge(ROOT / "models/judge-mini") as judge:
         yield judge
@@ -426,7 +421,7 @@ def judge():
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_problem_alone_and_in_company_has_the_same_answer(name, policy, judge):
     prompts = [task.prompt for task in itertools.islice(problems("hard_validation"), 4)]
-    budget = Budget(n=3, beams=2, aggregate="prod")
+    budget = SearchBudget(n=3, beams=2, aggregate="prod")
     together = STRATEGIES[name](prompts, policy, judge, budget, 7)
     (alone,) = STRATEGIES[name](prompts[2:3], policy, judge, budget, 7)
     other = together[2]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.tinyllama_shape import LAYERS, SHAPE, make_file, measure, tinyllama_tokenizer
-from reward_model.base import TEMPLATES
+from reward_model.templates import TEMPLATES
 from reward_model.tinyllama_reward_model import NO, YES, TinyLlamaRewardScorer, _Model
 
 PROMPT = "Mia has 12 apples. She buys 3 zyzzyva boxes. How many apples does Mia have now? 🙂"

@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT
-from reward_models import make_llama
 from safetensors.torch import load_file
-from test_prm import make_prm
-from test_smollm2 import TASKS
-from test_step_ppo_trainer import taught
-from test_train_prm import PROBLEMS, ROWS, flags
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from reasoning.records import is_kept_out, write_records
-from utils.cli import run
+from common.cli import run
+from common.files import write_records
+from reasoning.splits import is_kept_out
+from tests.conftest import ROOT
+from tests.helpers.reward_models import make_llama
+from tests.test_prm import make_prm
+from tests.test_smollm2 import TASKS
+from tests.test_step_ppo_trainer import taught
+from tests.test_train_prm import PROBLEMS, ROWS, flags
 
 SMALL = {
     "bf16": "false",
@@ -173,9 +174,8 @@ def test_the_example_trains_an_adapter_from_problems(folder, monkeypatch, capsys
         eval_strategy="no",
     )
     first = next(row for row in log_of(folder, "merged")["history"] if "loss" in row)
-    assert first["objective/kl"] == pytest.approx(
-        0, abs=1e-4
-    )  # the reference is the adapter, not its base
+    # the reference is the adapter, not its base
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-4)
     assert "model.safetensors" in {path.name for path in (folder / "merged").iterdir()}
 
 

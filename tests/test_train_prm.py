@@ -16,26 +16,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file
-from test_prm import make_prm
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 import train
-from reasoning.loaders import load_step_values
+from common.cli import run
+from common.errors import RecordError, UserError
+from common.files import write_records
+from reasoning.datasets.shapes import load_step_values
 from reasoning.problems import problems
-from reasoning.records import LabelledSolution, RecordError, StepValue, is_kept_out, write_records
+from reasoning.records import LabelledSolution, StepValue
+from reasoning.splits import is_kept_out
 from reward_model.process_reward_model import ProcessRewardModel
+from tests.conftest import ROOT
+from tests.test_prm import make_prm
 from trainer.prm_trainer import (
     IGNORED,
     DataCollatorForStepValues,
     LabelledSteps,
     PRMConfig,
     PRMTrainer,
-    graft_labelled,
+    add_labelled,
     pack,
 )
-from utils.cli import UserError, run
 
 PROBLEMS = list(itertools.islice(problems("train"), 20, 34))
 SMALL = {"bf16": "false", "seed": 1, "logging_steps": 1, "logs_dir": "logs", "warmup_steps": 0}
@@ -136,18 +139,17 @@ def test_every_label_stands_once_and_paths_are_as_few_as_leaves():
 def test_a_row_of_branches_written_out():
     row = {"input_ids": [], "labels": [], "parents": []}
     no = IGNORED
-    path = graft_labelled(row, [], [5, 6, 7, 8], [no, 1.0, no, 0.5])
-    path = graft_labelled(row, path, [5, 6, 9], [no, no, 0.0])
-    path = graft_labelled(row, path, [5, 6, 9, 9, 4], [no, no, no, no, 0.25])
+    path = add_labelled(row, [], [5, 6, 7, 8], [no, 1.0, no, 0.5])
+    path = add_labelled(row, path, [5, 6, 9], [no, no, 0.0])
+    path = add_labelled(row, path, [5, 6, 9, 9, 4], [no, no, no, no, 0.25])
     assert path == [0, 1, 4, 5, 6]
     assert row == {
         "input_ids": [5, 6, 7, 8, 9, 9, 4],
         "labels": [no, 1.0, no, 0.5, 0.0, no, 0.25],
         "parents": [-1, 0, 1, 2, 1, 4, 5],
     }
-    graft_labelled(
-        row, path, [5, 6], [no, 0.0]
-    )  # a token that has a label already keeps it: the other one gets a token of its own
+    # a token that has a label already keeps it: the other one gets a token of its own
+    add_labelled(row, path, [5, 6], [no, 0.0])
     assert row["parents"][7:] == [0] and row["labels"][7:] == [0.0] and row["labels"][1] == 1.0
     batch = DataCollatorForStepValues(0)(
         [row, {"input_ids": [1, 2], "labels": [no, 1.0], "parents": [-1, 0]}]
@@ -263,11 +265,12 @@ def test_a_training_writes_a_prm_that_moved(folder):
         and "--judge prm" in card
         and "mean label" in card
     )
+    # no pickle
     assert {path.suffix for path in (folder / "out").iterdir() if path.is_file()} == {
         ".safetensors",
         ".json",
         ".md",
-    }  # no pickle
+    }
     config = json.loads((folder / "out/config.json").read_text())
     assert config["step_token"] == "<next>" and config["architectures"] == [
         "LlamaForTokenClassification"
@@ -334,7 +337,7 @@ def test_every_shape_of_step_values_is_learned_from(folder, monkeypatch, name):
     """Every value of the file once; what a tiny context cannot hold is left out."""
     made = []
     monkeypatch.setattr(
-        "utils.training.Training.run",
+        "trainer.session.Training.run",
         lambda training, trainer, *args, **kwargs: made.append((training, trainer)),
     )
     data = ROOT / "tests/data" / name

@@ -10,18 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT
-from reward_models import make_distilbert, make_llama
 
 import train
+from common.cli import run
+from common.errors import RecordError, UserError
+from common.files import write_records
+from lm.loading import load_model
+from reasoning.datasets.ranking import RankedResponse, check_groups, read_answers, write_answers
 from reasoning.problems import problems
-from reasoning.ranking import RankedResponse, check_groups, read_answers, write_answers
-from reasoning.records import RecordError, is_kept_out, write_records
+from reasoning.splits import is_kept_out
 from reward_model.process_reward_model import ProcessRewardModel
 from reward_model.process_reward_model import from_causal_lm as prm_from_causal_lm
 from reward_model.response_reward_model import ResponseRewardModel, ResponseTokens
-from search.policy import load_model
-from utils.cli import UserError, run
+from tests.conftest import ROOT
+from tests.helpers.reward_models import make_distilbert, make_llama
 
 TASKS = [task for task in itertools.islice(problems("train"), 40) if not is_kept_out(task.prompt)][
     :12
@@ -199,9 +201,8 @@ def test_what_was_a_prm_reads_as_that_did(folder, tiny_model_dir, monkeypatch):
         ResponseRewardModel(folder / "of_prm", device="cpu"),
         ProcessRewardModel(folder / "prm", device="cpu"),
     )
-    (values,) = judge.score_steps(
-        [(ROWS[0].prompt, ROWS[0].answer.split("\n"))]
-    )  # the head's bias is 0
+    # the head's bias is 0
+    (values,) = judge.score_steps([(ROWS[0].prompt, ROWS[0].answer.split("\n"))])
     score = scorer.score_response(ROWS[0].prompt, ROWS[0].answer)
     assert abs(score) > 0.01 and 1 / (1 + math.exp(-score)) == pytest.approx(values[-1], abs=1e-5)
     (whole, _), (short, over) = (

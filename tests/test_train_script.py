@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_stepwise_dpo_trainer import make_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from reasoning.records import is_kept_out, write_records
-from utils.cli import ROOT, run
+from common.cli import run
+from common.files import ROOT, write_records
+from reasoning.splits import is_kept_out
+from tests.test_stepwise_dpo_trainer import make_rows
 
 ROWS = make_rows(30)
 SMALL = {

@@ -16,10 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train
+from common.cli import run
+from common.errors import RecordError
+from common.files import ROOT, write_records
 from reasoning.problems import problems
-from reasoning.records import Problem, RecordError, is_kept_out, write_records
+from reasoning.records import Problem
+from reasoning.splits import is_kept_out
 from trainer.sft_trainer import Solution, StepSFTConfig, StepSFTTrainer, encode_solution
-from utils.cli import ROOT, run
 
 PROBLEMS = list(itertools.islice(problems("train"), 20, 47))
 PAIR = {
@@ -139,9 +142,8 @@ def nll_by_hand(model_dir: Path, tokenizer, tasks: list[Problem]) -> float:
 def test_the_loss_is_the_one_computed_by_hand(folder, tokenizer):
     """The mean over the tokens of the global batch, however it is cut into smaller ones."""
     training = [task for task in PROBLEMS if not is_kept_out(task.prompt)]
-    assert (
-        len(training) < len(PROBLEMS) and len(training) % 4
-    )  # some are kept out, and the batches differ in size
+    # some are kept out, and the batches differ in size
+    assert len(training) < len(PROBLEMS) and len(training) % 4
     history = json.loads((folder / "logs/out/log.json").read_text())["history"]
     assert history[0]["loss"] == pytest.approx(
         nll_by_hand(folder / "model", tokenizer, training), rel=1e-4
@@ -179,11 +181,12 @@ def test_a_training_writes_a_model_that_moved(folder):
         f"model after supervised training (SFT) on {len(PROBLEMS) - kept_out} solutions of problems.jsonl."
         in card
     )
+    # no pickle
     assert {path.suffix for path in (folder / "out").iterdir() if path.is_file()} == {
         ".safetensors",
         ".json",
         ".md",
-    }  # no pickle
+    }
 
 
 def test_stopped_in_the_middle_it_ends_with_the_same_weights(folder, monkeypatch, capsys):
@@ -219,9 +222,8 @@ def test_an_adapter_on_pairs_with_evaluation(folder, monkeypatch, capsys):
     assert "wrote the tuned adapter to adapter" in capsys.readouterr().out
     assert json.loads((folder / "adapter/adapter_config.json").read_text())["r"] == 4
     moved = load_file(folder / "adapter/adapter_model.safetensors")
-    assert len(moved) == 2 * 7 * 2 and all(
-        weight.abs().max() > 0 for weight in moved.values()
-    )  # B begins at 0
+    # B begins at 0
+    assert len(moved) == 2 * 7 * 2 and all(weight.abs().max() > 0 for weight in moved.values())
     log = json.loads((folder / "logs/adapter/log.json").read_text())
     assert log["job"]["solutions"] == 8
     assert [entry["step"] for entry in log["history"] if "eval_loss" in entry] == [1, 2]

@@ -19,9 +19,8 @@ from torch import Tensor
 def sum_per_step(per_token: Tensor, step_ids: Tensor, steps: int) -> Tensor:
     """Sum token values over each step. per_token (N, L) floats; step_ids (N, L), 0 .. steps - 1, or -1 for a token of no step.
     Returns (N, steps); 0 for a step without tokens."""
-    sums = per_token.new_zeros(
-        per_token.size(0), steps + 1
-    )  # the extra column takes the tokens of no step
+    # the extra column takes the tokens of no step
+    sums = per_token.new_zeros(per_token.size(0), steps + 1)
     return sums.scatter_add(1, step_ids.masked_fill(step_ids < 0, steps), per_token)[:, :steps]
 
 
@@ -52,7 +51,7 @@ CREDITS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tens
 }
 
 # how the weighted steps of a response become one number: (values, mask), each (B, K) -> (B,)
-AGGREGATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+AGGREGATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": lambda values, mask: (values * mask).sum(1),
     "mean": lambda values, mask: (values * mask).sum(1) / mask.sum(1).clamp(min=1),
 }
@@ -83,7 +82,7 @@ def good_step_losses(
     chosen_logratios: Tensor, chosen_scores: Tensor, mask: Tensor, agg: str = "sum"
 ) -> Tensor:
     """agg_k(a_k relu(-D_k)), (B,): how much less likely the good steps of chosen are than under the reference. Inputs (B, K)."""
-    return AGGREGATES[agg](chosen_scores * F.relu(-chosen_logratios), mask)
+    return AGGREGATIONS[agg](chosen_scores * F.relu(-chosen_logratios), mask)
 
 
 class StepLoss(NamedTuple):
@@ -119,7 +118,7 @@ def stepwise_loss(
     agg is the sum or the mean over the steps that are there. The second term of R_w is the anchor of DPO-Positive (Pal et al. 2024,
     arXiv 2402.13228), here per step: good steps are pulled back when they become less likely than under the reference.
     With `uniform`, sum, gamma 0 and lambda 0 this is DPO; at pi = pi_ref it is -log sigmoid(-m)."""
-    aggregate, mean = AGGREGATES[agg], AGGREGATES["mean"]
+    aggregate, mean = AGGREGATIONS[agg], AGGREGATIONS["mean"]
     u, v = step_weights(chosen_scores, rejected_scores, credit, chosen_mask, rejected_mask)
     chosen_rewards = beta * aggregate(u * chosen_logratios, chosen_mask)
     rejected_rewards = beta * aggregate(v * rejected_logratios, rejected_mask)
@@ -185,7 +184,7 @@ def full_step_dpo_loss(
     with torch.no_grad():
         u = torch.sigmoid(-chosen_logratios) * softmax(tau * chosen_scores, chosen_mask)
         v = torch.sigmoid(rejected_logratios) * softmax(-tau * rejected_scores, rejected_mask)
-    total = AGGREGATES["sum"]
+    total = AGGREGATIONS["sum"]
     chosen_rewards, rejected_rewards = (
         beta * total(chosen_logratios, chosen_mask),
         beta * total(rejected_logratios, rejected_mask),

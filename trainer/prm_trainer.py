@@ -20,12 +20,17 @@ import torch.nn.functional as F
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedConfig, Trainer, TrainingArguments
+from trl import get_peft_config
 
+from lm.loading import load_model, merge_adapter
+from lm.tree_attention import add_sequence, mask_dtype, supports_tree_attention, tree_inputs
 from reasoning.records import LabelledSolution, StepValue
-from reward_model.branches import as_inputs, graft, takes_branches
-from reward_model.process_reward_model import StepTokens
+from reward_model.prm_formats import StepTokens
+from reward_model.process_reward_model import from_causal_lm, load_prm
+from reward_model.response_reward_model import head_names
 from trainer.defaults import MiniatureDefaults
+from trainer.session import Recipe, Training
 
 logger = get_logger(__name__)
 
@@ -109,7 +114,7 @@ def pack(rows: Iterable[LabelledSolution]) -> tuple[list[LabelledSolution], int]
     return packed, repeated
 
 
-def graft_labelled(
+def add_labelled(
     row: dict[str, list], path: list[int], ids: list[int], labels: list[float]
 ) -> list[int]:
     """Put a solution into a row that has others of the same prompt, as a branch: what it begins with like the last of them, whose
@@ -121,19 +126,21 @@ def graft_labelled(
         row["labels"][place] = max(label, row["labels"][place])
         shared += 1
     row["labels"] += labels[shared:]
-    return graft(row["input_ids"], row["parents"], path, ids, shared)
+    return add_sequence(row["input_ids"], row["parents"], path, ids, shared)
 
 
 @dataclass
 class DataCollatorForStepValues:
-    """`labels` (B, L), IGNORED but where the value of a labelled step is read, and the inputs of `as_inputs`."""
+    """`labels` (B, L), IGNORED but where the value of a labelled step is read, and the inputs of `tree_inputs`."""
 
     pad_token_id: int
+    mask_dtype: torch.dtype = torch.bool
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        inputs = as_inputs(
+        inputs = tree_inputs(
             *([row[name] for row in examples] for name in ("input_ids", "parents")),
             self.pad_token_id,
+            dtype=self.mask_dtype,
         )
         labels = torch.full(inputs["input_ids"].shape, IGNORED)
         for b, row in enumerate(examples):
@@ -166,20 +173,20 @@ class PRMTrainer(Trainer):
             getattr(model.config.get_text_config(), "max_position_embeddings", None),
         )
         self.max_length = min(filter(None, limits), default=None)
-        self.branches = takes_branches(model, self.max_length)
+        self.shares_prefixes = supports_tree_attention(model, self.max_length)
         model.config.running_min = args.running_min  # it is read where the model scores
         self.balance = ""
         self._sums: dict[str, Tensor] = {}  # train, eval -> sums since the last log
         if peft_config is not None:
             model = _with_new_adapter(model, peft_config, self.format.tag_id)
-        if is_peft_model(
-            model
-        ):  # peft would save all embeddings, since there are more than the base has: one row is new
+        # peft would save all embeddings, since there are more than the base has: one row is new
+        if is_peft_model(model):
             model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
         super().__init__(
             model,
             args,
-            data_collator or DataCollatorForStepValues(processing_class.pad_token_id or 0),
+            data_collator
+            or DataCollatorForStepValues(processing_class.pad_token_id or 0, mask_dtype(model)),
             train_dataset=self._prepare(train_dataset, "train", args.hard_labels),
             eval_dataset=self._prepare(eval_dataset, "eval", args.hard_labels),
             processing_class=processing_class,
@@ -220,12 +227,12 @@ class PRMTrainer(Trainer):
             end = max(kept) + 1  # what stands behind the last label teaches nothing
             if (
                 solution.prompt != prompt
-                or not self.branches
+                or not self.shares_prefixes
                 or len(examples[-1]["input_ids"]) + end > (self.max_length or math.inf)
             ):
                 examples.append({"input_ids": [], "labels": [], "parents": []})
                 path, prompt = [], solution.prompt
-            path = graft_labelled(
+            path = add_labelled(
                 examples[-1], path, ids[:end], [kept.get(place, IGNORED) for place in range(end)]
             )
         if not examples:
@@ -271,9 +278,8 @@ class PRMTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode, prefix = ("eval", "eval_") if "eval_loss" in logs else ("train", "")
         if f"{prefix}loss" in logs and mode in self._sums:
-            sums = (
-                self.accelerator.gather(self._sums.pop(mode)[None]).sum(0).tolist()
-            )  # (processes, names, 2) -> (names, 2)
+            # (processes, names, 2) -> (names, 2)
+            sums = self.accelerator.gather(self._sums.pop(mode)[None]).sum(0).tolist()
             names = (
                 "eval_loss",
                 f"{prefix}values/good",
@@ -293,16 +299,75 @@ class PRMTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save and is_peft_model(self.model):
-            self.model.config.save_pretrained(
-                output_dir or self.args.output_dir
-            )  # it names the step token
+            # it names the step token
+            self.model.config.save_pretrained(output_dir or self.args.output_dir)
 
 
 def _with_new_adapter(model, peft_config, step_token_id: int):
     from peft import TaskType, get_peft_model
 
-    head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    head = head_names(model)
     peft_config.task_type = TaskType.TOKEN_CLS  # the head is trained and saved whole
     peft_config.exclude_modules = head
     peft_config.trainable_token_indices = [step_token_id]
     return get_peft_model(model, peft_config)
+
+
+# --- python train.py prm ---
+
+
+def _make_trainer(training: Training) -> PRMTrainer:
+    return PRMTrainer(args=training.config, **training.datasets(), **_start(training))
+
+
+def _start(training: Training) -> dict[str, Any]:
+    """What to start from: a PRM that is trained further, or a causal LM made into one. An adapter is
+    merged into its base; with --use_peft that of a PRM is trained further. Raises ValueError."""
+    name, model_args = training.model, training.model_args
+    dtype, revision = training.weights_dtype("a PRM"), model_args.model_revision
+    peft_config = get_peft_config(model_args)
+    config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    is_prm = "step_token" in config
+    if is_prm:
+        model, form = load_prm(name, dtype, trainable=True, revision=revision)
+        tokenizer = form.tokenizer
+    else:
+        model, tokenizer = load_model(name, dtype, revision=revision)
+    if is_peft_model(model) and model_args.use_peft:
+        if not is_prm:
+            raise ValueError(
+                "it is an adapter, and a PRM's adapter needs a base that is on disk: leave out "
+                "--use_peft"
+            )
+        peft_config = None
+    else:
+        model = merge_adapter(model)
+    if not is_prm:
+        model = from_causal_lm(model, tokenizer)
+    training.set_attention(model)
+    return {"model": model, "processing_class": tokenizer, "peft_config": peft_config}
+
+
+RECIPE = Recipe(
+    command="prm",
+    description="A process reward model (PRM) on step values.",
+    config=PRMConfig,
+    record=LabelledSteps,
+    noun="rows",
+    kinds=("step_values", "step_labels"),
+    data="data/mcts_steps.jsonl",
+    made_by="python utils/build_mcts_dataset.py",
+    output_dir="saved_model/prm",
+    make_trainer=_make_trainer,
+    title=lambda config: "training as a process reward model (PRM) on",
+    tags="prm, process-reward-model, reasoning",
+    columns={
+        "loss": "loss",
+        "accuracy": "accuracy at .5",
+        "values/good": "mean value of steps labelled .5 or more",
+        "values/bad": "mean value of the other steps",
+    },
+    bar={"loss": "loss", "values/good": "good steps", "values/bad": "bad steps"},
+    use="The model gives every step a value, 0 to 1: `--judge prm --judge_path FOLDER` in the "
+    "scripts that judge.",
+)

@@ -18,17 +18,35 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from transformers import PreTrainedConfig
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from trl import RewardConfig, RewardTrainer
+from trl import RewardConfig, RewardTrainer, get_peft_config
 
-from reasoning.ranking import RankedGroup
-from reward_model.response_reward_model import ResponseTokens, format_of, longest
+from common.cli import check_input
+from common.errors import RecordError, UserError
+from common.files import file_type
+from lm.loading import base_of, load_model, merge_adapter
+from lm.text_encoding import PLAIN_QUESTION
+from reasoning.datasets.files import load_rows
+from reasoning.datasets.ranking import RankedGroup, check_groups, groups, read_answers
+from reasoning.splits import refuse_held_out
+from reward_model.response_reward_model import (
+    ResponseTokens,
+    format_of,
+    from_causal_lm,
+    head_names,
+    is_reward_adapter,
+    load_reward_model,
+    longest,
+)
 from trainer.defaults import MiniatureDefaults
+from trainer.session import DataArgs, Recipe, Training
 
 logger = get_logger(__name__)
 
@@ -49,7 +67,7 @@ class ResponseRewardConfig(MiniatureDefaults, RewardConfig):
         },
     )
     question: str = field(
-        default="Right?",
+        default=PLAIN_QUESTION,
         metadata={
             "help": "Stands after the response where training starts from a causal LM, whose 'Yes' and 'No' the head begins "
             "with; '': the end-of-text token. Chat models, encoders and PRMs have formats of their own, a reward model goes on "
@@ -114,7 +132,7 @@ class ResponseRewardTrainer(RewardTrainer):
         )
         self.balance, self.sizes, self.lengths = "", [], []
         if peft_config is not None:
-            head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+            head = head_names(model)
             peft_config.task_type = "SEQ_CLS"
             peft_config.exclude_modules = peft_config.modules_to_save = (
                 head  # trained and saved whole
@@ -189,6 +207,106 @@ class ResponseRewardTrainer(RewardTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save and is_peft_model(self.model):
-            self.model.config.save_pretrained(
-                output_dir or self.args.output_dir
-            )  # it names the question
+            # it names the question
+            self.model.config.save_pretrained(output_dir or self.args.output_dir)
+
+
+# --- python train.py reward ---
+
+
+def read_ranked(recipe: Recipe, args: DataArgs) -> list[RankedGroup]:
+    """The training groups of a table of ranked answers, or preference pairs of texts as groups of two.
+
+    Raises RecordError or UserError, also for a held-out problem."""
+    name = args.dataset_name
+    records = _groups_of_table(name) if file_type(name) == ".csv" else _groups_of_pairs(args)
+    refuse_held_out(name, records)
+    return records
+
+
+def _groups_of_table(name: str) -> list[RankedGroup]:
+    check_input(name)
+    rows = read_answers(name)
+    check_groups(rows, name)
+    kept = [row for row in rows if row.split in ("", "train")]
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} rows of {name} left out: not of the split train")
+    records = [
+        RankedGroup(prompt, [row.answer for row in ranked], [row.rank for row in ranked])
+        for (prompt, _), ranked in groups(kept).items()
+    ]
+    if not records:
+        raise UserError(f"{name}: none of its {len(rows)} rows is ranked and of the split train")
+    return records
+
+
+def _groups_of_pairs(args: DataArgs) -> list[RankedGroup]:
+    source = (args.dataset_name, args.dataset_config, args.dataset_train_split)
+    records = []
+    for where, row in load_rows(*source):
+        try:
+            records.append(RankedGroup.from_row(row))
+        except RecordError as error:
+            raise RecordError(f"{where}: {error}") from None
+    return records
+
+
+def _make_trainer(training: Training) -> ResponseRewardTrainer:
+    return ResponseRewardTrainer(args=training.config, **training.datasets(), **_start(training))
+
+
+def _start(training: Training) -> dict[str, Any]:
+    """What to start from: a reward model that is trained further, an encoder, or a causal LM made into
+    a reward model. An adapter is merged into its base; with --use_peft that of a reward model is trained
+    further. Raises ValueError or ModelError."""
+    name, model_args = training.model, training.model_args
+    dtype, revision = training.weights_dtype("a reward model"), model_args.model_revision
+    peft_config = get_peft_config(model_args)
+    base, is_adapter = base_of(name, revision)
+    (kind, *_) = PreTrainedConfig.get_config_dict(base)[0].get("architectures") or [""]
+    is_causal_lm = kind.endswith(("ForCausalLM", "LMHeadModel"))
+    is_causal_lm = is_causal_lm and not (is_adapter and is_reward_adapter(name))
+    if is_causal_lm:
+        model, tokenizer = load_model(name, dtype, revision=revision)
+    else:
+        options = {"trainable": model_args.use_peft, "revision": revision}
+        model, tokenizer = load_reward_model(name, dtype, new_head=True, **options)
+    if is_peft_model(model) and model_args.use_peft:
+        if is_causal_lm:
+            raise ValueError(
+                "it is an adapter, and a reward model's adapter needs a base that is on disk: leave "
+                "out --use_peft"
+            )
+        peft_config = None
+    else:
+        model = merge_adapter(model)
+    if is_causal_lm:
+        model = from_causal_lm(model, tokenizer, training.config.question)
+    training.set_attention(model)
+    return {"model": model, "processing_class": tokenizer, "peft_config": peft_config}
+
+
+RECIPE = Recipe(
+    command="reward",
+    description="A response reward model on ranked answers.",
+    config=ResponseRewardConfig,
+    record=RankedGroup,
+    noun="groups",
+    kinds=("pairs",),
+    data="data/answers.csv",
+    made_by="python utils/build_ranked_responses.py --rank_by exact",
+    output_dir="saved_model/response_reward_model",
+    make_trainer=_make_trainer,
+    title=lambda config: "training as a response reward model on",
+    tags="trl, reward-model, reasoning",
+    columns={
+        "loss": "loss",
+        "accuracy": "pairwise accuracy",
+        "margin": "reward of the better minus the worse",
+        "mean_reward": "mean reward",
+    },
+    bar={"loss": "loss", "accuracy": "pairwise accuracy"},
+    model="models/prm-mini",
+    use="It scores whole responses: `python reward_model/score_responses.py score --scorer FOLDER`.",
+    read=read_ranked,
+)

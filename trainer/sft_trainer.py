@@ -15,9 +15,12 @@ from datasets import IterableDataset
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
-from reasoning.records import PreferencePair, Problem, RecordError
-from reasoning.steps import encode_steps, ends_solution
+from common.errors import RecordError
+from lm.text_encoding import encode_steps
+from reasoning.records import PreferencePair, Problem
+from reasoning.steps import ends_solution
 from trainer.defaults import MiniatureDefaults
+from trainer.session import Recipe, Training
 
 logger = get_logger(__name__)
 
@@ -114,3 +117,28 @@ class StepSFTTrainer(SFTTrainer):
                     f"their end, {len(dataset) - len(prepared)} of them all they had; a larger --max_length keeps them"
                 )
         return prepared
+
+
+# --- python train.py sft ---
+
+
+def _make_trainer(training: Training) -> StepSFTTrainer:
+    return StepSFTTrainer(args=training.config, **training.datasets(), **training.start_policy())
+
+
+RECIPE = Recipe(
+    command="sft",
+    description="Supervised training on step-by-step solutions.",
+    config=StepSFTConfig,
+    record=Solution,
+    noun="solutions",
+    kinds=("problems", "pairs"),
+    data="data/rewarded.jsonl",
+    made_by="python reward_model/evaluate_steps.py",
+    output_dir="saved_model/sft",
+    make_trainer=_make_trainer,
+    title=lambda config: "supervised training (SFT) on",
+    tags="trl, sft, reasoning",
+    columns={"loss": "loss", "mean_token_accuracy": "greedy tokens that are right"},
+    bar={"loss": "loss", "mean_token_accuracy": "token accuracy"},
+)

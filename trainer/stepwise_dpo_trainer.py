@@ -24,17 +24,18 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
 
+from lm.text_encoding import encode_steps
 from reasoning.records import ScoredPair
-from reasoning.steps import encode_steps
 from trainer.defaults import MiniatureDefaults
 from trainer.losses import (
-    AGGREGATES,
+    AGGREGATIONS,
     CREDITS,
     full_step_dpo_loss,
     step_dpo_loss,
     stepwise_loss,
     sum_per_step,
 )
+from trainer.session import Recipe, Training
 
 logger = get_logger(__name__)
 
@@ -88,7 +89,7 @@ class StepwiseDPOConfig(MiniatureDefaults, DPOConfig):
         default="sum",
         metadata={
             "help": "How the weighted steps of a response become one number in `stepwise`.",
-            "choices": list(AGGREGATES),
+            "choices": list(AGGREGATIONS),
         },
     )
     margin_gamma: float = field(
@@ -130,7 +131,7 @@ class StepwiseDPOConfig(MiniatureDefaults, DPOConfig):
             for name, default in ignored.items():
                 if getattr(self, name) != default:
                     raise ValueError(f"{name}: not defined for step losses; leave it out")
-        for name, known in (("credit", CREDITS), ("step_agg", AGGREGATES)):
+        for name, known in (("credit", CREDITS), ("step_agg", AGGREGATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)}"
@@ -330,9 +331,8 @@ class StepwiseDPOTrainer(DPOTrainer):
         if not self.args.has_step_loss:
             return super().compute_ref_log_probs(model, inputs)
         adapter = contextlib.nullcontext()
-        if self.ref_model is None and is_peft_model(
-            self.model
-        ):  # the reference is the model without its adapter, or its first copy
+        # the reference is the model without its adapter, or its first copy
+        if self.ref_model is None and is_peft_model(self.model):
             unwrapped = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(
                 unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None
@@ -348,11 +348,10 @@ class StepwiseDPOTrainer(DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         inputs, steps = _split_batch(inputs)
-        chosen_scores, rejected_scores = steps["step_scores"].chunk(
-            2
-        )  # (B, K) each, and so on: the batch is [chosen, rejected]
+        # (B, K) each, and so on: the batch is [chosen, rejected]
+        chosen_scores, rejected_scores = steps["step_scores"].chunk(2)
         chosen_mask, rejected_mask = steps["step_mask"].chunk(2)
-        mean = AGGREGATES["mean"]
+        mean = AGGREGATIONS["mean"]
         of_batch = {
             "scores/chosen": mean(chosen_scores, chosen_mask),
             "scores/rejected": mean(rejected_scores, rejected_mask),
@@ -437,9 +436,8 @@ class StepwiseDPOTrainer(DPOTrainer):
                 ("chosen", chosen_logratios, chosen_mask),
                 ("rejected", rejected_logratios, rejected_mask),
             )
-            for k in range(
-                LOGGED_POSITIONS
-            )  # the same names in every process, whatever the length of its batch
+            # the same names in every process, whatever the length of its batch
+            for k in range(LOGGED_POSITIONS)
         }
         good = chosen_mask & (chosen_scores >= 0.5)
         of_steps["drift/good_steps_less_likely"] = ((chosen_logratios < 0).float(), good)
@@ -461,9 +459,8 @@ class StepwiseDPOTrainer(DPOTrainer):
             value = value.detach().float()
             where = torch.ones_like(value) if where is None else where.float()
             sums.append(torch.stack([(value * where).sum(), where.sum()]))
-        totals = (
-            self.accelerator.gather(torch.stack(sums)[None]).sum(0).tolist()
-        )  # (processes, names, 2) -> (names, 2)
+        # (processes, names, 2) -> (names, 2)
+        totals = self.accelerator.gather(torch.stack(sums)[None]).sum(0).tolist()
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, (total, count) in zip(values, totals, strict=True):
             if count:
@@ -522,3 +519,40 @@ def _step_logps(log_probs: Tensor, steps: dict) -> Tensor:
     return sum_per_step(
         log_probs[:, -step_ids.size(1) :].float(), step_ids, steps["step_mask"].size(1)
     )
+
+
+# --- python train.py dpo ---
+
+
+def _make_trainer(training: Training) -> StepwiseDPOTrainer:
+    start = training.start_policy(needs_reference=True)
+    return StepwiseDPOTrainer(args=training.config, **training.datasets(), **start)
+
+
+def _title(config: StepwiseDPOConfig) -> str:
+    credit = f", credit {config.credit}" if config.has_step_loss else ""
+    return f"stepwise DPO ({' + '.join(config.loss_type)}{credit}), steps scored by a judge, on"
+
+
+RECIPE = Recipe(
+    command="dpo",
+    description="Stepwise DPO on scored pairs.",
+    config=StepwiseDPOConfig,
+    record=ScoredPair,
+    noun="pairs",
+    kinds=("pairs",),
+    data="data/rewarded.jsonl",
+    made_by="python reward_model/evaluate_steps.py",
+    output_dir="saved_model/stepwise_dpo_tinyllama",
+    make_trainer=_make_trainer,
+    title=_title,
+    tags="trl, dpo, stepwise-dpo, reasoning",
+    columns={
+        "loss": "loss",
+        "rewards/margins": "reward margin",
+        "rewards/accuracies": "pairwise accuracy",
+        "logps/chosen_vs_ref": "log-prob of chosen against reference",
+        "logps/rejected_vs_ref": "log-prob of rejected against reference",
+    },
+    bar={"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"},
+)

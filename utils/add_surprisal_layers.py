@@ -25,7 +25,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import UserError, at_root, check_model, check_output, parse_args, run
+from common.cli import check_model, check_output, parse_args, run
+from common.errors import UserError
+from common.files import at_root
 
 FLOOR = -8.0  # nats: below it a token is as surprising as can be
 ATTENTION = 0.3  # weight of 1 beside the others, which have 1
@@ -76,9 +78,8 @@ def aligned(plain: list[int], step_of: list[int], read: list[int]) -> Text:
     """Raises ValueError if `read` is not `plain` with tokens added in between."""
     source, steps, place = [], [], 0
     for index in read:
-        steps.append(
-            step_of[min(place, len(plain) - 1)]
-        )  # what is added belongs to the step that follows
+        # what is added belongs to the step that follows
+        steps.append(step_of[min(place, len(plain) - 1)])
         place += place < len(plain) and plain[place] == index
         source.append(place - 1)
     if place < len(plain) or source[0] < 0:
@@ -88,9 +89,9 @@ def aligned(plain: list[int], step_of: list[int], read: list[int]) -> Text:
 
 def solutions(tokenizer, seed: int) -> Iterator[Text]:
     """Reference solutions of pretraining problems; in most of them a number or two are changed; step tokens in every other one."""
+    from lm.text_encoding import encode_steps
     from reasoning.problems import changed_numbers, stories
-    from reasoning.steps import encode_steps
-    from reward_model.process_reward_model import StepTokens
+    from reward_model.prm_formats import StepTokens
 
     rng, tagged = random.Random(f"surprisal {seed}"), StepTokens(tokenizer)
     for number, story in enumerate(stories("pretrain")):
@@ -104,10 +105,8 @@ def solutions(tokenizer, seed: int) -> Iterator[Text]:
         read = plain
         if number % 2:
             ((read, _),) = tagged.encode([(problem.prompt, steps)])
-            plain = [
-                *plain[:-1],
-                read[-1],
-            ]  # a PRM reads a newline at the end, and no end-of-text token
+            # a PRM reads a newline at the end, and no end-of-text token
+            plain = [*plain[:-1], read[-1]]
         yield aligned(plain, step_of, read)
 
 
@@ -168,9 +167,8 @@ def build(args: SurprisalArguments, model, tokenizer) -> dict:
         } | {"solution": token.cummin(1).values}
 
     first = batch()
-    scale = (
-        first["hidden"][first["on"]].pow(2).mean().sqrt()
-    )  # new layers learn beside numbers of size 1, and are scaled at last
+    # new layers learn beside numbers of size 1, and are scaled at last
+    scale = first["hidden"][first["on"]].pow(2).mean().sqrt()
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"  # the one that shows its attention
     layers = nn.ModuleList(type(body.layers[0])(config, depth + k) for k in range(2))
@@ -201,9 +199,8 @@ def build(args: SurprisalArguments, model, tokenizer) -> dict:
             hidden = hidden + seen
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         top = norm(hidden)
-        before = (
-            attention[0][:, :heads].diagonal(-1, 2, 3).mean(1)
-        )  # (B, L - 1): what the token before gets
+        # (B, L - 1): what the token before gets
+        before = attention[0][:, :heads].diagonal(-1, 2, 3).mean(1)
         losses = {
             name: F.smooth_l1_loss(readers[name](top)[..., 0][on], data[name][on]) for name in READ
         }
@@ -280,7 +277,7 @@ def main() -> None:
     (args,) = parse_args(SurprisalArguments, description=__doc__.split("\n\n")[0])
     check_model(args.model_name_or_path)
     check_output(args.output, args.overwrite)
-    from search.policy import Policy
+    from lm.policy import Policy
 
     policy = Policy.load(args.model_name_or_path)
     if policy.model.config.model_type != "llama":

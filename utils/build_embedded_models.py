@@ -24,14 +24,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import at_root, check_output, parse_args, run
+from common.cli import check_output, parse_args, run
+from common.files import at_root
 
 JUDGE_FILE = "judge-mini.Q8_0.gguf"
 TOKENS_PER_BATCH = 2000  # padded tokens an optimizer step
-SHAPES = {
-    "mini": (192, 512, 4, 6, 3),
-    "large": (320, 864, 5, 10, 5),
-}  # hidden, intermediate, layers, heads, KV heads
+# hidden, intermediate, layers, heads, KV heads
+SHAPES = {"mini": (192, 512, 4, 6, 3), "large": (320, 864, 5, 10, 5)}
 LEARNING_RATES = {"mini": [2e-3], "large": [7e-4, 1.4e-3, 2.8e-3]}
 
 
@@ -132,53 +131,36 @@ def collate_judge(batch: list[list[dict]], question: list[int], yes: int, no: in
     step and itself, at the positions that follow that step, so it reads what it would read if it stood there: (B, 1, L, L) mask."""
     import torch
 
+    from lm.tree_attention import add_sequence, tree_inputs
+
     examples = batch[0]
-    longest = max(
-        len(example["ids"]) + len(question) * len(example["labels"]) for example in examples
-    )
-    ids = torch.zeros(len(examples), longest, dtype=torch.long)
-    positions = torch.zeros_like(ids)
-    mask = torch.eye(longest, dtype=torch.bool).repeat(
-        len(examples), 1, 1
-    )  # padding sees itself: no empty softmax
-    answers = torch.full_like(ids, -100)  # at the question's last token: the answer
-    trunk_labels = torch.full_like(
-        ids, -100
-    )  # the tokens of right steps, so that the judge keeps knowing how to solve
+    ids: list[list[int]] = [[] for _ in examples]
+    parents: list[list[int]] = [[] for _ in examples]
+    verdicts: list[tuple[int, int, int]] = []  # row, place of a question's last token, the answer
+    right_tokens: list[tuple[int, int, int]] = []  # row, place, token of a right step
     for b, example in enumerate(examples):
-        trunk, step_of = example["ids"], example["step_of"]
-        n = len(trunk)
-        ids[b, :n] = torch.tensor(trunk)
-        positions[b, :n] = torch.arange(n)
-        mask[b, :n, :n] = torch.ones(n, n, dtype=torch.bool).tril()
+        solution, step_of = example["ids"], example["step_of"]
+        trunk = add_sequence(ids[b], parents[b], [], solution, 0)
         for k, right in enumerate(example["labels"]):
-            end = max(i for i in range(n) if step_of[i] == k) + 1
-            first, last = n + k * len(question), n + (k + 1) * len(question)
-            ids[b, first:last] = torch.tensor(question)
-            positions[b, first:last] = torch.arange(end, end + len(question))
-            mask[b, first:last, :end] = True
-            mask[b, first:last, first:last] = torch.ones(
-                len(question), len(question), dtype=torch.bool
-            ).tril()
-            answers[b, last - 1] = yes if right else no
-            if right:
-                trunk_labels[b, :n][torch.tensor(step_of) == k] = torch.tensor(
-                    [t for t, s in zip(trunk, step_of, strict=True) if s == k]
-                )
-    return {
-        "input_ids": ids,
-        "position_ids": positions,
-        "attention_mask": mask[:, None],
-        "answers": answers,
-        "trunk_labels": trunk_labels,
-    }
+            places = [place for place in trunk if step_of[place] == k]
+            end = places[-1] + 1
+            asked = add_sequence(ids[b], parents[b], trunk, solution[:end] + question, end)
+            verdicts.append((b, asked[-1], yes if right else no))
+            right_tokens += [(b, place, solution[place]) for place in places if right]
+    inputs = tree_inputs(ids, parents, 0)
+    for name, found in (("answers", verdicts), ("trunk_labels", right_tokens)):
+        labels = torch.full_like(inputs["input_ids"], -100)
+        for row, place, token in found:
+            labels[row, place] = token
+        inputs[name] = labels
+    return inputs
 
 
 def policy_data(tokenizer, count: int, seed: int) -> Iterator[dict]:
     from tqdm import tqdm
 
+    from lm.text_encoding import encode_steps
     from reasoning.problems import pretraining_texts
-    from reasoning.steps import encode_steps
 
     for problem, steps in tqdm(
         itertools.islice(pretraining_texts(seed), count),
@@ -208,8 +190,8 @@ def judge_solutions(count: int, seed: int) -> Iterator[tuple]:
 
 def judge_data(tokenizer, solutions: Iterable[tuple]) -> Iterator[dict]:
     """The judge reads every step with its closing newline, and no EOS: so the question follows a newline always."""
+    from lm.text_encoding import encode_steps
     from reasoning.grading import grade_steps
-    from reasoning.steps import encode_steps
 
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
     for problem, steps in solutions:
@@ -229,7 +211,7 @@ def train(model, examples: list[dict], collate, work: Path, learning_rate: float
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
-    from search.policy import pick_device
+    from lm.loading import pick_device
 
     class MiniTrainer(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -273,7 +255,7 @@ def new_policy(tokenizer, seed: int, size: str = "mini"):
 
 def judge_question(tokenizer) -> tuple[list[int], int, int]:
     """(ids of the question after a newline, id of yes, id of no)."""
-    from reward_model.base import PLAIN
+    from reward_model.templates import PLAIN
 
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
     question = tokenizer("\n" + PLAIN.question, add_special_tokens=False)["input_ids"][
@@ -368,7 +350,7 @@ def finish(model, tokenizer, folder: Path) -> None:
 
 
 def card(folder: Path, title: str, text: str, figures: dict) -> None:
-    from reasoning.records import write_text
+    from common.files import write_text
 
     rows = "".join(
         f"| {name} | {metric} | {metric.n} |\n" for name, metric in figures.items() if metric
@@ -380,8 +362,8 @@ def card(folder: Path, title: str, text: str, figures: dict) -> None:
 
 def sample_train(policy, count: int, path: Path, job: dict, seed: int) -> list[tuple]:
     """One policy sample (temperature 1) a train problem, kept while the build lasts."""
+    from common.files import ResumableRows
     from reasoning.problems import problems
-    from reasoning.records import ResumableRows
 
     unit = 1024
     tasks = list(itertools.islice(problems("train"), count))
@@ -402,8 +384,8 @@ def sample_train(policy, count: int, path: Path, job: dict, seed: int) -> list[t
 def make_policy(args: BuildArguments, tokenizer, work: Path, job: dict) -> None:
     """`work/policy-SIZE`, with a card; before, a trial of each learning rate if there are several."""
     from evaluation.metrics import mean_metric
+    from lm.policy import Policy
     from reasoning.problems import problems
-    from search.policy import Policy
 
     examples: list[dict] = []
 
@@ -479,7 +461,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     (work / "job.json").write_text(json.dumps(job))
 
-    from utils.embedded_tokenizer import build_tokenizer
+    from lm.miniature_tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer()
     make_policy(args, tokenizer, work, job)
@@ -503,7 +485,7 @@ def make_judge(args: BuildArguments, tokenizer, work: Path, job: dict) -> None:
     """`work/judge-mini`, with its GGUF file and a card, from `work/policy-mini`."""
     from transformers import AutoModelForCausalLM
 
-    from search.policy import Policy
+    from lm.policy import Policy
 
     policy = Policy.load(str(work / "policy-mini"))
     if not (work / "judge-mini").exists():
@@ -522,7 +504,7 @@ def make_judge(args: BuildArguments, tokenizer, work: Path, job: dict) -> None:
     judge = AutoModelForCausalLM.from_pretrained(work / "judge-mini", dtype="float32").to(
         policy.device
     )
-    from utils.export_gguf import export_gguf
+    from lm.gguf_export import export_gguf
 
     export_gguf(str(work / "judge-mini"), str(work / "judge-mini" / JUDGE_FILE))
     figures = judge_figures(judge, tokenizer, policy, limit=args.validation)

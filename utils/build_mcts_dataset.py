@@ -22,41 +22,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.cli import check_input, check_output, parse_args, run
+from common.errors import PromptTooLong, RecordError, UserError
+from common.files import ResumableRows, at_root, read_records, write_records, write_text
+from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
+from reasoning.datasets.shapes import load_problems, three_columns
 from reasoning.grading import is_correct
-from reasoning.loaders import load_problems, three_columns
 from reasoning.problems import problems
-from reasoning.records import (
-    Problem,
-    RecordError,
-    ResumableRows,
-    StepValue,
-    read_records,
-    write_records,
-    write_text,
-)
+from reasoning.records import Problem, StepValue
+from reasoning.splits import refuse_held_out
 from reasoning.steps import ends_solution
-from reward_model.base import PromptTooLong
-from search.mcts import DROPPED, SEARCHES, Budget, Tree, run_searches
-from utils.cli import (
-    UserError,
-    at_root,
-    check_input,
-    check_output,
-    parse_args,
-    refuse_held_out,
-    run,
-)
-from utils.policies import PolicyArgs, check_policy, open_policy, policy_identity
+from search.tree_search import DROPPED, SEARCHES, Tree, TreeBudget, run_searches
 
-SEARCH = (
-    "search",
-    "rollouts_per_state",
-    "budget",
-    "budget_unit",
-    "temperature",
-    "max_new_tokens",
-    "seed",
-)  # what makes a tree
+# what makes a tree
+SEARCH = ("search", "rollouts_per_state", "budget", "temperature", "max_new_tokens", "seed")
 
 
 @dataclass
@@ -64,7 +43,7 @@ class TreeArguments(PolicyArgs):
     input: str | None = field(
         default=None,
         metadata={
-            "help": "problems, of any shape that reasoning/loaders.py knows; default: the generated train problems"
+            "help": "problems, of any shape that reasoning/datasets/shapes.py knows; default: the generated train problems"
         },
     )
     output: str = field(
@@ -105,22 +84,12 @@ class TreeArguments(PolicyArgs):
             "help": "keep the steps of problems that are always or never right, from the rollouts there are"
         },
     )
-    min_rollouts: int = field(
-        default=1,
-        metadata={
-            "help": "leave out steps whose label comes from fewer rollouts (one that closes a solution needs none)"
-        },
-    )
     rollouts_per_state: int = field(
         default=8, metadata={"help": "rollouts from every state that is evaluated"}
     )
     budget: int = field(
         default=64,
         metadata={"help": "what a problem may cost, the rollouts from its root included"},
-    )
-    budget_unit: str = field(
-        default="rollouts",
-        metadata={"help": "what --budget counts", "choices": ["rollouts", "tokens"]},
     )
     in_flight: int = field(
         default=64,
@@ -141,17 +110,10 @@ class TreeArguments(PolicyArgs):
     overwrite: bool = field(default=False, metadata={"help": "replace the outputs"})
 
     def __post_init__(self):
-        for name in (
-            "min_rollouts",
-            "rollouts_per_state",
-            "budget",
-            "in_flight",
-            "limit",
-            "max_new_tokens",
-        ):
+        for name in ("rollouts_per_state", "budget", "in_flight", "limit", "max_new_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"argument --{name}: expected 1 or more, got {getattr(self, name)}")
-        if self.budget_unit == "rollouts" and self.budget < 2 * self.rollouts_per_state:
+        if self.budget < 2 * self.rollouts_per_state:
             raise UserError(
                 f"argument --budget: {self.budget} rollouts are not enough for the root and one state more: expected "
                 f"{2 * self.rollouts_per_state} or more (twice --rollouts_per_state)"
@@ -192,7 +154,7 @@ def search_problems(args: TreeArguments) -> tuple[list[Tree], ResumableRows]:
     if done:
         print(f"resuming: {len(done)} of {len(tasks)} problems are done")
     budget, started, rollouts = (
-        Budget(args.budget, args.budget_unit, args.rollouts_per_state),
+        TreeBudget(args.budget, args.rollouts_per_state),
         time.monotonic(),
         0,
     )
@@ -326,17 +288,10 @@ def main() -> None:
     labelled = [
         tree.values(args.labels) for tree in trees if args.keep_dropped or tree.ended not in DROPPED
     ]
-    values = [
-        value
-        for of_tree, _ in labelled
-        for value in of_tree
-        if value.rollouts >= args.min_rollouts or ends_solution([value.step])
-    ]
+    values = [value for of_tree, _ in labelled for value in of_tree]
     if not values:
         kept = (
-            f"; {rows.path} keeps the search for other --labels, --min_rollouts or --keep_dropped"
-            if rows
-            else ""
+            f"; {rows.path} keeps the search for other --labels or --keep_dropped" if rows else ""
         )
         raise UserError(f"no steps came out (see above), nothing was written{kept}")
     summary_of_labels(args.labels, values, without=sum(count for _, count in labelled))

@@ -11,9 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reasoning.problems import HELD_OUT, SPLITS, problems
-from reasoning.records import write_records
-from utils.cli import UserError, at_root, check_output, parse_args, run
+from common.cli import check_output, parse_args, run
+from common.errors import UserError
+from common.files import at_root, write_records
+from reasoning.problems import SPLITS, problems
+from reasoning.splits import HELD_OUT
 
 MOST_EVENTS = 6
 

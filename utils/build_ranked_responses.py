@@ -25,22 +25,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.cli import check_output, parse_args, run
+from common.errors import RecordError, UserError
+from common.files import ResumableRows, at_root
+from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
 from reasoning.answers import extract_answer
+from reasoning.datasets.files import load_rows
+from reasoning.datasets.ranking import RankedResponse, check_groups, write_answers
+from reasoning.datasets.shapes import load_problems
 from reasoning.grading import grade_steps, is_correct, step_value
-from reasoning.loaders import load_problems
 from reasoning.problems import changed_numbers, problems
-from reasoning.ranking import RankedResponse, check_groups, split_of, write_answers
-from reasoning.records import Problem, Prompt, RecordError, ResumableRows
-from reasoning.rows import load_rows
+from reasoning.records import Problem, Prompt
+from reasoning.splits import default_split, refuse_held_out
 from reasoning.steps import CLOSING_STEP, STEP_NUMBER, split_steps
-from utils.cli import UserError, at_root, check_output, parse_args, refuse_held_out, run
-from utils.policies import PolicyArgs, check_policy, open_policy, policy_identity
 
 UNIT = 128  # prompts answered together: with the same seeds a group always gives the same answers
 LEARNED = 12_000  # train problems whose samples judge-mini learned from: they come first
-VALIDATION = range(
-    15_200, 18_000
-)  # train problems, to choose between trainings of a reward model: none learns from their answers
+# train problems, to choose between trainings of a reward model: none learns from their answers
+VALIDATION = range(15_200, 18_000)
 KINDS = ("right", "flawed", "wrong", "malformed")  # from the best on
 
 
@@ -49,7 +51,7 @@ class AnswerArguments(PolicyArgs):
     input: str | None = field(
         default=None,
         metadata={
-            "help": "prompts: rows with `prompt` and, if you like, `category`, or problems of any shape that reasoning/loaders.py "
+            "help": "prompts: rows with `prompt` and, if you like, `category`, or problems of any shape that reasoning/datasets/shapes.py "
             f"knows; default: the generated train problems from number {LEARNED + 1} on"
         },
     )
@@ -118,7 +120,7 @@ class AnswerArguments(PolicyArgs):
 
 
 @dataclass(frozen=True)
-class Task:
+class PromptTask:
     prompt: str
     category: str = ""
     problem: Problem | None = None
@@ -127,20 +129,21 @@ class Task:
     @property
     def split(self) -> str:
         """Of all its answers."""
-        split = split_of(self.prompt)
+        split = default_split(self.prompt)
         return "validation" if self.to_choose and split == "train" else split
 
 
-def read_tasks(args: AnswerArguments) -> list[Task]:
+def read_tasks(args: AnswerArguments) -> list[PromptTask]:
     """Raises UserError if one of them is held out."""
     if args.input is None:
         of_generator = itertools.islice(enumerate(problems("train")), LEARNED, None)
         numbered = itertools.islice(of_generator, args.limit)
         return [
-            Task(problem.prompt, "", problem, number in VALIDATION) for number, problem in numbered
+            PromptTask(problem.prompt, "", problem, number in VALIDATION)
+            for number, problem in numbered
         ]
     if args.rank_by == "exact":
-        rows = (Task(task.prompt, "", task) for task in load_problems(args.input))
+        rows = (PromptTask(task.prompt, "", task) for task in load_problems(args.input))
     else:
         rows = _prompts(args.input)
     tasks = list(itertools.islice({task.prompt: task for task in rows}.values(), args.limit))
@@ -152,10 +155,10 @@ def read_tasks(args: AnswerArguments) -> list[Task]:
     return tasks
 
 
-def _prompts(name: str) -> Iterator[Task]:
+def _prompts(name: str) -> Iterator[PromptTask]:
     _, first = next(load_rows(name))
     if "prompt" not in first:
-        yield from (Task(task.prompt) for task in load_problems(name))
+        yield from (PromptTask(task.prompt) for task in load_problems(name))
         return
     for where, row in load_rows(name):
         try:
@@ -164,7 +167,7 @@ def _prompts(name: str) -> Iterator[Task]:
                 raise RecordError(
                     f"field 'category': expected a text, got {json.dumps(category)[:40]}"
                 )
-            yield Task(Prompt.from_row(row).prompt, category)
+            yield PromptTask(Prompt.from_row(row).prompt, category)
         except RecordError as error:
             raise RecordError(f"{where}: {error}") from None
 
@@ -251,7 +254,9 @@ def _broken(steps: list[str], rng: random.Random) -> Iterator[tuple[list[str], s
 # --- rows ---
 
 
-def ranked(task: Task, samples: list[Sample], generator: str) -> tuple[list[RankedResponse], str]:
+def ranked(
+    task: PromptTask, samples: list[Sample], generator: str
+) -> tuple[list[RankedResponse], str]:
     """(a group of four in random order, why there is none)"""
     rng = random.Random(task.prompt)
     group, why_not = group_of_four(task.problem, samples, rng)
@@ -273,7 +278,9 @@ def ranked(task: Task, samples: list[Sample], generator: str) -> tuple[list[Rank
     return rows, why_not
 
 
-def unranked(task: Task, samples: list[Sample], generator: str) -> tuple[list[RankedResponse], str]:
+def unranked(
+    task: PromptTask, samples: list[Sample], generator: str
+) -> tuple[list[RankedResponse], str]:
     """(the answers that differ, why there are fewer than two)"""
     different: dict[str, Sample] = {}
     for sample in samples:
@@ -324,7 +331,9 @@ def main() -> None:
     print(f"wrote {len(answers)} answers to {args.output}")
 
 
-def answer_prompts(args: AnswerArguments, tasks: list[Task], policy, rows: ResumableRows) -> None:
+def answer_prompts(
+    args: AnswerArguments, tasks: list[PromptTask], policy, rows: ResumableRows
+) -> None:
     """Append one row a prompt: its answers or why there are none, and counts."""
     from tqdm import tqdm
 

@@ -18,21 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.cli import check_output, parse_args, run
+from common.errors import UserError
+from common.files import ResumableRows, at_root, read_records, write_records
+from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
+from reasoning.datasets.shapes import load_problems
 from reasoning.grading import is_correct
-from reasoning.loaders import load_problems
 from reasoning.problems import problems
-from reasoning.records import (
-    PreferencePair,
-    Problem,
-    Prompt,
-    ResumableRows,
-    read_records,
-    write_records,
-)
-from reward_model.base import StepJudge, aggregate
-from utils.cli import UserError, at_root, check_output, parse_args, refuse_held_out, run
-from utils.judges import JudgeArgs, check_judge, judge_identity, open_judge
-from utils.policies import PolicyArgs, check_policy, open_policy, policy_identity
+from reasoning.records import PreferencePair, Problem, Prompt
+from reasoning.splits import refuse_held_out
+from reward_model.protocols import StepJudge, aggregate
+from reward_model.registry import JudgeArgs, check_judge, judge_identity, open_judge
 
 UNIT = 64  # problems sampled together: with the same seed a group always gives the same samples
 
@@ -42,7 +38,7 @@ class PairArguments(JudgeArgs, PolicyArgs):
     input: str | None = field(
         default=None,
         metadata={
-            "help": "problems, of any shape that reasoning/loaders.py knows; default: the generated train problems"
+            "help": "problems, of any shape that reasoning/datasets/shapes.py knows; default: the generated train problems"
         },
     )
     output: str = field(
@@ -177,7 +173,8 @@ def sample_problems(args: PairArguments, tasks: list, policy, judge, rows: Resum
                 if not samples:
                     pair, why_not = (
                         None,
-                        "no sample ended" + (f", or all were {judge.left_out}" if judge else ""),
+                        "no sample ended"
+                        + (f", or all were {judge.unscored_reason}" if judge else ""),
                     )
                 elif judge is None:
                     pair, why_not = pair_by_answer(task, samples)

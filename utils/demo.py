@@ -13,9 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.cli import parse_args, run
+from common.errors import UserError
+from common.files import ROOT, at_root, read_rows
 from reasoning.answers import extract_answer, same_answer
-from reasoning.records import read_rows
-from utils.cli import ROOT, UserError, at_root, parse_args, run
 
 BASE, TUNED = "models/policy-mini", "saved_model/stepwise_dpo_tinyllama"
 

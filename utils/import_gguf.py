@@ -15,17 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reward_model.base import JudgeError
-from reward_model.gguf_file import read_gguf
-from utils.cli import UserError, check_input, check_output, parse_args, run
+from common.cli import check_input, check_output, parse_args, run
+from common.errors import JudgeError, UserError
+from lm.gguf_file import read_gguf
 
 PROBE = "Mia has 12 apples. She buys 3 boxes of 4 apples.\nStep 1: 3 * 4 = 12, 12 + 12 = 24\nAnswer: 24"  # what the copy is checked on
-SPECIAL = {
-    "bos_token": "bos",
-    "eos_token": "eos",
-    "unk_token": "unknown",
-    "pad_token": "padding",
-}  # tokenizer -> GGUF
+# tokenizer -> GGUF
+SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 CARD = """---
 library_name: transformers{license}
@@ -65,9 +61,8 @@ def import_gguf(source: Path, output: Path, dtype: str = "bfloat16", sha256: str
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     try:
-        header = read_gguf(
-            source, any_kind=True
-        ).metadata  # the library would take a damaged length as it stands
+        # the library would take a damaged length as it stands
+        header = read_gguf(source, any_kind=True).metadata
     except JudgeError as error:
         raise UserError(str(error).removeprefix("judge ")) from None
     transformers.logging.set_verbosity_error()
@@ -97,9 +92,8 @@ def import_gguf(source: Path, output: Path, dtype: str = "bfloat16", sha256: str
         None  # the weights are plain numbers now, and save_pretrained refuses a quantizer
     )
     del model.config.quantization_config
-    vars(model.config).pop(
-        "_model_name_or_path", None
-    )  # what the file calls itself is no place to load from
+    # what the file calls itself is no place to load from
+    vars(model.config).pop("_model_name_or_path", None)
     if model.generation_config is None:
         model.generation_config = GenerationConfig.from_model_config(model.config)
 

@@ -3,7 +3,7 @@
     python utils/prepare_dataset.py --dataset_name prm800k/phase1_train.jsonl --output data/prm800k.jsonl
     python train.py --dataset_name data/prm800k.jsonl
 
-The shape is recognized from the fields (reasoning/loaders.py lists them). Labelled steps become scored pairs (a right step against
+The shape is recognized from the fields (reasoning/datasets/shapes.py lists them). Labelled steps become scored pairs (a right step against
 a wrong one after the same beginning) or step values. A tenth of the problems goes to a second file, NAME_test.jsonl; a folder that
 has train and test files keeps its own two sides. No problem is on both.
 """
@@ -20,12 +20,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reasoning import loaders
+from common.cli import check_output, parse_args, run
+from common.errors import RecordError, UserError
+from common.files import at_root, write_records
 from reasoning.answers import same_answer
-from reasoning.records import PreferencePair, RecordError, StepValue, write_records
-from reasoning.rows import folder_files
+from reasoning.datasets import shapes as loaders
+from reasoning.datasets.files import folder_files
+from reasoning.records import PreferencePair, StepValue
 from reasoning.steps import one_line
-from utils.cli import UserError, at_root, check_output, parse_args, run
 
 
 @dataclass

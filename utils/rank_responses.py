@@ -19,23 +19,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reasoning.ranking import check_groups, read_answers
-from reasoning.records import RecordError
-from utils.annotations import (
-    AGREEMENT_COLUMNS,
+from common.cli import check_input, parse_args, run
+from common.errors import RecordError, UserError
+from common.files import at_root
+from evaluation.agreement import AGREEMENT_COLUMNS, agreement_rows
+from reasoning.annotation import (
     LABELS,
     Annotation,
+    AnnotationTask,
     AnswerRanking,
     StepLabelling,
-    Task,
-    agreement_rows,
     check_name,
     hold,
     load_solutions,
     next_task,
     task_before,
 )
-from utils.cli import UserError, at_root, check_input, parse_args, run
+from reasoning.datasets.ranking import check_groups, read_answers
 
 ANSWERS = "data/answers.csv"
 MADE_BY = "python utils/build_ranked_responses.py"
@@ -93,7 +93,7 @@ class Kind:
     thing: str  # what a task is
     ask: str
     help: str
-    marks: Callable[[Task], dict[str, Sequence[str]]]  # mark -> keys that set it
+    marks: Callable[[AnnotationTask], dict[str, Sequence[str]]]  # mark -> keys that set it
     can_drag: bool = False
 
 
@@ -116,7 +116,7 @@ STEPS = Kind(
 )
 
 
-def head(name: str, tasks: Sequence[Task], kind: Kind) -> str:
+def head(name: str, tasks: Sequence[AnnotationTask], kind: Kind) -> str:
     done = sum(task.done for task in tasks)
     return (
         f'<div class="head"><span>{html.escape(name)}</span><progress value="{done}" max="{len(tasks)}"></progress>'
@@ -127,7 +127,7 @@ def head(name: str, tasks: Sequence[Task], kind: Kind) -> str:
 BACK = '<button data-do="back">Back <kbd>B</kbd></button>'
 
 
-def task_html(name: str, tasks: Sequence[Task], task: Task, kind: Kind) -> str:
+def task_html(name: str, tasks: Sequence[AnnotationTask], task: AnnotationTask, kind: Kind) -> str:
     marks = kind.marks(task)
     keys = json.dumps({key: mark for mark, keys in marks.items() for key in keys})
     buttons = "".join(
@@ -151,7 +151,7 @@ def task_html(name: str, tasks: Sequence[Task], task: Task, kind: Kind) -> str:
 <button data-do="skip">Skip <kbd>S</kbd></button>{BACK}<span class="message" role="status"></span></div></div>"""
 
 
-def done_html(name: str, tasks: Sequence[Task], kind: Kind) -> str:
+def done_html(name: str, tasks: Sequence[AnnotationTask], kind: Kind) -> str:
     return f"""{head(name, tasks, kind)}
 <div class="task" data-keys="{{}}"><div class="done">All {len(tasks)} {kind.thing} are done.</div>
 <div class="foot">{BACK}<span class="message" role="status"></span></div></div>"""
@@ -244,10 +244,8 @@ def serve(args: RankArguments, page, waiting: Callable[[], object]) -> None:
     """Show the page until `waiting` returns. Raises UserError if the port is taken or no public address can be had."""
     import gradio as gr
 
-    fonts = {
-        "font": ["system-ui", "sans-serif"],
-        "font_mono": ["ui-monospace", "monospace"],
-    }  # none from the network
+    # none from the network
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     theme = gr.themes.Default(primary_hue="indigo", **fonts)
     css = HERE.with_suffix(".css").read_text(encoding="utf-8")
     try:
@@ -289,9 +287,10 @@ def main() -> None:
     for proxies in ("NO_PROXY", "no_proxy"):  # Gradio asks its own page whether it is there
         os.environ[proxies] = ",".join(filter(None, [os.environ.get(proxies), "127.0.0.1"]))
     solutions = load_solutions(args.steps) if args.steps else None
+    # until the process ends
     held = [
         hold(path) for path in (args.output or args.input, *([args.labels] if args.steps else []))
-    ]  # until the process ends
+    ]
     ranking = AnswerRanking(args.input, args.output)
     labelling = StepLabelling(solutions, args.labels) if solutions else None
     serve(args, build_page(ranking, labelling, args.ranker), threading.Event().wait)

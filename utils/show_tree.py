@@ -13,10 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reasoning.records import read_records, write_text
+from common.cli import check_input, check_output, parse_args, run
+from common.errors import UserError
+from common.files import at_root, read_records, write_text
 from reasoning.steps import one_line
-from search.mcts import Tree
-from utils.cli import UserError, at_root, check_input, check_output, parse_args, run
+from search.tree_search import Tree
 
 TREES = "data/mcts_trees.jsonl"
 MADE_BY = f"python utils/build_mcts_dataset.py --trees {TREES}"

@@ -55,7 +55,7 @@ if __name__ == "__main__":
         import tempfile
 
         sys.path.insert(0, str(ROOT))
-        from utils.export_gguf import export_gguf
+        from lm.gguf_export import export_gguf
 
         with tempfile.TemporaryDirectory() as folder:
             write_parent(f"{folder}/tiny")  # the file's name for itself

@@ -1,0 +1,158 @@
+"""What every script shares: arguments, errors in one line with exit code 2, and checks of paths."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from common.errors import UserError
+
+
+def fail(message: object) -> NoReturn:
+    """Print one line on stderr and exit with code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main. A user's mistake becomes one line and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        fail(error)
+    except BrokenPipeError:  # the reader of the output has enough (`... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+# --- arguments ---
+
+
+def parse_args(
+    *dataclasses: type,
+    description: str,
+    args: list[str] | None = None,
+    defaults: dict[str, Any] | None = None,
+) -> tuple[Any, ...]:
+    """Fill dataclasses from flags and `--config file.yaml` by TRL's TrlParser: flags beat YAML, an
+    unknown key is an error. `defaults` replace the dataclasses' own where those depend on the machine
+    or on the current directory.
+
+    Faults of TrlParser are hidden here: an unknown flag or a bad value is one line, `--config=x.yaml`
+    works, YAML values are type-checked. Raises SystemExit(2) for a user's mistake."""
+    from argparse import ArgumentDefaultsHelpFormatter
+
+    import yaml  # both here: scripts show a usage error of their own without loading TRL
+    from trl import TrlParser
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> NoReturn:
+            fail(f"{message} (see --help)")
+
+    parser = Parser(
+        dataclasses,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults_with_config(**(defaults or {}))
+    parser.epilog = "--config FILE.yaml gives any of these flags as keys; flags beat the file."
+    args = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
+    try:
+        if "--config" in args:
+            position = args.index("--config") + 1
+            if position == len(args) or args[position].startswith("--"):
+                fail("argument --config: expected a YAML file")
+            _check_config(parser, args[position], yaml)
+        _, unknown = parser.parse_known_args(_without_config(args))
+        if unknown:
+            fail(f"unknown argument {' '.join(unknown)} (see --help)")
+        return parser.parse_args_and_config(args)
+    except (ValueError, TypeError, OSError, yaml.YAMLError, UserError) as error:
+        fail(error)
+
+
+def _split_config(arg: str) -> list[str]:
+    return arg.split("=", 1) if arg.startswith("--config=") else [arg]
+
+
+def _without_config(args: list[str]) -> list[str]:
+    if "--config" not in args:
+        return args
+    position = args.index("--config")
+    return args[:position] + args[position + 2 :]
+
+
+def _check_config(parser: Any, path: str, yaml: Any) -> None:
+    """Parse every key of the file as if it were a flag, to find a value of the wrong type."""
+    if not Path(path).is_file():
+        fail(f"config file {path} not found")
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        fail(f"config file {path} is not YAML: {error}")
+    if not isinstance(config, dict):
+        fail(f"config file {path} must hold `key: value` lines")
+    actions = {action.dest: action for action in parser._actions}
+    for key, value in config.items():
+        if key == "env" or value is None:
+            continue
+        if key not in actions or key == "help":
+            fail(f"config file {path}: unknown key '{key}' (see --help)")
+        if isinstance(value, list) and actions[key].nargs in (None, "?"):
+            fail(f"config file {path}: key '{key}' takes one value, got a list")
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        values = value if isinstance(value, list) else [value]
+        parser.parse_known_args([f"--{key}", *map(str, values)])
+
+
+# --- paths ---
+
+
+def check_input(path: str, made_by: str | None = None) -> None:
+    """Raises UserError if an input file is not there; `made_by` is the command that makes it."""
+    if not Path(path).is_file():
+        problem = "is a folder, expected a file" if Path(path).is_dir() else "not found"
+        raise UserError(f"{path} {problem}" + (f": run `{made_by}` first" if made_by else ""))
+
+
+def check_output(path: str, overwrite: bool = False) -> None:
+    """Raises UserError if an output exists and may not be overwritten, or if it cannot be written."""
+    target = Path(path)
+    holds_something = target.is_file() or (target.is_dir() and any(target.iterdir()))
+    if holds_something and not overwrite:
+        raise UserError(f"{path} exists: give --overwrite to replace it, or another output")
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: {parent} is not a folder one may write to")
+
+
+def check_model(path: str, made_by: str | None = None) -> None:
+    """Raises UserError if a local model directory is none. A name such as `org/model` that is no local
+    path is left to the hub."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not is_model_directory(folder):
+            raise UserError(f"{path} is no model directory: it has no config.json")
+    elif folder.exists():
+        raise UserError(f"{path} is a file, expected a model directory")
+    elif made_by or path.count("/") != 1 or path.startswith((".", "models/", "saved_model/")):
+        command = f": run `{made_by}` first" if made_by else ""
+        raise UserError(f"model directory {path} not found{command}")
+
+
+def is_model_directory(folder: str | Path) -> bool:
+    """Whether a folder holds a model or an adapter."""
+    return any((Path(folder) / name).is_file() for name in ("config.json", "adapter_config.json"))

@@ -1,0 +1,41 @@
+"""Exact accuracy of a policy's greedy answers, for trainings that are watched and for benchmarks."""
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from common.cli import check_input
+from common.files import read_records
+from reasoning.grading import is_correct
+from reasoning.records import Problem
+
+if TYPE_CHECKING:
+    from lm.policy import Policy
+
+
+def correct_answers(
+    policy: "Policy",
+    problems: Sequence[Problem],
+    temperature: float = 0.0,
+    progress: str | None = None,
+) -> list[bool]:
+    """For every problem whether the policy's answer is right; greedy at temperature 0."""
+    prompts = [problem.prompt for problem in problems]
+    answers = policy.generate(prompts, temperature=temperature, progress=progress)
+    return [
+        is_correct(answer.steps, problem)
+        for (answer,), problem in zip(answers, problems, strict=True)
+    ]
+
+
+def greedy_accuracy(path: str, limit: int) -> Callable[["Policy"], dict[str, float]]:
+    """A function of a policy that gives `exact_accuracy`, 0 to 1, on the first `limit` problems of a
+    JSONL file. Raises UserError or RecordError if the file cannot be read."""
+    check_input(path)
+    problems = list(islice(read_records(path, Problem), limit))
+
+    def evaluate(policy: "Policy") -> dict[str, float]:
+        correct = correct_answers(policy, problems)
+        return {"exact_accuracy": sum(correct) / len(correct)}
+
+    return evaluate

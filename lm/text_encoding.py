@@ -1,0 +1,151 @@
+"""The one way from text to token ids, for training, sampling and scoring.
+
+A response of K steps is written `step 1 \\n step 2 \\n ... step K`. If step K states the final answer
+the end-of-text token (EOS) follows, added as an id; if the solution continues (a step pair, a prefix)
+a newline follows.
+"""
+
+import bisect
+import itertools
+import re
+from collections.abc import Iterator, Sequence, Sized
+from typing import Any, TypeVar
+
+from common.errors import ModelError, short
+from reasoning.steps import ends_solution
+
+PLAIN_TEMPLATE = "Problem: {prompt}\nSolution:\n"
+PLAIN_QUESTION = "Right?"  # what a judge without a chat template is asked after a step
+CHAT_INSTRUCTION = (
+    "Solve the problem step by step. Write one short step a line, beginning with 'Step 1:', "
+    "and end with a line 'Answer: ' and the result.\n\n"
+)
+
+
+def format_prompt(prompt: str, tokenizer: Any = None) -> str:
+    """The text that a policy continues. A chat model (a tokenizer with a chat template) gets the
+    instruction and the prompt as a user's message."""
+    if getattr(tokenizer, "chat_template", None):
+        message = {"role": "user", "content": CHAT_INSTRUCTION + prompt}
+        return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    return PLAIN_TEMPLATE.format(prompt=prompt)
+
+
+def encode_prompt(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:
+    """Token ids of the template with the prompt. chat: the prompt is the user's message as it is,
+    without the instruction to solve it step by step."""
+    if chat:
+        message = {"role": "user", "content": prompt}
+        text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    else:
+        text = format_prompt(prompt, tokenizer)
+    # a chat template writes the special tokens itself
+    add = not tokenizer.chat_template
+    return tokenizer(text, add_special_tokens=add, verbose=False)["input_ids"]
+
+
+def response_pieces(steps: list[str], finished: bool) -> list[str]:
+    """The texts of the steps; joined they are the response. Each ends with a newline, the last one
+    without if the response is `finished`."""
+    last = len(steps) - 1
+    return [step + ("" if finished and k == last else "\n") for k, step in enumerate(steps)]
+
+
+def encode_steps(
+    tokenizer: Any, prompt: str, prefix: list[str], steps: list[str]
+) -> tuple[list[int], list[int]]:
+    """Token ids of template, prompt, prefix and steps, and for every token the step it belongs to:
+    0 .. len(steps) - 1, or -1 for all tokens before the steps.
+
+    The whole text is tokenized once and cut by character offsets (a fast tokenizer is needed); a token
+    that straddles a boundary belongs to the earlier step. A response that ends the solution gets EOS,
+    which belongs to its last step."""
+    finished = ends_solution(steps)
+    before = format_prompt(prompt, tokenizer) + "".join(response_pieces(prefix, finished=False))
+    pieces = [before, *response_pieces(steps, finished)]
+    add = not tokenizer.chat_template  # a chat template writes the special tokens itself
+    encoded = tokenizer("".join(pieces), return_offsets_mapping=True, add_special_tokens=add)
+    ends = list(itertools.accumulate(map(len, pieces)))
+    step_of, reached = [], 0
+    for start, end in encoded["offset_mapping"]:
+        # offsets may leave white space out (trim_offsets): a newline belongs to the step it closes
+        begin = min(start, reached)
+        step_of.append(min(bisect.bisect_right(ends, begin), len(steps)) - 1)
+        reached = max(reached, end)
+    ids = list(encoded["input_ids"])
+    if finished:
+        return [*ids, tokenizer.eos_token_id], [*step_of, len(steps) - 1]
+    return ids, step_of
+
+
+# --- text of a user between a model's control tokens ---
+
+# in no vocabulary, merges with nothing: text behind it is tokenized as the middle of a text
+EDGE = "\U0010ffff"
+# put into text that reads like a control token, so that it stays text; a user's text cannot hold it
+CUT = "\ud800"
+
+
+class PlainText:
+    """Ids of texts in which a user's words stand between a model's control tokens: a word that looks
+    like a control token stays text.
+
+    marks: more texts that only the model's own format may write. `begins`: the ids that the tokenizer
+    puts in front of a text."""
+
+    def __init__(self, tokenizer: Any, *marks: str):
+        self.tokenizer = tokenizer
+        whole = tokenizer("a")["input_ids"]
+        self.begins: list[int] = whole[: whole.index(self._ids("a")[0])]
+        added = tokenizer.added_tokens_decoder.values()
+        control = {token.content for token in added if token.special} | {*marks}
+        pattern = "|".join(re.escape(text) for text in control if len(text) > 1)
+        self._control = re.compile(f"(?={pattern})(.)" if pattern else "(?!)()", re.DOTALL)
+
+    def guard(self, prompt: str, steps: Sequence[str]) -> tuple[str, list[str]]:
+        """A user's texts, ready to be put between control tokens. Raises ModelError for a text that is
+        not Unicode."""
+        try:
+            "".join((prompt, *steps)).encode()
+        except UnicodeEncodeError:
+            raise ModelError(
+                f"prompt {short(prompt)}: half of a Unicode surrogate pair cannot be scored"
+            ) from None
+        prompt, *steps = (
+            self._control.sub(lambda match: match[1] + CUT, text) for text in (prompt, *steps)
+        )
+        return prompt, steps
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts with guarded words in them, without `begins`."""
+        whole = iter(self._ids([text for text in texts if CUT not in text]))
+        return [self._cut_ids(text) if CUT in text else next(whole) for text in texts]
+
+    def _cut_ids(self, text: str) -> list[int]:
+        """Ids of a text in pieces, each but the first tokenized as the middle of a text."""
+        first, *rest = text.split(CUT)
+        edge = len(self._ids(EDGE))
+        tail = [index for piece in rest for index in self._ids(EDGE + piece)[edge:]]
+        return self._ids(first) + tail
+
+    def _ids(self, texts: Any) -> Any:
+        """Ids of a text, or of each of several."""
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+Row = TypeVar("Row", bound=Sized)
+
+
+def batches_by_length(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
+    """Batches of rows of similar length, at most `batch_tokens` padded tokens each; a longer row is
+    alone in its batch."""
+    batch: list[Row] = []
+    for row in sorted(rows, key=len):
+        if batch and len(row) * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
