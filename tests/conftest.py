@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from tests.helpers import scripts
 
 
 @pytest.fixture(scope="session")
@@ -50,20 +53,8 @@ def tiny_gguf(tiny_model_dir, tmp_path_factory) -> str:
 
 @pytest.fixture
 def run_script(tmp_path):
-    """Run a script by its path in a process of its own, from an empty folder; returns the CompletedProcess."""
-
-    def run(script: str, *args: object, **kwargs) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / script), *map(str, args)]
-        options = {
-            "capture_output": True,
-            "text": True,
-            "cwd": tmp_path,
-            "timeout": 300,
-            "stdin": subprocess.DEVNULL,
-        } | kwargs
-        return subprocess.run(command, **options)
-
-    return run
+    """Run a script by its path, from an empty folder (tests/helpers/scripts.py)."""
+    return partial(scripts.run_script, cwd=tmp_path)
 
 
 @pytest.fixture(scope="session")

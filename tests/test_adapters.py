@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -100,10 +102,10 @@ def train_from(model: str, folder: Path, *more: object, command: str = "dpo") ->
         "logs_dir": folder / "logs", "per_device_train_batch_size": 2, "num_train_epochs": 1, "logging_steps": 1, "save_steps": 2,
         "save_total_limit": 9, "learning_rate": 1e-3, "bf16": "false", "disable_tqdm": "true",
     }  # fmt: skip
-    train.COMMANDS[command](
-        [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-        + [*map(str, more)]
-    )
+    argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    monkey = [sys.argv[0], command, *argv, *map(str, more)]
+    with patch.object(sys, "argv", monkey):
+        train.main()
     history = json.loads((folder / "logs/out/log.json").read_text())["history"]
     return [entry for entry in history if "loss" in entry]
 

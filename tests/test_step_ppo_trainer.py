@@ -15,7 +15,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.errors import RecordError
+from common.errors import ModelError, RecordError
 from lm.policy import Policy, State
 from lm.text_encoding import encode_steps
 from tests.helpers.judges import FixedJudge
@@ -684,7 +684,7 @@ def test_resumed_is_uninterrupted_bit_by_bit(make, tmp_path, peft):
         assert torch.equal(one, two), name
     for one, two in zip(once.optimizer.state.values(), again.optimizer.state.values(), strict=True):
         assert all(torch.equal(one[name], two[name]) for name in one)
-    with pytest.raises(RecordError, match="it is of another model"):
+    with pytest.raises(ModelError, match="it is of another model"):
         make(peft=not peft).train(resume_from_checkpoint=str(checkpoint))
 
 
