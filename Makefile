@@ -1,9 +1,12 @@
-# The two commands of the README are `make demo` and `make test`. Both make .venv first, once.
+# `make demo` and `make test` make .venv first, once: requirements.txt, and for the tests requirements-dev.txt as well.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 
-.PHONY: demo test lint models models-policy models-surprisal models-prm models-reward models-large data rounds smollm2 smollm2-run clean
+.PHONY: help demo test test-fast lint docs results models models-policy models-surprisal models-prm models-reward models-large data rounds smollm2 smollm2-run clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
 
 $(VENV)/.installed: requirements.txt
 	@echo "Installing requirements.txt into $(VENV) (once, a few minutes) ..."
@@ -11,15 +14,31 @@ $(VENV)/.installed: requirements.txt
 	$(BIN) -m pip install --quiet --requirement requirements.txt
 	touch $@
 
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	@echo "Installing requirements-dev.txt into $(VENV) (once, a minute) ..."
+	$(BIN) -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
 demo: $(VENV)/.installed  ## the whole loop, live, at a small size
 	$(BIN) utils/demo.py
 
-test: $(VENV)/.installed
-	$(BIN) -m pytest
+test: $(VENV)/.installed-dev  ## the tests, but for the slow ones, with the coverage of the library packages
+	$(BIN) -m pytest --cov --cov-report=term:skip-covered
 
-lint: $(VENV)/.installed
+test-fast: $(VENV)/.installed-dev  ## the tests that start no process and train nothing
+	$(BIN) -m pytest -m "not slow and not process"
+
+lint: $(VENV)/.installed-dev docs  ## style, layers, types, documentation
 	$(BIN) -m ruff check .
 	$(BIN) -m ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(BIN) -m mypy
+
+docs: $(VENV)/.installed-dev  ## the documentation as a site, docs/_build/index.html; every link is checked
+	$(BIN) -m sphinx -q -W -b html docs docs/_build
+
+results: $(VENV)/.installed  ## docs/results.md anew from docs/results/*.json
+	$(BIN) docs/make_results.py
 
 models: models-policy models-surprisal models-prm models-reward  ## rebuild the models that are committed
 
@@ -34,11 +53,14 @@ models-surprisal: $(VENV)/.installed  ## policy-surprisal: policy-mini and two l
 	$(BIN) utils/add_surprisal_layers.py --output saved_model/policy-surprisal --overwrite
 	$(call COMMITTED,AutoModelForCausalLM,policy-surprisal)
 
+models/policy-surprisal/config.json:
+	$(MAKE) models-surprisal
+
 # First what a step is worth (mc), then what it keeps of that (relative): the same trees.
 PRM_RECIPE := --num_train_epochs 2 --per_device_train_batch_size 8 --overwrite
 
-models-prm: $(VENV)/.installed  ## prm-mini from the committed trees (about 30 minutes on 2 cores)
-	$(BIN) utils/build_mcts_dataset.py --from_trees data/mcts_trees.jsonl --keep_dropped --output data/mcts_values.jsonl --overwrite
+models-prm: models/policy-surprisal/config.json  ## prm-mini from the committed trees (about 30 minutes on 2 cores)
+	$(BIN) utils/build_mcts_dataset.py --from_trees data/mcts_trees.jsonl.gz --keep_dropped --output data/mcts_values.jsonl --overwrite
 	$(BIN) train.py prm --model_name_or_path models/policy-surprisal --dataset_name data/mcts_values.jsonl --learning_rate 4e-4 $(PRM_RECIPE) --output_dir saved_model/prm_mc
 	$(BIN) train.py prm --model_name_or_path saved_model/prm_mc --learning_rate 3e-4 --running_min true $(PRM_RECIPE) --output_dir saved_model/prm-mini
 	$(call COMMITTED,AutoModelForTokenClassification,prm-mini)
@@ -54,7 +76,7 @@ data: $(VENV)/.installed  ## rebuild the held-out problems, the pairs and their 
 	$(BIN) utils/build_problems.py --overwrite
 	$(BIN) utils/build_synthetic_dataset.py --overwrite
 	$(BIN) reward_model/evaluate_steps.py --overwrite
-	$(BIN) utils/build_mcts_dataset.py --search per_step --limit 8000 --rollouts_per_state 4 --budget 16 --keep_dropped --labels relative --trees data/mcts_trees.jsonl --overwrite
+	$(BIN) utils/build_mcts_dataset.py --search per_step --limit 8000 --rollouts_per_state 4 --budget 16 --keep_dropped --labels relative --trees data/mcts_trees.jsonl.gz --overwrite
 
 # Three on-policy rounds: sample from the policy of the round before on new problems, judge, train on, compare with the base.
 # Stopped at any moment, the same command goes on. `make rounds SEED=1`: another run, beside the first.
