@@ -25,7 +25,7 @@ from reasoning.problems import problems
 from reasoning.records import Problem
 from reasoning.splits import default_split, held_out_prompts, is_kept_out
 from reasoning.steps import split_steps
-from tests.test_openai_judge import Server, chat, completion
+from tests.helpers.servers import Server, chat, completion
 from utils.build_ranked_responses import (
     KINDS,
     AnswerArguments,

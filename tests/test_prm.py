@@ -12,9 +12,9 @@ from common.files import write_records
 from reward_model.prm_formats import StepTokens
 from reward_model.process_reward_model import ProcessRewardModel, _Text, from_causal_lm
 from reward_model.registry import JudgeArgs, check_judge, judge_name, open_judge
+from tests.helpers.reward_models import make_prm
+from tests.helpers.solutions import PROMPT, STEPS
 
-PROMPT = "Mia has 12 apples. She buys 3 times as many. How many apples does Mia have now?"
-STEPS = ["Step 1: 12 * 3 = 36", "Step 2: 12 + 36 = 48", "Answer: 48"]
 SOLUTIONS = [
     (PROMPT, STEPS),
     ("🙂 How many?", ["Step 1: é", "Answer: 3"]),
@@ -22,21 +22,6 @@ SOLUTIONS = [
     (PROMPT, [STEPS[0], "Step 2: 12 + 36 = 47", "<next>", "Answer: 47 </s>"]),
     ("Short. <next>", ["Answer: 1"]),
 ]
-
-
-def make_prm(model_dir, folder) -> str:
-    """A PRM directory with a random head."""
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    prm = from_causal_lm(
-        AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), tokenizer
-    )
-    torch.manual_seed(1)
-    torch.nn.init.normal_(
-        prm.get_submodule("score" if hasattr(prm, "score") else "classifier").weight, std=0.3
-    )
-    prm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

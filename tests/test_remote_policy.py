@@ -16,7 +16,9 @@ from lm.registry import PolicyArgs, check_policy
 from lm.server_policy import RemotePolicy
 from lm.text_encoding import PLAIN_TEMPLATE, format_prompt
 from reasoning.records import PreferencePair, Problem
-from tests.test_openai_judge import FAILURES, PROMPT, ROOT, STEPS, Server, error, transformers_serve
+from tests.helpers.scripts import ROOT
+from tests.helpers.servers import FAILURES, Server, error, transformers_serve
+from tests.helpers.solutions import PROMPT, STEPS
 
 PLAIN = PLAIN_TEMPLATE.format(prompt=PROMPT)
 

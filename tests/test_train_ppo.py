@@ -18,8 +18,7 @@ from common.cli import run
 from common.files import write_records
 from reasoning.splits import is_kept_out
 from tests.conftest import ROOT
-from tests.helpers.reward_models import make_llama
-from tests.test_prm import make_prm
+from tests.helpers.reward_models import make_llama, make_prm
 from tests.test_smollm2 import TASKS
 from tests.test_step_ppo_trainer import taught
 from tests.test_train_prm import PROBLEMS, ROWS, flags

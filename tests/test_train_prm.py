@@ -29,7 +29,7 @@ from reasoning.records import LabelledSolution, StepValue
 from reasoning.splits import is_kept_out
 from reward_model.process_reward_model import ProcessRewardModel
 from tests.conftest import ROOT
-from tests.test_prm import make_prm
+from tests.helpers.reward_models import make_prm
 from trainer.prm_trainer import (
     IGNORED,
     DataCollatorForStepValues,

@@ -1,4 +1,4 @@
-"""Miniature reward models of random weights for the tests: LLaMA's shape and DistilBERT's, each a plain directory."""
+"""Miniature PRMs and reward models with random weights for the tests, each a plain model directory."""
 
 from pathlib import Path
 
@@ -58,5 +58,23 @@ def make_distilbert(folder: Path, head: bool = True) -> str:
     (DistilBertForSequenceClassification if head else DistilBertForMaskedLM)(
         config
     ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def make_prm(model_dir: str | Path, folder: Path) -> str:
+    """A PRM with a random head on the backbone of a causal LM."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from reward_model.process_reward_model import from_causal_lm
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    prm = from_causal_lm(model, tokenizer)
+    torch.manual_seed(1)
+    head = prm.get_submodule("score" if hasattr(prm, "score") else "classifier")
+    torch.nn.init.normal_(head.weight, std=0.3)
+    prm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

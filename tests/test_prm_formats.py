@@ -13,9 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from common.errors import ModelError
 from reward_model.prm_formats import PUBLISHED, MathShepherd, QwenMath, RLHFlow
 from reward_model.process_reward_model import ProcessRewardModel
+from tests.helpers.solutions import PROMPT, STEPS
 
-PROMPT = "Mia has 12 apples. She buys 3 times as many. How many apples does Mia have now?"
-STEPS = ["Step 1: 12 * 3 = 36", "Step 2: 12 + 36 = 48", "Answer: 48"]
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 512, "initializer_range": 0.3,
