@@ -1,0 +1,281 @@
+"""Write docs/results.md from docs/results/*.json: python docs/make_results.py
+
+With --check nothing is written; the exit code is 1 if the page does not match the result files.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+PAGE = DOCS / "results.md"
+Result = dict[str, Any]
+
+INTRODUCTION = """# Results
+
+<!-- Written by `python docs/make_results.py` from docs/results/*.json. Do not edit it by hand. -->
+
+Every result file that the project cites, with its command, seeds and commit.
+A figure is followed by its 95 % interval; n is what it was measured on.
+A commit that ends in `-dirty` had uncommitted changes in its working tree.
+[LOG.md](LOG.md) says how each figure came about, [GLOSSARY.md](GLOSSARY.md) what the words mean.
+"""
+
+# what the first table shows: (words, file, metric)
+HEADLINES = [
+    ("Accuracy of the base policy, test problems", "reward_score_comparison", "base_accuracy"),
+    ("... after stepwise DPO", "reward_score_comparison", "tuned_accuracy"),
+    (
+        "Stepwise DPO on 512 pairs, three seeds",
+        "main_table",
+        "by answer: stepwise, the default/accuracy",
+    ),
+    ("SFT on the same chosen answers", "main_table", "by answer: SFT on chosen/accuracy"),
+    ("DPO on the same pairs", "main_table", "by answer: DPO at its best lr/accuracy"),
+    ("Step PPO, hard problems, three seeds", "ppo", "hard/step PPO/accuracy"),
+    (
+        "Weighted vote of 64 samples by prm-mini, hard problems",
+        "search",
+        "hard/policy-mini/weighted_vote/64/accuracy",
+    ),
+    ("Step AUROC of prm-mini, no step labels", "judge_prm-mini", "step_auroc"),
+    ("Step AUROC of judge-mini, exact step labels", "judge_judge-mini.Q8_0", "step_auroc"),
+    ("Pairwise accuracy of reward-mini", "response_reward", "pairwise_accuracy"),
+]
+
+
+def figure(metric: dict | None, interval: bool = True) -> str:
+    """A metric as `0.952 [0.942, 0.961]`; an empty text if there is none."""
+    if metric is None:
+        return ""
+    value, ends = metric["value"], metric.get("ci95")
+    digits = 0 if abs(value) >= 100 else 3
+    text = f"{value:,.{digits}f}"
+    if interval and ends:
+        text += f" [{ends[0]:,.{digits}f}, {ends[1]:,.{digits}f}]"
+    return text
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def all_metrics(result: Result) -> str:
+    """One row a metric: value and n."""
+    rows = [[name, figure(m), f"{m['n']:,}"] for name, m in result["metrics"].items()]
+    return table(["metric", "value", "n"], rows)
+
+
+def comparison(result: Result) -> str:
+    """One row a measure: base, tuned, difference and n."""
+    metrics = result["metrics"]
+    names = [name.removeprefix("base_") for name in metrics if name.startswith("base_")]
+    rows = []
+    for name in names:
+        both = metrics[f"base_{name}"], metrics[f"tuned_{name}"], metrics[f"{name}_improvement"]
+        rows.append([name, *map(figure, both), f"{both[0]['n']:,}"])
+    return table(["metric", "base", "tuned", "difference", "n"], rows)
+
+
+def main_table(result: Result) -> str:
+    """One row a training, one column a way to choose the pairs."""
+    metrics = result["metrics"]
+    kinds = ["by answer", "by judge"]
+    first = f"{kinds[0]}: "
+    names = [
+        name.removeprefix(first).removesuffix("/accuracy")
+        for name in metrics
+        if name.startswith(first) and name.endswith("/accuracy")
+    ]
+    rows = [["base", *[figure(metrics["base_accuracy"])] * 2]]
+    for name in names:
+        rows.append([name, *(figure(metrics[f"{kind}: {name}/accuracy"]) for kind in kinds)])
+    return table(["training", *(f"pairs {kind}" for kind in kinds)], rows)
+
+
+def ppo(result: Result) -> str:
+    """One row a training, one column a split and way to answer."""
+    metrics = result["metrics"]
+    splits = list(dict.fromkeys(name.split("/")[0] for name in metrics))
+    names = [name.split("/")[1] for name in metrics if name.startswith(f"{splits[0]}/")]
+    names = [name for name in dict.fromkeys(names) if name != "base_accuracy"]
+    rows = [["base", *(figure(metrics[f"{split}/base_accuracy"]) for split in splits)]]
+    for name in names:
+        row = [figure(metrics.get(f"{split}/{name}/accuracy")) for split in splits]
+        differences = [metrics.get(f"{split}/{name}/accuracy_improvement") for split in splits]
+        rows += [[name, *row], ["... minus base", *map(figure, differences)]]
+    return table(["training", *splits], rows)
+
+
+def credit(result: Result) -> str:
+    """One row a model, one column a kind of step."""
+    metrics = result["metrics"]
+    models = list(dict.fromkeys(name.split("/")[0] for name in metrics))
+    columns = list(dict.fromkeys(name.partition("/")[2] for name in metrics))
+    columns.sort(key=lambda name: not name.startswith("next_step"))
+    parts = []
+    for kind in dict.fromkeys(name.split("/")[0] for name in columns):
+        names = [name for name in columns if name.startswith(kind)]
+        rows = [
+            [model, *(figure(metrics.get(f"{model}/{name}")) for name in names)]
+            for model in models
+            if f"{model}/{names[0]}" in metrics
+        ]
+        parts.append(table([kind, *(name.partition("/")[2] for name in names)], rows))
+    return "\n\n".join(parts)
+
+
+def search(result: Result) -> str:
+    """A table a split: one row a strategy and n."""
+    metrics = result["metrics"]
+    runs: dict[str, list[str]] = {}
+    for name in metrics:
+        if name.endswith("/accuracy"):
+            runs.setdefault(name.split("/")[0], []).append(name.removesuffix("/accuracy"))
+    last = ("accuracy", "accuracy_improvement", "accuracy_over_majority_vote")
+    header = ["strategy", "n", "tokens a problem", "accuracy", "minus greedy"]
+    header.append("minus majority vote at the same tokens")
+    parts = []
+    for split, names in runs.items():
+        rows = []
+        for name in names:
+            _, policy, strategy, n = name.split("/")
+            label = strategy if policy == "policy-mini" else f"{policy}, {strategy}"
+            tokens = f"{metrics[f'{name}/tokens']['value']:,.0f}"
+            figures = [figure(metrics.get(f"{name}/{column}")) for column in last]
+            rows.append([label, n, tokens, *figures])
+        size = metrics[f"{names[0]}/accuracy"]["n"]
+        parts.append(f"{size:,} {split} problems:\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
+
+
+def stability(result: Result) -> str:
+    """Validation accuracy over learning rates and epochs, then test accuracy at the chosen ones."""
+    metrics, chosen = result["metrics"], result["chosen"]
+    rates = ["3.3e-05", "1.0e-04", "3.0e-04"]
+    rows = []
+    for loss in chosen:
+        cells = []
+        for rate in rates:
+            names = [f"validation/{loss}/lr {rate}/epoch {k}/accuracy" for k in (1, 2, 3)]
+            cells.append(" / ".join(figure(metrics[name], interval=False) for name in names))
+        rows.append([loss, *cells])
+    grid = table(["loss", *(f"lr {rate}" for rate in rates)], rows)
+    rows = [["base", "", figure(metrics["test/base/accuracy"])]]
+    for loss, (rate, epochs) in chosen.items():
+        rows.append([loss, f"{rate:.1e}, {epochs}", figure(metrics[f"test/{loss}/accuracy"])])
+    test = table(["loss", "chosen: lr, epochs", "test accuracy"], rows)
+    base = figure(metrics["validation/base/accuracy"])
+    return (
+        f"Accuracy on 500 validation problems after 1 / 2 / 3 epochs, seed 0 (base {base}):\n\n"
+        f"{grid}\n\nAccuracy on 1,000 test problems, three seeds, at the best setting:\n\n{test}"
+    )
+
+
+# file -> (title, command, how it becomes tables); in the order of the page
+SECTIONS: dict[str, tuple[str, str, Callable[[Result], str]]] = {
+    "reward_score_comparison": (
+        "Base against tuned, 2,000 test problems",
+        "python evaluation/eval_reward_scores.py",
+        comparison,
+    ),
+    "demo/reward_score_comparison": ("The same in the demo", "make demo", comparison),
+    "main_table": (
+        "What the step scores add",
+        "python benchmarks/main_table.py --seeds 3 --output_dir docs/results",
+        main_table,
+    ),
+    "stability": (
+        "Losses over learning rates and epochs",
+        "python benchmarks/stability.py --output_dir docs/results",
+        stability,
+    ),
+    "credit": (
+        "Where the credit goes",
+        "python evaluation/eval_credit.py --models saved_model/credit/stepwise ...",
+        credit,
+    ),
+    "search": (
+        "Guided search",
+        "python evaluation/eval_search.py --choose_limit 50 --limit 1000"
+        " --other_model models/policy-large",
+        search,
+    ),
+    "ppo": ("Step PPO", "python benchmarks/ppo_table.py --output_dir docs/results", ppo),
+    "judge_prm-mini": (
+        "Report card of prm-mini",
+        "python evaluation/eval_judge.py --judge prm --rollouts 8",
+        all_metrics,
+    ),
+    "judge_judge-mini.Q8_0": (
+        "Report card of judge-mini",
+        "python evaluation/eval_judge.py",
+        all_metrics,
+    ),
+    "response_reward": (
+        "Report card of reward-mini",
+        "python evaluation/eval_response_reward.py --scorer models/reward-mini",
+        all_metrics,
+    ),
+    "smollm2/reward_score_comparison": (
+        "SmolLM2-135M-Instruct, its own scores",
+        "make smollm2-run",
+        comparison,
+    ),
+    "smollm2/reward_score_comparison_exact": (
+        "SmolLM2-135M-Instruct, exact scores",
+        "python evaluation/eval_reward_scores.py --base_model saved_model/smollm2_sft"
+        " --tuned_model saved_model/smollm2_dpo_exact --judge exact ...",
+        comparison,
+    ),
+}
+
+
+def page() -> str:
+    """The whole page. Raises SystemExit with one line if a result file has no section."""
+    files = {
+        path.relative_to(DOCS / "results").as_posix() for path in DOCS.glob("results/**/*.json")
+    }
+    results = {}
+    for name in sorted(file.removesuffix(".json") for file in files):
+        result = json.loads((DOCS / f"results/{name}.json").read_text(encoding="utf-8"))
+        if "metrics" in result:
+            results[name] = result
+    if unknown := results.keys() - SECTIONS.keys():
+        sys.exit(
+            f"docs/results/{min(unknown)}.json: add a line to SECTIONS in docs/make_results.py"
+        )
+    rows = []
+    for words, file, name in HEADLINES:
+        metric = results[file]["metrics"][name]
+        rows.append([words, figure(metric), f"{metric['n']:,}"])
+    parts = [INTRODUCTION, table(["headline", "value", "n"], rows)]
+    for name, (title, command, tables) in SECTIONS.items():
+        result = results[name]
+        seeds = ", ".join(map(str, result["seeds"]))
+        seeds = f"seed{'s' * (len(result['seeds']) > 1)} {seeds}"
+        commit, _, dirty = result["commit"].partition("-")
+        source = f"[results/{name}.json](results/{name}.json), {seeds}, commit"
+        source += f" `{commit[:7]}{dirty and '-' + dirty}`."
+        parts += [f"## {title}", f"    {command}", source, tables(result)]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    check = parser.parse_args().check
+    text = page()
+    if not check:
+        PAGE.write_text(text, encoding="utf-8")
+        print(f"wrote {PAGE}")
+    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+        sys.exit(f"{PAGE} is stale: run python docs/make_results.py")
+
+
+if __name__ == "__main__":
+    main()
