@@ -1,9 +1,11 @@
-"""What every script shares: arguments, errors in one line with exit code 2, and checks of paths."""
+"""Shared by all scripts: arguments, one-line errors with exit code 2, and checks of paths."""
 
+import argparse
+import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,12 +19,12 @@ def fail(message: object) -> NoReturn:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main. A user's mistake becomes one line and exit code 2, Ctrl-C exit code 130."""
+    """Call a script's main. A UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
     try:
         main()
     except UserError as error:
         fail(error)
-    except BrokenPipeError:  # the reader of the output has enough (`... | head`)
+    except BrokenPipeError:  # the reader of the output has closed it (`... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except OSError as error:
@@ -42,16 +44,19 @@ def parse_args(
     description: str,
     args: list[str] | None = None,
     defaults: dict[str, Any] | None = None,
+    command: str = "",
 ) -> tuple[Any, ...]:
-    """Fill dataclasses from flags and `--config file.yaml` by TRL's TrlParser: flags beat YAML, an
-    unknown key is an error. `defaults` replace the dataclasses' own where those depend on the machine
-    or on the current directory.
+    """Fill dataclasses from flags and `--config file.yaml` with TRL's TrlParser.
 
-    Faults of TrlParser are hidden here: an unknown flag or a bad value is one line, `--config=x.yaml`
-    works, YAML values are type-checked. Raises SystemExit(2) for a user's mistake."""
-    from argparse import ArgumentDefaultsHelpFormatter
+    Flags override the YAML file, and an unknown key is an error. `defaults` replace defaults of the
+    dataclasses that depend on the machine or on the current directory. `command` is the word
+    between the script and its flags (`dpo` of `train.py dpo`).
 
-    import yaml  # both here: scripts show a usage error of their own without loading TRL
+    Unlike TrlParser itself, this reports an unknown flag or a wrong value in one line, accepts
+    `--config=x.yaml`, checks the types of YAML values, and prints a short usage. Raises
+    SystemExit(2) for a user's mistake."""
+    # heavy libraries: a script can report a mistake of its own without them
+    import yaml
     from trl import TrlParser
 
     class Parser(TrlParser):
@@ -59,13 +64,15 @@ def parse_args(
             fail(f"{message} (see --help)")
 
     parser = Parser(
-        dataclasses,
-        description=description,
-        allow_abbrev=False,
-        formatter_class=ArgumentDefaultsHelpFormatter,
+        dataclasses, description=description, allow_abbrev=False, formatter_class=_HelpFormatter
     )
     parser.set_defaults_with_config(**(defaults or {}))
-    parser.epilog = "--config FILE.yaml gives any of these flags as keys; flags beat the file."
+    parser.usage = f"%(prog)s {command} ".replace("  ", " ")
+    for action in parser._actions:
+        parser.usage += f"--{action.dest} ... " if action.required else ""
+    parser.usage += "[--config FILE.yaml] [arguments]"
+    parser.epilog = "Flags override the arguments in a --config file."
+    _group_inherited(parser, dataclasses, {"help", *(defaults or {})})
     args = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
     try:
         if "--config" in args:
@@ -81,6 +88,44 @@ def parse_args(
         fail(error)
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows one spelling of each argument, its default, and long lists of choices as text."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flags = ", ".join(flag for flag in action.option_strings if "-" not in flag[2:])
+        if action.nargs == 0:
+            return flags
+        values = "[true|false]" if action.const is True else _choices(action, "|")
+        return f"{flags} {values if 0 < len(values) < 30 else action.dest.upper()}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.const is False:
+            return f"the same as --{action.dest} false"
+        notes = []
+        if len(_choices(action, "|")) >= 30:
+            notes.append(f"one of {_choices(action, ', ')}")
+        if action.default not in (None, argparse.SUPPRESS):
+            notes.append("default: %(default)s")
+        return f"{action.help or ''}" + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _choices(action: argparse.Action, separator: str) -> str:
+    return separator.join(map(str, action.choices or ()))
+
+
+def _group_inherited(parser: Any, dataclasses: Sequence[type], own: set[str]) -> None:
+    """Show the arguments that only TRL and transformers define in a group after all others."""
+    for base in (base for kind in dataclasses for base in kind.__mro__):
+        if base.__module__.split(".")[0] not in ("trl", "transformers"):
+            own |= inspect.get_annotations(base).keys()
+    options = parser._optionals._group_actions
+    inherited = [action for action in options if action.dest not in own]
+    if inherited:
+        group = parser.add_argument_group("arguments of TRL and transformers")
+        group._group_actions += inherited
+        options[:] = [action for action in options if action not in inherited]
+
+
 def _split_config(arg: str) -> list[str]:
     return arg.split("=", 1) if arg.startswith("--config=") else [arg]
 
@@ -93,7 +138,7 @@ def _without_config(args: list[str]) -> list[str]:
 
 
 def _check_config(parser: Any, path: str, yaml: Any) -> None:
-    """Parse every key of the file as if it were a flag, to find a value of the wrong type."""
+    """Parse each key of the file as a flag, to find unknown keys and values of the wrong type."""
     if not Path(path).is_file():
         fail(f"config file {path} not found")
     try:
@@ -120,14 +165,14 @@ def _check_config(parser: Any, path: str, yaml: Any) -> None:
 
 
 def check_input(path: str, made_by: str | None = None) -> None:
-    """Raises UserError if an input file is not there; `made_by` is the command that makes it."""
+    """Raises UserError if an input file does not exist; `made_by` is the command that makes it."""
     if not Path(path).is_file():
         problem = "is a folder, expected a file" if Path(path).is_dir() else "not found"
         raise UserError(f"{path} {problem}" + (f": run `{made_by}` first" if made_by else ""))
 
 
 def check_output(path: str, overwrite: bool = False) -> None:
-    """Raises UserError if an output exists and may not be overwritten, or if it cannot be written."""
+    """Raises UserError if an output exists and `overwrite` is false, or if it cannot be written."""
     target = Path(path)
     holds_something = target.is_file() or (target.is_dir() and any(target.iterdir()))
     if holds_something and not overwrite:
@@ -136,12 +181,13 @@ def check_output(path: str, overwrite: bool = False) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{path} cannot be written: {parent} is not a folder one may write to")
+        raise UserError(f"{path} cannot be written: {parent} is not a writable folder")
 
 
 def check_model(path: str, made_by: str | None = None) -> None:
-    """Raises UserError if a local model directory is none. A name such as `org/model` that is no local
-    path is left to the hub."""
+    """Raises UserError if a local path is not a model directory.
+
+    A name like `org/model` that is not a local path is looked up on the hub later."""
     folder = Path(path)
     if folder.is_dir():
         if not is_model_directory(folder):

@@ -1,6 +1,6 @@
-"""Files: read and written as JSON lines, written whole or not at all, or appended to so that a killed job resumes.
+"""Read and write JSON lines, write files whole or not at all, append rows so that a job can resume.
 
-A name that ends in .gz is compressed: `data/trees.jsonl.gz` works wherever `data/trees.jsonl` does.
+A file whose name ends in .gz is compressed: `data/trees.jsonl.gz` works like `data/trees.jsonl`.
 """
 
 import contextlib
@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Protocol, Self, TypeVar
@@ -20,30 +21,38 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def at_root(path: str) -> str:
-    """A default path of the repository, relative to the current directory."""
+    """A path inside the repository, relative to the current directory: for default arguments."""
     return os.path.relpath(ROOT / path)
 
 
 def file_type(path: str | Path) -> str:
-    """The suffix that says what a file holds: `.jsonl` of `trees.jsonl` and of `trees.jsonl.gz`."""
+    """The suffix without .gz: `.jsonl` for `trees.jsonl` and for `trees.jsonl.gz`."""
     return Path(str(path).removesuffix(".gz")).suffix
 
 
 def file_stem(path: str | Path) -> str:
-    """`trees` of `data/trees.jsonl` and of `data/trees.jsonl.gz`."""
+    """The name without suffixes: `trees` for `data/trees.jsonl` and for `data/trees.jsonl.gz`."""
     return Path(str(path).removesuffix(".gz")).stem
 
 
-def open_bytes(path: str | Path) -> IO[bytes]:
-    """Open a file, compressed or not, to read the bytes of its content."""
-    return gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb")
+@contextlib.contextmanager
+def open_bytes(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a file to read the bytes of its content, decompressed if its name ends in .gz.
+
+    Raises RecordError if a compressed file is damaged."""
+    opener: Callable[..., Any] = gzip.open if str(path).endswith(".gz") else open
+    try:
+        with opener(path, "rb") as file:
+            yield file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise RecordError(f"{path}: not a complete gzip file ({error})") from None
 
 
 # --- JSON lines ---
 
 
 class Readable(Protocol):
-    """A record class: it checks a decoded JSON value and raises RecordError for a wrong one."""
+    """A record class: `from_row` checks a decoded JSON value and raises RecordError."""
 
     @classmethod
     def from_row(cls, row: Any) -> Self: ...
@@ -56,14 +65,10 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
     """Stream (line number, decoded JSON) of a JSONL file; blank lines are skipped.
 
     Raises RecordError with file and line."""
-    number = 0
-    try:
-        with open_bytes(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _decode(line, f"{path}:{number}")
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise RecordError(f"{path}:{number + 1}: not a whole gzip file ({error})") from None
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, _decode(line, f"{path}:{number}")
 
 
 def _decode(line: bytes, where: str) -> Any:
@@ -82,7 +87,7 @@ def _decode(line: bytes, where: str) -> Any:
 def read_records(path: str | Path, kind: type[R]) -> Iterator[R]:
     """Stream the records of a JSONL file.
 
-    Raises RecordError: `file:line: field ...`, or that the file has no rows."""
+    Raises RecordError with `file:line: field ...`, or if the file has no rows."""
     number = 0
     for number, row in read_rows(path):
         try:
@@ -94,7 +99,7 @@ def read_records(path: str | Path, kind: type[R]) -> Iterator[R]:
 
 
 def to_line(record: Any) -> str:
-    """A dataclass or dict as one JSON line; fields that are None are left out."""
+    """A dataclass or dict as one JSON line, without the fields that are None."""
     row = record if isinstance(record, dict) else asdict(record)
     row = {key: value for key, value in row.items() if value is not None}
     return json.dumps(row, ensure_ascii=False) + "\n"
@@ -119,8 +124,10 @@ def write_records(path: str | Path, records: Iterable[Any]) -> int:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary file in the folder of `path`, which becomes `path` when the block ends well and is
-    removed otherwise. Missing folders are made."""
+    """A temporary file that replaces `path` when the block ends without an error.
+
+    It is in the folder of `path`. After an error it is removed and `path` is unchanged. Missing
+    folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -143,36 +150,36 @@ def _umask() -> int:
 
 
 def write_text(path: str | Path, chunks: Iterable[str]) -> None:
-    """Write a text file in UTF-8, whole or not at all; compressed if its name ends in .gz."""
+    """Write a text file in UTF-8, whole or not at all, compressed if its name ends in .gz."""
     with replacing(path) as temporary, open(temporary, "wb") as raw:
         if str(path).endswith(".gz"):
-            # no name and no time in the header: the same text gives the same bytes
+            # without name and time in the header, equal texts give equal bytes
             with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
                 file.writelines(chunk.encode() for chunk in chunks)
         else:
             raw.writelines(chunk.encode() for chunk in chunks)
 
 
-# --- appended to, and resumed ---
+# --- append and resume ---
 
 
 class AppendedRows:
-    """Rows that a long job appends to a JSONL file, each at once, so that a kill loses none of them.
+    """Rows that a long job appends to a JSONL file. If the job is killed, no appended row is lost.
 
-    Opening the file again gives the rows that are there (`rows`). What a killed job left of its last
-    line is removed; a line that is not JSON is skipped, so its work is done again."""
+    `rows` are all rows of the file, those of earlier runs first. An incomplete last line is
+    removed. A line that is not a JSON object is skipped: the job computes its row again."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")  # noqa: SIM115 (open as long as the job runs)
+        self._file = open(self.path, "a+b")  # noqa: SIM115 (stays open)
         self._file.seek(0)
         whole = [line for line in self._file if line.endswith(b"\n")]
         self._file.truncate(sum(map(len, whole)))
         self.rows: list[dict] = [row for row in map(_row, whole) if row is not None]
 
     def append(self, *rows: dict) -> None:
-        """Append rows in one write, flushed: all of them or none."""
+        """Append rows in one write, and flush."""
         self._file.write("".join(map(to_line, rows)).encode())
         self._file.flush()
         self.rows += rows
@@ -192,17 +199,17 @@ def _row(line: bytes) -> dict | None:
 class ResumableRows(AppendedRows):
     """Rows of one job, appended to `<output>.partial` until the output is written.
 
-    The first line says what job it is, so that another job's rows are never continued. `unit` rows
-    belong together (a batch that is only reproducible as a whole): an incomplete unit at the end is
-    dropped and done again, so the result is that of a run without a kill. Raises RecordError if the
-    rows of another job are there, unless `overwrite`."""
+    The first line is the job, so that a different job never continues these rows. `unit` rows
+    belong together, for example a batch that is only reproducible as a whole. An incomplete unit at
+    the end is dropped and computed again, so that the result equals that of an uninterrupted run.
+    Raises RecordError if the file holds the rows of a different job, unless `overwrite`."""
 
     def __init__(self, output: str | Path, job: dict, unit: int = 1, overwrite: bool = False):
         path = Path(f"{output}.partial")
         if not self.pending(output, job):
             if path.exists() and not overwrite:
                 raise RecordError(
-                    f"{path}: holds the rows of another job (other arguments or other input); "
+                    f"{path}: holds the rows of another job (different arguments or input); "
                     "finish that job, remove the file, or give --overwrite"
                 )
             write_text(path, [to_line({"job": job})])
@@ -213,11 +220,11 @@ class ResumableRows(AppendedRows):
         dropped = lines[rows // unit * unit :]
         os.truncate(path, path.stat().st_size - sum(map(len, dropped)))
         super().__init__(path)
-        del self.rows[0]  # what job it is
+        del self.rows[0]  # the line with the job
 
     @staticmethod
     def pending(output: str | Path, job: dict) -> bool:
-        """True if this very job was begun and not finished: running it again resumes it."""
+        """True if this job was started and not finished, so that running it again resumes it."""
         path = Path(f"{output}.partial")
         header = to_line({"job": job}).encode()
         if not path.is_file():
@@ -226,19 +233,20 @@ class ResumableRows(AppendedRows):
             return file.readline() == header
 
     def finish(self) -> None:
-        """Call after the output was renamed into place: the partial rows are no longer needed."""
+        """Remove the partial rows. Call it when the output is written."""
         self.close()
         self.path.unlink()
 
 
-# --- what files hold ---
+# --- hashes ---
 
 MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".gguf")
 
 
 def content_hash(path: str | Path) -> str | None:
-    """SHA-256 of a file, or of the configuration, weights and tokenizer of a model directory; None
-    for what is neither."""
+    """SHA-256 of a file, or of the configuration, weights and tokenizer files of a model directory.
+
+    None if the path is neither."""
     if Path(path).is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
