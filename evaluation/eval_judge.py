@@ -22,7 +22,7 @@ from evaluation.metrics import (
     spearman_metric,
     write_result,
 )
-from reasoning.datasets.shapes import load_step_labels
+from reasoning.datasets.loading import load_step_labels
 from reasoning.records import LabelledSolution, Problem
 from reward_model.protocols import StepJudge, aggregate
 from reward_model.registry import JudgeArgs, check_judge, judge_name, open_judge, score_all

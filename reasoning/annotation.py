@@ -18,8 +18,8 @@ from typing import Any, TextIO
 
 from common.errors import RecordError, UserError
 from common.files import read_rows, write_records
+from reasoning.datasets.loading import load_records
 from reasoning.datasets.ranking import RankedResponse, check_groups, read_answers, write_answers
-from reasoning.datasets.shapes import load_records
 from reasoning.records import LabelledSolution, PreferencePair
 
 NAME = re.compile(r"[^\W_][\w .'-]{0,39}")

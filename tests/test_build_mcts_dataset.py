@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.files import read_records, write_records
-from reasoning.datasets.shapes import load_step_values
+from reasoning.datasets.loading import load_step_values
 from reasoning.problems import problems
 from reasoning.records import Problem, StepValue
 from reasoning.steps import ends_solution

@@ -10,16 +10,14 @@ from common.errors import RecordError
 from common.files import read_rows, write_records
 from lm.text_encoding import encode_steps, response_pieces
 from reasoning.datasets.files import load_rows
-from reasoning.datasets.shapes import (
-    KINDS,
-    SHAPES,
+from reasoning.datasets.loading import (
     find_shape,
     load_pairs,
     load_problems,
     load_step_labels,
     load_step_values,
-    three_columns,
 )
+from reasoning.datasets.shapes import KINDS, SHAPES, three_columns
 from reasoning.records import LabelledSolution, PreferencePair, Problem, StepValue
 from reasoning.steps import split_steps, split_text
 
@@ -484,7 +482,7 @@ def test_a_bad_row_is_one_line_with_file_and_line(tmp_path, monkeypatch, name):
         ("list.json", b"[]", "list.json: no rows"),
         ("torn.json", b'[{"question": ', "torn.json: not JSON"),
         ("torn.jsonl", b'{"question": ', "torn.jsonl:1: not JSON"),
-        ("cells.csv", b"question,answer\na,b\nc\n", "cells.csv:3: not as many cells"),
+        ("cells.csv", b"question,answer\na,b\nc\n", "cells.csv:3: expected 2 cells, as in the first line"),
         ("latin.csv", b"question,answer\na,\xe9\n", "not CSV in UTF-8"),
         ("torn.parquet", b"PAR1", "torn.parquet: cannot be read as Parquet"),
         ("rows.xlsx", b"x", "rows.xlsx: expected one of .jsonl"),
@@ -492,7 +490,7 @@ def test_a_bad_row_is_one_line_with_file_and_line(tmp_path, monkeypatch, name):
         (
             "nobody/nothing",
             None,
-            "data set nobody/nothing: neither a file nor to be had from the hub",
+            "data set nobody/nothing: not a file, and not available from the hub",
         ),
     ],
 )

@@ -23,7 +23,7 @@ import train
 from common.cli import run
 from common.errors import RecordError, UserError
 from common.files import write_records
-from reasoning.datasets.shapes import load_step_values
+from reasoning.datasets.loading import load_step_values
 from reasoning.problems import problems
 from reasoning.records import LabelledSolution, StepValue
 from reasoning.splits import is_kept_out

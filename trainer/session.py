@@ -21,7 +21,7 @@ from typing import Any
 from common.cli import check_input, check_model, check_output, parse_args
 from common.errors import RecordError, UserError
 from common.files import Readable, at_root, to_line, write_text
-from reasoning.datasets.shapes import load_records
+from reasoning.datasets.loading import load_records
 from reasoning.splits import held_out_prompts, is_kept_out
 
 # in the output folder: what this training is, so that the same command resumes it

@@ -26,7 +26,8 @@ from common.cli import check_input, check_output, parse_args, run
 from common.errors import PromptTooLong, RecordError, UserError
 from common.files import ResumableRows, at_root, read_records, write_records, write_text
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
-from reasoning.datasets.shapes import load_problems, three_columns
+from reasoning.datasets.loading import load_problems
+from reasoning.datasets.shapes import three_columns
 from reasoning.grading import is_correct
 from reasoning.problems import problems
 from reasoning.records import Problem, StepValue

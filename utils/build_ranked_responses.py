@@ -31,8 +31,8 @@ from common.files import ResumableRows, at_root
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
 from reasoning.answers import extract_answer
 from reasoning.datasets.files import load_rows
+from reasoning.datasets.loading import load_problems
 from reasoning.datasets.ranking import RankedResponse, check_groups, write_answers
-from reasoning.datasets.shapes import load_problems
 from reasoning.grading import grade_steps, is_correct, step_value
 from reasoning.problems import changed_numbers, problems
 from reasoning.records import Problem, Prompt

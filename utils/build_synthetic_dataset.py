@@ -22,7 +22,7 @@ from common.cli import check_output, parse_args, run
 from common.errors import UserError
 from common.files import ResumableRows, at_root, read_records, write_records
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
-from reasoning.datasets.shapes import load_problems
+from reasoning.datasets.loading import load_problems
 from reasoning.grading import is_correct
 from reasoning.problems import problems
 from reasoning.records import PreferencePair, Problem, Prompt

@@ -1,4 +1,7 @@
-"""Rows of a data set, whatever it lies in: a local file (.jsonl, .json, .csv, .parquet), a folder of such, or a name on the hub."""
+"""Rows of a data set: of a local file, of a folder of files, or of a data set on the hub.
+
+Files are .jsonl, .json, .csv or .parquet. All but .parquet may be compressed (.jsonl.gz).
+"""
 
 import csv
 import io
@@ -11,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import RecordError
-from common.files import read_rows
+from common.files import file_stem, file_type, open_bytes, read_rows
 from reasoning.steps import one_line
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def is_local(name: str) -> bool:
-    """Whether a data set's name means a file or a folder, there or not, rather than one on the hub."""
+    """Whether a name is that of a file or folder (which need not exist), not of a hub data set."""
     return (
         Path(name).exists()
-        or name.endswith(FILE_TYPES)
+        or file_type(name) in FILE_TYPES
         or name.startswith((".", "/"))
         or name.count("/") > 1
     )
@@ -30,10 +33,11 @@ def is_local(name: str) -> bool:
 def load_rows(
     name: str, config: str | None = None, split: str | None = None
 ) -> Iterator[tuple[str, dict]]:
-    """(where, row) of every row; `where` is `file:line` or the nearest thing to it, for errors.
+    """Stream (where, row) of a data set; `where` is `file:line` or similar, for error messages.
 
-    `split`: of a folder, the files whose name has this word in it (default: train if there are such, else all); of a hub data
-    set, its split (default: train, or the only one). A file has none. Raises RecordError."""
+    config: of a hub data set. split: of a folder, the files that have this word in their name
+    (default: train if there are any, else all); of a hub data set, its split (default: train, or
+    the only one). A file has no splits. Raises RecordError."""
     if not is_local(name):
         rows = _hub_rows(name, config, split)
     elif Path(name).is_dir():
@@ -51,21 +55,15 @@ def load_rows(
 
 
 def folder_files(name: str, split: str | None = None) -> list[Path]:
-    """The data files of a folder and of what it holds, or those with the word `split` in their names."""
-    files = sorted(
-        path
-        for path in Path(name).rglob("*")
-        if path.suffix in FILE_TYPES and not path.name.startswith(".")
-    )
-    of_split = [
-        path for path in files if (split or "train") in re.split(r"[^a-zA-Z0-9]+", path.stem)
-    ]
-    if not files or (split and not of_split):
-        raise RecordError(
-            f"{name}: no {', '.join(FILE_TYPES)} file in this folder"
-            + (f" for split '{split}'" if files else "")
-        )
-    return of_split or files
+    """The data files of a folder and its subfolders that belong to a split (see `load_rows`)."""
+    visible = sorted(path for path in Path(name).rglob("*") if not path.name.startswith("."))
+    files = [path for path in visible if file_type(path) in FILE_TYPES]
+    word = split or "train"
+    matching = [path for path in files if word in re.split(r"[^a-zA-Z0-9]+", file_stem(path))]
+    if not files or (split and not matching):
+        missing = f" for split '{split}'" if files else ""
+        raise RecordError(f"{name}: no {', '.join(FILE_TYPES)} file in this folder{missing}")
+    return matching or files
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -73,13 +71,13 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise RecordError(
             f"{path} not found: expected a file, a folder, or the name of a data set on the hub"
         )
-    if path.suffix == ".parquet":
+    if file_type(path) == ".parquet":
         return _parquet_rows(path)
-    if path.suffix == ".csv":
+    if file_type(path) == ".csv":
         return _csv_rows(path)
-    if path.suffix not in FILE_TYPES:
+    if file_type(path) not in FILE_TYPES:
         raise RecordError(f"{path}: expected one of {', '.join(FILE_TYPES)}")
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         is_list = file.read(64).lstrip().startswith(b"[")
     if is_list:
         return _json_rows(path)
@@ -88,7 +86,10 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        rows = json.loads(path.read_bytes())
+        with open_bytes(path) as file:
+            rows = json.load(file)
+    except RecordError:
+        raise
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{path}: not JSON ({error})") from None
     for number, row in enumerate(rows, 1):
@@ -96,16 +97,16 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Cells that hold a JSON list or object are decoded, all others are texts; an empty cell is null."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, strict=True)
+    """Cells with a JSON list or object are decoded, all others are texts; an empty cell is None."""
+    with open_bytes(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        rows = csv.DictReader(text, strict=True)
         try:
             for row in rows:
                 where = f"{path}:{rows.line_num}"
                 if None in row or None in row.values():
-                    raise RecordError(
-                        f"{where}: not as many cells as the {len(rows.fieldnames or [])} fields of the first line"
-                    )
+                    columns = len(rows.fieldnames or [])
+                    raise RecordError(f"{where}: expected {columns} cells, as in the first line")
                 yield where, {field: _cell(value) for field, value in row.items()}
         except (csv.Error, UnicodeDecodeError) as error:
             raise RecordError(f"{path}:{rows.line_num + 1}: not CSV in UTF-8 ({error})") from None
@@ -121,22 +122,19 @@ def _cell(value: str) -> Any:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    from datasets import load_dataset
+    from datasets import load_dataset  # takes seconds, and only Parquet needs it
 
     try:
-        for number, row in enumerate(
-            load_dataset("parquet", data_files=str(path), split="train", streaming=True), 1
-        ):
+        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        for number, row in enumerate(rows, 1):
             yield f"{path}, row {number}", row
     except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, RecordError):
-            raise
         raise RecordError(f"{path}: cannot be read as Parquet ({one_line(str(error))})") from None
 
 
 def _hub_rows(name: str, config: str | None, split: str | None) -> Iterator[tuple[str, dict]]:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from datasets import load_dataset
+    from datasets import load_dataset  # takes seconds, and only the hub needs it
 
     try:
         splits = load_dataset(name, config, split=split, streaming=True)
@@ -148,26 +146,28 @@ def _hub_rows(name: str, config: str | None, split: str | None) -> Iterator[tupl
         for number, row in enumerate(splits, 1):
             yield f"{name} ({split}), row {number}", row
     except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, RecordError):
-            raise
         raise RecordError(
-            f"data set {name}: neither a file nor to be had from the hub ({one_line(str(error))})"
+            f"data set {name}: not a file, and not available from the hub ({one_line(str(error))})"
         ) from None
 
 
 def show(value: Any) -> str:
-    """The beginning of a value, for an error."""
+    """The first 60 characters of a value, for an error message."""
     return json.dumps(value, ensure_ascii=False, default=str)[:60]
 
 
 def read_table(
     path: str | Path, needed: Sequence[str]
 ) -> tuple[str, list[str], list[tuple[int, list[str]]]]:
-    """(delimiter, names of the columns as they stand there, (number of its first line, cells) of every row behind them) of a table
-    as spreadsheets write it: comma, semicolon or tab between the cells, with or without a byte-order mark; rows of nothing but
-    empty cells are left out. needed: columns that must be there, in whatever case. Raises RecordError with file and line."""
+    """Read a table as spreadsheets write it: (delimiter, column names, rows).
+
+    The delimiter is comma, semicolon or tab; a byte-order mark is allowed. Column names are as in
+    the file. A row is (number of its first line, cells); rows with only empty cells are left out.
+    needed: columns that the table must have, in lower case; the case in the file does not matter.
+    Raises RecordError with file and line."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        with open_bytes(path) as file:
+            text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecordError(
             f"{path}: not UTF-8 (byte {error.start + 1}); save the table as CSV UTF-8"
@@ -177,14 +177,10 @@ def read_table(
         if {*needed} <= {name.strip().lower() for name in names}:
             break
     else:
-        raise RecordError(
-            f"{path}:1: expected a header with {', '.join(needed)}, got {text[:60].splitlines()[:1]}"
-        )
-    reader, rows, line = (
-        csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True),
-        [],
-        1,
-    )
+        found = text[:60].splitlines()[:1]
+        raise RecordError(f"{path}:1: expected a header with {', '.join(needed)}, got {found}")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows, line = [], 1
     try:
         for cells in reader:
             rows.append((line, cells))

@@ -1,17 +1,18 @@
-"""Public data sets, and files of their shapes, as this project's records.
+"""Conversion of public data sets, and of files with their fields, into this project's records.
 
-A data set is the name of one on the hub (streamed), a local file (.jsonl, .json, .csv, .parquet) or a folder of such files. Its
-shape is recognized from the fields of its first row; SHAPES says what each shape gives. A row that is not what its shape says is
-a RecordError with file and line. A row that is sound and of no use (an empty `rejected`, a question without a step) is left out
-and counted in `dropped`, a Counter of reasons that the caller may hand in.
+SHAPES lists the known shapes; reasoning/datasets/loading.py recognizes the shape of a data set and
+applies its conversion. A conversion takes a row and `dropped`, a Counter of reasons, and yields
+records. A row that does not have the form of its shape raises RecordError. A row that has the form
+but cannot be used (an empty `rejected`, a question without a step) is left out and counted in
+`dropped`.
 
-A step is a line (reasoning/steps.py). A published step with line breaks in it, mostly LaTeX, is joined into one line, so that as
-many steps come back when the response is split again. Its words stay as published, `Step 3:` included, except that the
-annotations of GSM8K (`<<48/2=24>>`) are taken out. Text that comes in one piece is cut by `split_text`. Reference solutions
-(GSM8K, MATH) are written as this project's own: `Step 1: ...`, and a closing `Answer: ...`.
+A step is one line (reasoning/steps.py). A published step with line breaks, mostly LaTeX, is joined
+into one line, so that splitting the response again gives equally many steps. Its words stay as
+published, `Step 3:` included, except that the annotations of GSM8K (`<<48/2=24>>`) are removed. A
+text without marked steps is cut by `split_text`. Reference solutions (GSM8K, MATH) are written in
+this project's format: `Step 1: ...`, and a last step `Answer: ...`.
 """
 
-import itertools
 import json
 import re
 from collections import Counter
@@ -21,12 +22,13 @@ from typing import Any
 
 from common.errors import RecordError
 from reasoning.answers import extract_answer, same_answer
-from reasoning.datasets.files import load_rows, show
+from reasoning.datasets.files import show
 from reasoning.records import LabelledSolution, PreferencePair, Problem, StepValue
 from reasoning.steps import (
     CLOSING_STEP,
     STEP_NUMBER,
     one_line,
+    shared_prefix,
     split_sentences,
     split_steps,
     split_text,
@@ -37,11 +39,11 @@ _FIRST_STEP = re.compile(rf"^{STEP_NUMBER.pattern}", re.IGNORECASE | re.MULTILIN
 # PRM800K ends a solution with "\n\n# Answer\n\n29"
 _PRM_ANSWER = re.compile(r"\s*^#\s*Answer\s*$\s*", re.MULTILINE)
 
-# --- fields --------------------------------------------------------------------------------------------------------------------
+# --- fields ---
 
 
 def _field(row: Any, path: str, kind: type | tuple, expected: str) -> Any:
-    """The value at `question.problem`; RecordError if it is not there or of another type."""
+    """The value at a path like `question.problem`. Raises RecordError if its type is not `kind`."""
     value = row
     for name in path.split("."):
         value = value.get(name) if isinstance(value, dict) else None
@@ -65,58 +67,58 @@ def _texts(row: Any, path: str) -> list[str]:
     return texts
 
 
-def _label(value: Any, where: str) -> float | None:
-    """true, false or a number from 0 to 1, which is a label; null, which is none."""
+def _label(value: Any) -> float | None:
+    """A label from true, false or a number from 0 to 1; None from null."""
     if value is None or (isinstance(value, bool | int | float) and 0 <= value <= 1):
         return None if value is None else float(value)
-    raise RecordError(
-        f"{where}: expected true, false, null or a number from 0 to 1, got {show(value)}"
-    )
+    expected = "true, false, null or a number from 0 to 1"
+    raise RecordError(f"field 'labels': expected {expected}, got {show(value)}")
 
 
 def _solution(
     prompt: str,
-    steps: list[str],
-    labels: list[float | None],
-    final_correct: bool | None,
+    steps: Sequence[str],
+    labels: Sequence[float | None],
     dropped: Counter,
-):
-    """One LabelledSolution, or none (counted) if nobody labelled a step or a step is empty."""
-    steps = [one_line(step) for step in steps]
+    final_correct: bool | None = None,
+) -> Iterator[LabelledSolution]:
+    """One LabelledSolution, or none if no step has a label or a step is empty."""
+    lines = [one_line(step) for step in steps]
     if all(label is None for label in labels):
         dropped["solutions without a labelled step"] += 1
-    elif not all(steps):
+    elif not all(lines):
         dropped["solutions with an empty step"] += 1
     else:
-        row = {"prompt": prompt, "steps": steps, "labels": labels, "final_correct": final_correct}
+        row = {"prompt": prompt, "steps": lines, "labels": labels, "final_correct": final_correct}
         yield LabelledSolution.from_row(row)
 
 
 def _in_one_line(record: Any) -> Any:
-    """A record whose steps may have line breaks, without them."""
+    """The record with each of its steps in one line."""
     names = [name for name in ("steps", "prefix", "chosen", "rejected") if hasattr(record, name)]
-    record = replace(
-        record, **{name: [one_line(step) for step in getattr(record, name)] for name in names}
-    )
-    return replace(record, step=one_line(record.step)) if hasattr(record, "step") else record
+    changes: dict[str, Any] = {
+        name: [one_line(step) for step in getattr(record, name)] for name in names
+    }
+    if hasattr(record, "step"):
+        changes["step"] = one_line(record.step)
+    return replace(record, **changes)
 
 
-# --- GSM8K, MATH: problems with a reference solution -----------------------------------------------------------------------------
+# --- GSM8K, MATH: problems with a reference solution ---
 
 
 def _reference(steps: list[str], answer: str) -> list[str]:
-    """A reference solution as this project writes it: numbered steps, and the answer in a closing one."""
-    return [
-        *[
-            step if STEP_NUMBER.match(step) else f"Step {k}: {step}"
-            for k, step in enumerate(steps, 1)
-        ],
-        f"Answer: {answer}",
+    """A reference solution in this project's format: numbered steps, then the answer."""
+    numbered = [
+        step if STEP_NUMBER.match(step) else f"Step {k}: {step}" for k, step in enumerate(steps, 1)
     ]
+    return [*numbered, f"Answer: {answer}"]
 
 
 def _gsm8k_problem(row: dict, dropped: Counter) -> Iterator[Problem]:
-    """`answer`: one step a line with <<annotations>>, then `#### 72`; or, in a user's own file, the answer and nothing else."""
+    """`answer`: one step a line with <<annotations>>, then `#### 72`.
+
+    In a user's own file `answer` may also be the answer alone."""
     prompt, solution = _text(row, "question"), _text(row, "answer")
     answer, lines = extract_answer(solution), split_steps(_ANNOTATION.sub("", solution))
     steps = [one_line(line) for line in lines if not CLOSING_STEP.match(line)]
@@ -129,13 +131,13 @@ def _gsm8k_problem(row: dict, dropped: Counter) -> Iterator[Problem]:
 
 
 def _math_problem(row: dict, dropped: Counter) -> Iterator[Problem]:
-    """`solution`: prose with the answer in \\boxed{}. Drawings in it are left out, and what is left is cut into sentences."""
+    """`solution`: prose, the answer in \\boxed{}. A sentence is a step; drawings are removed."""
     prompt, solution = _text(row, "problem"), _text(row, "solution")
-    answer = (
-        one_line(row["answer"])
-        if isinstance(row.get("answer"), str)
-        else extract_answer(one_line(solution))
-    )
+    published = row.get("answer")
+    if isinstance(published, str):
+        answer = one_line(published)
+    else:
+        answer = extract_answer(one_line(solution)) or ""
     if not answer:
         dropped["problems without a final answer"] += 1
         return
@@ -144,11 +146,11 @@ def _math_problem(row: dict, dropped: Counter) -> Iterator[Problem]:
 
 
 def _problem_with_answer(prompt_field: str, answer_field: str) -> Callable:
-    """Data sets of steps that also have the right answer, and no reference solution."""
+    """For data sets of steps that also have the right answer, but no reference solution."""
 
     def problem(row: dict, dropped: Counter) -> Iterator[Problem]:
         prompt = _text(row, prompt_field)
-        answer = row
+        answer: Any = row
         for name in answer_field.split("."):
             answer = answer.get(name)
         if isinstance(answer, str) and answer.strip():
@@ -159,20 +161,24 @@ def _problem_with_answer(prompt_field: str, answer_field: str) -> Callable:
     return problem
 
 
-# --- PRM800K, Math-Shepherd, ProcessBench, TRL: labelled steps -------------------------------------------------------------------
+# --- PRM800K, Math-Shepherd, ProcessBench, TRL: labelled steps ---
 
-# PRM800K rates a step 1 (good), 0 (neutral) or -1 (bad). Its authors count neutral steps as right (Lightman et al. 2023, arXiv
-# 2305.20050, section 2.6); a step that the labeller wrote because all were bad has no rating and is right.
+# PRM800K rates a step 1 (good), 0 (neutral) or -1 (bad). Its authors count neutral steps as right
+# (Lightman et al. 2023, arXiv 2305.20050, section 2.6). A step that the labeller wrote, because all
+# completions were bad, has no rating; it is right.
 _RATINGS = {1: 1.0, 0: 1.0, -1: 0.0, None: None}
 
 
 def _prm800k_labels(row: dict, dropped: Counter) -> Iterator[LabelledSolution]:
-    """The solution that was labelled; then every alternative to one of its steps, as a solution that ends there and whose
-    other steps are unlabelled: so no rating is given twice.
+    """The solution that was labelled, then one solution for each alternative to one of its steps.
 
-    Where the labelling stopped at the first error, the steps behind it (`pre_generated_steps`) are there, unlabelled."""
-    prompt, steps, labels = _text(row, "question.problem"), [], []
-    alternatives = []
+    The alternative is the last step of its solution and the only labelled one, so that no rating is
+    used twice. Where labelling stopped at the first error, the later steps (`pre_generated_steps`)
+    follow without labels."""
+    prompt = _text(row, "question.problem")
+    steps: list[str] = []
+    labels: list[float | None] = []
+    alternatives: list[tuple[list[str], list[float | None]]] = []
     for k, step in enumerate(_field(row, "label.steps", list, "a list of steps"), 1):
         where = f"field 'label.steps', step {k}"
         completions = _field(step, "completions", (list, type(None)), "a list") or []
@@ -181,40 +187,35 @@ def _prm800k_labels(row: dict, dropped: Counter) -> Iterator[LabelledSolution]:
         if chosen is not None:
             if not isinstance(chosen, int) or not 0 <= chosen < len(rated):
                 raise RecordError(
-                    f"{where}: chosen_completion {show(chosen)} is none of its {len(rated)} completions"
+                    f"{where}: chosen_completion {show(chosen)} is none of its "
+                    f"{len(rated)} completions"
                 )
-            goes_on = rated.pop(chosen)
+            text, label = rated.pop(chosen)
         elif human is not None:
-            goes_on = (_prm800k_text(human, where), 1.0)
+            text, label = _prm800k_text(human, where), 1.0
         elif rated:
-            goes_on = rated.pop(0)  # the step of the solution; what follows it are other tries
+            # the step of the solution; the others are alternatives
+            text, label = rated.pop(0)
         else:
             break
-        alternatives += [([*steps, text], [*[None] * len(steps), label]) for text, label in rated]
-        steps, labels = [*steps, goes_on[0]], [*labels, goes_on[1]]
+        alternatives += [([*steps, other], [*[None] * len(steps), rate]) for other, rate in rated]
+        steps, labels = [*steps, text], [*labels, label]
         if chosen is None and human is None:
             break
     if not steps:
         dropped["solutions without a labelled step"] += 1
         return
-    whole = [
-        _prm800k_text({"text": text}, "")
-        for text in (row["question"].get("pre_generated_steps") or [])
-    ]
+    generated = row["question"].get("pre_generated_steps") or []
+    whole = [_prm800k_text({"text": text}, "") for text in generated]
     if whole[: len(steps)] == steps:
         labels, steps = labels + [None] * (len(whole) - len(steps)), whole
-    reference, answer = (
-        row["question"].get("ground_truth_answer"),
-        extract_answer(one_line(steps[-1])),
-    )
-    final_correct = (
-        same_answer(answer, reference)
-        if isinstance(reference, str) and answer is not None
-        else None
-    )
-    yield from _solution(prompt, steps, labels, final_correct, dropped)
+    reference = row["question"].get("ground_truth_answer")
+    answer, final_correct = extract_answer(one_line(steps[-1])), None
+    if isinstance(reference, str) and answer is not None:
+        final_correct = same_answer(answer, reference)
+    yield from _solution(prompt, steps, labels, dropped, final_correct)
     for texts, ratings in alternatives:
-        yield from _solution(prompt, texts, ratings, None, dropped)
+        yield from _solution(prompt, texts, ratings, dropped)
 
 
 def _prm800k_text(completion: Any, where: str) -> str:
@@ -224,17 +225,17 @@ def _prm800k_text(completion: Any, where: str) -> str:
 
 
 def _prm800k_completion(completion: Any, where: str) -> tuple[str, float | None]:
-    text = _prm800k_text(completion, where)
-    if completion.get("rating") not in _RATINGS:
-        raise RecordError(
-            f"{where}: expected a rating of -1, 0 or 1, got {show(completion.get('rating'))}"
-        )
-    return text, _RATINGS[completion.get("rating")]
+    text, rating = _prm800k_text(completion, where), completion.get("rating")
+    if rating not in _RATINGS:
+        raise RecordError(f"{where}: expected a rating of -1, 0 or 1, got {show(rating)}")
+    return text, _RATINGS[rating]
 
 
 def _shepherd_labels(row: dict, dropped: Counter) -> Iterator[LabelledSolution]:
-    """`input`: question and steps, a tag `ки` ends each step; `label`: the same with + or - in the tag's place. The label of the
-    last step is that of the final answer (Wang et al. 2024, arXiv 2312.08935: a step is right if some continuation ends right)."""
+    """`input`: question and steps, a tag `ки` after each step. `label`: + or - for each tag.
+
+    The label of the last step is that of the final answer (Wang et al. 2024, arXiv 2312.08935: a
+    step is right if some rollout from it ends right)."""
     parts, label = _text(row, "input").split("ки"), _text(row, "label")
     labels, position = [], 0
     for part in parts[:-1]:
@@ -249,26 +250,22 @@ def _shepherd_labels(row: dict, dropped: Counter) -> Iterator[LabelledSolution]:
         dropped["rows without 'Step 1:' or without a tag"] += 1
         return
     steps = [_ANNOTATION.sub("", text) for text in (marker + first, *parts[1:-1])]
-    yield from _solution(question.strip(), steps, labels, labels[-1] == 1, dropped)
+    yield from _solution(question.strip(), steps, labels, dropped, labels[-1] == 1)
 
 
 def _processbench_labels(row: dict, dropped: Counter) -> Iterator[LabelledSolution]:
-    """`label`: the index of the first wrong step, -1 if there is none; steps behind it are unlabelled (Zheng et al. 2024)."""
+    """`label`: index of the first wrong step, or -1; no labels after it (Zheng et al. 2024)."""
     prompt, steps = _text(row, "problem"), _texts(row, "steps")
     error = _field(row, "label", int, "a whole number")
     if not -1 <= error < len(steps):
-        raise RecordError(
-            f"field 'label': expected -1 or the index of one of {len(steps)} steps, got {error}"
-        )
-    labels = (
-        [1.0] * len(steps)
-        if error < 0
-        else [1.0] * error + [0.0] + [None] * (len(steps) - error - 1)
-    )
+        expected = f"-1 or the index of one of {len(steps)} steps"
+        raise RecordError(f"field 'label': expected {expected}, got {error}")
+    labels: list[float | None] = [1.0] * len(steps)
+    if error >= 0:
+        labels[error:] = [0.0] + [None] * (len(steps) - error - 1)
     correct = row.get("final_answer_correct")
-    yield from _solution(
-        prompt, steps, labels, correct if isinstance(correct, bool) else None, dropped
-    )
+    final_correct = correct if isinstance(correct, bool) else None
+    yield from _solution(prompt, steps, labels, dropped, final_correct)
 
 
 def _trl_labels(row: dict, dropped: Counter) -> Iterator[LabelledSolution]:
@@ -277,52 +274,48 @@ def _trl_labels(row: dict, dropped: Counter) -> Iterator[LabelledSolution]:
         dropped["prompts of more than one turn"] += 1
         return
     steps = [_ANNOTATION.sub("", step) for step in _texts(row, "completions")]
-    labels = [
-        _label(label, "field 'labels'") for label in _field(row, "labels", list, "a list of labels")
-    ]
+    labels = [_label(label) for label in _field(row, "labels", list, "a list of labels")]
     if len(steps) != len(labels):
-        raise RecordError(
-            f"field 'labels': expected one label for each of {len(steps)} steps, got {len(labels)}"
-        )
-    yield from _solution(prompt, steps, labels, None, dropped)
+        expected = f"one label for each of {len(steps)} steps"
+        raise RecordError(f"field 'labels': expected {expected}, got {len(labels)}")
+    yield from _solution(prompt, steps, labels, dropped)
 
 
 def _own_labels(row: dict, dropped: Counter) -> Iterator[LabelledSolution]:
-    solution = LabelledSolution.from_row(row)
-    yield from _solution(
-        *(getattr(solution, name) for name in ("prompt", "steps", "labels", "final_correct")),
-        dropped,
-    )
+    own = LabelledSolution.from_row(row)
+    yield from _solution(own.prompt, own.steps, own.labels, dropped, own.final_correct)
 
 
-# --- Step-DPO, TRL: preferences --------------------------------------------------------------------------------------------------
+# --- Step-DPO, TRL: preferences ---
 
 
 def _step_dpo_pair(row: dict, dropped: Counter) -> Iterator[PreferencePair]:
-    """One right and one wrong step after the same beginning: scores 1 and 0. The published beginning may end with the number of
-    the step to come ("... Step 3:"), which goes in front of both."""
-    prompt, beginning = _text(row, "prompt"), _field(row, "initial_reason_steps", str, "a text")
-    chosen, rejected = (
-        one_line(_field(row, side, str, "a text")) for side in ("chosen", "rejected")
-    )
-    for side, step in (("chosen", chosen), ("rejected", rejected)):
+    """One right and one wrong step after the same prefix: scores 1 and 0.
+
+    The published prefix may end with the number of the next step ("... Step 3:"), which then moves
+    to both steps."""
+    prompt, initial = _text(row, "prompt"), _field(row, "initial_reason_steps", str, "a text")
+    sides = {side: one_line(_field(row, side, str, "a text")) for side in ("chosen", "rejected")}
+    for side, step in sides.items():
         if not step:
             dropped[f"pairs with an empty '{side}'"] += 1
             return
-    prefix = split_text(beginning.replace("Let's think step by step.", "", 1))
+    chosen, rejected = sides.values()
+    prefix = split_text(initial.replace("Let's think step by step.", "", 1))
     if prefix and re.fullmatch(r"Step\s+\d+\s*:", prefix[-1]):
         marker = prefix.pop()
         chosen, rejected = f"{marker} {chosen}", f"{marker} {rejected}"
     if chosen == rejected:
         dropped["pairs with the same step on both sides"] += 1
         return
-    yield PreferencePair(
-        prompt, [chosen], [rejected], prefix, chosen_scores=[1.0], rejected_scores=[0.0]
-    )
+    scores = {"chosen_scores": [1.0], "rejected_scores": [0.0]}
+    yield PreferencePair(prompt, [chosen], [rejected], prefix, **scores)
 
 
 def _prompt_text(prompt: Any) -> str | None:
-    """The question in a prompt: a text, or messages (a system message goes in front). None if there is more than one turn."""
+    """The question of a prompt: a text, or messages, the system message first.
+
+    None if the messages have more than one turn."""
     if isinstance(prompt, str):
         return _text({"prompt": prompt}, "prompt")
     texts = _message_texts(prompt, "prompt")
@@ -334,46 +327,34 @@ def _prompt_text(prompt: Any) -> str | None:
 def _message_texts(messages: Any, name: str) -> list[tuple[str, str]]:
     """(role, text) of chat messages whose content is a text or a list of text parts."""
     texts = []
-    for message in messages if isinstance(messages, list) else [None]:
+    items: list[Any] = messages if isinstance(messages, list) else [None]
+    for message in items:
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, list):
-            content = "".join(
-                str(part.get("text", "")) for part in content if isinstance(part, dict)
-            )
+            parts = [part for part in content if isinstance(part, dict)]
+            content = "".join(str(part.get("text", "")) for part in parts)
         if not isinstance(content, str) or not isinstance(message.get("role"), str):
-            raise RecordError(
-                f"field '{name}': expected a text or messages with role and content, got {show(messages)}"
-            )
+            expected = "a text or messages with role and content"
+            raise RecordError(f"field '{name}': expected {expected}, got {show(messages)}")
         texts.append((message["role"], content))
     return texts
 
 
 def _trl_pair(row: dict, dropped: Counter) -> Iterator[PreferencePair]:
-    """TRL's preference format, plain or conversational, the prompt in a field of its own or in front of both sides."""
+    """TRL's preference format: texts or messages, the prompt in its own field or in both sides."""
     prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
     if all(isinstance(side, str) for side in sides):
-        if prompt is None:  # both sides begin with it; cut between words, as TRL does
-            common = "".join(
-                a
-                for a, b in itertools.takewhile(
-                    lambda ab: ab[0] == ab[1], zip(*sides, strict=False)
-                )
-            )
-            prompt = re.match(r"(?s)(?:.*\s)?", common)[0]
+        if prompt is None:  # both sides start with it; cut between words, as TRL does
+            common = sides[0][: shared_prefix(*sides)]
+            prompt = re.sub(r"\S*\Z", "", common)
             sides = [side[len(prompt) :] for side in sides]
             if not prompt.strip():
                 dropped["pairs without a common prompt"] += 1
                 return
     else:
-        messages = [
-            _message_texts(side, name)
-            for side, name in zip(sides, ("chosen", "rejected"), strict=True)
-        ]
+        messages = [_message_texts(row[name], name) for name in ("chosen", "rejected")]
         if prompt is None:
-            k = next(
-                (k for k, (a, b) in enumerate(zip(*messages, strict=False)) if a != b),
-                min(map(len, messages)),
-            )
+            k = shared_prefix(*messages)
             prompt, messages = row["chosen"][:k], [side[k:] for side in messages]
         if any([role for role, _ in side] != ["assistant"] for side in messages):
             dropped["pairs whose sides differ in more than one answer"] += 1
@@ -394,61 +375,55 @@ def _own_pair(row: dict, dropped: Counter) -> Iterator[PreferencePair]:
     yield _in_one_line(PreferencePair.from_row(row))
 
 
-# --- OmegaPRM: values of beginnings ----------------------------------------------------------------------------------------------
+# --- OmegaPRM, three columns: values of steps ---
 
 
 def _omegaprm_values(row: dict, dropped: Counter) -> Iterator[StepValue]:
-    """`solution_prefix` is the question and the beginning of a solution, `mc_value` the share of rollouts from there that end
-    right: the value of the beginning's last step (a paragraph)."""
+    """`solution_prefix`: question and prefix of a solution. `mc_value`: value of its last step.
+
+    The value is the share of rollouts from the prefix that end right. A step is a paragraph."""
     question = _text(row, "question")
     for k, node in enumerate(_field(row, "reasoning_steps", list, "a list"), 1):
-        beginning = _field(node, "solution_prefix", str, "a text").strip()
-        if not beginning.startswith(question):
+        prefix = _field(node, "solution_prefix", str, "a text").strip()
+        if not prefix.startswith(question):
             raise RecordError(
-                f"field 'reasoning_steps', item {k}: its solution_prefix does not begin with the question"
+                f"field 'reasoning_steps', item {k}: its solution_prefix does not begin with the "
+                "question"
             )
-        steps = split_text(beginning.removeprefix(question))
+        steps, score = split_text(prefix.removeprefix(question)), node.get("mc_value")
         if steps:
-            value = {
-                "prompt": question,
-                "prefix": steps[:-1],
-                "step": steps[-1],
-                "score": node.get("mc_value"),
-            }
+            value = {"prompt": question, "prefix": steps[:-1], "step": steps[-1], "score": score}
             yield StepValue.from_row(value)
         else:
             dropped["values of a question without a step"] += 1
 
 
 def _own_value(row: dict, dropped: Counter) -> Iterator[StepValue]:
-    """Numbers of a CSV come as texts."""
+    """In a CSV the numbers are texts."""
     numbers = {name: row.get(name) for name in ("score", "rollouts", "visits")}
     try:
-        numbers = {
-            name: json.loads(value) if isinstance(value, str) else value
-            for name, value in numbers.items()
-        }
+        for name, value in numbers.items():
+            numbers[name] = json.loads(value) if isinstance(value, str) else value
     except ValueError:
-        raise RecordError(
-            f"field 'score': expected a score from 0 to 1, got {show(row.get('score'))}"
-        ) from None
+        got = show(row.get("score"))
+        raise RecordError(f"field 'score': expected a score from 0 to 1, got {got}") from None
     yield _in_one_line(StepValue.from_row({**row, **numbers}))
 
 
-def three_columns(value: StepValue) -> dict[str, str | float]:
-    """A StepValue as a row of the three-column table: `question` (the problem, and under it the steps so far, one a line),
-    `next_step`, `score`. Rollouts and visits are left out. Raises RecordError for a value that would come back as another one: the
-    problem ends where the first line begins with `Step 1:`, so the first step has to begin so, and no line of the problem may."""
+def three_columns(value: StepValue) -> dict[str, Any]:
+    """A StepValue as a row of the three-column table: `question`, `next_step`, `score`.
+
+    `question` is the problem and, in the lines after it, the prefix. Rollouts and visits are left
+    out. A reader of the table ends the problem before the first line that begins with `Step 1:`, so
+    the first step must begin with it, and no line of the problem may. Raises RecordError."""
     value = _in_one_line(value)
-    row = {
-        "question": "\n".join([value.prompt, *value.prefix]),
-        "next_step": value.step,
-        "score": value.score,
-    }
+    question = "\n".join([value.prompt, *value.prefix])
+    row = {"question": question, "next_step": value.step, "score": value.score}
     (back,) = _three_column_value(row, Counter())
     if (back.prompt, back.prefix, back.step) != (value.prompt, value.prefix, value.step):
         raise RecordError(
-            "three columns cannot say where this problem ends: expected a first step that begins with 'Step 1:'"
+            "the end of this problem cannot be found in three columns: expected a first step that "
+            "begins with 'Step 1:'"
         )
     return row
 
@@ -457,11 +432,8 @@ def _three_column_value(row: dict, dropped: Counter) -> Iterator[StepValue]:
     question = _text(row, "question")
     first = _FIRST_STEP.search(question)
     end = first.start() if first else len(question)
-    value = {
-        "prompt": question[:end].strip(),
-        "prefix": split_steps(question[end:]),
-        "step": _text(row, "next_step"),
-    }
+    prompt, prefix = question[:end].strip(), split_steps(question[end:])
+    value = {"prompt": prompt, "prefix": prefix, "step": _text(row, "next_step")}
     yield from _own_value({**value, "score": row["score"]}, dropped)
 
 
@@ -469,7 +441,7 @@ def _own_problem(row: dict, dropped: Counter) -> Iterator[Problem]:
     yield _in_one_line(Problem.from_row(row))
 
 
-# --- shapes ----------------------------------------------------------------------------------------------------------------------
+# --- shapes ---
 
 KINDS = {
     "problems": Problem,
@@ -481,7 +453,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """`fields`: what its rows must have. `gives`: kind of record (KINDS) -> function of (row, dropped), the best kind first."""
+    """How to recognize a data set, and what can be made of it.
+
+    fields: every row has them. gives: kind of record (a key of KINDS) -> conversion, best kind
+    first. test: a further condition on the row."""
 
     name: str
     fields: tuple[str, ...]
@@ -496,7 +471,8 @@ def _has_steps(row: dict) -> bool:
     return isinstance(row["chosen"], list) and all(isinstance(step, str) for step in row["chosen"])
 
 
-# The first that fits a row is its shape. Source of each: the name on the hub, or the repository that publishes it.
+# The first shape that fits a row is the row's shape. The comments give the source of a shape: its
+# name on the hub, or its repository.
 SHAPES = [
     Shape(  # xinlai/Math-Step-DPO-10K
         "Step-DPO",
@@ -531,7 +507,7 @@ SHAPES = [
     ),
     Shape("labelled solutions", ("prompt", "steps", "labels"), {"step_labels": _own_labels}),
     Shape("step values", ("prompt", "step", "score"), {"step_values": _own_value}),
-    # of searched steps, as CSV
+    # CSV of utils/build_mcts_dataset.py
     Shape(
         "three columns", ("question", "next_step", "score"), {"step_values": _three_column_value}
     ),
@@ -548,82 +524,3 @@ SHAPES = [
     Shape("MATH", ("problem", "solution"), {"problems": _math_problem}),
     Shape("GSM8K", ("question", "answer"), {"problems": _gsm8k_problem}),
 ]
-
-
-def shape_of(row: dict, where: str) -> Shape:
-    """The shape of a row. Raises RecordError with the fields found and the shapes known."""
-    for shape in SHAPES:
-        if all(row.get(field) is not None for field in shape.fields) and shape.test(row):
-            return shape
-    raise RecordError(
-        f"{where}: fields {', '.join(row) or 'none'} are of no known shape; known: {'; '.join(map(str, SHAPES))}"
-    )
-
-
-def find_shape(name: str, config: str | None = None, split: str | None = None) -> Shape:
-    """The shape of a data set, from its first row. Raises RecordError."""
-    where, row = next(load_rows(name, config, split))
-    return shape_of(row, where)
-
-
-def load_records(
-    kinds: Sequence[str],
-    name: str,
-    config: str | None = None,
-    split: str | None = None,
-    dropped: Counter | None = None,
-) -> Iterator[tuple[str, Any]]:
-    """(where, record) of the first of `kinds` (KINDS) that the data set's shape gives. Raises RecordError."""
-    convert, dropped = None, Counter() if dropped is None else dropped
-    for where, row in load_rows(name, config, split):
-        if convert is None:
-            shape = shape_of(row, where)
-            convert = next((shape.gives[kind] for kind in kinds if kind in shape.gives), None)
-            if convert is None:
-                raise RecordError(
-                    f"{name}: {shape} gives {' or '.join(shape.gives)}, no {' or '.join(kinds)}; "
-                    "python utils/prepare_dataset.py makes some of one kind from another"
-                )
-        missing = [field for field in shape.fields if field not in row]
-        if missing:
-            raise RecordError(f"{where}: field '{missing[0]}' is missing in a file of {shape}")
-        try:
-            for record in convert(row, dropped):
-                yield where, record
-        except RecordError as error:
-            raise RecordError(f"{where}: {error}") from None
-
-
-def load_problems(
-    name: str, config: str | None = None, split: str | None = None, dropped: Counter | None = None
-) -> Iterator[Problem]:
-    """Problems with their answers, and reference solutions where the data set has them. Raises RecordError."""
-    return (record for _, record in load_records(["problems"], name, config, split, dropped))
-
-
-def load_step_labels(
-    name: str, config: str | None = None, split: str | None = None, dropped: Counter | None = None
-) -> Iterator[LabelledSolution]:
-    """Solutions whose steps are labelled: 1 right, 0 wrong, None unlabelled. Raises RecordError."""
-    return (record for _, record in load_records(["step_labels"], name, config, split, dropped))
-
-
-def load_pairs(
-    name: str, config: str | None = None, split: str | None = None, dropped: Counter | None = None
-) -> Iterator[PreferencePair]:
-    """Preference pairs with the steps that both sides share in `prefix`, scored if the data set says which step is right. Raises
-    RecordError. (Pairs from labelled steps need the whole data set at once: utils/prepare_dataset.py.)"""
-    return (record for _, record in load_records(["pairs"], name, config, split, dropped))
-
-
-def load_step_values(
-    name: str, config: str | None = None, split: str | None = None, dropped: Counter | None = None
-) -> Iterator[StepValue]:
-    """Steps with their values, 0..1: Monte Carlo estimates, or the labels of labelled steps. Raises RecordError."""
-    for _, record in load_records(["step_values", "step_labels"], name, config, split, dropped):
-        if isinstance(record, StepValue):
-            yield record
-            continue
-        for k, (step, label) in enumerate(zip(record.steps, record.labels, strict=True)):
-            if label is not None:
-                yield StepValue(record.prompt, step, label, prefix=record.steps[:k])
