@@ -1,42 +1,49 @@
-"""The engine under all sampling: rows that each go on from a beginning of their own, decoded together in one rectangular KV cache.
+"""The engine of all sampling: rows that each continue a prefix, decoded together in one KV cache.
 
-A beginning is read once, and its samples are one row for as long as they draw the same tokens; where they part, the row splits:
-what samples have in common is never computed twice. Rows that have ended leave the cache, and waiting ones enter. Where a step of
-a solution ends, the cache of what was read so far is kept, and whoever goes on from there need not read it again.
+A prefix is read once. Its samples share one row while they draw the same tokens; where they differ,
+the row is split, so no shared token is computed twice. Rows that have ended leave the cache, and
+waiting rows enter. Where a step of a solution ends, the cache of the row is kept: a later call that
+continues from there need not read the text again.
 """
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-MAX_ROWS = 256  # sequences decoded at once: on two cores more rows do not raise the rate
-COMPACT_AT = 0.75  # ended rows leave, and waiting ones enter, when this share of the rows or fewer is still being written
-ROOM = 64  # tokens that a cache has room for before it is moved
-KEPT_BYTES = 2 << 30  # what the kept caches of steps may take; those longest out of use go first
+MAX_ROWS = 256  # rows decoded at once: on two cores more rows do not raise the rate
+# ended rows leave and waiting ones enter when at most this share of the rows is still being written
+COMPACT_AT = 0.75
+SPARE_COLUMNS = 64  # tokens that a cache can take before it is moved to larger buffers
+KEPT_BYTES = 2 << 30  # limit of the kept caches of steps; the least recently used are dropped first
 
 
 @dataclass
 class DecodingRow:
-    """Samples of a beginning that drew the same tokens so far: their numbers, the ids they have got, EOS included, how many they
-    may get, how they ended. `uniforms` (n, most): the random numbers of all samples of the beginning, one a token."""
+    """Samples of one prefix that have drawn the same tokens so far.
+
+    prefix: the index of the prefix. samples: the numbers of the samples. limit: the most tokens
+    that they may draw. uniforms (n, limit): random numbers for all samples of the prefix, one a
+    token. ids: the tokens drawn so far, EOS included. ended: empty while the row is being written,
+    then "finished" (by EOS), "step" (at the end of a step) or "cut" (at `limit`)."""
 
     prefix: int
     samples: list[int]
-    most: int
-    uniforms: np.ndarray | None = None
+    limit: int
+    uniforms: Any = None
     ids: list[int] = field(default_factory=list)
-    ended: str = ""  # "finished" by EOS, "step" at the end of a step, "cut" at `most`
+    ended: str = ""
 
     def add(self, tokens: Sequence[int]) -> list["DecodingRow"]:
-        """Every sample gets its next token. Returns a row for each of the tokens that differ, this one among them."""
+        """Append the next token of every sample. Returns a row for each token, this one first."""
         parts: dict[int, list[int]] = {}
-        # there may be more tokens: rows are padded
+        # `tokens` may be longer than the samples: it is padded to the row with the most samples
         for sample, token in zip(self.samples, tokens, strict=False):
             parts.setdefault(token, []).append(sample)
         (token, self.samples), *others = parts.items()
@@ -47,27 +54,27 @@ class DecodingRow:
         return [self, *split]
 
 
-class _RoomyLayer(DynamicLayer):
-    """Keys and values with room for more tokens and rows: DynamicLayer moves everything at every token, which takes two fifths of
-    all time on a CPU. `keys` and `values` are what is in use of the two buffers."""
+# keys and values of every layer, each (R, H, T, D): rows, heads, tokens, size of a head
+Layers = list[tuple[Tensor, Tensor]]
+
+
+class _BufferedLayer(DynamicLayer):
+    """Two buffers with spare rows and columns; `keys` and `values` are their parts in use.
+
+    (DynamicLayer copies everything at every token: two fifths of all time on a CPU.)"""
 
     def hold(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Take over keys and values, (R, H, T, D) each, under each other, aligned at the right end of T."""
+        """Copy (keys, values), each (R, H, T, D), below one another, aligned at T's right end."""
         if not self.is_initialized:
             self.lazy_initialization(*parts[0])
-        rows, columns = (
-            sum(keys.size(0) for keys, _ in parts),
-            max(keys.size(2) for keys, _ in parts),
-        )
+        rows = sum(keys.size(0) for keys, _ in parts)
+        columns = max(keys.size(2) for keys, _ in parts)
+        capacity = min(2 * rows, max(rows, MAX_ROWS)), columns + SPARE_COLUMNS
         self.buffers = []
         for tensors in zip(*parts, strict=True):
             _, heads, _, size = tensors[0].shape
-            buffer, end = (
-                tensors[0].new_empty(
-                    min(2 * rows, max(rows, MAX_ROWS)), heads, columns + ROOM, size
-                ),
-                0,
-            )
+            buffer = tensors[0].new_empty(capacity[0], heads, capacity[1], size)
+            end = 0
             for tensor in tensors:
                 start, end = end, end + tensor.size(0)
                 left = columns - tensor.size(2)
@@ -77,7 +84,7 @@ class _RoomyLayer(DynamicLayer):
         self._use(rows, columns)
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.hold([(key_states, value_states)])
@@ -96,71 +103,72 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[:rows, :, :columns] for buffer in self.buffers)
 
     def copy_rows(self, sources: Tensor, targets: Tensor, rows: int) -> None:
-        """Write the rows `sources` over the rows `targets`, or behind all of them; `rows` there are afterwards."""
+        """Copy the rows `sources` to the places `targets`. The first `rows` are then in use."""
         columns = self.keys.size(2)
         for buffer in self.buffers:
             buffer[targets, :, :columns] = buffer[sources, :, :columns]
         self._use(rows, columns)
 
 
-# keys and values of every layer, each (rows, heads, tokens, size of a head)
-Layers = list[tuple[Tensor, Tensor]]
-
-
 @dataclass
 class _Batch:
-    """Rows whose texts are in the cache, each at its right end: a row's are the last `lengths` (R,) of its columns. `logits` (R, V)
-    say what comes next."""
+    """Rows in one cache.
+
+    The tokens of a row are the last `lengths` (R,) of its columns; `logits` (R, V) predict its next
+    token."""
 
     cache: Cache
     lengths: Tensor
     logits: Tensor
     rows: list[DecodingRow]
 
-    def go_on(self, going: Sequence[tuple[int, DecodingRow]]) -> None:
-        """What is left are these rows, each with the place that it had or split from."""
-        stay = dict(reversed(going))  # the first of a place
-        split = [(place, row) for place, row in going if stay[place] is not row]
-        room = self.cache.layers[0].buffers[0].size(0)
-        free = [place for place in range(room) if place not in stay]
-        if len(going) <= COMPACT_AT * len(self.rows) or len(split) > len(free):
-            places = torch.tensor([place for place, _ in going], device=self.lengths.device)
-            self.lengths, self.rows = self.lengths[places], [row for _, row in going]
-            first = self.cache.get_seq_length() - int(self.lengths.max())
-            self.cache = _cache(
-                [
-                    [
-                        (keys[places, :, first:], values[places, :, first:])
-                        for keys, values in _layers(self.cache)
-                    ]
-                ]
-            )
+    def keep(self, kept: Sequence[tuple[int, DecodingRow]]) -> None:
+        """Keep these rows, each given with its place or that of the row from which it was split.
+
+        The places of other rows are reused, or removed if few rows are left."""
+        stay = dict(reversed(kept))  # place -> the first of its rows
+        split = [(place, row) for place, row in kept if stay[place] is not row]
+        capacity = self.cache.layers[0].buffers[0].size(0)
+        free = [place for place in range(capacity) if place not in stay]
+        if len(kept) <= COMPACT_AT * len(self.rows) or len(split) > len(free):
+            self._compact(kept)
             return
         for place, row in stay.items():
             self.rows[place] = row
-        if split:
-            origin = [*range(len(self.rows))]
-            for (source, row), target in zip(split, free, strict=False):
-                if target == len(self.rows):
-                    self.rows.append(row)
-                    origin.append(source)
-                else:
-                    self.rows[target], origin[target] = row, source
-            self.lengths = self.lengths[origin]
-            sources, targets = (
-                torch.tensor(places, device=self.lengths.device)
-                for places in ([place for place, _ in split], free[: len(split)])
-            )
-            for layer in self.cache.layers:
-                layer.copy_rows(sources, targets, len(origin))
+        if not split:
+            return
+        targets = free[: len(split)]
+        origin = [*range(len(self.rows))]
+        for (source, row), target in zip(split, targets, strict=True):
+            if target == len(self.rows):
+                self.rows.append(row)
+                origin.append(source)
+            else:
+                self.rows[target], origin[target] = row, source
+        self.lengths = self.lengths[origin]
+        sources = self._tensor([place for place, _ in split])
+        for layer in self.cache.layers:
+            layer.copy_rows(sources, self._tensor(targets), len(origin))
+
+    def _compact(self, kept: Sequence[tuple[int, DecodingRow]]) -> None:
+        places = self._tensor([place for place, _ in kept])
+        self.lengths, self.rows = self.lengths[places], [row for _, row in kept]
+        first = self.cache.get_seq_length() - int(self.lengths.max())
+        layers = [
+            (keys[places, :, first:], values[places, :, first:])
+            for keys, values in _layers(self.cache)
+        ]
+        self.cache = _cache([layers])
+
+    def _tensor(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, device=self.lengths.device)
 
     def join(self, other: "_Batch") -> "_Batch":
-        both = (self, other)
-        tensors = [
-            torch.cat([getattr(batch, name) for batch in both]) for name in ("lengths", "logits")
-        ]
         return _Batch(
-            _cache([_layers(batch.cache) for batch in both]), *tensors, self.rows + other.rows
+            _cache([_layers(self.cache), _layers(other.cache)]),
+            torch.cat([self.lengths, other.lengths]),
+            torch.cat([self.logits, other.logits]),
+            self.rows + other.rows,
         )
 
 
@@ -169,31 +177,35 @@ def _layers(cache: Cache) -> Layers:
 
 
 def _cache(parts: Sequence[Layers]) -> Cache:
-    """The rows of all parts under each other, as a cache to go on from."""
-    # all layers alike: those with a window keep everything as well
-    cache = Cache(layer_class_to_replicate=_RoomyLayer)
-    for of_layer in zip(*parts, strict=True):
-        cache.layers.append(_RoomyLayer())
-        cache.layers[-1].hold(of_layer)
+    """One cache with the rows of all parts below one another."""
+    # one class for all layers: a layer with a sliding window keeps all its tokens as well
+    cache = Cache(layer_class_to_replicate=_BufferedLayer)
+    for layer_parts in zip(*parts, strict=True):
+        cache.layers.append(_BufferedLayer())
+        cache.layers[-1].hold(layer_parts)
     return cache
 
 
 class Decoder:
-    """A causal language model with full attention (a window longer than the texts is as good), its tokenizer and end tokens."""
+    """A causal LM, its tokenizer and the ids that end a text.
 
-    def __init__(self, model, tokenizer, eos_ids: set[int]):
+    Its attention is full, or has a sliding window that is longer than the texts."""
+
+    def __init__(self, model: Any, tokenizer: Any, eos_ids: set[int]):
         self.model, self.tokenizer, self.eos_ids = model, tokenizer, eos_ids
         self.context = getattr(model.config, "max_position_embeddings", 2048)
-        # ids -> cache of all of them but the last
+        # ids -> the cache of all of them but the last
         self._kept: OrderedDict[tuple[int, ...], Layers] = OrderedDict()
         self._kept_bytes = 0
         self._newlines: dict[int, bool] = {}
 
-    # --- where steps end
+    # --- where steps end ---
 
     def step_ends(self, ids: Sequence[int]) -> list[int]:
-        """How many ids there are up to the end of each step. A token with a newline ends a step that holds more than white space;
-        what follows the last newline is a step as well, if it holds anything, or else belongs to the step before."""
+        """The number of ids up to the end of each step.
+
+        A token with a newline ends a step, if the step has more than white space. Text behind the
+        last newline is a step too; white space there belongs to the step before."""
         ends, start = [], 0
         for position, token in enumerate(ids, 1):
             if (position == len(ids) or self._breaks(token)) and self.text(ids[start:position]):
@@ -202,6 +214,7 @@ class Decoder:
         return [*ends[:-1], len(ids)] if ends else []
 
     def text(self, ids: Sequence[int]) -> str:
+        """The text of ids in one line, without special tokens."""
         return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
 
     def _breaks(self, token: int) -> bool:
@@ -209,7 +222,7 @@ class Decoder:
             self._newlines[token] = "\n" in self.tokenizer.decode([token])
         return self._newlines[token]
 
-    # --- decoding
+    # --- decoding ---
 
     @torch.inference_mode()
     def decode(
@@ -222,17 +235,23 @@ class Decoder:
         one_step: bool = False,
         top_p: float = 1.0,
     ) -> Iterator[list[DecodingRow]]:
-        """After every token the rows that got it. A beginning has n samples, in as many rows as differ, each written until EOS,
-        `max_new_tokens`, the end of the model's context or, with `one_step`, the end of a step. Beginnings are ids, one at least,
-        fewer than the context.
+        """Draw n samples of every prefix; after every token yield the rows that got one.
+
+        A sample ends at EOS, after `max_new_tokens`, at the end of the model's context or, with
+        `one_step`, at the end of a step. Prefixes are ids, at least one and fewer than the context.
         top_p, above 0: only the likeliest tokens that together reach this probability are drawn.
 
-        A sample's random numbers come from seed, beginning and number alone, so it does not matter what else is decoded."""
+        The random numbers of a sample depend on the seed, the prefix and the number of the sample
+        alone, so a sample is the same whatever else is decoded."""
         waiting = [
-            DecodingRow(i, [*range(n)], min(max_new_tokens, self.context - len(ids)))
-            for i, ids in enumerate(prefixes)
+            DecodingRow(k, [*range(n)], min(max_new_tokens, self.context - len(ids)))
+            for k, ids in enumerate(prefixes)
         ]
-        waiting.sort(key=lambda row: -len(prefixes[row.prefix]))  # like lengths enter together
+        waiting.sort(key=lambda row: -len(prefixes[row.prefix]))  # similar lengths enter together
+
+        def all_ids(row: DecodingRow) -> tuple[int, ...]:
+            return (*prefixes[row.prefix], *row.ids)
+
         batch: _Batch | None = None
         while waiting or batch:
             free = MAX_ROWS - (len(batch.rows) if batch else 0)
@@ -240,86 +259,84 @@ class Decoder:
                 entering = [waiting.pop() for _ in range(min(len(waiting), free))]
                 for row in entering:
                     if temperature and row.uniforms is None:
-                        ids = tuple(prefixes[row.prefix])
-                        row.uniforms = np.array(
-                            [_uniforms(seed, ids, sample, row.most) for sample in row.samples]
-                        )
-                for group in self._enter(
-                    [((*prefixes[row.prefix], *row.ids), row) for row in entering]
-                ):
+                        row.uniforms = _uniforms(seed, all_ids(row), row)
+                for group in self._enter([(all_ids(row), row) for row in entering]):
                     batch = batch.join(group) if batch else group
-            written, going = [], []
-            for place, (row, tokens) in enumerate(
-                zip(batch.rows, self._choose(batch, temperature, top_p), strict=True)
-            ):
+            assert batch is not None  # either it was there, or rows entered
+            drawn = self._draw(batch, temperature, top_p)
+            written: list[DecodingRow] = []
+            kept: list[tuple[int, DecodingRow]] = []
+            for place, (row, tokens) in enumerate(zip(batch.rows, drawn, strict=True)):
                 for part in row.add(tokens) if not row.ended else ():
                     written.append(part)
-                    if part.ids[-1] in self.eos_ids:
-                        part.ended = "finished"
-                    elif one_step and self._breaks(part.ids[-1]) and self.text(part.ids):
-                        part.ended = "step"
-                        self._keep((*prefixes[part.prefix], *part.ids), batch, place)
-                    elif len(part.ids) >= part.most:
-                        part.ended = "cut"
-                    elif len(going) < MAX_ROWS:
-                        going.append((place, part))
-                    else:  # too many have split: it waits for room
-                        self._keep((*prefixes[part.prefix], *part.ids), batch, place)
+                    part.ended = self._ending(part, one_step)
+                    if part.ended == "step":
+                        self._keep(all_ids(part), batch, place)
+                    elif not part.ended and len(kept) < MAX_ROWS:
+                        kept.append((place, part))
+                    elif not part.ended:  # too many rows were split: this one waits
+                        self._keep(all_ids(part), batch, place)
                         waiting.append(part)
             yield written
-            if not going:
+            if not kept:
                 batch = None
                 continue
-            batch.go_on(going)
+            batch.keep(kept)
             batch.lengths = batch.lengths + 1
             ids = torch.tensor([row.ids[-1:] for row in batch.rows], device=batch.lengths.device)
             batch.logits = self._read(batch.cache, batch.lengths, ids)
 
-    def _choose(self, batch: _Batch, temperature: float, top_p: float) -> list[list[int]]:
-        """The next token of every row's samples: the likeliest at temperature 0, else the one at which the cumulative probability
-        passes the sample's next random number. Rows with fewer samples than others have tokens too many."""
+    def _ending(self, row: DecodingRow, one_step: bool) -> str:
+        """How the row ended with its last token, or an empty text."""
+        if row.ids[-1] in self.eos_ids:
+            return "finished"
+        if one_step and self._breaks(row.ids[-1]) and self.text(row.ids):
+            return "step"
+        return "cut" if len(row.ids) >= row.limit else ""
+
+    def _draw(self, batch: _Batch, temperature: float, top_p: float) -> list[list[int]]:
+        """The next token of every row's samples, all rows padded to the most samples.
+
+        It is the likeliest at temperature 0, else the first one whose cumulative probability is
+        above the sample's next random number."""
         most = max(len(row.samples) for row in batch.rows)
         if temperature == 0:
             return batch.logits.argmax(-1, keepdim=True).expand(-1, most).tolist()
         probabilities = (batch.logits / temperature).softmax(-1)
         if top_p < 1:
             ordered, order = probabilities.sort(-1, descending=True)
-            beyond = ordered.cumsum(-1) - ordered >= top_p  # those before it are enough
+            beyond = ordered.cumsum(-1) - ordered >= top_p  # the tokens before it reach top_p
             probabilities = probabilities.masked_fill(beyond.gather(-1, order.argsort(-1)), 0)
         cumulative = probabilities.cumsum(-1)
-        uniforms = np.zeros((len(batch.rows), most), dtype=np.float32)
+        uniforms: Any = np.zeros((len(batch.rows), most), dtype=np.float32)
         for place, row in enumerate(batch.rows):
             if not row.ended:
                 uniforms[place, : len(row.samples)] = row.uniforms[row.samples, len(row.ids)]
         thresholds = torch.from_numpy(uniforms).to(cumulative.device) * cumulative[:, -1:]
-        return (
-            torch.searchsorted(cumulative, thresholds, right=True)
-            .clamp(max=cumulative.size(1) - 1)
-            .tolist()
-        )
+        drawn = torch.searchsorted(cumulative, thresholds, right=True)
+        return drawn.clamp(max=cumulative.size(1) - 1).tolist()
 
     def _read(self, cache: Cache, lengths: Tensor, ids: Tensor) -> Tensor:
-        """Reads ids (R, M) into the cache; the logits (R, V) of what follows. `lengths` (R,): a row's tokens after that, which are
-        the last columns of the cache. M is more than 1 only where the cache is empty, with padding on the left."""
+        """Read ids (R, M) into the cache. Returns the logits (R, V) of the next token.
+
+        lengths (R,): the tokens of a row after reading; they are its last columns. M is above 1
+        only for an empty cache, where rows are padded on the left."""
         columns = cache.get_seq_length() + ids.size(1)
-        # (R, columns), below 0: padding
+        # (R, columns), below 0 at padding
         places = torch.arange(columns, device=ids.device) - (columns - lengths)[:, None]
-        # rows that have ended may go past the context
-        positions = places[:, -ids.size(1) :].clamp(0, self.context - 1)
+        # the clamp: rows that have ended may grow beyond the context before they leave
         inputs = {
             "input_ids": ids,
             "attention_mask": (places >= 0).long(),
-            "position_ids": positions,
+            "position_ids": places[:, -ids.size(1) :].clamp(0, self.context - 1),
         }
-        return (
-            self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            .logits[:, -1]
-            .float()
-        )
+        output = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1].float()
 
     def _enter(self, entering: Sequence[tuple[tuple[int, ...], DecodingRow]]) -> Iterator[_Batch]:
-        """Batches of rows, each given with its ids from the first on: of those whose cache was kept, and of the others, which are
-        read."""
+        """Batches of new rows, each row given with all its ids.
+
+        One batch has the rows whose cache was kept; the rows of the other are read completely."""
         kept = [(ids, row) for ids, row in entering if ids in self._kept]
         for group in (kept, [(ids, row) for ids, row in entering if ids not in self._kept]):
             if not group:
@@ -329,7 +346,7 @@ class Decoder:
                 cache = _cache([self._kept[ids] for ids, _ in group])
                 unread = [ids[-1:] for ids, _ in group]
                 for ids, row in group:
-                    if row.ids:  # it waited for room: nobody else goes on from within a step
+                    if row.ids:  # it waited for a place: no other row continues from within a step
                         self._kept_bytes -= _bytes(self._kept.pop(ids))
                     else:
                         self._kept.move_to_end(ids)
@@ -340,13 +357,15 @@ class Decoder:
             yield _Batch(cache, lengths, logits, [row for _, row in group])
 
     def _keep(self, ids: tuple[int, ...], batch: _Batch, place: int) -> None:
-        """Keep the cache of a row for whoever goes on from its ids; the last of them is not read yet."""
+        """Keep the cache of a row for later rows that continue from its ids.
+
+        The last id is not in the cache, because it has not been read yet."""
         if ids in self._kept:
             return
         length = int(batch.lengths[place])
         layers = [
-            (k[place, None, :, -length:].clone(), v[place, None, :, -length:].clone())
-            for k, v in _layers(batch.cache)
+            (keys[place, None, :, -length:].clone(), values[place, None, :, -length:].clone())
+            for keys, values in _layers(batch.cache)
         ]
         self._kept[ids] = layers
         self._kept_bytes += _bytes(layers)
@@ -358,9 +377,12 @@ def _bytes(layers: Layers) -> int:
     return sum(keys.nbytes + values.nbytes for keys, values in layers)
 
 
-def _uniforms(seed: int, prefix: tuple[int, ...], sample: int, most: int) -> np.ndarray:
-    """The random numbers of a row, (most,), in [0, 1)."""
-    key = hashlib.blake2b(repr((seed, prefix, sample)).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(key))).random(
-        most, dtype=np.float32
-    )
+def _uniforms(seed: int, prefix: tuple[int, ...], row: DecodingRow) -> Any:
+    """Random numbers for the samples of a new row, (samples, limit), in [0, 1)."""
+
+    def draw(sample: int) -> Any:
+        key = hashlib.blake2b(repr((seed, prefix, sample)).encode(), digest_size=16).digest()
+        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key)))
+        return generator.random(row.limit, dtype=np.float32)
+
+    return np.array([draw(sample) for sample in row.samples])

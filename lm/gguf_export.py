@@ -3,30 +3,27 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from tqdm import tqdm
+from transformers import AutoConfig
 
 from common.errors import UserError, first_line
 from common.files import replacing
+from lm.gguf_file import QUANTIZATIONS
 from lm.loading import base_of, load_model, merge_adapter
-
-# -> gguf's file types
-QUANTIZATIONS = {
-    "F32": "ALL_F32",
-    "F16": "MOSTLY_F16",
-    "Q8_0": "MOSTLY_Q8_0",
-    "Q4_0": "MOSTLY_Q4_0",
-}
 
 
 def export_gguf(model_dir: str | Path, output: str | Path, quantization: str = "Q8_0") -> None:
-    """Write `model_dir` to the GGUF file `output`, whole or not at all.
+    """Write a model, or an adapter merged into its base, to the GGUF file `output`.
 
-    Matrices get the quantization ("F32", "F16", "Q8_0" or "Q4_0"), or F16 where a row is no multiple of 32 numbers; norms stay F32,
-    which llama.cpp asks for. One matrix at a time is converted and written: the memory needed is the model's, as it is stored.
-    Raises UserError or RecordError if the model is no LLaMA or its tokenizer is not SentencePiece-style."""
-    import gguf
-    import numpy as np
-    from tqdm import tqdm
-
+    Matrices get the quantization ("F32", "F16", "Q8_0" or "Q4_0"), or F16 where a row is no
+    multiple of 32 numbers; norms stay F32, which llama.cpp needs. Matrices are converted and
+    written one at a time, so the memory needed is that of the stored model. The file is written
+    whole or not at all. Raises UserError or ModelError if the model is no LLaMA or its tokenizer is
+    not SentencePiece-style."""
     model, tokenizer = _load(str(model_dir))
     config, weights = model.config, model.state_dict()
     writer = gguf.GGUFWriter(None, "llama")
@@ -43,19 +40,19 @@ def export_gguf(model_dir: str | Path, output: str | Path, quantization: str = "
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     _add_vocabulary(writer, model_dir, tokenizer, config.vocab_size)
 
-    # tied embeddings: llama.cpp wants both
+    # llama.cpp needs both of two tied embeddings
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    kinds = {}
+    types = {}
     for name, weight in weights.items():
         kind = "F32" if weight.ndim == 1 else quantization
         if kind.startswith("Q") and weight.shape[-1] % 32:
             kind = "F16"
-        kinds[name] = kind = gguf.GGMLQuantizationType[kind]
-        size = math.prod(gguf.quants.quant_shape_to_byte_shape(tuple(weight.shape), kind))
-        writer.add_tensor_info(
-            names.get_name(name, (".weight",)), weight.shape, np.float32, size, raw_dtype=kind
-        )
+        types[name] = gguf.GGMLQuantizationType[kind]
+        shape = gguf.quants.quant_shape_to_byte_shape(tuple(weight.shape), types[name])
+        gguf_name = names.get_name(name, (".weight",))
+        size = math.prod(shape)
+        writer.add_tensor_info(gguf_name, weight.shape, np.float32, size, raw_dtype=types[name])
 
     with replacing(output) as temporary:
         writer.write_header_to_file(temporary)
@@ -67,14 +64,12 @@ def export_gguf(model_dir: str | Path, output: str | Path, quantization: str = "
                 array = _permute(array, config.num_attention_heads)
             elif "k_proj" in name:
                 array = _permute(array, config.num_key_value_heads)
-            writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(array), kinds[name]))
+            writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(array), types[name]))
         writer.close()
 
 
-def _load(model_dir: str):
-    """(model, tokenizer), checked to be a LLaMA that the GGUF keys can describe; an adapter is merged, in float32."""
-    from transformers import AutoConfig
-
+def _load(model_dir: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of a LLaMA that the GGUF keys describe; an adapter is merged."""
     try:
         base, is_adapter = base_of(model_dir)
         config = AutoConfig.from_pretrained(base)
@@ -84,67 +79,65 @@ def _load(model_dir: str):
         raise UserError(
             f"{model_dir} is a '{config.model_type}' model, expected the LLaMA architecture"
         )
+    head_size = config.hidden_size // config.num_attention_heads
+    rope_type = config.rope_parameters.get("rope_type", "default")
     unsupported = {
-        "scaled rotary positions": config.rope_parameters.get("rope_type", "default") != "default",
+        "scaled rotary positions": rope_type != "default",
         "biases": config.attention_bias or config.mlp_bias,
         f"activation '{config.hidden_act}'": config.hidden_act != "silu",
-        "heads of a size that is not hidden / heads": config.head_dim
-        != config.hidden_size // config.num_attention_heads,
+        "heads of a size other than hidden size / heads": config.head_dim != head_size,
     }
-    for what, present in unsupported.items():
+    for feature, present in unsupported.items():
         if present:
-            raise UserError(f"{model_dir} has {what}, which this export does not write")
+            raise UserError(f"{model_dir} has {feature}, which this export does not write")
     model, tokenizer = load_model(model_dir, "float32" if is_adapter else "auto")
     return merge_adapter(model), tokenizer
 
 
-def _permute(weight, heads: int):
-    """Q and K rows in the order of llama.cpp's rotary embedding: pairs of neighbours instead of two halves.  (heads * d, in)"""
+def _permute(weight: Any, heads: int) -> Any:
+    """Q or K rows (heads * d, in) in the order of llama.cpp's rotary embedding.
+
+    It rotates pairs of neighbours; transformers rotates row i with row i + d / 2 of a head."""
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def _add_vocabulary(writer, model_dir: str | Path, tokenizer, size: int) -> None:
-    """Tokens, scores and types. llama.cpp joins the two neighbours whose joined text scores highest, so a token's score is minus
-    the rank of the first merge that makes it. Rows of the embedding without a token become unused `[PAD<id>]`."""
-    from gguf import TokenType
+def _add_vocabulary(writer: Any, model_dir: str | Path, tokenizer: Any, size: int) -> None:
+    """Add the tokens, their scores and their types.
 
+    size: the rows of the embedding; those without a token become unused tokens `[PAD<id>]`.
+    llama.cpp joins the two neighbours whose joined text has the highest score, so the score of a
+    token is minus the rank of the first merge that makes it."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {}}
     vocab = tokenizer.get_vocab()
     byte_tokens = {f"<0x{byte:02X}>" for byte in range(256)}
-    begins = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[
-        :1
-    ]
-    if not (
-        spec["model"].get("byte_fallback")
-        and byte_tokens <= vocab.keys()
-        and begins
-        and begins[0].startswith("▁")
-    ):
+    ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+    puts_space = "".join(tokenizer.convert_ids_to_tokens(ids[:1])).startswith("▁")
+    if not (spec["model"].get("byte_fallback") and byte_tokens <= vocab.keys() and puts_space):
         raise UserError(
-            f"{model_dir} has a tokenizer that is not SentencePiece-style: expected BPE with byte fallback, 256 byte tokens and a "
-            "space put in front"
+            f"{model_dir} has a tokenizer that is not SentencePiece-style: expected BPE with byte "
+            "fallback, 256 byte tokens and a space put in front"
         )
-    if max(vocab.values()) >= size:
-        raise UserError(
-            f"{model_dir} has {max(vocab.values()) + 1} tokens, but embeddings for {size}"
-        )
+    count = max(vocab.values()) + 1
+    if count > size:
+        raise UserError(f"{model_dir} has {count} tokens, but embeddings for {size}")
 
     ranks: dict[str, int] = {}
     for merge in spec["model"]["merges"]:
         ranks.setdefault("".join(merge), len(ranks))
     added = {token["content"]: token["special"] for token in spec["added_tokens"]}
     tokens = [f"[PAD{index}]" for index in range(size)]
-    types = [TokenType.UNUSED] * size
+    types = [gguf.TokenType.UNUSED] * size
     for token, index in vocab.items():
         tokens[index] = token
         if token == tokenizer.unk_token:
-            types[index] = TokenType.UNKNOWN
+            types[index] = gguf.TokenType.UNKNOWN
         elif token in byte_tokens:
-            types[index] = TokenType.BYTE
+            types[index] = gguf.TokenType.BYTE
         elif token in added:
-            types[index] = TokenType.CONTROL if added[token] else TokenType.USER_DEFINED
+            kinds = gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL
+            types[index] = kinds[added[token]]
         else:
-            types[index] = TokenType.NORMAL
+            types[index] = gguf.TokenType.NORMAL
 
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)

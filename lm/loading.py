@@ -1,8 +1,11 @@
-"""Loading of models and tokenizers, with all checks: a model whose weights are not all there, or that
-only its own code can run, is refused."""
+"""The one loader of models and tokenizers, which makes all checks.
+
+It refuses a model whose weights are incomplete and, unless `trust_remote_code` is given, a model
+that only its own code can run."""
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,15 @@ from transformers.utils import find_adapter_config_file
 
 from common.errors import ModelError, first_line
 
-# what the libraries raise for a folder that is no model, as far as it can be listed
+# the errors known to be raised by the libraries for a folder that is no model
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError)
 
 
 def pick_device() -> tuple[str, bool]:
-    """(device, bf16) of this machine. On a CPU bf16 is 1.5 times faster with instructions of its own
-    and 3.5 times slower without them, so it is used only where they are."""
+    """(device, bf16) for training on this machine.
+
+    On a CPU with instructions for bf16, training in bf16 is 1.5 times faster than in float32;
+    without them it is 3.5 times slower. So bf16 is used only on a CPU that has them."""
     if torch.cuda.is_available():
         return "cuda", torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
@@ -27,14 +32,15 @@ def pick_device() -> tuple[str, bool]:
 
 
 def scoring_device(device: str | None = None) -> tuple[str, torch.dtype | str]:
-    """(device, dtype) of a model that scores: by default the GPU if there is one; float32 on a CPU and
-    the dtype of the stored weights on a GPU."""
+    """(device, dtype) for scoring and sampling; the default device is the GPU if there is one.
+
+    The dtype is float32 on a CPU, and on a GPU that of the stored weights ("auto")."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return device, torch.float32 if device == "cpu" else "auto"
 
 
 def base_of(path: str, revision: str | None = None) -> tuple[str, bool]:
-    """(path of the base model, True) for a PEFT adapter; (path, False) for any other model.
+    """(path of the base model, True) for a PEFT adapter, (path, False) for any other model.
 
     Raises ValueError if the adapter names no base."""
     adapter = find_adapter_config_file(path, revision=revision)
@@ -47,33 +53,37 @@ def base_of(path: str, revision: str | None = None) -> tuple[str, bool]:
 
 
 def load_weights(
-    model_class: Any, path: str, may_miss: Any = lambda model, key: False, **options: Any
+    model_class: Any,
+    path: str | Path,
+    may_miss: Callable[[Any, str], bool] = lambda model, key: False,
+    **options: Any,
 ) -> Any:
-    """model_class.from_pretrained with safetensors only, and all weights there.
+    """model_class.from_pretrained, from safetensors only; no weight may be missing.
 
-    may_miss(model, key): whether a weight may be missing, so that it is initialized at random. Raises
-    ValueError if another one is, besides what transformers raises."""
+    may_miss(model, key): whether this weight may be missing; it is then initialized at random.
+    Raises ValueError if another weight is missing, and the errors of transformers."""
     model, loading = model_class.from_pretrained(
         path, use_safetensors=True, output_loading_info=True, **options
     )
     missing = [key for key in loading["missing_keys"] if not may_miss(model, key)]
     if missing:
-        raise ValueError(f"weights are missing, {min(missing)} for one")
+        raise ValueError(f"weights are missing, for example {min(missing)}")
     return model
 
 
 def load_adapter(
     model: Any, path: str, trainable: bool = False, revision: str | None = None
 ) -> Any:
-    """The PEFT adapter at `path` on its loaded base. Raises ValueError if part of it is missing, or if
-    it is no LoRA-like adapter."""
+    """The PEFT adapter at `path` on its loaded base. trainable: it is loaded to be trained.
+
+    Raises ValueError if part of the adapter is missing, or if it is not a LoRA-like adapter."""
     from peft import PeftModel
 
     if Path(path).is_dir() and not (Path(path) / "adapter_model.safetensors").is_file():
         raise ValueError("adapter_model.safetensors is missing")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        # peft would initialize the missing weights at random
+        # PEFT only warns, and initializes the missing weights at random
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             model = PeftModel.from_pretrained(
@@ -83,20 +93,21 @@ def load_adapter(
             raise ValueError(str(warning)) from None
     if model.active_peft_config.is_prompt_learning:
         kind = model.active_peft_config.peft_type.value
-        raise ValueError(f"its adapter is of the type {kind}, expected LoRA or its kin")
+        raise ValueError(f"its adapter is of the type {kind}, expected LoRA or a similar type")
     return model
 
 
 def merge_adapter(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """The model with its adapter merged into the base, all weights trainable; a model without an
-    adapter as it is. dtype: of the merged weights."""
+    """The model with its adapter merged into the base, in `dtype`, all weights trainable.
+
+    A model without an adapter is returned unchanged."""
     if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload().to(dtype).requires_grad_(True)  # PEFT had frozen the base
+        model = model.merge_and_unload().to(dtype).requires_grad_(True)  # PEFT froze the base
     return model
 
 
 def load_tokenizer(path: str, base: str, **options: Any) -> Any:
-    """The tokenizer at `path`, or that of its base where an adapter has none."""
+    """The tokenizer at `path`, or that of the base if an adapter has none."""
     try:
         return AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError):
@@ -112,16 +123,19 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of a directory or a hub name: a causal LM, or a LoRA-like adapter on its base.
+    """(model, tokenizer) of a directory or a hub name: a causal LM, or a LoRA-like adapter.
 
-    An adapter is a PeftModel and stays beside its base: in weights of 16 bits a merge would round small
-    updates away (`merge_adapter`, best in float32). trainable: the adapter is loaded to be trained.
-    revision: of the model that is named, not of an adapter's base. Raises ModelError if the model
-    cannot be loaded, or not all of it."""
+    A model with an adapter is a PeftModel, not merged: a merge into 16-bit weights would round
+    small updates away (see `merge_adapter`, best used in float32). trainable: an adapter is loaded
+    to be trained. revision: of the model that is named, not of an adapter's base. Raises ModelError
+    if the model cannot be loaded completely."""
     base = path
     try:
         base, is_adapter = base_of(path, revision)
-        hub = {"revision": None if is_adapter else revision, "trust_remote_code": trust_remote_code}
+        hub: dict[str, Any] = {
+            "revision": None if is_adapter else revision,
+            "trust_remote_code": trust_remote_code,
+        }
         model = load_weights(AutoModelForCausalLM, base, dtype=dtype, **hub)
         if not is_adapter:
             return model, AutoTokenizer.from_pretrained(path, **hub)

@@ -1,9 +1,24 @@
-"""The tokenizer of the miniature models: a LLaMA-style SentencePiece BPE with single digits and byte fallback, so that the same
-vocabulary works in transformers and in a GGUF file."""
+"""The tokenizer of the miniature models: a LLaMA-style SentencePiece BPE.
+
+It has single digits and byte fallback, and its vocabulary works in transformers and in a GGUF file.
+"""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
 
 from lm.text_encoding import PLAIN_QUESTION, PLAIN_TEMPLATE
 from reasoning.problems import pretraining_texts
@@ -12,65 +27,51 @@ VOCAB_SIZE = 704
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SPACE = "▁"  # SentencePiece's mark of a space
-WORDS = rf"{SPACE}?\p{{L}}+|\p{{N}}|\n|{SPACE}?[^\p{{L}}\p{{N}}\n{SPACE}]|{SPACE}"  # no piece crosses these: digits stay single
+# no piece crosses a boundary of these matches, so every digit is a token
+WORDS = rf"{SPACE}?\p{{L}}+|\p{{N}}|\n|{SPACE}?[^\p{{L}}\p{{N}}\n{SPACE}]|{SPACE}"
 
 
-def corpus(count: int = 3000) -> Iterable[str]:
+def corpus(count: int = 3000) -> Iterator[str]:
     """Problem texts as the models see them, and the judge's question with its answers."""
     for problem, steps in itertools.islice(pretraining_texts(), count):
         yield PLAIN_TEMPLATE.format(prompt=problem.prompt) + "\n".join(steps)
         yield f"{PLAIN_QUESTION} Yes\n{PLAIN_QUESTION} No"
 
 
+def splits(piece: str, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """Every way to split a piece into two pieces of the vocabulary."""
+    ways = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+    return [(left, right) for left, right in ways if left in vocab and right in vocab]
+
+
 def build_tokenizer() -> Any:
-    """Train it (seconds). Returns a transformers PreTrainedTokenizerFast.
+    """Train it, in a few seconds. Returns a transformers PreTrainedTokenizerFast.
 
-    llama.cpp merges any two neighbours whose joined text is in the vocabulary, best score first. To make the BPE here do the same,
-    every way to split a piece into two pieces becomes a merge, ranked by the piece's place in the vocabulary."""
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
-    from transformers import PreTrainedTokenizerFast
-
+    llama.cpp merges any two neighbours whose joined text is in the vocabulary, best score first. To
+    do the same here, every split of a piece is a merge, ranked by the piece's place in the
+    vocabulary."""
+    add_spaces = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     learner = Tokenizer(models.BPE())
-    learner.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
-    )
+    learner.normalizer = add_spaces
     learner.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
-    printable = [chr(code) for code in range(33, 127)] + [SPACE]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE - len(SPECIAL) - len(BYTES),
-        initial_alphabet=printable,
+        initial_alphabet=[chr(code) for code in range(33, 127)] + [SPACE],
         special_tokens=[],
         show_progress=False,
     )
     learner.train_from_iterator(corpus(), trainer)
-    learned = sorted(learner.get_vocab(), key=learner.get_vocab().get)
-    learned.remove("\n")  # as in LLaMA a newline is its byte token
-    # characters first, then the merges in the order they were learned
-    pieces = sorted(learned, key=lambda piece: len(piece) > 1)
+    ranks = learner.get_vocab()
+    del ranks["\n"]  # as in LLaMA, a newline is its byte token
+    # characters first, then the merges in the order in which they were learned
+    pieces = sorted(ranks, key=lambda piece: (len(piece) > 1, ranks[piece]))
 
     vocab = {piece: rank for rank, piece in enumerate([*SPECIAL, *BYTES, *pieces])}
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in pieces
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocab and piece[cut:] in vocab
-    ]
+    merges = [merge for piece in pieces for merge in splits(piece, vocab)]
     tokenizer = Tokenizer(
         models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
-    )
+    tokenizer.normalizer = add_spaces
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace(SPACE, " "),

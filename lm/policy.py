@@ -1,11 +1,12 @@
 """The policy: next steps, whole solutions and their log-probs, for many prefixes at once.
 
-`Policy` runs a model here (lm/decoding.py is its engine); `ServerPolicy` (lm/server_policy.py) asks a
-server and has the same methods.
+`Policy` runs a model in this process (lm/decoding.py is its engine). `ServerPolicy` in
+lm/server_policy.py has the same methods and asks a server.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,11 +19,13 @@ from lm.text_encoding import encode_prompt, encode_steps
 
 @dataclass(frozen=True)
 class State:
-    """A beginning of a solution, or a whole one. Its ids are those that were sampled: they are never tokenized again.
+    """A prompt with the first steps of a solution, or with all of them.
 
-    ids: the template with the prompt, then the steps, with EOS if it is finished. ends[k]: how many of them there are up to the end
-    of step k, counted from 1; ends[0] is the prompt's. status: `open` may go on; `finished` ended by EOS; `cut` at a limit.
-    sampled: tokens that were sampled to come here from the state that was asked."""
+    ids: the template with the prompt, then the steps, with EOS if the solution is finished. Sampled
+    ids are kept, never tokenized again. ends[k]: the number of ids up to the end of step k, counted
+    from 1; ends[0]: that of the prompt. status: `open` if it can be continued, `finished` if it
+    ended by EOS, `cut` if it ended at a limit. sampled: the number of tokens sampled since the
+    state that was continued."""
 
     prompt: str
     ids: tuple[int, ...]
@@ -32,16 +35,23 @@ class State:
     sampled: int = field(default=0, compare=False)
 
     def first(self, k: int) -> "State":
-        """Its first k steps, open; all of them are itself."""
+        """The open state after its first k steps; itself if it has no more."""
         if k == len(self.steps):
             return self
-        ids = self.ids[: self.ends[k]] if self.ends else ()  # a server's states have text alone
+        ids = self.ids[: self.ends[k]] if self.ends else ()  # a state of a server has no ids
         return State(self.prompt, ids, self.ends[: k + 1], self.steps[:k])
+
+
+def check_open(states: Sequence[State]) -> None:
+    """Raises ValueError if a state cannot be continued."""
+    if closed := [state for state in states if state.status != "open"]:
+        steps = closed[0].steps[-1:]
+        raise ValueError(f"a state that is {closed[0].status} cannot be continued: {steps}")
 
 
 @dataclass(frozen=True)
 class Response:
-    """A sampled solution: its steps, whether it ended by itself (EOS), and how many tokens were sampled."""
+    """A sampled solution: its steps, whether it ended by EOS, and the number of sampled tokens."""
 
     steps: list[str]
     finished: bool
@@ -50,7 +60,10 @@ class Response:
 
 @dataclass(frozen=True)
 class StepLogp:
-    """A step under a policy: the sum of its tokens' log-probs in nats, how many they are, and whether each is the greedy choice."""
+    """A step under a policy.
+
+    logp: the sum of its tokens' log-probs, in nats. tokens: their number. greedy: whether each of
+    them is the greedy choice."""
 
     logp: float
     tokens: int
@@ -58,11 +71,9 @@ class StepLogp:
 
 
 class Policy:
-    """A causal language model and its tokenizer.
+    """A causal LM and its tokenizer."""
 
-    Raises ModelError if nothing can be loaded, PromptTooLong if a prompt leaves no room in the model's context."""
-
-    def __init__(self, model, tokenizer):
+    def __init__(self, model: Any, tokenizer: Any):
         self.model, self.tokenizer = model.eval(), tokenizer
         self.device = model.device
         eos = model.generation_config.eos_token_id
@@ -72,24 +83,25 @@ class Policy:
 
     @classmethod
     def load(cls, model_name_or_path: str) -> "Policy":
-        """Any causal LM or adapter, a directory or a hub name; in float32 on a CPU, as it is stored on a GPU."""
+        """The policy of any causal LM or adapter, from a directory or the hub.
+
+        It is in float32 on a CPU and in the stored dtype on a GPU. Raises ModelError if it cannot
+        be loaded."""
         device, dtype = scoring_device()
         model, tokenizer = load_model(model_name_or_path, dtype)
         return cls(model.to(device), tokenizer)
 
     def start(self, prompt: str, steps: Sequence[str] = ()) -> State:
-        """The state from which a prompt is answered, or its solution goes on after these steps. Raises PromptTooLong."""
-        ids, step_of = (
-            encode_steps(self.tokenizer, prompt, [], list(steps))
-            if steps
-            else (encode_prompt(self.tokenizer, prompt), [])
-        )
+        """The state of a prompt and the first steps of its solution. Raises PromptTooLong."""
+        if steps:
+            ids, step_of = encode_steps(self.tokenizer, prompt, [], list(steps))
+        else:
+            ids, step_of = encode_prompt(self.tokenizer, prompt), []
         self._check_length(prompt, ids)
         finished = bool(steps) and ids[-1] == self.tokenizer.eos_token_id
         ends = [step_of.index(k) for k in range(len(steps))] + [len(ids)]
-        return State(
-            prompt, tuple(ids), tuple(ends), tuple(steps), "finished" if finished else "open"
-        )
+        status = "finished" if finished else "open"
+        return State(prompt, tuple(ids), tuple(ends), tuple(steps), status)
 
     def next_steps(
         self,
@@ -100,12 +112,14 @@ class Policy:
         seed: int = 0,
         progress: str | None = None,
     ) -> list[list[State]]:
-        """n states for every open state, each one step longer (none, if all that came was EOS or blanks). What was read and
-        written so far is kept, so that going on from one of them costs no reading.
+        """n states for every open state, each one step longer, or none if only EOS or blanks came.
 
-        Temperature 0 is greedy. The samples of a state come from the seed, the state and their number: alone or among others,
-        a state has the same, and the same state given twice has the same twice."""
-        return self._go_on(states, n, temperature, max_new_tokens, seed, progress, one_step=True)
+        Temperature 0 is greedy. The samples of a state depend on the seed, the state and the number
+        of the sample alone: they are the same whatever other states are given, and a state that is
+        given twice gets the same samples twice. The caches of all new states are kept, so that they
+        can be continued without reading their text again. Raises ValueError for a state that is not
+        open."""
+        return self._sample(states, n, temperature, max_new_tokens, seed, progress, one_step=True)
 
     def rollouts(
         self,
@@ -116,41 +130,48 @@ class Policy:
         seed: int = 0,
         progress: str | None = None,
     ) -> list[list[State]]:
-        """n whole solutions that begin with each open state, `max_new_tokens` longer at most; sampled as in `next_steps`."""
-        return self._go_on(states, n, temperature, max_new_tokens, seed, progress, one_step=False)
+        """n whole solutions that continue each open state by at most `max_new_tokens`.
 
-    def _go_on(
-        self, states, n, temperature, max_new_tokens, seed, progress, one_step
+        They are sampled as in `next_steps`."""
+        return self._sample(states, n, temperature, max_new_tokens, seed, progress, one_step=False)
+
+    def _sample(
+        self,
+        states: Sequence[State],
+        n: int,
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+        progress: str | None,
+        one_step: bool,
     ) -> list[list[State]]:
-        if closed := [state for state in states if state.status != "open"]:
-            raise ValueError(
-                f"a state that is {closed[0].status} cannot go on: {closed[0].steps[-1:]}"
-            )
-        children: list[list[State | None]] = [[None] * n for _ in states]
-        with tqdm(
-            total=len(states) * n, desc=progress, unit="sample", disable=progress is None
-        ) as bar:
-            beginnings = [state.ids for state in states]
+        check_open(states)
+        children: list[dict[int, State]] = [{} for _ in states]
+        prefixes = [state.ids for state in states]
+        total = len(states) * n
+        with tqdm(total=total, desc=progress, unit="sample", disable=progress is None) as bar:
             for rows in self.decoder.decode(
-                beginnings, n, temperature, max_new_tokens, seed, one_step
+                prefixes, n, temperature, max_new_tokens, seed, one_step
             ):
                 ended = [row for row in rows if row.ended]
                 for row in ended:
                     child = self._child(states[row.prefix], row)
-                    for sample in row.samples:
-                        children[row.prefix][sample] = child
+                    children[row.prefix].update(dict.fromkeys(row.samples, child))
                 bar.update(sum(len(row.samples) for row in ended))
-        return children
+        return [[samples[k] for k in range(n)] for samples in children]
 
     def _child(self, state: State, row: DecodingRow) -> State:
-        begin = len(state.ids)
+        start = len(state.ids)
+        ids = (*state.ids, *row.ids)
         ends = self.decoder.step_ends(row.ids)
         steps = [self.decoder.text(row.ids[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
-        ids = (*state.ids, *row.ids)
-        all_ends = (
-            (*state.ends, *(begin + end for end in ends)) if ends else (*state.ends[:-1], len(ids))
-        )
-        status = {"step": "open" if len(ids) < self.context else "cut"}.get(row.ended, row.ended)
+        if ends:
+            all_ends = (*state.ends, *(start + end for end in ends))
+        else:
+            all_ends = (*state.ends[:-1], len(ids))
+        status = row.ended
+        if status == "step":
+            status = "open" if len(ids) < self.context else "cut"
         return State(state.prompt, ids, all_ends, (*state.steps, *steps), status, len(row.ids))
 
     def generate(
@@ -162,14 +183,12 @@ class Policy:
         seed: int = 0,
         progress: str | None = None,
     ) -> list[list[Response]]:
-        """n responses to every prompt. Temperature 0 is greedy. The same arguments give the same responses on the same machine."""
+        """n responses to every prompt, sampled as in `next_steps`. Raises PromptTooLong."""
         states = [self.start(prompt) for prompt in prompts]
+        solutions = self.rollouts(states, n, temperature, max_new_tokens, seed, progress)
         return [
-            [
-                Response(list(whole.steps), whole.status == "finished", whole.sampled)
-                for whole in wholes
-            ]
-            for wholes in self.rollouts(states, n, temperature, max_new_tokens, seed, progress)
+            [Response(list(end.steps), end.status == "finished", end.sampled) for end in group]
+            for group in solutions
         ]
 
     def texts(
@@ -181,17 +200,17 @@ class Policy:
         seed: int = 0,
         chat: bool = False,
     ) -> list[tuple[str, bool]]:
-        """One text for every prompt, line breaks and all, and whether it ended by itself (EOS). The same prompt and arguments give
-        the same text, whatever else is asked.
+        """(text with its line breaks, whether it ended by EOS) for every prompt.
 
-        chat: the prompt is the user's message as it is, without the instruction to solve it step by step; the model has a chat
+        The text of a prompt does not depend on the other prompts. chat: the prompt alone is the
+        user's message, without the instruction to solve it step by step; the model has a chat
         template. Raises PromptTooLong."""
-        beginnings = [encode_prompt(self.tokenizer, prompt, chat) for prompt in prompts]
-        for prompt, ids in zip(prompts, beginnings, strict=True):
+        prefixes = [encode_prompt(self.tokenizer, prompt, chat) for prompt in prompts]
+        for prompt, ids in zip(prompts, prefixes, strict=True):
             self._check_length(prompt, ids)
         texts = [("", False)] * len(prompts)
         for rows in self.decoder.decode(
-            beginnings, 1, temperature, max_new_tokens, seed, top_p=top_p
+            prefixes, 1, temperature, max_new_tokens, seed, top_p=top_p
         ):
             for row in rows:
                 if row.ended:
@@ -202,29 +221,29 @@ class Policy:
     def stream(
         self, prompt: str, temperature: float = 0.0, max_new_tokens: int = 256, seed: int = 0
     ) -> Iterator[str]:
-        """The text of one response, piece by piece as it is written."""
-        text, ids = "", []
-        for (row,) in self.decoder.decode(
-            [self.start(prompt).ids], 1, temperature, max_new_tokens, seed
-        ):
+        """The text of one response, in pieces, as it is written. Raises PromptTooLong."""
+        prefix, written, text = self.start(prompt).ids, "", ""
+        for (row,) in self.decoder.decode([prefix], 1, temperature, max_new_tokens, seed):
             ids = row.ids[:-1] if row.ended == "finished" else row.ids
-            longer = self.tokenizer.decode(ids, skip_special_tokens=True)
-            if not longer.endswith("\ufffd"):  # half of a character: wait for the rest
-                yield longer[len(text) :]
-                text = longer
-        yield self.tokenizer.decode(ids, skip_special_tokens=True)[len(text) :]
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):  # half of a character: wait for the rest
+                yield text[len(written) :]
+                written = text
+        yield text[len(written) :]
 
     def _check_length(self, prompt: str, ids: Sequence[int]) -> None:
         if len(ids) >= self.context:
             raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens, the policy's context holds {self.context}: {prompt[:60]!r} ..."
+                f"the prompt has {len(ids)} tokens, the policy's context holds {self.context}: "
+                f"{prompt[:60]!r} ..."
             )
 
     def logps(
         self, rows: Sequence[tuple[str, list[str], list[str]]], progress: str | None = None
     ) -> list[float]:
-        """Mean token log-prob of the steps of (prompt, prefix, steps), given prompt and prefix. Rows longer than the context are
-        cut at its end, and how many is said."""
+        """Mean log-prob of the tokens of the steps, in nats, for rows (prompt, prefix, steps).
+
+        Rows are cut as in `step_logps`."""
         return [
             sum(step.logp for step in steps) / max(1, sum(step.tokens for step in steps))
             for steps in self.step_logps(rows, progress)
@@ -237,16 +256,17 @@ class Policy:
         progress: str | None = None,
         batch_size: int = 32,
     ) -> list[list[StepLogp]]:
-        """One StepLogp for every step of (prompt, prefix, steps), each given all that stands before it. Rows longer than the
-        context are cut at its end, and how many is said; a step of which nothing is left has no tokens."""
+        """A StepLogp for every step of rows (prompt, prefix, steps), each given all text before it.
+
+        Rows longer than the context are cut there, and their number is printed. A step that is cut
+        off completely has 0 tokens."""
         results, cut = [], 0
-        for start in tqdm(
-            range(0, len(rows), batch_size), desc=progress, unit="batch", disable=progress is None
-        ):
+        starts = range(0, len(rows), batch_size)
+        for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None):
             batch = rows[start : start + batch_size]
             encoded = [encode_steps(self.tokenizer, *row) for row in batch]
             longest = min(self.context, max(len(ids) for ids, _ in encoded))
-            # right-padded: later tokens never reach earlier ones
+            # padded on the right, where causal attention never reaches it
             ids = torch.zeros(len(encoded), longest, dtype=torch.long)
             for b, (row_ids, _) in enumerate(encoded):
                 cut += len(row_ids) > longest
@@ -256,22 +276,19 @@ class Policy:
             greedy = (logits.argmax(-1) == ids[:, 1:]).tolist()
             logps = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].tolist()
             for b, (_, step_of) in enumerate(encoded):
-                places: list[list[int]] = [[] for _ in batch[b][2]]
+                steps: list[list[tuple[float, bool]]] = [[] for _ in batch[b][2]]
                 for place, step in enumerate(step_of[1:longest]):
                     if step >= 0:
-                        places[step].append(place)
+                        steps[step].append((logps[b][place], greedy[b][place]))
                 results.append(
                     [
-                        StepLogp(
-                            sum(logps[b][i] for i in step),
-                            len(step),
-                            all(greedy[b][i] for i in step),
-                        )
-                        for step in places
+                        StepLogp(sum(p for p, _ in step), len(step), all(g for _, g in step))
+                        for step in steps
                     ]
                 )
         if cut:
             print(
-                f"log-probs: {cut} of {len(rows)} rows are longer than the policy's context of {self.context} tokens and were cut"
+                f"log-probs: {cut} of {len(rows)} rows are longer than the policy's context of "
+                f"{self.context} tokens and were cut"
             )
         return results

@@ -1,4 +1,8 @@
-"""The policy a script samples, here or on a server, and its arguments: `check_policy` before any work, then `open_policy`."""
+"""The policy that a script samples from, in this process or on a server, and its arguments.
+
+A script mixes `PolicyArgs` into its own arguments, calls `check_policy` before any work and then
+`open_policy`. reward_model/registry.py has the same functions for judges.
+"""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,54 +19,57 @@ BASE = at_root("models/policy-mini")
 
 @dataclass
 class PolicyArgs:
-    """Mixed into a script's own arguments."""
+    """The arguments of all policies, mixed into those of a script."""
 
     model_name_or_path: str = field(
         default=BASE,
         metadata={
-            "help": "the policy: any causal LM; with --policy_base_url the name by which the server knows it"
+            "help": "the policy: any causal LM; with --policy_base_url the server's name for it"
         },
     )
     policy_base_url: str | None = field(
         default=None,
         metadata={
-            "help": "URL of an OpenAI-compatible completion server, http://localhost:8000/v1 (key from OPENAI_API_KEY)"
+            "help": "URL of an OpenAI-compatible completion server, http://localhost:8000/v1 "
+            "(key from OPENAI_API_KEY)"
         },
     )
     policy_requests: int = field(
-        default=16, metadata={"help": "with --policy_base_url: most requests at once"}
+        default=16, metadata={"help": "with --policy_base_url: the most requests at once"}
     )
 
 
 def check_policy(args: PolicyArgs) -> None:
-    """Raises UserError for a mistake in the policy's arguments, before anything heavy is imported."""
+    """Raises UserError for a mistake in the policy's arguments. Imports nothing heavy."""
     if args.policy_requests < 1:
         raise UserError(
             f"argument --policy_requests: expected 1 or more, got {args.policy_requests}"
         )
     if args.policy_base_url is None:
         if args.policy_requests != PolicyArgs.policy_requests:
-            raise UserError("argument --policy_requests: goes with --policy_base_url")
-        check_model(
-            args.model_name_or_path, "make models" if args.model_name_or_path == BASE else None
-        )
+            raise UserError("argument --policy_requests: needs --policy_base_url")
+        made_by = "make models" if args.model_name_or_path == BASE else None
+        check_model(args.model_name_or_path, made_by)
 
 
 def open_policy(args: PolicyArgs, chat: bool = False) -> "Policy":
-    """The policy that the arguments name. chat: it is to answer chats. Raises ModelError if it cannot be opened."""
+    """The policy that the arguments name. chat: it will answer chats.
+
+    Raises ModelError if it cannot be opened."""
+    # torch, transformers and openai would slow --help
     if args.policy_base_url is None:
         from lm.policy import Policy
 
         return Policy.load(args.model_name_or_path)
-    from lm.server_policy import RemotePolicy
+    from lm.server_policy import ServerPolicy
 
-    policy = RemotePolicy(args.policy_base_url, args.model_name_or_path, args.policy_requests)
-    # a server that cannot be used is found before the work begins
+    policy = ServerPolicy(args.policy_base_url, args.model_name_or_path, args.policy_requests)
+    # one token, so that a server that cannot be used is found before any work
     policy.texts(["2 + 3 = ?"], max_new_tokens=1, chat=chat)
     return policy
 
 
-def policy_identity(args: PolicyArgs) -> dict:
+def policy_identity(args: PolicyArgs) -> dict[str, str]:
     """All that changes a policy's samples, for the `job` of ResumableRows."""
     identity = {"model": content_hash(args.model_name_or_path) or args.model_name_or_path}
     return identity | ({"policy_base_url": args.policy_base_url} if args.policy_base_url else {})

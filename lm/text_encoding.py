@@ -1,14 +1,13 @@
 """The one way from text to token ids, for training, sampling and scoring.
 
-A response of K steps is written `step 1 \\n step 2 \\n ... step K`. If step K states the final answer
-the end-of-text token (EOS) follows, added as an id; if the solution continues (a step pair, a prefix)
-a newline follows.
-"""
+A response of K steps is written `step 1 \\n step 2 \\n ... step K`. If step K states the final
+answer, the end-of-text token (EOS) follows, added as an id. If the solution continues (a step pair,
+a prefix), a newline follows."""
 
 import bisect
 import itertools
 import re
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from common.errors import ModelError, short
@@ -23,8 +22,10 @@ CHAT_INSTRUCTION = (
 
 
 def format_prompt(prompt: str, tokenizer: Any = None) -> str:
-    """The text that a policy continues. A chat model (a tokenizer with a chat template) gets the
-    instruction and the prompt as a user's message."""
+    """The text that a policy continues.
+
+    A chat model (a tokenizer with a chat template) gets the instruction and the prompt as the
+    user's message."""
     if getattr(tokenizer, "chat_template", None):
         message = {"role": "user", "content": CHAT_INSTRUCTION + prompt}
         return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
@@ -32,8 +33,10 @@ def format_prompt(prompt: str, tokenizer: Any = None) -> str:
 
 
 def encode_prompt(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:
-    """Token ids of the template with the prompt. chat: the prompt is the user's message as it is,
-    without the instruction to solve it step by step."""
+    """Token ids of the template with the prompt.
+
+    chat: the prompt alone is the user's message, without the instruction to solve it step by
+    step."""
     if chat:
         message = {"role": "user", "content": prompt}
         text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
@@ -45,8 +48,9 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:
 
 
 def response_pieces(steps: list[str], finished: bool) -> list[str]:
-    """The texts of the steps; joined they are the response. Each ends with a newline, the last one
-    without if the response is `finished`."""
+    """The texts of the steps, which joined are the response.
+
+    Each ends with a newline; the last one of a `finished` response does not."""
     last = len(steps) - 1
     return [step + ("" if finished and k == last else "\n") for k, step in enumerate(steps)]
 
@@ -54,12 +58,12 @@ def response_pieces(steps: list[str], finished: bool) -> list[str]:
 def encode_steps(
     tokenizer: Any, prompt: str, prefix: list[str], steps: list[str]
 ) -> tuple[list[int], list[int]]:
-    """Token ids of template, prompt, prefix and steps, and for every token the step it belongs to:
-    0 .. len(steps) - 1, or -1 for all tokens before the steps.
+    """Token ids of template, prompt, prefix and steps, and the step of every token.
 
-    The whole text is tokenized once and cut by character offsets (a fast tokenizer is needed); a token
-    that straddles a boundary belongs to the earlier step. A response that ends the solution gets EOS,
-    which belongs to its last step."""
+    The steps are 0 .. len(steps) - 1, or -1 before them. The whole text is tokenized once and cut
+    by character offsets, which only a fast tokenizer gives. A token that straddles a boundary
+    belongs to the earlier step. A response that ends the solution gets EOS, which belongs to its
+    last step."""
     finished = ends_solution(steps)
     before = format_prompt(prompt, tokenizer) + "".join(response_pieces(prefix, finished=False))
     pieces = [before, *response_pieces(steps, finished)]
@@ -80,31 +84,32 @@ def encode_steps(
 
 # --- text of a user between a model's control tokens ---
 
-# in no vocabulary, merges with nothing: text behind it is tokenized as the middle of a text
+# in no vocabulary and merged with nothing: text behind it is tokenized as the middle of a text
 EDGE = "\U0010ffff"
-# put into text that reads like a control token, so that it stays text; a user's text cannot hold it
+# marks where a word that reads like a control token is cut apart; no user's text can contain it
 CUT = "\ud800"
 
 
 class PlainText:
-    """Ids of texts in which a user's words stand between a model's control tokens: a word that looks
-    like a control token stays text.
+    """Ids of texts with a user's words between a model's control tokens.
 
-    marks: more texts that only the model's own format may write. `begins`: the ids that the tokenizer
-    puts in front of a text."""
+    A user's word that reads like a control token stays text. marks: more texts that only the
+    model's own format may write. `leading_ids`: the ids that the tokenizer puts in front of a text
+    (BOS)."""
 
     def __init__(self, tokenizer: Any, *marks: str):
         self.tokenizer = tokenizer
         whole = tokenizer("a")["input_ids"]
-        self.begins: list[int] = whole[: whole.index(self._ids("a")[0])]
+        self.leading_ids: list[int] = whole[: whole.index(self._ids("a")[0])]
         added = tokenizer.added_tokens_decoder.values()
         control = {token.content for token in added if token.special} | {*marks}
         pattern = "|".join(re.escape(text) for text in control if len(text) > 1)
         self._control = re.compile(f"(?={pattern})(.)" if pattern else "(?!)()", re.DOTALL)
 
     def guard(self, prompt: str, steps: Sequence[str]) -> tuple[str, list[str]]:
-        """A user's texts, ready to be put between control tokens. Raises ModelError for a text that is
-        not Unicode."""
+        """A user's texts with `CUT` in every word that reads like a control token.
+
+        Raises ModelError for a text that is not Unicode."""
         try:
             "".join((prompt, *steps)).encode()
         except UnicodeEncodeError:
@@ -117,7 +122,7 @@ class PlainText:
         return prompt, steps
 
     def ids(self, texts: list[str]) -> list[list[int]]:
-        """Ids of texts with guarded words in them, without `begins`."""
+        """Ids of texts with guarded words in them, without `leading_ids`."""
         whole = iter(self._ids([text for text in texts if CUT not in text]))
         return [self._cut_ids(text) if CUT in text else next(whole) for text in texts]
 
@@ -129,21 +134,24 @@ class PlainText:
         return self._ids(first) + tail
 
     def _ids(self, texts: Any) -> Any:
-        """Ids of a text, or of each of several."""
+        """Ids of one text, or of each of several texts."""
         if not texts:
             return []
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-Row = TypeVar("Row", bound=Sized)
+Row = TypeVar("Row")
 
 
-def batches_by_length(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
-    """Batches of rows of similar length, at most `batch_tokens` padded tokens each; a longer row is
-    alone in its batch."""
+def batches_by_length(
+    rows: Iterable[Row], batch_tokens: int, length: Callable[[Any], int] = len
+) -> Iterator[list[Row]]:
+    """Batches of rows of similar length, at most `batch_tokens` padded tokens each.
+
+    A longer row is alone in its batch. length(row): the number of its tokens."""
     batch: list[Row] = []
-    for row in sorted(rows, key=len):
-        if batch and len(row) * (len(batch) + 1) > batch_tokens:
+    for row in sorted(rows, key=length):
+        if batch and length(row) * (len(batch) + 1) > batch_tokens:
             yield batch
             batch = []
         batch.append(row)

@@ -18,7 +18,7 @@ from common.cli import run
 from common.errors import JudgeError, PromptTooLong
 from common.files import write_records
 from lm.policy import Policy
-from lm.server_policy import RemotePolicy
+from lm.server_policy import ServerPolicy
 from reasoning.datasets.ranking import check_groups, groups, read_answers
 from reasoning.grading import grade_steps, is_correct
 from reasoning.problems import problems
@@ -314,7 +314,7 @@ def test_answers_from_a_server(server, monkeypatch, tmp_path):
 
 
 def test_texts_of_a_server(server):
-    policy = RemotePolicy(server.url, "./some", max_retries=0)
+    policy = ServerPolicy(server.url, "./some", max_retries=0)
     server.answer = lambda number, body: completion("Step 1: 1 + 1 = 2\nAnswer: 2\n")
     # finish_reason: length
     assert policy.texts(["1 + 1?"], 0.7, 0.9, 40, 5) == [("Step 1: 1 + 1 = 2\nAnswer: 2", False)]

@@ -159,7 +159,7 @@ def test_where_sampling_stops(policy):
     (state,) = policy.next_steps([policy.start(PROMPTS[0])], max_new_tokens=3)[0]
     assert state.status == "cut" and len(state.ids) == state.ends[0] + 3
     for how in (policy.next_steps, policy.rollouts):
-        with pytest.raises(ValueError, match="cut cannot go on"):
+        with pytest.raises(ValueError, match="cut cannot be continued"):
             how([state])
     near_the_end = policy.start("apple " * 120)
     room = policy.context - len(near_the_end.ids)

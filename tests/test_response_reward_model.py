@@ -197,7 +197,7 @@ def test_what_is_no_reward_model_is_refused_in_one_line(folders, tiny_model_dir,
             "is no reward model but LlamaForCausalLM; `python train.py reward --model_name_or_path",
         ),
         (two, "2 labels; a reward model has one"),
-        (lost, "weights are missing, score.weight for one"),
+        (lost, "weights are missing, for example score.weight"),
         (str(tmp_path / "empty"), "empty"),
     ):
         with pytest.raises(ModelError, match=message) as error:

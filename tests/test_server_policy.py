@@ -13,7 +13,7 @@ from common.errors import ModelError, PromptTooLong, UserError
 from common.files import read_records, write_records
 from lm.policy import Policy, State
 from lm.registry import PolicyArgs, check_policy
-from lm.server_policy import RemotePolicy
+from lm.server_policy import ServerPolicy
 from lm.text_encoding import PLAIN_TEMPLATE, format_prompt
 from reasoning.records import PreferencePair, Problem
 from tests.helpers.scripts import ROOT
@@ -44,8 +44,8 @@ def completion(text: str, reason: str = "stop", tokens: int | None = 7, **more) 
     }
 
 
-def remote(server: Server, model: str = "./some-model", **arguments) -> RemotePolicy:
-    return RemotePolicy(server.url, model, **{"max_retries": 0, "timeout": 10.0, **arguments})
+def remote(server: Server, model: str = "./some-model", **arguments) -> ServerPolicy:
+    return ServerPolicy(server.url, model, **{"max_retries": 0, "timeout": 10.0, **arguments})
 
 
 def test_what_is_asked(server, capsys):
@@ -77,7 +77,7 @@ def test_what_is_asked(server, capsys):
         and whole.steps == (STEPS[0], *STEPS)
         and whole.status == "finished"
     )
-    with pytest.raises(ValueError, match="finished cannot go on"):
+    with pytest.raises(ValueError, match="finished cannot be continued"):
         policy.rollouts([whole])
     assert capsys.readouterr().err.count("the plain template: no tokenizer of ./some-model") == 1
 
@@ -236,7 +236,7 @@ def test_a_slow_server_and_one_that_recovers(server):
 
 
 def test_what_needs_ids_is_refused_in_one_line(server):
-    for refused in (RemotePolicy.logps, RemotePolicy.step_logps):
+    for refused in (ServerPolicy.logps, ServerPolicy.step_logps):
         with pytest.raises(
             ModelError, match="need token ids, a server gives text: take a model without"
         ) as raised:
@@ -270,7 +270,7 @@ def test_arguments():
         with pytest.raises(UserError, match=expected):
             check_policy(args)
     with pytest.raises(ModelError, match="policy 'localhost:8000' is no URL"):
-        RemotePolicy("localhost:8000", "m")
+        ServerPolicy("localhost:8000", "m")
 
 
 def test_inference_from_a_server(server, monkeypatch, capsys):
@@ -308,7 +308,7 @@ def test_transformers_serve(tmp_path, run_script):
     )
     prompts = [problem.prompt for problem in problems]
     with transformers_serve(model, tmp_path) as (url, _):
-        ours, theirs = Policy.load(model), RemotePolicy(url, model, in_flight=1)
+        ours, theirs = Policy.load(model), ServerPolicy(url, model, in_flight=1)
         assert theirs.generate(prompts) == ours.generate(prompts)
         states = [(ours.start(prompt), theirs.start(prompt)) for prompt in prompts]
         while states:
