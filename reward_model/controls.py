@@ -1,4 +1,7 @@
-"""Judges for the ends of the scale: one that knows the answers (a ceiling), two that know nothing (controls, must fail)."""
+"""Judges to compare with: `exact` knows the answers (a ceiling), `random` and `shuffled` do not.
+
+A method that gains from scores must not gain from the scores of the last two.
+"""
 
 import json
 import random
@@ -8,58 +11,62 @@ from hashlib import blake2b
 from common.errors import JudgeError
 from reasoning.grading import grade_steps
 from reasoning.records import Problem
-from reward_model.protocols import Solution, StepJudge
+from reward_model.protocols import Scores, Solution, StepJudge, with_skips
 
 
 class ExactJudge(StepJudge):
-    """The checker as a judge: 1 for a right step, 0 from the first error on (reasoning/grading.py).
+    """The exact checker: 1 for a right step, 0 from the first error on (reasoning/grading.py).
 
-    problems: with reference steps; read only as far as prompts are asked for. Raises JudgeError for a prompt it does not know."""
+    problems: with reference steps; read only until the prompts that are asked for are found. Raises
+    JudgeError for a prompt that is not among them, or that has no reference steps."""
 
     def __init__(self, problems: Iterable[Problem]):
-        self._unread, self._known = iter(problems), {}
+        self._unread = iter(problems)
+        self._by_prompt: dict[str, Problem] = {}
 
     def score_steps(
         self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
-    ) -> list[list[float] | None]:
-        skip = skip or [0] * len(solutions)
+    ) -> Scores:
         return [
             grade_steps(list(steps), self._problem(prompt))[first:]
-            for (prompt, steps), first in zip(solutions, skip, strict=True)
+            for prompt, steps, first in with_skips(solutions, skip)
         ]
 
     def _problem(self, prompt: str) -> Problem:
-        while prompt not in self._known:
+        while prompt not in self._by_prompt:
             problem = next(self._unread, None)
             if problem is None:
                 raise JudgeError(
-                    f"judge exact: no reference for the problem {prompt[:60]!r} ...: give it in --judge_problems"
+                    f"judge exact: no reference for the problem {prompt[:60]!r} ...: "
+                    "give it in --judge_problems"
                 )
-            self._known[problem.prompt] = problem
-        if not self._known[prompt].steps:
+            self._by_prompt[problem.prompt] = problem
+        if not self._by_prompt[prompt].steps:
             raise JudgeError(
-                f"judge exact: the problem {prompt[:60]!r} ... has no reference steps to check against"
+                f"judge exact: the problem {prompt[:60]!r} ... has no reference steps: "
+                "give them in --judge_problems"
             )
-        return self._known[prompt]
+        return self._by_prompt[prompt]
 
     def __str__(self) -> str:
         return "exact: the checker"
 
 
 class RandomJudge(StepJudge):
-    """Scores drawn evenly from 0 to 1. They come from seed, prompt and steps up to the scored one alone: a step has the same
-    score whatever else it is asked with: what a guided search must not gain from."""
+    """Scores drawn uniformly from [0, 1).
+
+    A score depends only on the seed, the prompt and the steps up to the scored one. So a step gets
+    the same score whichever other solutions are in the call."""
 
     def __init__(self, seed: int = 0):
         self.seed = seed
 
     def score_steps(
         self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
-    ) -> list[list[float] | None]:
-        skip = skip or [0] * len(solutions)
+    ) -> Scores:
         return [
             [self._draw(prompt, steps[: k + 1]) for k in range(first, len(steps))]
-            for (prompt, steps), first in zip(solutions, skip, strict=True)
+            for prompt, steps, first in with_skips(solutions, skip)
         ]
 
     def _draw(self, prompt: str, steps: Sequence[str]) -> float:
@@ -71,15 +78,17 @@ class RandomJudge(StepJudge):
 
 
 class ShuffledJudge(StepJudge):
-    """Another judge's scores, permuted over all scored steps of a call: give it many solutions at once. The permutation depends on
-    the seed and on the solutions of the call alone, so that a resumed run repeats it."""
+    """Another judge's scores, permuted over all scored steps of a call.
+
+    Give it many solutions in one call. The permutation depends only on the seed and the solutions
+    of the call, so a resumed run repeats it."""
 
     def __init__(self, judge: StepJudge, seed: int = 0):
         self.judge, self.seed, self.unscored_reason = judge, seed, judge.unscored_reason
 
     def score_steps(
         self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
-    ) -> list[list[float] | None]:
+    ) -> Scores:
         scores = self.judge.score_steps(solutions, skip)
         pool = [score for solution in scores if solution for score in solution]
         random.Random(json.dumps([self.seed, solutions, skip])).shuffle(pool)

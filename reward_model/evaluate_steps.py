@@ -1,10 +1,11 @@
-"""Score every step of the preference pairs with a judge: data/synthetic_dataset.jsonl -> data/rewarded.jsonl.
+"""Score every step of preference pairs with a judge, by default data/synthetic_dataset.jsonl.
 
     python reward_model/evaluate_steps.py --overwrite
 
-Steps of `prefix` are read as context and get no score. A pair that the judge cannot score (it outgrows its context, nobody labelled
-it) is written without scores to <output>.left_out.jsonl. Killed at any moment and started again with the same arguments, it goes on
-where it was.
+Steps of `prefix` are context and get no score. A pair that the judge cannot score (usually because
+it is longer than the judge's context) is written without scores to <output>.left_out.jsonl. A
+killed run resumes when it is started again with the same arguments. Input and output may end in
+.jsonl.gz.
 """
 
 import random
@@ -12,11 +13,20 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from tqdm import tqdm
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import check_input, check_output, parse_args, run
 from common.errors import UserError
-from common.files import ResumableRows, at_root, content_hash, read_records, write_records
+from common.files import (
+    ResumableRows,
+    at_root,
+    content_hash,
+    file_stem,
+    read_records,
+    write_records,
+)
 from reasoning.records import PreferencePair
 from reward_model.protocols import StepJudge, mean
 from reward_model.registry import CHUNK, JudgeArgs, check_judge, judge_identity, open_judge
@@ -33,43 +43,46 @@ class EvaluateArguments(JudgeArgs):
     judge_path: str = field(
         default=JudgeArgs.judge_path,
         metadata={
-            "help": "gguf: its file; hf, prm: a model directory or a hub name; hf: a GGUF file as well (it is this script's model)",
+            "help": "the judge's model: for gguf a file; for hf, prm and response a directory or a "
+            "hub name; for hf also a GGUF file",
             "aliases": ["--model_name_or_path"],
         },
     )
     limit: int | None = field(
-        default=None, metadata={"help": "score only so many pairs, drawn at random with --seed"}
+        default=None, metadata={"help": "score only this many pairs, drawn at random with --seed"}
     )
     seed: int = field(
-        default=0, metadata={"help": "seed of the draw of --limit and of --judge shuffled"}
+        default=0, metadata={"help": "seed of the draw of --limit, of --judge shuffled and random"}
     )
     overwrite: bool = field(default=False, metadata={"help": "replace an existing output"})
 
 
 def score_pairs(judge: StepJudge, pairs: list[PreferencePair]) -> list[PreferencePair]:
-    """The pairs with a score for every step of both sides; a pair without any if the judge cannot score one side."""
+    """The pairs with a score for every step of both sides, or with none at all if the judge cannot
+    score one side."""
     sides = [
         (pair.prompt, [*pair.prefix, *steps])
         for pair in pairs
         for steps in (pair.chosen, pair.rejected)
     ]
     scores = judge.score_steps(sides, skip=[len(pair.prefix) for pair in pairs for _ in range(2)])
-    both = [
-        (None, None) if None in two else two for two in zip(scores[::2], scores[1::2], strict=True)
-    ]
-    return [
-        replace(pair, chosen_scores=a, rejected_scores=b)
-        for pair, (a, b) in zip(pairs, both, strict=True)
-    ]
+    scored = []
+    for pair, chosen, rejected in zip(pairs, scores[::2], scores[1::2], strict=True):
+        if chosen is None or rejected is None:
+            chosen = rejected = None
+        scored.append(replace(pair, chosen_scores=chosen, rejected_scores=rejected))
+    return scored
 
 
 def main() -> None:
     (args,) = parse_args(EvaluateArguments, description=__doc__)
-    left_out_path = Path(args.output).with_suffix(".left_out.jsonl")
+    output = Path(args.output)
+    compressed = ".gz" if output.suffix == ".gz" else ""
+    left_out_path = output.with_name(f"{file_stem(output)}.left_out.jsonl{compressed}")
     check_input(args.input, "python utils/build_synthetic_dataset.py")
     check_judge(args)
-    if Path(args.output).resolve() == Path(args.input).resolve():
-        raise UserError(f"{args.output} is the input: give another --output")
+    if output.resolve() == Path(args.input).resolve():
+        raise UserError(f"{output} is the input: give another --output")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, got {args.limit}")
     job = judge_identity(args) | {
@@ -77,25 +90,21 @@ def main() -> None:
         "limit": args.limit,
         "seed": args.seed,
     }
-    # pairs at a time; gguf scores one by one, so it need lose none when killed
+    # pairs in one call; gguf scores solutions one by one, so a kill need not lose any
     unit = 1 if args.judge == "gguf" else CHUNK // 2
-    if not ResumableRows.pending(args.output, job):
+    if not ResumableRows.pending(output, job):
         check_output(args.output, args.overwrite)
         check_output(str(left_out_path), args.overwrite)
     pairs = list(read_records(args.input, PreferencePair))
     if args.limit is not None and args.limit < len(pairs):
-        pairs = [
-            pairs[index]
-            for index in sorted(random.Random(args.seed).sample(range(len(pairs)), args.limit))
-        ]
-
-    from tqdm import tqdm
+        drawn = random.Random(args.seed).sample(range(len(pairs)), args.limit)
+        pairs = [pairs[index] for index in sorted(drawn)]
 
     with open_judge(args) as judge:
-        rows = ResumableRows(args.output, job, unit, args.overwrite)
+        rows = ResumableRows(output, job, unit, args.overwrite)
         print(f"judge {judge}")
         if rows.rows:
-            print(f"going on after {len(rows.rows)} of {len(pairs)} pairs")
+            print(f"resuming after {len(rows.rows)} of {len(pairs)} pairs")
         with tqdm(initial=len(rows.rows), total=len(pairs), unit="pair", desc="scoring") as bar:
             for start in range(len(rows.rows), len(pairs), unit):
                 for pair in score_pairs(judge, pairs[start : start + unit]):
@@ -110,25 +119,20 @@ def main() -> None:
         write_records(left_out_path, left_out)
     if not scored:
         rows.finish()
-        raise UserError(
-            f"no pair was scored, all {len(pairs)} are {judge.unscored_reason}: see {left_out_path}"
-        )
-    write_records(args.output, scored)
+        reason = f"all {len(pairs)} are {judge.unscored_reason}"
+        raise UserError(f"no pair was scored, {reason}: see {left_out_path}")
+    write_records(output, scored)
     rows.finish()
 
-    chosen, rejected = (
-        [mean(pair.chosen_scores) for pair in scored],
-        [mean(pair.rejected_scores) for pair in scored],
-    )
+    chosen = [mean(pair.chosen_scores or []) for pair in scored]
+    rejected = [mean(pair.rejected_scores or []) for pair in scored]
+    higher = mean([a > b for a, b in zip(chosen, rejected, strict=True)])
     print(f"pairs scored      {len(scored)}")
     print(f"mean step score   chosen {mean(chosen):.3f}, rejected {mean(rejected):.3f}")
-    print(
-        f"chosen is higher  {mean([a > b for a, b in zip(chosen, rejected, strict=True)]):.3f} of pairs"
-    )
+    print(f"chosen is higher  {higher:.3f} of pairs")
     if left_out:
-        print(
-            f"left out          {len(left_out)} ({judge.unscored_reason}), written without scores to {left_out_path}"
-        )
+        print(f"left out          {len(left_out)} ({judge.unscored_reason})", end="")
+        print(f", written without scores to {left_out_path}")
     print(f"wrote {args.output}: {len(scored)} pairs with a score for every step")
 
 

@@ -1,12 +1,13 @@
-"""The formats of process reward models (PRMs): this project's own, and those that others published.
+"""The formats of process reward models (PRMs): this project's own and published ones.
 
-A published family is recognized by its architecture in config.json, or by its name: that of the folder
-or of the model on the hub. Code that comes with a model is never run. Steps are read as they are; the
-text around them is the publisher's.
+A published format is recognized by the architecture in config.json or by the model's name (its
+folder, or its name on the hub). Code that comes with a model is never run. The steps are put into
+the text unchanged; the text around them is the publisher's.
 """
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import (
@@ -16,7 +17,7 @@ from transformers import (
     Qwen2PreTrainedModel,
 )
 
-from common.errors import JudgeError
+from common.errors import JudgeError, ModelError
 from lm.text_encoding import PlainText, format_prompt
 from reward_model.protocols import Solution, describe_step
 
@@ -24,37 +25,40 @@ STEP_TOKEN = "<next>"
 
 
 class PRMFormat:
-    """How the PRMs of one family read a solution, and what they say of it. `tag` is the token they know a step by; in a user's text
-    it stays text. Raises JudgeError for a tokenizer that has no such token."""
+    """How the PRMs of one family read a solution, and how their output becomes values.
+
+    tag: the token that marks a step; in a user's text it is read as plain text. Raises ModelError
+    for a tokenizer without such a token."""
 
     model_class: type = AutoModelForCausalLM
 
-    def __init__(self, tokenizer, tag: str):
+    def __init__(self, tokenizer: Any, tag: str):
         self.tokenizer, self.tag = tokenizer, tag
         self.plain = PlainText(tokenizer, tag)
         self.tag_id = self.token_id(f"a {tag}", tag)
 
     def token_id(self, text: str, token: str) -> int:
-        """The id of a token in the place it has in a text that ends with it."""
+        """The id of the last token of a text. Raises ModelError if it is not this token."""
         index = self.plain.ids([text])[0][-1]
         if self.tokenizer.decode([index]).strip() != token:
-            raise JudgeError(f"the tokenizer does not know {token!r} as one token")
+            raise ModelError(f"the tokenizer does not know {token!r} as one token")
         return index
 
     def encode(self, solutions: Sequence[Solution]) -> list[tuple[list[int], list[int]]]:
-        """For every solution its ids, and for each of its steps the position where its value is read. The beginning of a solution
-        has the ids and the positions that the whole begins with. Raises JudgeError for what is no Unicode."""
+        """For every solution its ids, and for each of its steps the position of its value.
+
+        The ids and positions of a solution's prefix are a prefix of the solution's. Raises
+        ModelError for text that is not Unicode, JudgeError if a step is not found in the ids."""
         texts = [self.text(*self.plain.guard(prompt, steps)) for prompt, steps in solutions]
-        # a chat template writes what begins a text itself
-        begins = [] if self.tokenizer.chat_template else self.plain.begins
+        # a chat template writes the special tokens itself
+        leading = [] if self.tokenizer.chat_template else self.plain.leading_ids
         encoded = []
         for (prompt, steps), ids in zip(solutions, self.plain.ids(texts), strict=True):
-            ids = begins + ids
+            ids = leading + ids
             places = self.places(ids, len(steps))
             if len(places) != len(steps):
-                raise JudgeError(
-                    f"{len(places)} of {len(steps)} steps can be told apart in {describe_step(prompt, steps, 0)}"
-                )
+                found = f"only {len(places)} of {len(steps)} steps are found by their tags"
+                raise JudgeError(f"{found} in {describe_step(prompt, steps, 0)}")
             encoded.append((ids, places))
         return encoded
 
@@ -63,65 +67,67 @@ class PRMFormat:
         raise NotImplementedError
 
     def places(self, ids: list[int], count: int) -> list[int]:
-        """Where the values of the `count` steps are read: at their tags."""
+        """The positions of the values of the `count` steps: those of their tags."""
         return [place for place, index in enumerate(ids) if index == self.tag_id]
 
-    def log_odds(self, model, rows: Tensor, places: Tensor, **inputs) -> Tensor:
-        """log (value / (1 - value)) at N places of a batch: rows (N,), places (N,), inputs of the model -> (N,)."""
+    def log_odds(self, model: Any, rows: Tensor, places: Tensor, **inputs: Any) -> Tensor:
+        """log(value / (1 - value)) at N places of a batch: rows (N,), places (N,), and the inputs
+        of the model -> (N,)."""
         raise NotImplementedError
 
 
 class StepTokens(PRMFormat):
-    """This project's own: a step token before every step, one logit at its last token."""
+    """This project's own format: a step token before every step, a logit at its last token."""
 
     model_class = AutoModelForTokenClassification
 
-    def __init__(self, tokenizer, tag: str = STEP_TOKEN):
+    def __init__(self, tokenizer: Any, tag: str = STEP_TOKEN):
         super().__init__(tokenizer, tag)
 
     def text(self, prompt: str, steps: list[str]) -> str:
-        return format_prompt(prompt, self.tokenizer) + "".join(
-            f"{self.tag}{step}\n" for step in steps
-        )
+        lines = "".join(f"{self.tag}{step}\n" for step in steps)
+        return format_prompt(prompt, self.tokenizer) + lines
 
     def places(self, ids: list[int], count: int) -> list[int]:
         begins = super().places(ids, count)
         return [*(place - 1 for place in begins[1:]), len(ids) - 1] if begins else []
 
-    def log_odds(self, model, rows: Tensor, places: Tensor, **inputs) -> Tensor:
+    def log_odds(self, model: Any, rows: Tensor, places: Tensor, **inputs: Any) -> Tensor:
         return model(**inputs).logits[rows, places, 0]
 
 
 class PublishedFormat(PRMFormat):
-    tag: str
-    marker: str  # in the architecture or the name
+    """A format of another publisher. marker: pattern in the architecture or the name."""
 
-    def __init__(self, tokenizer):
+    tag: str
+    marker: str
+
+    def __init__(self, tokenizer: Any):
         super().__init__(tokenizer, self.tag)
 
     @classmethod
     def matches(cls, name: str, config: dict) -> bool:
-        says = [name, str(config.get("_name_or_path", "")), *(config.get("architectures") or [])]
-        return any(re.search(cls.marker, text, re.IGNORECASE) for text in says)
+        """Whether a model with this name and config.json has this format."""
+        hints = [name, str(config.get("_name_or_path", "")), *(config.get("architectures") or [])]
+        return any(re.search(cls.marker, hint, re.IGNORECASE) for hint in hints)
 
 
 class _Qwen2PRM(Qwen2PreTrainedModel):
-    """Qwen2 with two labels a token: Linear, ReLU, Linear."""
+    """Qwen2 with two labels for each token: Linear, ReLU, Linear."""
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         super().__init__(config)
+        size = config.hidden_size
         self.model = Qwen2Model(config)
-        self.score = nn.Sequential(
-            nn.Linear(config.hidden_size, config.hidden_size),
-            nn.ReLU(),
-            nn.Linear(config.hidden_size, 2),
-        )
+        self.score = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 2))
         self.post_init()
 
 
 class QwenMath(PublishedFormat):
-    """Qwen/Qwen2.5-Math-PRM-7B and -72B, Qwen/Qwen2.5-Math-7B-PRM800K (Zhang et al. 2025, arXiv 2501.07301): the chat template, the
-    steps as the assistant's answer, `<extra_0>` behind each, where the probability of label 1 is the step's value."""
+    """Qwen/Qwen2.5-Math-PRM-7B and -72B, Qwen/Qwen2.5-Math-7B-PRM800K.
+
+    (Zhang et al. 2025, arXiv 2501.07301.) The chat template with the steps as the assistant's
+    answer, `<extra_0>` after each step; a step's value is the probability of label 1 there."""
 
     tag, marker = "<extra_0>", r"ForProcessRewardModel|Qwen2\.5-Math-(7B-|72B-)?PRM"
     model_class = _Qwen2PRM
@@ -129,35 +135,38 @@ class QwenMath(PublishedFormat):
 
     def text(self, prompt: str, steps: list[str]) -> str:
         answer = "".join(step + self.tag for step in steps)
-        messages = [("system", self.system), ("user", prompt), ("assistant", answer)]
-        messages = [{"role": role, "content": content} for role, content in messages]
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=False
-        )
+        turns = [("system", self.system), ("user", prompt), ("assistant", answer)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False)
 
-    def log_odds(self, model, rows: Tensor, places: Tensor, **inputs) -> Tensor:
+    def log_odds(self, model: Any, rows: Tensor, places: Tensor, **inputs: Any) -> Tensor:
         logits = model.score(model.model(**inputs).last_hidden_state[rows, places])  # (N, 2)
         return logits[:, 1] - logits[:, 0]
 
 
 class SignTokens(PublishedFormat):
-    """Causal LMs that say `+` or `-` of a step: its value is P(+) / (P(+) + P(-)) of the token that comes next."""
+    """Causal LMs that answer each step with `+` or `-`.
 
-    signs: tuple[str, str]  # + and - as they stand in the text
+    The value of a step is P(+) / (P(+) + P(-)) for the next token. signs: `+` and `-` with the text
+    before them, each the last token of its text."""
 
-    def __init__(self, tokenizer):
+    signs: tuple[str, str]
+
+    def __init__(self, tokenizer: Any):
         super().__init__(tokenizer)
         self.sign_ids = [self.token_id(text, text[-1]) for text in self.signs]
 
-    def log_odds(self, model, rows: Tensor, places: Tensor, **inputs) -> Tensor:
+    def log_odds(self, model: Any, rows: Tensor, places: Tensor, **inputs: Any) -> Tensor:
         hidden = model.base_model(**inputs).last_hidden_state[rows, places]  # (N, H)
         logits = model.get_output_embeddings()(hidden)[:, self.sign_ids]
         return logits[:, 0] - logits[:, 1]
 
 
 class MathShepherd(SignTokens):
-    """peiyi9979/math-shepherd-mistral-7b-prm (Wang et al. 2024, arXiv 2312.08935): question and steps as plain text, ` ки` and a
-    newline behind each step; the value is read at the tag."""
+    """peiyi9979/math-shepherd-mistral-7b-prm (Wang et al. 2024, arXiv 2312.08935).
+
+    Question and steps as plain text, ` ки` and a newline after each step; the value is read at the
+    tag."""
 
     tag, marker, signs = "ки", r"math-?shepherd.*prm", ("a +", "a -")
 
@@ -166,31 +175,28 @@ class MathShepherd(SignTokens):
 
 
 class RLHFlow(SignTokens):
-    """RLHFlow/Llama3.1-8B-PRM-Deepseek-Data and -Mistral-Data (Xiong et al. 2024): a conversation in which the user writes a step
-    a turn, the first behind the problem, and the assistant answers each with `+`; the value is read where that is predicted."""
+    """RLHFlow/Llama3.1-8B-PRM-Deepseek-Data and -Mistral-Data (Xiong et al. 2024).
+
+    A conversation in which the user writes one step a turn, the first after the problem, and the
+    assistant answers each with `+`; the value is read at the token before that `+`."""
 
     tag, marker, signs = "<|eot_id|>", r"Llama-?3\.1-8B-PRM|RLHFlow.*PRM", ("\n\n+", "\n\n-")
 
     def text(self, prompt: str, steps: list[str]) -> str:
-        turns = [f"{prompt} {steps[0]}", *steps[1:]]
-        messages = [
-            message
-            for turn in turns
-            for message in (
-                {"role": "user", "content": turn},
-                {"role": "assistant", "content": "+"},
-            )
-        ]
+        messages = []
+        for turn in (f"{prompt} {steps[0]}", *steps[1:]):
+            messages.append({"role": "user", "content": turn})
+            messages.append({"role": "assistant", "content": "+"})
         return self.tokenizer.apply_chat_template(messages, tokenize=False)
 
     def places(self, ids: list[int], count: int) -> list[int]:
-        # of the turns; the template may write a system message before them
+        # the last two for each step: the template may put a system message first
         ends = super().places(ids, count)[-2 * count :]
-        # what stands before `+` and the end of an assistant's turn
+        # the assistant's turn ends with `+` and the tag; the token before them predicts the `+`
         return [end - 2 for end in ends[1::2]]
 
 
-PUBLISHED = {
+PUBLISHED: dict[str, type[PublishedFormat]] = {
     "Qwen2.5-Math-PRM": QwenMath,
     "math-shepherd-mistral-7b-prm": MathShepherd,
     "Llama3.1-8B-PRM": RLHFlow,

@@ -1,17 +1,19 @@
-"""The process reward model (PRM): what every step of a solution is worth, all of them in one forward pass.
+"""The process reward model (PRM): values of all steps of a solution, in one forward pass.
 
     Problem: 2 + 3 + 4 = ?
     Solution:
     <next>Step 1: 2 + 3 = 5
     <next>Step 2: 5 + 4 = 9
 
-`<next>` is a special token before every step; the value of a step is the sigmoid of the model's one logit at the step's last token,
-its closing newline. There is no end-of-text token. The same text is learned from (trainer/prm_trainer.py) and scored here.
+`<next>` is a special token before every step. The value of a step is the sigmoid of the model's one
+logit at the step's last token, its closing newline. There is no end-of-text token. Training
+(trainer/prm_trainer.py) and scoring read the same text.
 
-A PRM is a plain directory for token classification (or a PEFT adapter on a causal LM) whose config.json names its step token:
-"step_token": "<next>". Where the labels said what a step keeps of the value before it, it also says "running_min": true: the score
-of a step is then the least value so far, which tells whether all is right up to there. PRMs that others published are read in their
-own formats: reward_model/prm_formats.py.
+A PRM is a plain directory for token classification (or a PEFT adapter on a causal LM) whose
+config.json names its step token: "step_token": "<next>". If its labels were relative (how much of
+the value before a step the step keeps), it also has "running_min": true; the score of a step is
+then the least value so far, which says whether all steps up to it are right. Published PRMs are
+read in their own formats: reward_model/prm_formats.py.
 """
 
 import copy
@@ -40,23 +42,27 @@ from lm.tree_attention import (
 )
 from reasoning.steps import ends_solution, shared_prefix
 from reward_model.prm_formats import PUBLISHED, STEP_TOKEN, PRMFormat, StepTokens
-from reward_model.protocols import Solution, StepJudge, describe_step
+from reward_model.protocols import (
+    Scores,
+    Solution,
+    StepJudge,
+    check_positive,
+    not_finite,
+    with_skips,
+)
 
-PACKED = 512  # tokens of a row that holds several solutions, at most
-KEPT_BYTES = 1 << 30  # what the caches of beginnings may take; the oldest go first
+PACKED = 512  # the most tokens of a row that holds several solutions
+KEPT_BYTES = 1 << 30  # the most bytes for caches of prefixes; the oldest are dropped first
 
 
-def add_step_token(model, tokenizer, step_token: str = STEP_TOKEN) -> None:
-    """The tokenizer gets the step token, the model a row of its embeddings for it, the mean of all rows before it."""
+def add_step_token(model: Any, tokenizer: Any, step_token: str = STEP_TOKEN) -> None:
+    """Add the step token to the tokenizer and its embedding, the mean of all others, to a model."""
     new = step_token not in tokenizer.get_vocab()
     if new:
-        tokenizer.add_tokens(
-            [AddedToken(step_token, special=True, normalized=False)], special_tokens=True
-        )
-    rows, index = (
-        model.get_input_embeddings().num_embeddings,
-        tokenizer.convert_tokens_to_ids(step_token),
-    )
+        token = AddedToken(step_token, special=True, normalized=False)
+        tokenizer.add_tokens([token], special_tokens=True)
+    rows = model.get_input_embeddings().num_embeddings
+    index = tokenizer.convert_tokens_to_ids(step_token)
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if new or index >= rows:
@@ -64,9 +70,10 @@ def add_step_token(model, tokenizer, step_token: str = STEP_TOKEN) -> None:
         weight[index] = weight[: min(index, rows)].float().mean(0).to(weight.dtype)
 
 
-def from_causal_lm(model, tokenizer, step_token: str = STEP_TOKEN):
-    """A PRM that has learned nothing yet: the backbone of a causal LM, which it takes over, and a head of zeros:
-    every value is .5."""
+def from_causal_lm(model: Any, tokenizer: Any, step_token: str = STEP_TOKEN) -> Any:
+    """An untrained PRM on the backbone of a causal LM; its head is zero, so every value is 0.5.
+
+    The backbone is shared with `model`, not copied."""
     config = copy.deepcopy(model.config)
     config.num_labels, config.classifier_dropout, config.use_cache = 1, 0.0, False
     config.step_token = step_token
@@ -86,8 +93,10 @@ def from_causal_lm(model, tokenizer, step_token: str = STEP_TOKEN):
 def load_prm(
     path: str, dtype: torch.dtype | str, trainable: bool = False, revision: str | None = None
 ) -> tuple[Any, PRMFormat]:
-    """(model, its format with the tokenizer) of a PRM of any known family: a directory, an adapter or
-    a hub name. trainable: an adapter is loaded to be trained. Raises ModelError."""
+    """(model, its format with the tokenizer) of a PRM in any known format.
+
+    path: a directory, a PEFT adapter's directory or a hub name. trainable: an adapter is loaded to
+    be trained. Raises ModelError."""
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
         family, options = _family(path, config)
@@ -100,25 +109,27 @@ def load_prm(
             model = load_weights(family.model_class, path, dtype=dtype, revision=revision)
     except UserError:
         raise
-    except Exception as error:  # what the libraries raise for a folder that is no model has no list
+    except (
+        Exception
+    ) as error:  # the libraries raise many kinds of errors for a folder without a model
         raise ModelError(f"PRM {path} cannot be loaded: {first_line(error)}") from None
-    model.config.running_min = config.get("running_min", False)  # an adapter's base does not know
+    model.config.running_min = config.get("running_min", False)  # missing in an adapter's base
     if not tokenizer.is_fast:
         raise ModelError(f"PRM {path}: it has no fast tokenizer (tokenizer.json)")
     try:
-        form = family(tokenizer, **options)
-    except JudgeError as error:
+        prm_format = family(tokenizer, **options)
+    except ModelError as error:
         raise ModelError(f"PRM {path}: {error}") from None
     labels = model.config.num_labels
-    if isinstance(form, StepTokens) and labels != 1:
+    if family is StepTokens and labels != 1:
         raise ModelError(f"PRM {path}: expected a head of one number a token, got {labels}")
-    return model, form
+    return model, prm_format
 
 
-def _family(path: str, config: dict) -> tuple[type[PRMFormat], dict]:
-    """The format that a PRM's config.json asks for, or its name where that says nothing."""
+def _family(path: str, config: dict) -> tuple[Any, dict]:
+    """(class of PRMFormat, its options) by config.json, or else by the model's name."""
     if not config:
-        raise ModelError(f"PRM {path}: there is no config.json, or none to be had from the hub")
+        raise ModelError(f"PRM {path}: there is no config.json, neither here nor on the hub")
     if "step_token" in config:
         return StepTokens, {"tag": config["step_token"]}
     for family in PUBLISHED.values():
@@ -126,8 +137,8 @@ def _family(path: str, config: dict) -> tuple[type[PRMFormat], dict]:
             return family, {}
     raise ModelError(
         f"{path} is no process reward model: its config.json names no step_token, and neither that "
-        f"nor its name is that of {', '.join(PUBLISHED)}; "
-        f"`python train.py prm --model_name_or_path {path}` makes one of it"
+        f"file nor the name fits one of {', '.join(PUBLISHED)}; "
+        f"`python train.py prm --model_name_or_path {path}` makes a PRM of it"
     )
 
 
@@ -141,21 +152,22 @@ def _adapter_base(base: str, tokenizer: Any, step_token: str, dtype: torch.dtype
 
 @dataclass
 class _Text:
-    """A solution to be read: its ids, where the values of its steps are, how many of these are not asked for. past: its beginning,
-    where that was read before, and the values behind it are all that is read. is_prefix: it is a beginning itself."""
+    """A solution to read."""
 
-    solution: int
+    solution: int  # its index
     ids: list[int]
-    places: list[int]
-    skip: int
-    past: CachedPrefix | None
-    is_prefix: bool
+    places: list[int]  # the positions of the values to read, all after `past`
+    skip: int  # this many first values were not asked for
+    past: CachedPrefix | None  # its prefix, if that was read before
+    is_prefix: bool  # its cache is kept for the steps that may follow
 
 
 @dataclass
 class _PackedRow:
-    """Solutions of one prompt, to be read together: a tree of tokens (lm/tree_attention.py), behind a past that all of them
-    have; and where the tokens of each lie."""
+    """Solutions of one prompt to read together: a tree of tokens (lm/tree_attention.py).
+
+    past: the cached prefix that all of them continue. reads: each text with the places of its
+    tokens in the row."""
 
     past: CachedPrefix | None
     ids: list[int] = field(default_factory=list)
@@ -165,166 +177,169 @@ class _PackedRow:
     def __len__(self) -> int:
         return len(self.past or ()) + len(self.ids)
 
-    def asked(self) -> Iterator[int]:
-        """The places where values are read, text by text."""
+    def value_places(self) -> Iterator[int]:
+        """The places in the row where values are read, text by text."""
         for text, path in self.reads:
             yield from (path[place - len(self.past or ())] for place in text.places)
 
 
 class ProcessRewardModel(StepJudge):
-    """A StepJudge on a process reward model: one of this project's, or one of reward_model/prm_formats.py.
+    """A StepJudge on a process reward model of any format in reward_model/prm_formats.py.
 
-    path: a model directory, a PEFT adapter directory or a hub name. batch_tokens: padded tokens of one forward pass (a longer
-    solution is read alone). device: by default the GPU if there is one; the weights are in float32 on a CPU and as stored on a
-    GPU. Code that comes with a model is never run. A score is rounded to 6 decimals and does not depend on the steps behind it;
-    what is batched together moves it by rounding errors only. The cache of a solution without an answer is kept: whoever asks about
-    the steps that follow (`skip`) pays for these alone. Raises JudgeError if the model cannot be used."""
+    path: a model directory, a PEFT adapter directory or a hub name. batch_tokens: padded tokens of
+    one forward pass (a longer solution is read alone). device: by default the GPU if there is one;
+    the weights are in float32 on a CPU and in their stored dtype on a GPU. Code that comes with a
+    model is never run. Raises ModelError if the model cannot be loaded.
+
+    A score is rounded to 6 decimals and does not depend on later steps; the composition of a batch
+    changes it by rounding errors only. The cache of an unfinished solution is kept, so that a later
+    call about the steps that follow it (`skip`) reads only these."""
 
     unscored_reason = "longer than the PRM's context"
 
     def __init__(self, path: str | Path, batch_tokens: int = 8192, device: str | None = None):
         self.path, self.batch_tokens = str(path), batch_tokens
-        if batch_tokens < 1:
-            raise JudgeError(f"batch_tokens must be at least 1, got {batch_tokens}")
+        check_positive(batch_tokens=batch_tokens)
         device, dtype = scoring_device(device)
         model, self.format = load_prm(self.path, dtype)
-        self.model = model.to(device, model.dtype).eval()  # peft keeps what it trained in float32
+        # an explicit dtype, since PEFT keeps the trained weights in float32
+        self.model = model.to(device, model.dtype).eval()
         self.device = self.model.device
-        self.running_min = self.model.config.running_min
-        # None: without limit
-        self.context_length = getattr(
-            self.model.config.get_text_config(), "max_position_embeddings", None
-        )
+        config = self.model.config
+        self.running_min = config.running_min
+        # tokens; None: without limit
+        self.context_length = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.shares_prefixes = supports_tree_attention(self.model, PACKED)
-        # of each batch: its texts by their ids, bytes
+        # for each batch: its kept prefixes by their ids, and the bytes of its cache
         self._kept: deque[tuple[dict[tuple[int, ...], CachedPrefix], int]] = deque()
 
     def score_steps(
         self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
-    ) -> list[list[float] | None]:
+    ) -> Scores:
         """As in StepJudge."""
-        results: list[list[float] | None] = [[] for _ in solutions]
-        firsts = skip or [0] * len(solutions)
-        asked = [i for i, first in enumerate(firsts) if first < len(solutions[i][1])]
+        results: Scores = [[] for _ in solutions]
+        requests = list(with_skips(solutions, skip))
+        asked = [i for i, (_, steps, first) in enumerate(requests) if first < len(steps)]
+        encoded = self.format.encode([solutions[i] for i in asked])
         texts: list[_Text] = []
-        for i, (ids, places) in zip(
-            asked, self.format.encode([solutions[i] for i in asked]), strict=True
-        ):
+        for i, (ids, places) in zip(asked, encoded, strict=True):
             if self.context_length and len(ids) > self.context_length:
                 results[i] = None
                 continue
-            first = firsts[i]
-            past = self._past(ids[: places[first - 1] + 1]) if first else None
-            # where there is no past, the least value so far is to be found
-            read = first if past or not self.running_min else 0
-            is_prefix = self.shares_prefixes and not ends_solution(list(solutions[i][1]))
-            texts.append(_Text(i, ids, places[read:], first - read, past, is_prefix))
+            _, steps, first = requests[i]
+            past = self._find_past(ids[: places[first - 1] + 1]) if first else None
+            # the least value so far needs all values, unless a past has it
+            start = first if past or not self.running_min else 0
+            is_prefix = self.shares_prefixes and not ends_solution(list(steps))
+            texts.append(_Text(i, ids, places[start:], first - start, past, is_prefix))
         rows = self._rows(texts)
-        for of_kind in (
-            [row for row in rows if row.past is None],
-            [row for row in rows if row.past is not None],
-        ):
-            for batch in batches_by_length(of_kind, self.batch_tokens):
-                values, cache = self._values(batch)
-                for text in (text for row in batch for text, _ in row.reads):
-                    scores = [round(next(values), 6) for _ in text.places]
-                    broken = next((k for k, value in enumerate(scores) if value != value), None)
-                    if broken is not None:
-                        prompt, steps = solutions[text.solution]
-                        place = describe_step(prompt, steps, len(steps) - len(scores) + broken)
-                        raise JudgeError(
-                            f"PRM {self.path}: the model's logits are not finite at {place}"
-                        )
-                    if self.running_min:
-                        scores = [
-                            *accumulate(scores, min, initial=text.past.score if text.past else 1.0)
-                        ][1:]
-                    results[text.solution] = scores[text.skip :]
-                if cache is not None:
-                    self._keep(batch, cache, results)
+        for has_past in (False, True):
+            alike = [row for row in rows if (row.past is not None) == has_past]
+            for batch in batches_by_length(alike, self.batch_tokens):
+                self._score_batch(batch, solutions, results)
         return results
 
+    def _score_batch(
+        self, batch: list[_PackedRow], solutions: Sequence[Solution], results: Scores
+    ) -> None:
+        """Read a batch, put the scores of its solutions into `results` and keep its prefixes."""
+        values, cache = self._values(batch)
+        kept: list[tuple[int, _Text, list[int], float]] = []
+        for b, row in enumerate(batch):
+            for text, path in row.reads:
+                scores = [round(next(values), 6) for _ in text.places]
+                broken = next((k for k, value in enumerate(scores) if value != value), None)
+                if broken is not None:
+                    prompt, steps = solutions[text.solution]
+                    step = len(steps) - len(scores) + broken
+                    raise not_finite(f"PRM {self.path}", prompt, steps, step)
+                if self.running_min:
+                    before = text.past.score if text.past else 1.0
+                    scores = list(accumulate(scores, min, initial=before))[1:]
+                results[text.solution] = scores[text.skip :]
+                if text.is_prefix:
+                    kept.append((b, text, path, scores[-1]))
+        if cache is not None and kept:
+            self._keep(batch, cache, kept)
+
     def _rows(self, texts: list[_Text]) -> list[_PackedRow]:
-        """Texts that have their past in common, or more than a half, share a row, up to PACKED tokens; with less, attention to all
-        of the row costs what reading less saves."""
-        rows, path, before = [], [], []
+        """Put texts with a common prefix into one row of at most PACKED tokens.
+
+        Texts share a row if they continue the same past, or if they share more than half of their
+        tokens. With a shorter prefix, attention over the whole row costs as much as it saves."""
+        rows: list[_PackedRow] = []
+        path: list[int] = []
+        before: list[int] = []
+        most = min(PACKED, self.batch_tokens)
         for text in sorted(texts, key=lambda text: text.ids):
             ids = text.ids[len(text.past or ()) :]
-            row = rows[-1] if rows and rows[-1].past is text.past and self.shares_prefixes else None
-            shared = shared_prefix(before, ids) if row is not None else 0
-            fits = row is not None and len(row) + len(ids) - shared <= min(
-                PACKED, self.batch_tokens
-            )
+            shared, fits = 0, False
+            if rows and rows[-1].past is text.past and self.shares_prefixes:
+                shared = shared_prefix(before, ids)
+                fits = len(rows[-1]) + len(ids) - shared <= most
             if not fits or not (text.past or shared > len(ids) / 2):
-                row, shared = _PackedRow(text.past), 0
-                rows.append(row)
+                rows.append(_PackedRow(text.past))
+                shared = 0
+            row = rows[-1]
             path, before = add_sequence(row.ids, row.parents, path, ids, shared), ids
             row.reads.append((text, path))
         return rows
 
     @torch.inference_mode()
     def _values(self, batch: list[_PackedRow]) -> tuple[Iterator[float], Cache | None]:
-        """The values that were asked for, row by row, and the cache behind them if one was needed."""
+        """The values that are to be read, row by row, and the batch's cache if it is needed."""
         pasts = [row.past for row in batch if row.past is not None]
         ids, parents = [row.ids for row in batch], [row.parents for row in batch]
         inputs = tree_inputs(ids, parents, 0, pasts, mask_dtype(self.model))
-        asked = [(b, place) for b, row in enumerate(batch) for place in row.asked()]
+        asked = [(b, place) for b, row in enumerate(batch) for place in row.value_places()]
         rows, places = torch.tensor(asked, device=self.device).T
-        cache = (
-            stack_caches(pasts)
-            if pasts or any(text.is_prefix for row in batch for text, _ in row.reads)
-            else None
-        )
+        has_prefixes = any(text.is_prefix for row in batch for text, _ in row.reads)
+        cache = stack_caches(pasts) if pasts or has_prefixes else None
         try:
             inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-            inputs |= {"past_key_values": cache, "use_cache": cache is not None}
-            values = (
-                self.format.log_odds(self.model, rows, places, **inputs).float().sigmoid().tolist()
-            )
+            options = {"past_key_values": cache, "use_cache": cache is not None}
+            log_odds = self.format.log_odds(self.model, rows, places, **inputs, **options)
+            values = log_odds.float().sigmoid().tolist()
         except torch.OutOfMemoryError:
             tokens = inputs["input_ids"].numel()
-            raise JudgeError(
-                f"PRM {self.path}: {tokens} tokens at once do not fit on the GPU: lower batch_tokens"
-            ) from None
+            reason = f"{tokens} tokens at once do not fit on the GPU: lower batch_tokens"
+            raise JudgeError(f"PRM {self.path}: {reason}") from None
         return iter(values), cache
 
-    # --- beginnings that are kept
+    # --- kept prefixes
 
-    def _past(self, ids: list[int]) -> CachedPrefix | None:
-        """The text of these ids, if it was kept."""
+    def _find_past(self, ids: list[int]) -> CachedPrefix | None:
+        """The kept prefix with these ids, if there is one."""
         key = tuple(ids)
         return next((kept[key] for kept, _ in self._kept if key in kept), None)
 
     def _keep(
-        self, batch: list[_PackedRow], cache: Cache, results: Sequence[list[float] | None]
+        self,
+        batch: list[_PackedRow],
+        cache: Cache,
+        texts: Sequence[tuple[int, _Text, list[int], float]],
     ) -> None:
-        """Keep the beginnings of a batch that was just read."""
+        """Keep the prefixes of a batch: (its row, the text, the places of its tokens in the row,
+        the score of its last step)."""
         layers = [(layer.keys, layer.values) for layer in cache.layers]
-        # columns behind the longest past
+        # the column of the first token after the longest past
         first = cache.get_seq_length() - max(len(row.ids) for row in batch)
         kept: dict[tuple[int, ...], CachedPrefix] = {}
-        for b, row in enumerate(batch):
-            own = len(row.past or ())
-            for text, path in row.reads:
-                if text.is_prefix:
-                    end = text.places[-1] + 1
-                    columns = [
-                        *range(first - own, first),
-                        *(first + place for place in path[: end - own]),
-                    ]
-                    kept[tuple(text.ids[:end])] = CachedPrefix(
-                        layers, b, columns, results[text.solution][-1]
-                    )
-        if kept:
-            self._kept.append((kept, sum(keys.nbytes + values.nbytes for keys, values in layers)))
+        for b, text, path, score in texts:
+            past = len(text.past or ())  # tokens, which end at column `first`
+            end = text.places[-1] + 1
+            own = (first + place for place in path[: end - past])
+            columns = [*range(first - past, first), *own]
+            kept[tuple(text.ids[:end])] = CachedPrefix(layers, b, columns, score)
+        self._kept.append((kept, sum(keys.nbytes + values.nbytes for keys, values in layers)))
         while sum(size for _, size in self._kept) > KEPT_BYTES:
             self._kept.popleft()
 
     def close(self) -> None:
-        """Give the model's memory back."""
+        """Release the model's memory."""
         self.model = None
         self._kept.clear()
 
     def __str__(self) -> str:
-        context = self.context_length or "without limit"
-        return f"{self.path}: a PRM ({type(self.format).__name__}), context {context}, on {self.device}"
+        name, context = type(self.format).__name__, self.context_length or "without limit"
+        return f"{self.path}: a PRM ({name}), context {context}, on {self.device}"

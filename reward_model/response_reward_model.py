@@ -1,5 +1,7 @@
-"""The response reward model: one number for a whole response to a prompt. Higher is better, and of two responses to one prompt
-sigmoid(r_a - r_b) is the probability that a is the better one (Bradley and Terry 1952).
+"""The response reward model: one number for a whole response to a prompt; higher is better.
+
+For two responses to one prompt, sigmoid(r_a - r_b) is the probability that a is the better one
+(Bradley and Terry 1952).
 
     Problem: 2 + 3 + 4 = ?
     Solution:
@@ -8,11 +10,13 @@ sigmoid(r_a - r_b) is the probability that a is the better one (Bradley and Terr
     Answer: 9
     Right?
 
-Text becomes ids in `ResponseTokens`, to be learned from (trainer/reward_trainer.py) as to be scored here. Only a model that was
-trained with a question after the response is asked it, and names it in its config.json: "reward_question": "Right?". One that
-began as a PRM reads as that did, with a step token before every step, and names that: "reward_step_token": "<next>".
+`ResponseTokens` turns text into ids, for training (trainer/reward_trainer.py) and for scoring. The
+question at the end is there only for a model that was trained with it; its config.json names the
+question: "reward_question": "Right?". A model that was initialized from a PRM reads a step token
+before every step, as the PRM did, and names that token: "reward_step_token": "<next>".
 
-A reward model is a plain directory for sequence classification with one label, as they are published: any of the hub's is read.
+A reward model is a plain directory for sequence classification with one label, the usual form of
+published reward models; any such model of the hub can be used.
 """
 
 import copy
@@ -23,6 +27,7 @@ from typing import Any
 
 import torch
 from peft.utils import load_peft_weights
+from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
@@ -31,20 +36,31 @@ from lm.loading import base_of, load_adapter, load_tokenizer, load_weights, scor
 from lm.text_encoding import PLAIN_TEMPLATE, PlainText, batches_by_length
 from reasoning.steps import split_steps
 from reward_model.prm_formats import StepTokens
-from reward_model.protocols import Response, ResponseScorer, Solution, StepJudge
+from reward_model.protocols import (
+    Response,
+    ResponseScorer,
+    Scores,
+    Solution,
+    StepJudge,
+    check_positive,
+    with_skips,
+)
 
 
 class ResponseTokens:
-    """How a reward model reads a prompt and a response. max_length: in tokens, None for no limit. question: what stands after the
-    response. step_token: what stands before each of its steps, of a model that began as a PRM and reads as that did.
+    """How a reward model reads a prompt and a response.
 
-    A chat model reads both in its own template, as a user's message and its answer; an encoder (BERT and its kin) as its two
-    sentences, `[CLS] prompt [SEP] response [SEP]`; any other model in the template of reasoning/steps.py, with the question or an
-    end-of-text token last. Words that look like control tokens stay words."""
+    max_length: in tokens, None for no limit. question: the text after the response. step_token: the
+    token before each step, for a model that was initialized from a PRM.
+
+    A chat model reads both in its own template, as a user's message and the answer; an encoder
+    (BERT and similar) as two sentences, `[CLS] prompt [SEP] response [SEP]`; any other model in the
+    plain template of lm/text_encoding.py, followed by the question or an end-of-text token. Control
+    tokens in the two texts are read as plain text."""
 
     def __init__(
         self,
-        tokenizer,
+        tokenizer: Any,
         max_length: int | None = None,
         question: str | None = None,
         step_token: str | None = None,
@@ -53,72 +69,60 @@ class ResponseTokens:
         self.steps = StepTokens(tokenizer, step_token) if step_token else None
         self.plain = self.steps.plain if self.steps else PlainText(tokenizer)
         self.is_chat = bool(tokenizer.chat_template)
-        self.is_pair = not (self.is_chat or self.steps) and None not in (
-            tokenizer.cls_token_id,
-            tokenizer.sep_token_id,
-        )
+        has_pairs = None not in (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        self.is_pair = has_pairs and not (self.is_chat or self.steps)
 
     def encode(self, pairs: Sequence[Response]) -> list[tuple[list[int], int]]:
-        """For every (prompt, response) its ids and how many more there would be without max_length. What is too long loses tokens
-        from the front, so the beginning of the prompt goes first; what begins every text stays. Raises JudgeError for what is no
-        Unicode."""
+        """(ids, number of tokens that max_length cut off) of every (prompt, response).
+
+        A text that is too long loses tokens at its start, so the start of the prompt goes first;
+        BOS stays. Raises ModelError for text that is not Unicode."""
         guarded = [self.plain.guard(prompt, [response]) for prompt, response in pairs]
-        begins, end = self.plain.begins, []
+        leading, end = self.plain.leading_ids, list[int]()
         if self.is_pair:
             between, end = self._frame()
-            sides = iter(
-                self.plain.ids(
-                    [text for prompt, (response,) in guarded for text in (prompt, response)]
-                )
-            )
-            texts = [
-                [*prompt, *between, *response]
-                for prompt, response in zip(sides, sides, strict=True)
-            ]
+            prompts = self.plain.ids([prompt for prompt, _ in guarded])
+            responses = self.plain.ids([response for _, (response,) in guarded])
+            texts = [[*p, *between, *r] for p, r in zip(prompts, responses, strict=True)]
         else:
             texts = self.plain.ids(
                 [self._text(prompt, response) for prompt, (response,) in guarded]
             )
-            if self.is_chat:  # its template writes itself what begins and ends a text
-                begins = begins if texts and texts[0][: len(begins)] == begins else []
-                texts = [ids[len(begins) :] for ids in texts]
-            elif not (self.question or self.steps):
-                end = [index for index in [self.tokenizer.eos_token_id] if index is not None]
+            if self.is_chat:  # a chat template writes the special tokens itself
+                leading = leading if texts and texts[0][: len(leading)] == leading else []
+                texts = [ids[len(leading) :] for ids in texts]
+            elif not (self.question or self.steps) and self.tokenizer.eos_token_id is not None:
+                end = [self.tokenizer.eos_token_id]
         encoded = []
         for text in texts:
-            ids = [*begins, *text, *end]
+            ids = [*leading, *text, *end]
             over = max(0, len(ids) - (self.max_length or len(ids)))
-            encoded.append((ids[: len(begins)] + ids[len(begins) + over :], over))
+            encoded.append((ids[: len(leading)] + ids[len(leading) + over :], over))
         return encoded
 
     def _text(self, prompt: str, response: str) -> str:
         if self.steps:
             return self.steps.text(prompt, split_steps(response))
         if self.is_chat:
-            messages = [
-                {"role": "user", "content": prompt},
-                {"role": "assistant", "content": response},
-            ]
+            turns = (("user", prompt), ("assistant", response))
+            messages = [{"role": role, "content": content} for role, content in turns]
             return self.tokenizer.apply_chat_template(messages, tokenize=False)
-        return (
-            PLAIN_TEMPLATE.replace("{prompt}", prompt)
-            + response
-            + (f"\n{self.question}" if self.question else "")
-        )
+        question = f"\n{self.question}" if self.question else ""
+        return PLAIN_TEMPLATE.replace("{prompt}", prompt) + response + question
 
     def _frame(self) -> tuple[list[int], list[int]]:
-        """What an encoder's tokenizer puts between two sentences, and behind them."""
+        """The ids that an encoder's tokenizer puts between two sentences and after them."""
         (a,), whole = self.plain.ids(["a"]), self.tokenizer("a", "a")["input_ids"]
-        first = len(self.plain.begins) + len(a)
+        first = len(self.plain.leading_ids) + len(a)
         second = whole.index(a[0], first)
         return whole[first:second], whole[second + len(a) :]
 
 
-def from_causal_lm(model, tokenizer, question: str = ""):
-    """A reward model that has learned nothing yet: the backbone of a causal LM, which it takes over, and a head.
+def from_causal_lm(model: Any, tokenizer: Any, question: str = "") -> Any:
+    """An untrained reward model: a head on the backbone of a causal LM, shared and not copied.
 
-    With a question (of a model that is no chat model) the head begins as the model's own logit of "Yes" less that of "No" behind
-    it, where each is one token; else as zeros."""
+    With a question (and without a chat template) the head starts as the LM's logit of "Yes" minus
+    that of "No" after the question, if each word is one token. Otherwise it starts as zeros."""
     config = copy.deepcopy(model.config)
     config.num_labels, config.use_cache = 1, False
     if question and not tokenizer.chat_template:
@@ -127,7 +131,7 @@ def from_causal_lm(model, tokenizer, question: str = ""):
         reward_model = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
     backbone = reward_model.base_model_prefix
     setattr(reward_model, backbone, model.base_model)
-    weights = []
+    weights: list[Any] = []
     for name, module in reward_model.named_children():
         if name != backbone:
             module.to_empty(device=model.device)
@@ -135,41 +139,37 @@ def from_causal_lm(model, tokenizer, question: str = ""):
     for weight in weights:
         torch.nn.init.zeros_(weight)
     if hasattr(config, "reward_question"):
-        ids = [
-            tokenizer(f"{question} {word}", add_special_tokens=False)["input_ids"][-1]
-            for word in ("Yes", "No")
-        ]
+        texts = [f"{question} {word}" for word in ("Yes", "No")]
+        yes, no = (tokenizer(text, add_special_tokens=False)["input_ids"][-1] for text in texts)
         rows = model.get_output_embeddings().weight
-        if [tokenizer.decode([index]).strip() for index in ids] == ["Yes", "No"] and weights[
-            0
-        ].shape[1:] == rows.shape[1:]:
-            weights[0].data[0] = rows[ids[0]].detach() - rows[ids[1]].detach()
+        are_words = [tokenizer.decode([index]).strip() for index in (yes, no)] == ["Yes", "No"]
+        if are_words and weights[0].shape[1:] == rows.shape[1:]:
+            weights[0].data[0] = rows[yes].detach() - rows[no].detach()
     return with_padding(reward_model, tokenizer)
 
 
-def with_padding(model, tokenizer):
-    """The model, told what padding is: LLaMA and its kin read the last token that is none."""
+def with_padding(model: Any, tokenizer: Any) -> Any:
+    """The model, with a padding token in its config: LLaMA and similar models read the score at the
+    last token that is not padding."""
     config = model.config.get_text_config()
     if config.pad_token_id is None:
-        config.pad_token_id = (
-            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        )
+        pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+        config.pad_token_id = eos if pad is None else pad
     return model
 
 
-def format_of(model) -> tuple[str | None, str | None]:
+def format_of(model: Any) -> tuple[str | None, str | None]:
     """(question, step token) that a reward model was trained with."""
-    return getattr(model.config, "reward_question", None), getattr(
-        model.config, "reward_step_token", None
-    )
+    names = ("reward_question", "reward_step_token")
+    question, step_token = (getattr(model.config, name, None) for name in names)
+    return question, step_token
 
 
-def longest(model, tokenizer) -> int | None:
-    """The tokens that a model can read; None: without limit. (A tokenizer without a limit says 1e30.)"""
-    limits = (
-        getattr(model.config.get_text_config(), "max_position_embeddings", None),
-        tokenizer.model_max_length,
-    )
+def longest(model: Any, tokenizer: Any) -> int | None:
+    """The most tokens that a model can read; None: without limit."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limits = (context, tokenizer.model_max_length)
+    # a tokenizer without a limit has 1e30
     return min((limit for limit in limits if limit is not None and 0 < limit < 10**9), default=None)
 
 
@@ -188,21 +188,22 @@ def load_reward_model(
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of a directory, a PEFT adapter's directory, or a hub name (of a revision).
 
-    new_head: any model is taken; one without a head of one number gets it, with random weights. Without
-    it such a model is refused. trainable: an adapter is loaded to be trained. Raises ModelError."""
+    new_head: accept any model; one without a head of one number gets such a head, with random
+    weights. Otherwise a model without it is refused. trainable: an adapter is loaded to be trained.
+    Raises ModelError."""
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
         base, is_adapter = base_of(path, revision)
         hub = {"revision": None if is_adapter else revision}
         if not new_head and not is_adapter:
             _check_head(path, config)
-        brought = load_peft_weights(path, device="cpu") if is_adapter else {}
+        adapter_weights = load_peft_weights(path, device="cpu") if is_adapter else {}
 
         def may_miss(model: Any, key: str) -> bool:
-            """A head may be new, or be brought by the adapter."""
+            """The head may be missing if it is new, or if the adapter has it."""
             if key.split(".")[0] not in head_names(model):
                 return False
-            return any(name.endswith(key) for name in brought) if is_adapter else new_head
+            return any(name.endswith(key) for name in adapter_weights) if is_adapter else new_head
 
         kind = AutoModelForSequenceClassification
         model = load_weights(kind, base, may_miss, dtype=dtype, num_labels=1, **hub)
@@ -211,15 +212,17 @@ def load_reward_model(
             model = load_adapter(model, path, trainable, revision)
     except UserError:
         raise
-    except Exception as error:  # what the libraries raise for a folder that is no model has no list
+    except (
+        Exception
+    ) as error:  # the libraries raise many kinds of errors for a folder without a model
         raise ModelError(f"reward model {path} cannot be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise ModelError(f"reward model {path}: it has no fast tokenizer (tokenizer.json)")
-    # an adapter's own is not its base's
+    # those of `path`: an adapter's base has others
     model.config.reward_question = config.get("reward_question")
     model.config.reward_step_token = config.get("reward_step_token", config.get("step_token"))
-    for name in {"step_token", "running_min"} & vars(model.config).keys():  # it is no PRM any more
-        delattr(model.config, name)
+    for name in {"step_token", "running_min"} & vars(model.config).keys():
+        delattr(model.config, name)  # only a PRM has these
     return with_padding(model, tokenizer), tokenizer
 
 
@@ -229,116 +232,109 @@ def head_names(model: Any) -> list[str]:
 
 
 def _check_head(path: str, config: dict) -> None:
-    """Raises ModelError for a model that gives something else than one number a text."""
+    """Raises ModelError for a model that does not give one number for a text."""
     kinds = config.get("architectures") or []
     if not any(kind.endswith(("ForSequenceClassification", "RewardModel")) for kind in kinds):
-        made = f"`python train.py reward --model_name_or_path {path}` makes one of it"
-        raise ModelError(
-            f"{path} is no reward model but {', '.join(kinds) or 'of no kind that its config.json names'}; {made}"
-        )
+        found = ", ".join(kinds) or "a model whose config.json names no architecture"
+        command = f"`python train.py reward --model_name_or_path {path}`"
+        raise ModelError(f"{path} is no reward model but {found}; {command} makes one of it")
     labels = len(config.get("id2label") or [0] * config.get("num_labels", 2))
     if labels != 1:
         raise ModelError(f"{path} is a classifier with {labels} labels; a reward model has one")
 
 
-class _EncodedPair(list):
-    """The ids of a pair, and which pair it is."""
-
-    def __init__(self, ids: list[int], place: int):
-        super().__init__(ids)
-        self.place = place
-
-
 class ResponseRewardModel(ResponseScorer):
-    """A ResponseScorer on a reward model: one of this project's, or any of the hub's for sequence classification with one label.
+    """A ResponseScorer on a reward model: any model for sequence classification with one label.
 
-    path: a model directory, a PEFT adapter directory or a hub name. batch_tokens: padded tokens of one forward pass (a longer text
-    is read alone). device: by default the GPU if there is one; the weights are in float32 on a CPU and as stored on a GPU. Code
-    that comes with a model is never run. Scores are as the model gives them, without bounds; what is batched together moves them
-    by rounding errors only. `cut` counts the texts that did not fit into the model's context and were scored without the
-    beginning of their prompts. Raises JudgeError if the model cannot be used."""
+    path: a model directory, a PEFT adapter directory or a hub name. batch_tokens: padded tokens of
+    one forward pass (a longer text is read alone). device: by default the GPU if there is one; the
+    weights are in float32 on a CPU and in their stored dtype on a GPU. Code that comes with a model
+    is never run. Raises ModelError if the model cannot be loaded.
+
+    Scores are the model's own, without bounds; the composition of a batch changes them by rounding
+    errors only. `cut` counts the texts that were longer than the model's context and were scored
+    without the start of their prompts."""
 
     def __init__(self, path: str | Path, batch_tokens: int = 8192, device: str | None = None):
         self.path, self.batch_tokens, self.cut = str(path), batch_tokens, 0
-        if batch_tokens < 1:
-            raise JudgeError(f"batch_tokens must be at least 1, got {batch_tokens}")
+        check_positive(batch_tokens=batch_tokens)
         device, dtype = scoring_device(device)
         model, tokenizer = load_reward_model(self.path, dtype)
-        self.model = model.to(device, model.dtype).eval()  # peft keeps what it trained in float32
+        # an explicit dtype, since PEFT keeps the trained weights in float32
+        self.model = model.to(device, model.dtype).eval()
         self.device = self.model.device
-        self.format = ResponseTokens(
-            tokenizer, longest(self.model, tokenizer), *format_of(self.model)
-        )
+        context = longest(self.model, tokenizer)
+        self.format = ResponseTokens(tokenizer, context, *format_of(self.model))
         self.pad_token_id = self.model.config.get_text_config().pad_token_id or 0
 
     def score(self, pairs: Sequence[Response], progress: str | None = None) -> list[float]:
         """As in ResponseScorer; progress: the label of a progress bar."""
-        from tqdm import tqdm
-
         encoded = self.format.encode(pairs)
         self.cut += sum(over > 0 for _, over in encoded)
         scores = [0.0] * len(pairs)
-        with tqdm(
-            total=len(pairs), desc=progress, unit="response", disable=progress is None
-        ) as bar:
-            for batch in batches_by_length(
-                [_EncodedPair(ids, place) for place, (ids, _) in enumerate(encoded)],
-                self.batch_tokens,
-            ):
-                for row, score in zip(batch, self._scores(batch), strict=True):
+
+        def length(index: int) -> int:
+            return len(encoded[index][0])
+
+        is_silent = progress is None
+        with tqdm(total=len(pairs), desc=progress, unit="response", disable=is_silent) as bar:
+            for batch in batches_by_length(range(len(pairs)), self.batch_tokens, length):
+                values = self._scores([encoded[index][0] for index in batch])
+                for index, score in zip(batch, values, strict=True):
                     if score != score:
+                        response = short(pairs[index][1])
                         raise JudgeError(
-                            f"reward model {self.path}: its score of {short(pairs[row.place][1])} is not a number"
+                            f"reward model {self.path}: its score of {response} is not a number"
                         )
-                    scores[row.place] = score
+                    scores[index] = score
                 bar.update(len(batch))
         return scores
 
     @torch.inference_mode()
-    def _scores(self, batch: list[_EncodedPair]) -> list[float]:
+    def _scores(self, batch: list[list[int]]) -> list[float]:
+        """The scores of texts, given as ids."""
         # (B, L), right-padded
         ids = torch.full((len(batch), max(map(len, batch))), self.pad_token_id)
         mask = torch.zeros_like(ids)
-        for b, row in enumerate(batch):
-            ids[b, : len(row)], mask[b, : len(row)] = torch.tensor(row), 1
+        for b, text in enumerate(batch):
+            ids[b, : len(text)], mask[b, : len(text)] = torch.tensor(text), 1
         try:
             output = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
         except torch.OutOfMemoryError:
-            fits = f"{ids.numel()} tokens at once do not fit on the GPU: lower batch_tokens"
-            raise JudgeError(f"reward model {self.path}: {fits}") from None
+            reason = f"{ids.numel()} tokens at once do not fit on the GPU: lower batch_tokens"
+            raise JudgeError(f"reward model {self.path}: {reason}") from None
         return output.logits[:, 0].float().tolist()
 
     def close(self) -> None:
-        """Give the model's memory back."""
+        """Release the model's memory."""
         self.model = None
 
     def __str__(self) -> str:
-        return f"{self.path}: a response reward model, context {self.format.max_length or 'without limit'}, on {self.device}"
+        context = self.format.max_length or "without limit"
+        return f"{self.path}: a response reward model, context {context}, on {self.device}"
 
 
 class ResponseJudge(StepJudge):
-    """A ResponseScorer where a StepJudge is asked for: every step of a solution gets sigmoid of the score of the whole, as outcome
-    rewards do. Of a beginning that is the score of a response that was not finished."""
+    """A ResponseScorer used as a StepJudge: every step gets sigmoid(score of the whole solution).
+
+    This is an outcome reward, as opposed to a process reward. A prefix is scored as an unfinished
+    response."""
 
     def __init__(self, scorer: ResponseScorer):
         self.scorer = scorer
 
     def score_steps(
         self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
-    ) -> list[list[float] | None]:
-        asked = [
-            len(steps) - first
-            for (_, steps), first in zip(solutions, skip or [0] * len(solutions), strict=True)
-        ]
-        texts = [
-            (prompt, "\n".join(steps))
-            for (prompt, steps), count in zip(solutions, asked, strict=True)
-            if count
-        ]
-        scores = iter(
-            torch.tensor(self.scorer.score(texts), dtype=torch.float64).sigmoid().tolist()
-        )
-        return [[next(scores)] * count if count else [] for count in asked]
+    ) -> Scores:
+        counts: list[int] = []
+        texts: list[Response] = []
+        for prompt, steps, first in with_skips(solutions, skip):
+            counts.append(len(steps) - first)
+            if counts[-1]:
+                texts.append((prompt, "\n".join(steps)))
+        rewards = torch.tensor(self.scorer.score(texts), dtype=torch.float64)
+        scores = iter(rewards.sigmoid().tolist())
+        return [[next(scores)] * count if count else [] for count in counts]
 
     def close(self) -> None:
         self.scorer.close()

@@ -1,8 +1,9 @@
-"""A response reward model at work: python reward_model/score_responses.py COMMAND ...
+"""Use a response reward model: python reward_model/score_responses.py COMMAND [ARGUMENTS]
 
-python reward_model/score_responses.py score --help     a score for every response
-python reward_model/score_responses.py filter --help    the best response to each prompt, or all over a threshold
-python reward_model/score_responses.py pairs --help     preference pairs for `python train.py dpo`
+    python reward_model/score_responses.py score --output data/scored.csv
+    python reward_model/score_responses.py filter --help     all arguments of a command
+
+Input and output are a table (.csv) or rows (.jsonl); both may be compressed (.csv.gz, .jsonl.gz).
 """
 
 import csv
@@ -17,27 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import check_input, check_output, parse_args, run
 from common.errors import RecordError, UserError
-from common.files import at_root, read_rows, write_records, write_text
+from common.files import at_root, file_type, read_rows, write_records, write_text
 from reasoning.datasets.files import read_table
 from reasoning.records import PreferencePair, Prompt
 from reasoning.splits import refuse_held_out
 from reasoning.steps import split_steps
+from reward_model.protocols import Response
 from reward_model.registry import ScorerArgs, check_scorer, open_scorer
 
-HELP = """usage: python reward_model/score_responses.py COMMAND [ARGUMENTS]
-
-commands:
-  score     writes the rows again, with a column `score`
-  filter    writes the best row of each prompt, or with --threshold all rows that score as much
-  pairs     writes preference pairs, the best response to each prompt against the worst (JSONL)
-
-arguments of all:
-  --input FILE           a table (.csv) or rows (.jsonl) with `prompt`, and `answer`, `response` or `steps`    [data/answers.csv]
-  --output FILE          where the result goes
-  --scorer MODEL         a reward model: a folder or a hub name    [saved_model/response_reward_model, else models/reward-mini]
-  --overwrite            replace the output
-"""
-TEXTS = ("answer", "response", "steps")  # what a response is called
+TEXTS = ("answer", "response", "steps")  # the fields that may hold the response
 
 
 @dataclass
@@ -45,13 +34,15 @@ class ScoreArgs(ScorerArgs):
     input: str = field(
         default=at_root("data/answers.csv"),
         metadata={
-            "help": "CSV or JSONL with a prompt and a response a row: `prompt`, and `answer`, `response` or `steps`"
+            "help": "CSV or JSONL, in each row a `prompt` and a response: `answer`, `response` or "
+            "`steps`"
         },
     )
-    output: str | None = field(
-        default=None, metadata={"help": "the result; rows are written as they came, CSV or JSONL"}
+    output: str = field(
+        default="",
+        metadata={"help": "the result; score and filter write CSV or JSONL, as the input is"},
     )
-    overwrite: bool = field(default=False, metadata={"help": "replace --output if it is there"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an existing output"})
 
 
 @dataclass
@@ -59,14 +50,15 @@ class FilterArgs(ScoreArgs):
     threshold: float | None = field(
         default=None,
         metadata={
-            "help": "keep every row that scores as much or more; without: the best row of each prompt"
+            "help": "keep every row with at least this score (default: the best row of each prompt)"
         },
     )
 
 
 @dataclass
 class Table:
-    """The rows of a file, and how they are written again: as CSV with these columns and this delimiter, or as JSONL."""
+    """The rows of a file, and how to write them: as CSV with these columns and this delimiter, or
+    as JSONL if there are no columns."""
 
     rows: list[dict]
     columns: list[str] | None = None
@@ -77,38 +69,34 @@ class Table:
             write_records(path, rows)
             return
         text = io.StringIO(newline="")
-        # csv quotes a lone \r only where \r ends lines
+        # with \r\n at the end of lines, csv quotes a cell that holds a single \r
         writer = csv.DictWriter(text, self.columns, delimiter=self.delimiter, lineterminator="\r\n")
         writer.writeheader()
         writer.writerows(rows)
         write_text(path, [text.getvalue()])
 
 
-def read_responses(path: str) -> tuple[Table, list[tuple[str, str]]]:
-    """The table, and (prompt, response) of each of its rows. Raises RecordError with file and line."""
-    if path.endswith(".jsonl"):
+def read_responses(path: str) -> tuple[Table, list[Response]]:
+    """The table, and the (prompt, response) of each of its rows.
+
+    Raises RecordError with file and line."""
+    if file_type(path) == ".jsonl":
         numbered = list(read_rows(path))
         table = Table([row for _, row in numbered])
-        lines = [number for number, _ in numbered]
     else:
-        table, lines = _read_csv(path)
-    pairs = []
-    for line, row in zip(lines, table.rows, strict=True):
+        delimiter, names, lines = read_table(path, ("prompt",))
+        numbered = [(line, dict(zip(names, cells, strict=True))) for line, cells in lines]
+        columns = list(dict.fromkeys([*names, "score"]))
+        table = Table([row for _, row in numbered], columns, delimiter)
+    responses = []
+    for line, row in numbered:
         try:
-            pairs.append((Prompt.from_row(row).prompt, _response(row)))
+            responses.append((Prompt.from_row(row).prompt, _response(row)))
         except RecordError as error:
             raise RecordError(f"{path}:{line}: {error}") from None
-    if not pairs:
+    if not responses:
         raise RecordError(f"{path}: no rows")
-    return table, pairs
-
-
-def _read_csv(path: str) -> tuple[Table, list[int]]:
-    delimiter, names, rows = read_table(path, ("prompt",))
-    rows = [(line, dict(zip(names, cells, strict=True))) for line, cells in rows]
-    return Table([row for _, row in rows], list(dict.fromkeys([*names, "score"])), delimiter), [
-        line for line, _ in rows
-    ]
+    return table, responses
 
 
 def _response(row: dict) -> str:
@@ -121,121 +109,130 @@ def _response(row: dict) -> str:
     return text
 
 
-def scored(args: ScoreArgs) -> tuple[Table, list[tuple[str, str]], list[float]]:
-    """The table, its (prompt, response) pairs and their scores. A user's mistakes are found before the model is loaded."""
-    if args.output is None:
-        raise UserError("argument --output: expected a file that the result is written to")
+def scored(args: ScoreArgs) -> tuple[Table, list[Response], list[float]]:
+    """The table with the column `score`, its (prompt, response) pairs, and their scores.
+
+    A user's mistakes are found before the model is loaded."""
+    if not args.output:
+        raise UserError("argument --output: expected a file for the result")
     check_input(args.input)
     check_output(args.output, args.overwrite)
-    table, pairs = read_responses(args.input)
+    table, responses = read_responses(args.input)
     check_scorer(args)
     with open_scorer(args) as scorer:
         print(scorer)
-        scores = scorer.score(pairs, progress="responses")
+        scores = scorer.score(responses, progress="responses")
         if scorer.cut:
             print(
-                f"{scorer.cut} of {len(pairs)} responses do not fit with their prompts, which lost their beginning"
+                f"{scorer.cut} of {len(responses)} responses do not fit with their prompts", end=""
             )
+            print(": the start of the prompt was cut off")
     for row, score in zip(table.rows, scores, strict=True):
         row["score"] = round(score, 6)
-    return table, pairs, scores
+    return table, responses, scores
 
 
-def by_prompt(pairs: list[tuple[str, str]]) -> dict[str, list[int]]:
-    """Prompt -> the places of its responses."""
-    places: dict[str, list[int]] = {}
-    for place, (prompt, _) in enumerate(pairs):
-        places.setdefault(prompt, []).append(place)
-    return places
+def by_prompt(responses: list[Response]) -> dict[str, list[int]]:
+    """Prompt -> the indices of its responses."""
+    indices: dict[str, list[int]] = {}
+    for index, (prompt, _) in enumerate(responses):
+        indices.setdefault(prompt, []).append(index)
+    return indices
 
 
-def score(argv: list[str]) -> None:
-    """A score for every response."""
-    (args,) = parse_args(ScoreArgs, description="A score for every response.", args=argv)
+# --- the commands ---
+
+
+def write_scores(args: ScoreArgs) -> None:
     table, _, scores = scored(args)
     table.write(args.output, table.rows)
     print(f"wrote {len(scores)} scores, {min(scores):.3f} to {max(scores):.3f}, to {args.output}")
 
 
-def keep(argv: list[str]) -> None:
-    """The best response to each prompt, or all over a threshold."""
-    (args,) = parse_args(
-        FilterArgs,
-        description="The best response to each prompt, or all over a threshold.",
-        args=argv,
-    )
+def write_best(args: FilterArgs) -> None:
     if args.threshold is not None and not math.isfinite(args.threshold):
         raise UserError(f"argument --threshold: expected a number, got {args.threshold}")
-    table, pairs, scores = scored(args)
+    table, responses, scores = scored(args)
     if args.threshold is None:
-        places = sorted(max(places, key=scores.__getitem__) for places in by_prompt(pairs).values())
+        groups = by_prompt(responses).values()
+        kept = sorted(max(group, key=scores.__getitem__) for group in groups)
     else:
-        places = [place for place, value in enumerate(scores) if value >= args.threshold]
-    table.write(args.output, [table.rows[place] for place in places])
-    print(f"wrote {len(places)} of {len(scores)} rows to {args.output}")
+        kept = [index for index, score in enumerate(scores) if score >= args.threshold]
+    table.write(args.output, [table.rows[index] for index in kept])
+    print(f"wrote {len(kept)} of {len(scores)} rows to {args.output}")
 
 
-# One row of what `pairs` writes: the responses line by line. The scores are there for the losses that weigh steps; every step has
-# the probability that its side is the better one, sigmoid(r - r of the other side).
-#   {"prompt": "Mia has 12 apples. ...", "chosen": ["Step 1: 12 + 14 = 26", ...], "rejected": ["Step 1: 12 + 14 = 16", ...],
-#    "prefix": [], "chosen_scores": [0.97, ...], "rejected_scores": [0.03, ...]}
-def pairs(argv: list[str]) -> None:
-    """Preference pairs: the best response to each prompt against the worst."""
-    (args,) = parse_args(
-        ScoreArgs,
-        description="Preference pairs: the best response to each prompt against the worst.",
-        args=argv,
-    )
-    if args.output is not None and not args.output.endswith(".jsonl"):
+# One row that `pairs` writes: two responses, split into lines. The scores are for the losses that
+# weigh steps; every step has the probability that its side is the better one, sigmoid(r - r of the
+# other side).   {"prompt": "Mia has 12 apples. ...", "chosen": ["Step 1: 12 + 14 = 26", ...],
+# "rejected": ["Step 1: 12 + 14 = 16", ...], "prefix": [], "chosen_scores": [0.97, ...],
+# "rejected_scores": [0.03, ...]}
+def write_pairs(args: ScoreArgs) -> None:
+    if args.output and file_type(args.output) != ".jsonl":
         raise UserError(f"argument --output: expected a .jsonl file, got {args.output}")
-    table, texts, scores = scored(args)
+    table, responses, scores = scored(args)
     kept_back = {
-        text[0]
-        for row, text in zip(table.rows, texts, strict=True)
+        prompt
+        for row, (prompt, _) in zip(table.rows, responses, strict=True)
         if row.get("split") not in (None, "", "train")
     }
-    written, skipped = [], 0
-    for prompt, places in by_prompt(texts).items():
+    pairs, skipped = [], 0
+    for prompt, group in by_prompt(responses).items():
         if prompt in kept_back:
             continue
-        best, worst = (choose(places, key=scores.__getitem__) for choose in (max, min))
-        better, worse = (split_steps(texts[place][1]) for place in (best, worst))
+        best, worst = (choose(group, key=scores.__getitem__) for choose in (max, min))
+        better, worse = (split_steps(responses[index][1]) for index in (best, worst))
         if better == worse or scores[best] == scores[worst]:
             skipped += 1
             continue
-        pair = asdict(PreferencePair.of_solutions(prompt, better, worse))
+        row = asdict(PreferencePair.of_solutions(prompt, better, worse))
         probability = round(1 / (1 + math.exp(max(-700.0, scores[worst] - scores[best]))), 6)
-        pair["chosen_scores"] = [probability] * len(pair["chosen"])
-        pair["rejected_scores"] = [round(1 - probability, 6)] * len(pair["rejected"])
-        written.append(PreferencePair.from_row(pair))
-    refuse_held_out(args.input, written)
-    for count, why in (
-        (len(kept_back), "are not of the split train"),
-        (skipped, "have one response, or equal ones"),
-    ):
-        if count:
-            print(f"{count} prompts left out: they {why}")
-    if not written:
+        row["chosen_scores"] = [probability] * len(row["chosen"])
+        row["rejected_scores"] = [round(1 - probability, 6)] * len(row["rejected"])
+        pairs.append(PreferencePair.from_row(row))
+    refuse_held_out(args.input, pairs)
+    if kept_back:
+        print(f"{len(kept_back)} prompts left out: they are not of the split train")
+    if skipped:
+        print(f"{skipped} prompts left out: they have one response, or equal ones")
+    if not pairs:
         raise UserError(f"{args.input}: no prompt gives a pair, nothing was written")
-    write_records(args.output, written)
-    print(
-        f"wrote {len(written)} pairs to {args.output}: python train.py dpo --dataset_name {args.output} --loss_type sigmoid"
-    )
+    write_records(args.output, pairs)
+    command = f"python train.py dpo --dataset_name {args.output} --loss_type sigmoid"
+    print(f"wrote {len(pairs)} pairs to {args.output}: {command}")
 
 
-COMMANDS = {"score": score, "filter": keep, "pairs": pairs}
+# command -> (its function, its arguments, what it does)
+COMMANDS = {
+    "score": (write_scores, ScoreArgs, "write the rows again with a column `score`"),
+    "filter": (
+        write_best,
+        FilterArgs,
+        "write the best row of each prompt, or with --threshold all rows with at least that score",
+    ),
+    "pairs": (
+        write_pairs,
+        ScoreArgs,
+        "write preference pairs for `python train.py dpo`: for each prompt the best response "
+        "against the worst",
+    ),
+}
 
 
 def main() -> None:
     command, *argv = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
-        print(HELP, end="")
+        print(__doc__)
+        print(
+            "commands:", *(f"  {name:8}{what}" for name, (*_, what) in COMMANDS.items()), sep="\n"
+        )
         return
     if command not in COMMANDS:
-        raise UserError(
-            f"unknown command {command}: expected one of {', '.join(COMMANDS)} (see --help)"
-        )
-    COMMANDS[command](argv)
+        known = ", ".join(COMMANDS)
+        raise UserError(f"unknown command {command}: expected one of {known} (see --help)")
+    function, arguments, what = COMMANDS[command]
+    (args,) = parse_args(arguments, description=f"{command}: {what}", args=argv)
+    function(args)
 
 
 if __name__ == "__main__":

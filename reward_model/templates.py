@@ -1,20 +1,21 @@
-"""The question that a language model is asked as a judge, and the chat formats it is asked in."""
+"""The question that a language model is asked as a judge, and the chat formats around it."""
 
 import re
 from dataclasses import dataclass
 
+from common.errors import JudgeError
 from lm.text_encoding import PLAIN_QUESTION, PLAIN_TEMPLATE
 
 
 @dataclass(frozen=True)
 class JudgeTemplate:
-    """How a judge is asked about a step. The text it reads is
+    """The text in which a judge is asked about step k:
 
         before.format(prompt=...) + step 1 + "\\n" + ... + step k + "\\n" + question
 
-    and the score of step k is P(yes) / (P(yes) + P(no)) of the next token. All text before `question`
-    is shared with the questions about later steps, so it is evaluated once. `before` and `question`
-    may hold control tokens of the model (`</s>`)."""
+    The score of the step is P(yes) / (P(yes) + P(no)) of the next token. The questions about later
+    steps share all text before `question`, so it is evaluated once. `before` and `question` may
+    hold control tokens of the model (`</s>`)."""
 
     before: str
     question: str
@@ -22,7 +23,7 @@ class JudgeTemplate:
 
 PLAIN = JudgeTemplate(before=PLAIN_TEMPLATE, question=PLAIN_QUESTION)
 ASK = "Is the last step of this solution right? Answer Yes or No."
-# the content of a user's message, which a chat model's own template frames
+# the content of a user's message; the chat template of the model is put around it
 CHAT = JudgeTemplate(before=PLAIN_TEMPLATE, question=f"\n{ASK}")
 _PROBLEM = "Problem: {prompt}\nSolution:\n"
 TEMPLATES: dict[str, JudgeTemplate] = {
@@ -33,13 +34,20 @@ TEMPLATES: dict[str, JudgeTemplate] = {
         f"<|im_start|>user\n{_PROBLEM}", f"\n{ASK}<|im_end|>\n<|im_start|>assistant\n"
     ),
 }
-# template -> pattern in the model's chat template or name; the first that matches is used
+# template -> pattern in the model's chat template or name; the first match is used
 MARKERS = {
     "chatml": r"<\|im_start\|>|chatml",
     "zephyr": r"<\|user\|>|zephyr|tinyllama.*chat",
     "llama-2": r"\[INST\]|llama[-_ ]?2.*chat|mistral.*instruct",
 }
 YES, NO = ("Yes", "yes", "YES"), ("No", "no", "NO")
+
+
+def named_template(name: str) -> JudgeTemplate:
+    """The template with this name. Raises JudgeError for an unknown name."""
+    if name not in TEMPLATES:
+        raise JudgeError(f"unknown judge template {name!r}: expected one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
 
 
 def fitting_template(description: str) -> str:

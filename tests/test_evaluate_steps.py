@@ -230,7 +230,7 @@ def test_a_judge_that_dies_keeps_what_was_scored(evaluate, tmp_path, monkeypatch
     )
     assert not (tmp_path / "rewarded.jsonl").exists()
     code, stdout, _ = evaluate("--input", path)
-    assert code == 0 and "going on after 2 of 3 pairs" in stdout
+    assert code == 0 and "resuming after 2 of 3 pairs" in stdout
 
 
 def test_a_judge_that_scores_by_the_chunk_dies_and_goes_on(evaluate, tmp_path, monkeypatch):
@@ -251,7 +251,7 @@ def test_a_judge_that_scores_by_the_chunk_dies_and_goes_on(evaluate, tmp_path, m
         code, _, stderr = evaluate("--input", path, "--judge", "shuffled")
     assert code == 2 and "SIGKILL" in stderr.splitlines()[-1]
     code, stdout, _ = evaluate("--input", path, "--judge", "shuffled")
-    assert code == 0 and "going on after 32 of 70 pairs" in stdout
+    assert code == 0 and "resuming after 32 of 70 pairs" in stdout
     assert (tmp_path / "rewarded.jsonl").read_bytes() == undisturbed
 
 
@@ -313,7 +313,7 @@ def test_killed_and_started_again_it_writes_the_same_file(evaluate, tiny_gguf, t
     code, _, stderr = evaluate("--input", path, "--limit", 7)
     assert code == 2 and "another job" in stderr  # other arguments do not continue these rows
     code, stdout, _ = evaluate("--input", path)
-    assert code == 0 and f"going on after {done} of 1501 pairs" in stdout
+    assert code == 0 and f"resuming after {done} of 1501 pairs" in stdout
     assert output.read_bytes() == undisturbed
     assert json.loads((tmp_path / "rewarded.left_out.jsonl").read_text())["prompt"] == "a long one"
     assert not partial.exists()

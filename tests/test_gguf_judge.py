@@ -11,11 +11,8 @@ import torch
 
 from common.errors import ModelError
 from lm.gguf_file import GGUFFile, read_gguf
-from reward_model.templates import PLAIN, JudgeTemplate
+from reward_model.templates import NO, PLAIN, TEMPLATES, YES, JudgeTemplate
 from reward_model.tinyllama_reward_model import (
-    NO,
-    TEMPLATES,
-    YES,
     TinyLlamaRewardScorer,
     _Model,
     _Text,
@@ -90,7 +87,7 @@ def score_step(judge, prompt, step, previous=()):
 
 @pytest.mark.parametrize("text", [PROMPT, *STRANGE, " two  spaces ", "tab\t, \r\n and \n\n lines"])
 def test_ids_are_those_of_the_tokenizer(judge, native, tokenizer, text):
-    ours = native._ids(judge._text.control("{prompt}", text, begins=True))
+    ours = native._ids(judge._text.control("{prompt}", text, is_start=True))
     assert ours == tokenizer(text, split_special_tokens=True)["input_ids"]
 
 
@@ -98,7 +95,7 @@ def test_ids_are_those_of_the_tokenizer(judge, native, tokenizer, text):
 def test_a_solution_in_pieces_has_the_ids_of_the_whole_text(judge, native, tokenizer, name):
     template = TEMPLATES[name]
     pieces = [
-        judge._text.control(template.before, PROMPT, begins=True),
+        judge._text.control(template.before, PROMPT, is_start=True),
         *[judge._text.plain(step + "\n") for step in STEPS],
         judge._text.control(template.question),
     ]

@@ -20,6 +20,7 @@ from reward_model.protocols import aggregate
 from reward_model.registry import (
     CHUNK,
     JUDGES,
+    SHUFFLED,
     JudgeArgs,
     check_judge,
     judge_identity,
@@ -111,7 +112,7 @@ def test_good_arguments_pass(tiny_gguf, tiny_model_dir):
         "prm": {"judge_path": tiny_model_dir}, "response": {"judge_path": tiny_model_dir}, "openai": url, "exact": {},
         "shuffled": {"shuffled_judge": "openai"} | url, "random": {"seed": 3}, "human": {"judge_labels": TEST_PROBLEMS},
     }  # fmt: skip
-    assert good.keys() == JUDGES.keys()
+    assert good.keys() == {*JUDGES, SHUFFLED}
     names = []
     for judge, arguments in good.items():
         check_judge(JudgeArgs(judge=judge, **arguments))
@@ -367,7 +368,7 @@ def test_a_server_that_fails_costs_no_scored_row_and_no_answer_twice(run_script,
         failed = script("rewarded.jsonl", 110)
         assert failed.returncode == 2 and "OPENAI_API_KEY" in failed.stderr.splitlines()[-1]
         resumed = script("rewarded.jsonl", 1000)
-        assert resumed.returncode == 0 and "going on after 32 of 40 pairs" in resumed.stdout, (
+        assert resumed.returncode == 0 and "resuming after 32 of 40 pairs" in resumed.stdout, (
             resumed.stderr
         )
         assert server.answered == 3 * 40 + 1 - 110  # one question more, to try the server

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import ModelError
+from common.errors import ModelError, UserError
 from reward_model.judges.openai import OpenAIJudge
 from reward_model.templates import CHAT, PLAIN
 from tests.helpers.servers import (
@@ -268,7 +268,7 @@ def test_bad_arguments_are_one_line(monkeypatch, tmp_path):
         ({"samples": 0}, "samples must be at least 1"),
         ({"cache": tmp_path}, "cannot be written"),
     ]:
-        with pytest.raises(ModelError, match=expected):
+        with pytest.raises(UserError, match=expected):
             OpenAIJudge(**{"base_url": "http://localhost:1/v1", "model": "m", **arguments})
     with pytest.raises(ModelError, match="surrogate"):
         OpenAIJudge("http://localhost:1/v1", "m").score_steps([("\ud800", ["Answer: 1"])])

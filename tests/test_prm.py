@@ -358,7 +358,7 @@ def test_what_cannot_be_used_is_an_error_of_one_line(prm_dir, tiny_model_dir, tm
         changed(prm_dir, tmp_path / "two", id2label={"0": "a", "1": "b"}): "cannot be loaded",
         changed(
             tiny_model_dir, tmp_path / "headless", step_token="</s>"
-        ): "weights are missing, score",
+        ): "weights are missing, for example score",
     }
     for path, reason in cases.items():
         with pytest.raises(ModelError, match=reason) as error:

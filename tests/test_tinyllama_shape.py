@@ -34,7 +34,7 @@ def test_two_layers_score_as_in_transformers(tmp_path):
         assert (judge.template_name, judge.context_length) == ("zephyr", 2048)
         scores = judge.score_steps([(PROMPT, STEPS)])[0]
         native = _Model(judge._settings)
-        ids = native._ids(judge._text.control(template.before, PROMPT, begins=True))
+        ids = native._ids(judge._text.control(template.before, PROMPT, is_start=True))
     assert ids == tokenizer(template.before.format(prompt=PROMPT))["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "tinyllama-1.1b-chat-v1.0", dtype=torch.float32

@@ -1,12 +1,16 @@
-"""The same question to any Hugging Face causal language model: a directory, an adapter, a hub name, a GGUF file; on CPU or GPU.
+"""The step judge on any Hugging Face causal LM: a directory, an adapter, a hub name or a GGUF file.
 
-Many solutions are read in one forward pass, and what the questions after the steps of one solution share is read once:
+It asks the same question as the GGUF judge, on a CPU or a GPU. Many solutions are read in one
+forward pass, and the texts about the steps of one solution share one row, so that what they have in
+common is read once:
 
-    row = text up to the last step's question | what the text of step 1 has of its own | ... of step 2 | ...
+    row = text up to the last step's question | what only text 1 has | what only text 2 has | ...
 
-Every such branch is attended to the beginning it shares with the row's first text and to itself, at the positions that follow that
-beginning, so the model reads what it would read if the text stood alone. The beginnings are compared as token ids after
-each whole text was tokenized, so it does not matter how a tokenizer treats the boundary between a step and the question.
+Each of these branches attends to the prefix that it shares with the row's first text and to itself,
+at the positions that follow the prefix (tree attention). So the model reads the same as if each
+text were alone. The shared prefix is found by comparing token ids after each whole text was
+tokenized, so it does not matter how a tokenizer treats the boundary between a step and the
+question.
 """
 
 import os
@@ -25,46 +29,53 @@ from lm.gguf_file import read_gguf
 from lm.loading import LOAD_ERRORS, load_model, load_weights, scoring_device
 from lm.text_encoding import PlainText, batches_by_length
 from lm.tree_attention import add_sequence, mask_dtype, tree_inputs
-from reward_model.protocols import Solution, StepJudge, describe_step
-from reward_model.templates import CHAT, NO, TEMPLATES, YES, JudgeTemplate, fitting_template
+from reasoning.steps import shared_prefix
+from reward_model.protocols import (
+    Scores,
+    Solution,
+    StepJudge,
+    check_positive,
+    not_finite,
+    with_skips,
+)
+from reward_model.templates import CHAT, NO, YES, JudgeTemplate, fitting_template, named_template
 
-STEPS_HERE = "<<steps>>"
-# a solution to try a model with
+STEPS_HERE = "<<steps>>"  # stands for the steps while a chat template is applied
 TRIAL = ("2 + 3 = ?", ["Step 1: 2 + 3 = 5", "Step 2: 5 is 6", "Answer: 6"])
 
 
 @dataclass
 class _PackedRow:
-    """What is read together: the texts (as ids) of some steps of one solution, the longest last."""
+    """The texts (as ids) about some steps of one solution, which are read together; the longest is
+    last."""
 
-    solution: int
-    first: int  # which of the solution's scores is that of texts[0]
+    solution: int  # index of the solution
+    first: int  # texts[k] is about the score with the index first + k
     texts: list[list[int]]
-    # how many first ids texts[k] has in common with the last text
+    # texts[k] shares its first shared[k] ids with the last text
     shared: list[int] = field(default_factory=list)
 
-    def __post_init__(self):
-        trunk = self.texts[-1]
-        for text in self.texts[:-1]:
-            # each text keeps its last token, where the answer is read, to itself
-            most = min(len(text), len(trunk)) - 1
-            self.shared.append(next((i for i in range(most) if text[i] != trunk[i]), most))
+    def __post_init__(self) -> None:
+        *others, trunk = self.texts
+        # the last token of each text is not shared: the answer is read there
+        self.shared = [min(shared_prefix(text, trunk[:-1]), len(text) - 1) for text in others]
 
     def __len__(self) -> int:
-        return len(self.texts[-1]) + sum(
-            len(text) - n for text, n in zip(self.texts, self.shared, strict=False)
-        )
+        return sum(map(len, self.texts)) - sum(self.shared)
 
 
 class HFJudge(StepJudge):
     """A StepJudge on any causal language model that transformers can load.
 
-    model_path: a model directory, a PEFT adapter directory, a GGUF file, or a hub name. template: a name in TEMPLATES or a
-    JudgeTemplate; by default a directory's own chat template if it has one, else what the model says of itself, as `gguf` does.
-    batch_tokens: padded tokens of one forward pass (a longer solution is read alone). device: by default the GPU if there is one;
-    the weights are in float32 on a CPU and as stored on a GPU. Code that comes with a model is never run.
-    Raises JudgeError if the model cannot be used. Scores are rounded to 6 decimals; what is batched together moves them by
-    rounding errors only. A user's text that reads like a control token stays text."""
+    model_path: a model directory, a PEFT adapter directory, a GGUF file, or a hub name. template: a
+    name in TEMPLATES or a JudgeTemplate; by default the chat template of a directory if it has one,
+    else the template that fits the model's metadata, as in the GGUF judge. batch_tokens: padded
+    tokens of one forward pass (a longer solution is read alone). device: by default the GPU if
+    there is one; the weights are in float32 on a CPU and in their stored dtype on a GPU. Code that
+    comes with a model is never run. Raises ModelError if the model cannot be loaded.
+
+    Scores are rounded to 6 decimals; the composition of a batch changes them by rounding errors
+    only. Control tokens in a user's text are read as plain text."""
 
     def __init__(
         self,
@@ -74,68 +85,60 @@ class HFJudge(StepJudge):
         device: str | None = None,
     ):
         self.path, self.batch_tokens = str(model_path), batch_tokens
-        if batch_tokens < 1:
-            raise JudgeError(f"batch_tokens must be at least 1, got {batch_tokens}")
-        if isinstance(template, str) and template not in TEMPLATES:
-            raise JudgeError(
-                f"unknown judge template {template!r}: expected one of {', '.join(TEMPLATES)}"
-            )
+        check_positive(batch_tokens=batch_tokens)
+        if isinstance(template, str):
+            named_template(template)  # a wrong name is found before the model is loaded
         device, dtype = scoring_device(device)
         self.tokenizer, self.model, name = _load(self.path, device, dtype)
         self.device = self.model.device
         config = self.model.config.get_text_config()
         # tokens; None: without limit
         self.context_length = getattr(config, "max_position_embeddings", None)
-        self.window = getattr(config, "sliding_window", None)  # a row's mask knows nothing of it
-        own = template is None and not self.path.endswith(".gguf") and self.tokenizer.chat_template
+        # the mask of a row ignores a sliding window, so longer texts are read alone
+        self.window = getattr(config, "sliding_window", None)
+        chat_template = self.tokenizer.chat_template
+        is_chat = template is None and not self.path.endswith(".gguf") and bool(chat_template)
         if isinstance(template, JudgeTemplate):
             self.template, self.template_name = template, "given"
-        elif own:
+        elif is_chat:
             self.template, self.template_name = self._chat_template(), "chat"
         else:
-            self.template_name = template or fitting_template(
-                f"{self.tokenizer.chat_template or ''}\n{name}"
-            )
-            self.template = TEMPLATES[self.template_name]
+            self.template_name = template or fitting_template(f"{chat_template or ''}\n{name}")
+            self.template = named_template(self.template_name)
         self._plain = PlainText(self.tokenizer)
-        # a chat template writes what begins a text itself
-        self._begins = [] if own else self._plain.begins
+        # a chat template writes the special tokens itself
+        self._leading_ids = [] if is_chat else self._plain.leading_ids
         self._yes, self._no = self._spellings(YES), self._spellings(NO)
-        self.packed = self._reads_rows()
+        self.packed = self._supports_rows()
 
     # --- text
 
     def _chat_template(self) -> JudgeTemplate:
-        """The model's own chat template around the question; a model that can think first is told not to."""
+        """The model's own chat template around the question, with thinking switched off."""
         message = {"role": "user", "content": CHAT.before + STEPS_HERE + CHAT.question}
         try:
             text = self.tokenizer.apply_chat_template(
                 [message], tokenize=False, add_generation_prompt=True, enable_thinking=False
             )
             before, question = text.split(STEPS_HERE)
-        except Exception as error:  # templates are programs of their own
-            raise JudgeError(
-                f"judge {self.path}: its chat template fails ({first_line(error)}): name a judge template"
-            ) from None
+        except Exception as error:  # a chat template is a program and can raise anything
+            reason = f"its chat template fails ({first_line(error)})"
+            raise ModelError(f"judge {self.path}: {reason}: name a judge template") from None
         return JudgeTemplate(before, question)
 
     def _spellings(self, words: Sequence[str]) -> torch.Tensor:
-        """Ids of the tokens that are one of the words, alone or after a space (SentencePiece or byte-level)."""
+        """Ids of the tokens that spell one of the words, alone or after a space (SentencePiece or
+        byte-level)."""
         vocabulary = self.tokenizer.get_vocab()
-        ids = [
-            vocabulary[piece]
-            for word in words
-            for piece in (word, f"▁{word}", f"Ġ{word}")
-            if piece in vocabulary
-        ]
+        pieces = [piece for word in words for piece in (word, f"▁{word}", f"Ġ{word}")]
+        ids = [vocabulary[piece] for piece in pieces if piece in vocabulary]
         if not ids:
-            raise JudgeError(
-                f"judge {self.path} cannot be used: its vocabulary has no token {' or '.join(words)}"
-            )
+            reason = f"its vocabulary has no token {' or '.join(words)}"
+            raise ModelError(f"judge {self.path} cannot be used: {reason}")
         return torch.tensor(ids, device=self.device)
 
     def _texts(self, prompt: str, steps: Sequence[str], first: int) -> list[list[int]]:
-        """For every step from `first` on, the ids of the text that ends with the question about it."""
+        """For every step from `first` on, the ids of the text with the question about it."""
         prompt, steps = self._plain.guard(prompt, steps)
         before = self.template.before.replace("{prompt}", prompt)
         lines = [f"{step}\n" for step in steps]
@@ -143,56 +146,51 @@ class HFJudge(StepJudge):
             before + "".join(lines[: k + 1]) + self.template.question
             for k in range(first, len(steps))
         ]
-        return [self._begins + ids for ids in self._plain.ids(texts)]
+        return [self._leading_ids + ids for ids in self._plain.ids(texts)]
 
     # --- scoring
 
     def score_steps(
         self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
-    ) -> list[list[float] | None]:
+    ) -> Scores:
         """As in StepJudge."""
-        results: list[list[float] | None] = []
-        packed, alone = [], []
-        for i, ((prompt, steps), first) in enumerate(
-            zip(solutions, skip or [0] * len(solutions), strict=True)
-        ):
+        scores: list[list[float]] = []
+        too_long: set[int] = set()
+        packed: list[_PackedRow] = []
+        single: list[_PackedRow] = []
+        for i, (prompt, steps, first) in enumerate(with_skips(solutions, skip)):
             texts = self._texts(prompt, steps, first) if first < len(steps) else []
-            if texts and self.context_length and len(texts[-1]) > self.context_length:
-                results.append(None)
-                continue
-            results.append([0.0] * len(texts))
-            if self.packed and texts and not (self.window and len(texts[-1]) > self.window):
+            scores.append([0.0] * len(texts))
+            longest = len(texts[-1]) if texts else 0
+            if self.context_length and longest > self.context_length:
+                too_long.add(i)
+            elif self.packed and texts and not (self.window and longest > self.window):
                 packed.append(_PackedRow(i, 0, texts))
             else:
-                alone += [_PackedRow(i, k, [text]) for k, text in enumerate(texts)]
-        for rows, read in ((packed, self._read_rows), (alone, self._read_texts)):
+                single += [_PackedRow(i, k, [text]) for k, text in enumerate(texts)]
+        for rows, read in ((packed, self._read_rows), (single, self._read_texts)):
             for batch in batches_by_length(rows, self.batch_tokens):
-                scores = iter(self._score(read, batch))
+                values = iter(self._score(read, batch))
                 for row in batch:
-                    for k, score in zip(
-                        range(row.first, row.first + len(row.texts)), scores, strict=False
-                    ):
-                        if score != score:
+                    found = scores[row.solution]
+                    for k in range(row.first, row.first + len(row.texts)):
+                        found[k] = round(next(values), 6)
+                        if found[k] != found[k]:
                             prompt, steps = solutions[row.solution]
-                            place = describe_step(
-                                prompt, steps, len(steps) - len(results[row.solution]) + k
-                            )
-                            raise JudgeError(
-                                f"judge {self.path}: the model's logits are not finite at {place}"
-                            )
-                        results[row.solution][k] = round(score, 6)
-        return results
+                            step = len(steps) - len(found) + k
+                            raise not_finite(f"judge {self.path}", prompt, steps, step)
+        return [None if i in too_long else found for i, found in enumerate(scores)]
 
     def _score(
         self, read: Callable[[list[_PackedRow]], torch.Tensor], batch: list[_PackedRow]
     ) -> list[float]:
+        """The scores of all texts of a batch, row by row."""
         try:
             return self._log_odds(read(batch)).sigmoid().tolist()
         except torch.OutOfMemoryError:
             tokens = len(batch) * max(map(len, batch))
-            raise JudgeError(
-                f"judge {self.path}: {tokens} tokens at once do not fit on the GPU: lower batch_tokens"
-            ) from None
+            reason = f"{tokens} tokens at once do not fit on the GPU: lower batch_tokens"
+            raise JudgeError(f"judge {self.path}: {reason}") from None
 
     def _log_odds(self, logits: torch.Tensor) -> torch.Tensor:
         """log P(yes) - log P(no), each summed over its spellings: (N, V) -> (N,)."""
@@ -201,66 +199,62 @@ class HFJudge(StepJudge):
 
     @torch.inference_mode()
     def _read_rows(self, batch: list[_PackedRow]) -> torch.Tensor:
-        """Logits (N, V) at the end of every text, row by row, each row read in one piece."""
+        """Logits (N, V) at the end of every text, row by row, the texts of a row read together."""
         ids: list[list[int]] = []
         parents: list[list[int]] = []
-        asked: list[tuple[int, int]] = []  # (row, place) of the last token of every text
+        ends: list[tuple[int, int]] = []  # (row, place) of the last token of every text
         for b, row in enumerate(batch):
             ids.append([])
             parents.append([])
-            trunk = add_sequence(ids[b], parents[b], [], row.texts[-1], 0)
-            for text, shared in zip(row.texts, row.shared, strict=False):
+            *others, last = row.texts
+            trunk = add_sequence(ids[b], parents[b], [], last, 0)
+            for text, shared in zip(others, row.shared, strict=True):
                 path = add_sequence(ids[b], parents[b], trunk, text, shared)
-                asked.append((b, path[-1]))
-            asked.append((b, trunk[-1]))
+                ends.append((b, path[-1]))
+            ends.append((b, trunk[-1]))
         inputs = tree_inputs(ids, parents, 0, dtype=mask_dtype(self.model))
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
-        rows, columns = torch.tensor(asked, device=self.device).T
-        # the vocabulary only where it is asked
+        rows, columns = torch.tensor(ends, device=self.device).T
+        # the logits are computed only at these places
         return self.model.get_output_embeddings()(hidden[rows, columns])
 
     @torch.inference_mode()
     def _read_texts(self, batch: list[_PackedRow]) -> torch.Tensor:
-        """Logits (N, V) at the end of every text, each text read on its own: for rows of one text."""
+        """Logits (N, V) at the end of every text, for rows of one text each."""
         texts = [row.texts[0] for row in batch]
         longest = max(map(len, texts))
         # (B, L), left-padded
         ids = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
         mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
-        }
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         return self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
 
-    def _reads_rows(self) -> bool:
-        """Whether this model reads a row as it reads the texts alone. Tried, since a model whose attention takes no mask of this
-        kind, or that does more to its logits, would be silently wrong."""
+    def _supports_rows(self) -> bool:
+        """Whether a row gives this model the same scores as its texts alone.
+
+        This is tried out: a model whose attention ignores such a mask, or that changes its logits
+        further (a soft cap, a scale), would give wrong scores without any error."""
         texts = self._texts(*TRIAL, 0)
         try:
-            rows = self._log_odds(self._read_rows([_PackedRow(0, 0, texts)]))
+            in_row = self._log_odds(self._read_rows([_PackedRow(0, 0, texts)]))
         except (TypeError, ValueError, RuntimeError, AttributeError):
-            rows = None
-        texts_alone = [
-            self._log_odds(self._read_texts([_PackedRow(0, k, [text])]))
-            for k, text in enumerate(texts)
-        ]
-        alone = torch.cat(texts_alone)
-        # half precision: a few of its last bits
+            in_row = None
+        singles = [_PackedRow(0, k, [text]) for k, text in enumerate(texts)]
+        alone = torch.cat([self._log_odds(self._read_texts([single])) for single in singles])
+        # in half precision the last bits differ
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.3
-        # NaN is found where it is scored
-        agrees = rows is not None and not (rows - alone).abs().max() > tolerance
+        # NaN passes here: score_steps reports it with the step
+        agrees = in_row is not None and not (in_row - alone).abs().max() > tolerance
         if not agrees:
-            print(
-                f"judge {self.path}: this architecture cannot share a solution's beginning between questions; slower without"
-            )
+            reason = "this architecture cannot share a prefix between questions"
+            print(f"judge {self.path}: {reason}, so scoring is slower")
         return agrees
 
     def close(self) -> None:
-        """Give the model's memory back."""
+        """Release the model's memory."""
         self.model = None
 
     def __str__(self) -> str:
@@ -285,16 +279,17 @@ def _load(path: str, device: str, dtype: torch.dtype | str) -> tuple[Any, Any, s
 def _load_gguf(path: str, dtype: torch.dtype | str) -> tuple[Any, Any, str]:
     metadata = read_gguf(path, any_kind=True).metadata  # finds a damaged file before it is loaded
     try:
-        with TemporaryDirectory() as folder:  # beside other files transformers would mix them in
+        # transformers would also read other files in the folder of the GGUF file
+        with TemporaryDirectory() as folder:
             os.symlink(os.path.abspath(path), f"{folder}/model.gguf")
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
-            options = {"dtype": dtype, "gguf_file": "model.gguf"}
-            model = load_weights(AutoModelForCausalLM, folder, **options)
+            file = "model.gguf"
+            model = load_weights(AutoModelForCausalLM, folder, dtype=dtype, gguf_file=file)
     except (*LOAD_ERRORS, IndexError, AttributeError, NotImplementedError) as error:
         raise ModelError(f"judge {path} cannot be loaded: {first_line(error)}") from None
     is_llama = metadata.get("tokenizer.ggml.model") == "llama"
     if is_llama and metadata.get("tokenizer.ggml.add_space_prefix", True):
-        # as in LLaMA's own tokenizer and in llama.cpp, text after a control token begins with a space
+        # text after a control token begins with a space, as in LLaMA's own tokenizer and llama.cpp
         space = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(space)
         tokenizer.backend_tokenizer.pre_tokenizer = None

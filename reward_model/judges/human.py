@@ -1,4 +1,4 @@
-"""Step labels that people made, as a judge."""
+"""Step labels made by people, used as a judge."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -6,22 +6,23 @@ from pathlib import Path
 
 from common.files import read_records
 from reasoning.records import LabelledSolution
-from reward_model.protocols import Solution, StepJudge, mean
+from reward_model.protocols import Scores, Solution, StepJudge, mean, with_skips
 
 
 class HumanJudge(StepJudge):
-    """A step's score is the mean of the labels (1 right, 0 wrong) that people gave it: one row a person and solution.
+    """The score of a step is the mean of the labels (1 right, 0 wrong) that people gave it.
 
-    path: JSONL of LabelledSolution (reasoning/records.py). Raises RecordError with file, line and field. A label belongs to a step
-    after one problem and one beginning, so it also scores other solutions that begin alike. A solution with a step that nobody
-    labelled gets None."""
+    path: JSONL of LabelledSolution (reasoning/records.py), one row for each person and solution.
+    Raises RecordError with file, line and field. A label belongs to a step after one prompt and one
+    prefix, so it also scores other solutions with the same prefix. A solution with a step that
+    nobody labelled gets None."""
 
     unscored_reason = "not labelled step by step by anyone"
 
     def __init__(self, path: str | Path):
         self.path = path
         # (prompt, step 1, ..., step k) -> the labels of step k
-        self.labels: dict[tuple, list[int]] = defaultdict(list)
+        self.labels: dict[tuple[str, ...], list[float]] = defaultdict(list)
         for row in read_records(path, LabelledSolution):
             for k, label in enumerate(row.labels):
                 if label is not None:
@@ -29,11 +30,12 @@ class HumanJudge(StepJudge):
 
     def score_steps(
         self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
-    ) -> list[list[float] | None]:
-        scored = []
-        for (prompt, steps), first in zip(solutions, skip or [0] * len(solutions), strict=True):
-            labels = [self.labels.get((prompt, *steps[: k + 1])) for k in range(first, len(steps))]
-            scored.append([mean(of_step) for of_step in labels] if all(labels) else None)
+    ) -> Scores:
+        scored: Scores = []
+        for prompt, steps, first in with_skips(solutions, skip):
+            keys = [(prompt, *steps[: k + 1]) for k in range(first, len(steps))]
+            is_labelled = all(key in self.labels for key in keys)
+            scored.append([mean(self.labels[key]) for key in keys] if is_labelled else None)
         return scored
 
     def __str__(self) -> str:

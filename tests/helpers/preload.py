@@ -27,4 +27,4 @@ from trl import (  # noqa: F401
 )
 
 matplotlib.use("Agg")
-import matplotlib.pyplot  # noqa: F401
+import matplotlib.pyplot
