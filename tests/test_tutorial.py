@@ -21,13 +21,14 @@ def test_the_blocks_run_in_order(tmp_path):
     done = run_script(script, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "2"}, timeout=600)
     assert done.returncode == 0, done.stderr
 
-    changes = dict(re.findall(r"^(Step .*?|Answer: \d+) +-?\d.* ([+-]\d+\.\d\d)$", done.stdout, re.M))
+    table = [line for line in done.stdout.splitlines() if line.startswith(("Step", "Answer"))]
+    changes = {line[:36].rstrip(): float(line[52:60]) for line in table}
     assert len(changes) == 14
     for right in ("Step 1: 3 * 4 = 12, 20 + 12 = 32", "Step 1: 6 * 3 = 18"):
-        assert float(changes[right]) > 0.1
+        assert changes[right] > 0.1
     for wrong in ("Step 1: 3 + 4 = 7, 20 + 7 = 27", "Step 1: 6 + 3 = 9", "Step 2: 35 - 17 = 28"):
-        assert float(changes[wrong]) < -0.1
+        assert changes[wrong] < -0.1
     for after in ("Step 2: 9 + 5 = 14", "Answer: 14", "Answer: 27", "Answer: 28"):
-        assert abs(float(changes[after])) < 0.05
+        assert abs(changes[after]) < 0.05
     assert re.search(r"^base \[.*Answer: \d+'\]$", done.stdout, re.M)
     assert re.search(r"^tuned \[.*Answer: \d+'\]$", done.stdout, re.M)
