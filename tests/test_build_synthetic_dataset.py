@@ -1,6 +1,6 @@
-"""The pair builder: what makes a pair, what is refused, and that a killed run ends like an undisturbed one."""
+"""The pair builder: what makes a pair, what is refused, and that a killed run resumes exactly."""
 
-import json
+import gzip
 import signal
 import subprocess
 import sys
@@ -9,58 +9,61 @@ from pathlib import Path
 
 import pytest
 
+from common.cli import run
 from common.files import read_records, write_records
 from reasoning.records import PreferencePair, Problem
 from tests.helpers.judges import FixedJudge
-from utils.build_synthetic_dataset import pair_by_answer, pair_by_judge, score_group
+from utils.build_synthetic_dataset import main, pair_by_answer, pair_by_judge, score_group
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "utils/build_synthetic_dataset.py"
-TASK = Problem("Mia has 2 apples. ...?", "10")
+POLICY = str(ROOT / "models/policy-mini")
+PROBLEM = Problem("Mia has 2 apples. ...?", "10")
 RIGHT = ["Step 1: 2 + 3 = 5", "Step 2: 5 * 2 = 10", "Answer: 10"]
 WRONG = ["Step 1: 2 + 3 = 5", "Step 2: 5 + 2 = 7", "Answer: 7"]
+EIGHT = [Problem(f"Mia has {k} apples.", str(k), [f"Answer: {k}"]) for k in range(1, 9)]
 
 
-def test_right_against_wrong_with_what_they_share_in_the_prefix():
-    pair, _ = pair_by_answer(TASK, [WRONG, RIGHT, WRONG])
+def test_right_against_wrong_with_the_shared_steps_in_the_prefix():
+    pair, _ = pair_by_answer(PROBLEM, [WRONG, RIGHT, WRONG])
     assert pair == PreferencePair(
-        TASK.prompt, chosen=RIGHT[1:], rejected=WRONG[1:], prefix=RIGHT[:1]
+        PROBLEM.prompt, chosen=RIGHT[1:], rejected=WRONG[1:], prefix=RIGHT[:1]
     )
 
 
-def test_a_side_that_is_a_beginning_of_the_other_keeps_a_step():
-    pair, _ = pair_by_answer(TASK, [RIGHT[:2], RIGHT])
+def test_a_side_that_is_a_prefix_of_the_other_keeps_a_step():
+    pair, _ = pair_by_answer(PROBLEM, [RIGHT[:2], RIGHT])
     assert (pair.prefix, pair.chosen, pair.rejected) == (RIGHT[:1], RIGHT[1:], RIGHT[1:2])
 
 
 @pytest.mark.parametrize(
-    ("samples", "why"), [([WRONG], "none right"), ([RIGHT, RIGHT], "none wrong")]
+    ("samples", "why"), [([WRONG], "no right sample"), ([RIGHT, RIGHT], "no wrong sample")]
 )
 def test_no_pair(samples, why):
-    assert pair_by_answer(TASK, samples) == (None, why)
+    assert pair_by_answer(PROBLEM, samples) == (None, why)
 
 
 def test_best_against_worst_mean_score():
-    pair, _ = pair_by_judge(
-        TASK, [WRONG, RIGHT, ["Answer: 3"]], [[1, 0.2, 0.1], [1, 0.9, 0.8], [0.5]]
-    )
+    scored = [(WRONG, [1, 0.2, 0.1]), (RIGHT, [1, 0.9, 0.8]), (["Answer: 3"], [0.5])]
+    pair, _ = pair_by_judge(PROBLEM, scored)
     assert pair.chosen == RIGHT[1:] and pair.rejected == WRONG[1:]
-    assert pair_by_judge(TASK, [RIGHT, RIGHT], [[1, 1, 1]] * 2) == (None, "all scored alike")
+    assert pair_by_judge(PROBLEM, [(RIGHT, [1, 1, 1])] * 2) == (None, "all scores equal")
 
 
-def test_samples_that_outgrow_the_judge_are_dropped():
+def test_samples_longer_than_the_judges_context_are_dropped():
     judge = FixedJudge(lambda prompt, step, previous: None if step == "long" else int(step) / 10)
-    group, ended = [TASK, TASK], [[["1", "2"], ["long"], ["3"], ["3"]], [["4", "5"]]]
-    fitting, scores = score_group(judge, group, ended)
-    assert fitting == [[["1", "2"], ["3"], ["3"]], [["4", "5"]]] and scores == [
-        [[0.1, 0.2], [0.3], [0.3]],
-        [[0.4, 0.5]],
+    group, ended = [PROBLEM, PROBLEM], [[["1", "2"], ["long"], ["3"], ["3"]], [["4", "5"]]]
+    assert score_group(judge, group, ended) == [
+        [(["1", "2"], [0.1, 0.2]), (["3"], [0.3]), (["3"], [0.3])],
+        [(["4", "5"], [0.4, 0.5])],
     ]
 
 
 @pytest.fixture(scope="module")
 def half_right(tiny_model_dir, tokenizer, tmp_path_factory) -> tuple[str, str]:
-    """(model directory, problems file): a tiny model taught two answers to each of eight problems, one of them right."""
+    """(model directory, problems file): a tiny model that gives each of eight problems two answers.
+
+    One of the two is right."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -68,12 +71,11 @@ def half_right(tiny_model_dir, tokenizer, tmp_path_factory) -> tuple[str, str]:
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("half")
-    tasks = [Problem(f"Mia has {k} apples.", str(k)) for k in range(1, 9)]
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     texts = [
-        encode_steps(tokenizer, task.prompt, [], [f"Answer: {answer}"])[0]
-        for task in tasks
-        for answer in (task.answer, "0")
+        encode_steps(tokenizer, problem.prompt, [], [f"Answer: {answer}"])[0]
+        for problem in EIGHT
+        for answer in (problem.answer, "0")
     ]
     ids = torch.tensor(texts)  # all of one length
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -83,99 +85,67 @@ def half_right(tiny_model_dir, tokenizer, tmp_path_factory) -> tuple[str, str]:
         optimizer.zero_grad()
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    write_records(folder / "problems.jsonl", tasks * 20)  # repeated problems are used once
+    write_records(folder / "problems.jsonl", EIGHT * 20)  # repeated problems are used once
     return str(folder / "model"), str(folder / "problems.jsonl")
 
 
+@pytest.mark.process
 def test_the_script(half_right, run_script, tmp_path):
+    """Compressed input and output work as plain ones do."""
     model, problems = half_right
-    args = (
-        "--model_name_or_path",
-        model,
-        "--input",
-        problems,
-        "--output",
-        "out/pairs.jsonl",
-        "--max_new_tokens",
-        30,
-    )
-    done = run_script(SCRIPT, *args)
-    assert done.returncode == 0, done.stderr
+    given = ("--model_name_or_path", model, "--max_new_tokens", 30)
+    (tmp_path / "problems.jsonl.gz").write_bytes(gzip.compress(Path(problems).read_bytes()))
+    for args in (
+        ("--input", problems, "--output", "out/pairs.jsonl"),
+        ("--input", "problems.jsonl.gz", "--output", "out/pairs.jsonl.gz"),
+    ):
+        done = run_script(SCRIPT, *given, *args)
+        assert done.returncode == 0, done.stderr
     pairs = list(read_records(tmp_path / "out/pairs.jsonl", PreferencePair))
     assert len(pairs) >= 4 and len({pair.prompt for pair in pairs}) == len(pairs)
     for pair in pairs:
         number = pair.prompt.split()[2]
         assert pair.chosen[-1] == f"Answer: {number}" and pair.rejected[-1] != f"Answer: {number}"
-    assert (
-        f"wrote {len(pairs)} pairs to out/pairs.jsonl" in done.stdout.splitlines()[-1]
-        and "8 problems, 64 samples" in done.stdout
-    )
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["pairs.jsonl"]
+    assert f"wrote {len(pairs)} pairs to out/pairs.jsonl.gz" in done.stdout.splitlines()[-1]
+    assert "8 problems, 64 samples" in done.stdout
+    assert list(read_records(tmp_path / "out/pairs.jsonl.gz", PreferencePair)) == pairs
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["pairs.jsonl", "pairs.jsonl.gz"]
 
-    again = run_script(SCRIPT, *args)
+    again = run_script(SCRIPT, *given, *args)
     assert again.returncode == 2 and "--overwrite" in again.stderr
 
 
-def test_pairs_by_a_judge_that_knows_and_by_one_that_does_not(half_right, run_script, tmp_path):
-    """The checker's best sample is a right one. With its scores permuted over all samples it need not be."""
-    model, _ = half_right
-    tasks = [Problem(f"Mia has {k} apples.", str(k), [f"Answer: {k}"]) for k in range(1, 9)]
-    write_records(tmp_path / "problems.jsonl", tasks)
-    args = (
-        "--model_name_or_path",
-        model,
-        "--input",
-        "problems.jsonl",
-        "--max_new_tokens",
-        30,
-        "--pair_by",
-        "judge",
-    )
+@pytest.mark.process
+def test_pairs_by_the_exact_judge_and_by_its_control(half_right, run_script, tmp_path):
+    """The exact judge's best sample is right; with shuffled scores it is not always right."""
+    write_records(tmp_path / "problems.jsonl", EIGHT)
+    given = ("--model_name_or_path", half_right[0], "--input", "problems.jsonl")
+    given += ("--max_new_tokens", 30, "--pair_by", "judge", "--judge_problems", "problems.jsonl")
+    answers = {problem.prompt: problem.steps[-1] for problem in EIGHT}
     right = {}
     for judge in (["exact"], ["shuffled", "--shuffled_judge", "exact"]):
         output = tmp_path / f"{judge[0]}.jsonl"
-        done = run_script(
-            SCRIPT,
-            *args,
-            "--judge",
-            *judge,
-            "--judge_problems",
-            "problems.jsonl",
-            "--output",
-            output,
-        )
+        done = run_script(SCRIPT, *given, "--judge", *judge, "--output", output)
         assert done.returncode == 0, done.stderr
-        answers = {task.prompt: task.steps[-1] for task in tasks}
-        right[judge[0]] = [
-            pair.chosen[-1] == answers[pair.prompt] for pair in read_records(output, PreferencePair)
-        ]
+        pairs = read_records(output, PreferencePair)
+        right[judge[0]] = [pair.chosen[-1] == answers[pair.prompt] for pair in pairs]
     assert len(right["exact"]) >= 4 and all(right["exact"]) and not all(right["shuffled"])
 
 
-def test_killed_and_started_again_it_ends_with_the_same_file(half_right, tmp_path):
-    """Killed after its first group of problems; a torn row is added to what it left."""
+@pytest.mark.process
+def test_a_killed_run_resumes_and_writes_the_same_file(half_right, run_script, tmp_path):
+    """Killed after its first group of problems; a torn row is added to the rows that it left."""
     model, _ = half_right
-    write_records(
-        tmp_path / "problems.jsonl",
-        [Problem(f"Mia has {k % 8 + 1} apples{'!' * (k // 8)}", "1") for k in range(200)],
-    )
-    command = [
-        sys.executable,
-        str(ROOT / SCRIPT),
-        "--model_name_or_path",
-        model,
-        "--input",
-        "problems.jsonl",
-        "--max_new_tokens",
-        "12",
-    ]
-    whole = subprocess.run(
-        [*command, "--output", "whole.jsonl"], cwd=tmp_path, capture_output=True, text=True
-    )
+    texts = [f"Mia has {k % 8 + 1} apples{'!' * (k // 8)}" for k in range(128)]
+    write_records(tmp_path / "problems.jsonl", [Problem(text, "1") for text in texts])
+    args = ["--model_name_or_path", model, "--input", "problems.jsonl", "--max_new_tokens", "12"]
+    whole = run_script(SCRIPT, *args, "--output", "whole.jsonl")
     assert whole.returncode == 0, whole.stderr
     partial = tmp_path / "killed.jsonl.partial"
+    args += ["--output", "killed.jsonl"]
     process = subprocess.Popen(
-        [*command, "--output", "killed.jsonl"],
+        [sys.executable, str(ROOT / SCRIPT), *args],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -193,29 +163,36 @@ def test_killed_and_started_again_it_ends_with_the_same_file(half_right, tmp_pat
     weights = Path(model) / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # another model at the same place
-    other = subprocess.run(
-        [*command, "--output", "killed.jsonl"], cwd=tmp_path, capture_output=True, text=True
-    )
+    other = run_script(SCRIPT, *args)
     assert other.returncode == 2 and "another job" in other.stderr.splitlines()[-1]
     weights.write_bytes(data)
-    resumed = subprocess.run(
-        [*command, "--output", "killed.jsonl"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert resumed.returncode == 0 and "resuming" in resumed.stdout
+    resumed = run_script(SCRIPT, *args)
+    assert resumed.returncode == 0 and "resuming: 64 of 128" in resumed.stdout
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not partial.exists()
 
 
-def test_held_out_problems_are_refused(run_script, tmp_path, tiny_model_dir):
+# --- mistakes: one line, exit code 2, and nothing is written
+
+
+def refused(monkeypatch, capsys, *args: str) -> str:
+    """The line on stderr with which the script refuses these arguments."""
+    model = [] if "--model_name_or_path" in args else ["--model_name_or_path", POLICY]
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *model, *args])
+    with pytest.raises(SystemExit) as stopped:
+        run(main)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1, error
+    return error
+
+
+def test_held_out_problems_are_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     held_out = (ROOT / "data/problems_hard.jsonl").read_text().splitlines()[7]
-    (tmp_path / "mine.jsonl").write_text(
-        json.dumps({"prompt": "x", "answer": "1"}) + "\n" + held_out + "\n"
-    )
+    Path("mine.jsonl").write_text('{"prompt": "x", "answer": "1"}\n' + held_out + "\n")
     for pair_by in ("answer", "judge"):
-        done = run_script(
-            SCRIPT, "--input", "mine.jsonl", "--output", "pairs.jsonl", "--pair_by", pair_by
-        )
-        assert done.returncode == 2 and "held-out" in done.stderr and done.stderr.count("\n") == 1
+        args = ("--input", "mine.jsonl", "--output", "pairs.jsonl", "--pair_by", pair_by)
+        assert "held-out" in refused(monkeypatch, capsys, *args)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
 
 
@@ -243,15 +220,21 @@ def test_held_out_problems_are_refused(run_script, tmp_path, tiny_model_dir):
         (["--input", "broken.jsonl"], "broken.jsonl:1: not JSON"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_2(run_script, tmp_path, args, message):
-    (tmp_path / "unknown.yaml").write_text("sampels: 3\n")
-    (tmp_path / "wrong.yaml").write_text("samples: [1]\n")
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "broken.jsonl").write_text("{")
+def test_mistakes(monkeypatch, capsys, tmp_path, args, message):
+    monkeypatch.chdir(tmp_path)
+    Path("unknown.yaml").write_text("sampels: 3\n")
+    Path("wrong.yaml").write_text("samples: [1]\n")
+    Path("empty.jsonl").touch()
+    Path("broken.jsonl").write_text("{")
     files = sorted(tmp_path.iterdir())
     output = [] if "--output" in args else ["--output", "pairs.jsonl"]
-    done = run_script(SCRIPT, *args, *output)
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, (
-        done.stderr
-    )
+    assert message in refused(monkeypatch, capsys, *args, *output)
     assert sorted(tmp_path.iterdir()) == files
+
+
+@pytest.mark.process
+def test_a_mistake_in_a_process_of_its_own(run_script, tmp_path):
+    done = run_script(SCRIPT, "--samples", "0")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "build_synthetic_dataset.py: error: argument --samples" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,10 +1,11 @@
-"""Policy samples -> preference pairs (data/synthetic_dataset.jsonl).
+"""Sample solutions from a policy and write preference pairs (data/synthetic_dataset.jsonl).
 
     python utils/build_synthetic_dataset.py --overwrite
 
-Every problem is answered several times; a right answer against a wrong one makes a pair (`--pair_by answer`, rejection sampling),
-or the sample a judge likes best against the one it likes least (`--pair_by judge`, no answer needed). Steps that both begin with
-go to `prefix`. Held-out problems are refused. Killed, it resumes.
+The policy answers every problem several times. A pair is one right and one wrong answer (`--pair_by
+answer`, rejection sampling), or the sample with the highest and the one with the lowest judge score
+(`--pair_by judge`, which needs no reference answers). The steps with which both sides begin become
+the pair's `prefix`. Held-out problems are refused. A killed run resumes when it is started again.
 """
 
 import hashlib
@@ -15,8 +16,11 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
 
 from common.cli import check_output, parse_args, run
 from common.errors import UserError
@@ -30,7 +34,12 @@ from reasoning.splits import refuse_held_out
 from reward_model.protocols import StepJudge, aggregate
 from reward_model.registry import JudgeArgs, check_judge, judge_identity, open_judge
 
-UNIT = 64  # problems sampled together: with the same seed a group always gives the same samples
+UNIT = (
+    64  # problems sampled together; with the same seed such a group always gives the same samples
+)
+
+Steps = list[str]
+Selected = list[Problem] | list[Prompt]
 
 
 @dataclass
@@ -38,33 +47,35 @@ class PairArguments(JudgeArgs, PolicyArgs):
     input: str | None = field(
         default=None,
         metadata={
-            "help": "problems, of any shape that reasoning/datasets/shapes.py knows; default: the generated train problems"
+            "help": "problems in any shape that reasoning/datasets/shapes.py knows; default: the "
+            "generated train problems"
         },
     )
     output: str = field(
         default_factory=lambda: at_root("data/synthetic_dataset.jsonl"),
-        metadata={"help": "the pairs"},
+        metadata={"help": "where the pairs are written, JSONL"},
     )
     pair_by: str = field(
         default="answer",
         metadata={
-            "help": "answer: right against wrong; judge: best against worst mean step score",
+            "help": "answer: a right against a wrong final answer; judge: the highest against the "
+            "lowest mean step score",
             "choices": ["answer", "judge"],
         },
     )
     limit: int | None = field(
         default=None,
         metadata={
-            "help": "use the first N problems; default: 2000 of the train problems, all of --input"
+            "help": "use the first N problems; default: 2000 train problems, or all of --input"
         },
     )
-    samples: int = field(default=8, metadata={"help": "samples a problem"})
+    samples: int = field(default=8, metadata={"help": "samples per problem"})
     temperature: float = field(default=1.0, metadata={"help": "sampling temperature, above 0"})
-    max_new_tokens: int = field(default=256, metadata={"help": "tokens a sample may have"})
+    max_new_tokens: int = field(default=256, metadata={"help": "most tokens per sample"})
     seed: int = field(default=0, metadata={"help": "seed of the samples and of --judge shuffled"})
     overwrite: bool = field(default=False, metadata={"help": "replace the output"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"argument --{name}: expected 1 or more, got {getattr(self, name)}")
@@ -74,52 +85,47 @@ class PairArguments(JudgeArgs, PolicyArgs):
             raise UserError("argument --judge: samples are judged with --pair_by judge only")
 
 
-def read_problems(args: PairArguments) -> list[Problem] | list[Prompt]:
-    """Raises UserError if one of them is held out."""
+def read_problems(args: PairArguments) -> Selected:
+    """The problems to sample, each prompt once. Raises UserError if one of them is held out."""
     if args.input is None:
         return list(itertools.islice(problems("train"), args.limit or 2000))
-    rows = (
-        load_problems(args.input) if args.pair_by == "answer" else read_records(args.input, Prompt)
-    )
-    tasks = list(itertools.islice({task.prompt: task for task in rows}.values(), args.limit))
-    refuse_held_out(args.input, tasks)
-    return tasks
+    by_answer = args.pair_by == "answer"
+    rows = load_problems(args.input) if by_answer else read_records(args.input, Prompt)
+    selected = list(itertools.islice({row.prompt: row for row in rows}.values(), args.limit))
+    refuse_held_out(args.input, selected)
+    return selected
 
 
-def pair_by_answer(task: Problem, samples: list[list[str]]) -> tuple[PreferencePair | None, str]:
-    """(pair, why not): the first right sample against the first wrong one."""
-    right = [steps for steps in samples if is_correct(steps, task)]
+def pair_by_answer(problem: Problem, samples: list[Steps]) -> tuple[PreferencePair | None, str]:
+    """(pair, why there is none): the first right sample against the first wrong one."""
+    right = [steps for steps in samples if is_correct(steps, problem)]
     wrong = [steps for steps in samples if steps not in right]
     if not right or not wrong:
-        return None, "none right" if wrong else "none wrong"
-    return PreferencePair.of_solutions(task.prompt, right[0], wrong[0]), ""
+        return None, "no right sample" if wrong else "no wrong sample"
+    return PreferencePair.of_solutions(problem.prompt, right[0], wrong[0]), ""
 
 
 def pair_by_judge(
-    task: Prompt, samples: list[list[str]], scores: list[list[float]]
+    problem: Prompt, scored: list[tuple[Steps, list[float]]]
 ) -> tuple[PreferencePair | None, str]:
-    """(pair, why not): the highest mean step score against the lowest."""
-    ranked = sorted(zip(map(aggregate, scores), samples, strict=True), key=lambda scored: scored[0])
-    (low, worse), (high, better) = ranked[0], ranked[-1]
-    if high == low:
-        return None, "all scored alike"
-    return PreferencePair.of_solutions(task.prompt, better, worse), ""
+    """(pair, why there is none): the sample with the highest mean step score against the lowest."""
+    ranked = sorted(scored, key=lambda sample: aggregate(sample[1]))
+    (worse, low), (better, high) = ranked[0], ranked[-1]
+    if aggregate(high) == aggregate(low):
+        return None, "all scores equal"
+    return PreferencePair.of_solutions(problem.prompt, better, worse), ""
 
 
 def main() -> None:
     (args,) = parse_args(PairArguments, description=__doc__.split("\n\n")[0])
-    tasks = read_problems(args)
+    selected = read_problems(args)
     check_policy(args)
     if args.pair_by == "judge":
         check_judge(args)
-    job = {
-        name: getattr(args, name)
-        for name in ("pair_by", "samples", "temperature", "max_new_tokens", "seed")
-    }
-    job |= policy_identity(args)
-    job["problems"] = hashlib.sha256(
-        json.dumps([vars(task) for task in tasks]).encode()
-    ).hexdigest()
+    settings = ("pair_by", "samples", "temperature", "max_new_tokens", "seed")
+    job = {name: getattr(args, name) for name in settings} | policy_identity(args)
+    rows_read = json.dumps([vars(problem) for problem in selected])
+    job["problems"] = hashlib.sha256(rows_read.encode()).hexdigest()
     if args.pair_by == "judge":
         job |= judge_identity(args)
     check_output(args.output, args.overwrite or ResumableRows.pending(args.output, job))
@@ -128,93 +134,76 @@ def main() -> None:
         policy = open_policy(args)
         rows = ResumableRows(args.output, job, UNIT, args.overwrite)
         if rows.rows:
-            print(f"resuming: {len(rows.rows)} of {len(tasks)} problems are done")
-        sample_problems(args, tasks, policy, judge, rows)
-    pairs = list(
-        {json.dumps(row["pair"]): row["pair"] for row in rows.rows if row["pair"]}.values()
-    )
-    summary(tasks, rows.rows, pairs)
+            print(f"resuming: {len(rows.rows)} of {len(selected)} problems are done")
+        sample_problems(args, selected, policy, judge, rows)
+    found = [row["pair"] for row in rows.rows if row["pair"]]
+    pairs = list({json.dumps(pair): pair for pair in found}.values())
+    print_summary(selected, rows.rows, pairs)
     if not pairs:
         rows.finish()
-        raise UserError("no pairs came out (see above), nothing was written")
+        raise UserError("no pairs could be made (see above), nothing was written")
     write_records(args.output, pairs)
     rows.finish()
     print(f"wrote {len(pairs)} pairs to {args.output}")
 
 
-def sample_problems(args: PairArguments, tasks: list, policy, judge, rows: ResumableRows) -> None:
-    """Append one row a problem: its pair or why there is none, and counts."""
-    from tqdm import tqdm
-
-    with tqdm(total=len(tasks), initial=len(rows.rows), desc="sampling", unit="problem") as bar:
-        for start in range(len(rows.rows), len(tasks), UNIT):
-            group = tasks[start : start + UNIT]
-            options = {
-                "n": args.samples,
-                "temperature": args.temperature,
-                "max_new_tokens": args.max_new_tokens,
-            }
-            answers = policy.generate(
-                [task.prompt for task in group], seed=args.seed * 1_000_003 + start, **options
-            )
-            ended = [
+def sample_problems(
+    args: PairArguments,
+    selected: Selected,
+    policy: Any,
+    judge: StepJudge | None,
+    rows: ResumableRows,
+) -> None:
+    """Append one row per problem: its pair, or the reason why there is none, and counts."""
+    options = {
+        "n": args.samples,
+        "temperature": args.temperature,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    make_pair = pair_by_judge if judge else pair_by_answer
+    no_sample = "no sample ended" + (f", or all were {judge.unscored_reason}" if judge else "")
+    done = len(rows.rows)
+    with tqdm(total=len(selected), initial=done, desc="sampling", unit="problem") as bar:
+        for start in range(done, len(selected), UNIT):
+            group = selected[start : start + UNIT]
+            prompts = [problem.prompt for problem in group]
+            answers = policy.generate(prompts, seed=args.seed * 1_000_003 + start, **options)
+            # for each problem its samples that ended, with a judge (steps, scores), else the steps
+            candidates = [
                 [response.steps for response in responses if response.finished and response.steps]
                 for responses in answers
             ]
-            scores = ended
+            ended = candidates
             if judge:
-                ended, scores = score_group(judge, group, ended)
-            for task, samples, their_scores in zip(group, ended, scores, strict=True):
-                right = (
-                    sum(is_correct(steps, task) for steps in samples)
-                    if isinstance(task, Problem)
-                    else None
-                )
-                if not samples:
-                    pair, why_not = (
-                        None,
-                        "no sample ended"
-                        + (f", or all were {judge.unscored_reason}" if judge else ""),
-                    )
-                elif judge is None:
-                    pair, why_not = pair_by_answer(task, samples)
-                else:
-                    pair, why_not = pair_by_judge(task, samples, their_scores)
-                counts = {
-                    "samples": args.samples,
-                    "ended": len(samples),
-                    "right": right,
-                    "why_not": why_not,
-                }
-                rows.append({**counts, "pair": vars(pair) if pair else False})
+                candidates = score_group(judge, group, ended)
+                ended = [[steps for steps, _ in scored] for scored in candidates]
+            for problem, samples, own in zip(group, ended, candidates, strict=True):
+                pair, why_not = make_pair(problem, own) if own else (None, no_sample)
+                right = None
+                if isinstance(problem, Problem):
+                    right = sum(is_correct(steps, problem) for steps in samples)
+                counts = {"samples": args.samples, "ended": len(samples), "right": right}
+                rows.append({**counts, "why_not": why_not, "pair": vars(pair) if pair else False})
                 bar.update()
 
 
-def score_group(judge: StepJudge, group: list, ended: list[list[list[str]]]) -> tuple[list, list]:
-    """(samples, scores): for each problem its samples that the judge can score, and their step scores."""
-    tasks = list(zip(group, ended, strict=True))
-    solutions = list(
-        dict.fromkeys((task.prompt, tuple(steps)) for task, samples in tasks for steps in samples)
-    )
+def score_group(
+    judge: StepJudge, group: Selected, samples: list[list[Steps]]
+) -> list[list[tuple[Steps, list[float]]]]:
+    """For each problem (steps, step scores) of those of its samples that the judge can score."""
+    keys = [
+        [(problem.prompt, tuple(steps)) for steps in own]
+        for problem, own in zip(group, samples, strict=True)
+    ]
+    solutions = list(dict.fromkeys(itertools.chain.from_iterable(keys)))
     scores = dict(zip(solutions, judge.score_steps(solutions), strict=True))
-    scored = [
-        [(steps, scores[task.prompt, tuple(steps)]) for steps in samples] for task, samples in tasks
-    ]
-    fitting = [
-        [(steps, of_steps) for steps, of_steps in samples if of_steps is not None]
-        for samples in scored
-    ]
-    return [[steps for steps, _ in samples] for samples in fitting], [
-        [of_steps for _, of_steps in samples] for samples in fitting
-    ]
+    return [[(list(key[1]), scores[key]) for key in own if scores[key] is not None] for own in keys]
 
 
-def summary(tasks: list, rows: list[dict], pairs: list[dict]) -> None:
-    samples = sum(row["samples"] for row in rows)
-    print(
-        f"{len(tasks)} problems, {samples} samples, {sum(row['ended'] for row in rows)} ended by themselves"
-    )
-    if isinstance(tasks[0], Problem):
+def print_summary(selected: Selected, rows: list[dict], pairs: list[dict]) -> None:
+    samples, ended = (sum(row[name] for row in rows) for name in ("samples", "ended"))
+    print(f"{len(selected)} problems, {samples} samples, {ended} ended by themselves")
+    if isinstance(selected[0], Problem):
         right = sum(row["right"] for row in rows)
         print(f"{right} samples right ({right / samples:.3f})")
     why_not = Counter(row["why_not"] for row in rows if row["why_not"])
