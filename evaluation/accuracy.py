@@ -1,4 +1,4 @@
-"""Exact accuracy of a policy's greedy answers, for trainings that are watched and for benchmarks."""
+"""Exact accuracy of a policy's greedy answers, for trainings and benchmarks."""
 
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -19,7 +19,7 @@ def correct_answers(
     temperature: float = 0.0,
     progress: str | None = None,
 ) -> list[bool]:
-    """For every problem whether the policy's answer is right; greedy at temperature 0."""
+    """For each problem whether the policy's answer is right; greedy at temperature 0."""
     prompts = [problem.prompt for problem in problems]
     answers = policy.generate(prompts, temperature=temperature, progress=progress)
     return [
@@ -29,8 +29,10 @@ def correct_answers(
 
 
 def greedy_accuracy(path: str, limit: int) -> Callable[["Policy"], dict[str, float]]:
-    """A function of a policy that gives `exact_accuracy`, 0 to 1, on the first `limit` problems of a
-    JSONL file. Raises UserError or RecordError if the file cannot be read."""
+    """A function that measures a policy's `exact_accuracy` (0 to 1) on problems of a file.
+
+    path: JSONL of problems, of which the first `limit` are used. Raises UserError or RecordError if
+    the file cannot be read."""
     check_input(path)
     problems = list(islice(read_records(path, Problem), limit))
 

@@ -1,15 +1,17 @@
-"""Where the credit of a training went: which steps became more likely, and which next steps are right, at traps and elsewhere.
+"""Credit assignment of a training: which steps became more likely, at traps and elsewhere.
 
     python evaluation/eval_credit.py --models saved_model/stepwise saved_model/dpo saved_model/sft
 
-Log-probs: the steps of pairs that were kept out of training, tuned minus base, in nats. Next steps: on test problems, whether the
-greedy step after a right beginning is the reference's. Traps are known for the problems of reasoning/problems.py alone.
-Writes credit.json and a picture.
+Log-probs: steps of pairs that were kept out of training, tuned minus base, in nats. Next steps: on
+test problems, whether the greedy step after a right prefix is the reference's. Only the problems of
+reasoning/problems.py have known traps. Writes credit.json and a plot.
 """
 
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,10 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import check_input, check_model, check_output, parse_args, run
 from common.errors import UserError
 from common.files import at_root, read_records
+from evaluation.metrics import Metric, clustered_mean_metric, print_table, write_result
+from reasoning.grading import grade_steps
+from reasoning.problems import problems as generate_problems
 from reasoning.records import PreferencePair, Problem
 from reasoning.splits import is_kept_out
 
-# what the steps of pairs are told apart by -> in words
+# kinds of steps -> their names in the plot
 KINDS = {
     "chosen_trap": "chosen,\nat traps",
     "chosen_elsewhere": "chosen,\nelsewhere",
@@ -29,21 +34,23 @@ KINDS = {
     "rejected_right": "rejected:\nright steps",
     "rejected_after": "rejected: after\nthe first error",
 }
+PLACES = ("trap", "elsewhere")
+SIDES = ("chosen", "rejected")
 
 
 @dataclass
 class CreditArgs:
     models: list[str] = field(
         default_factory=list,
-        metadata={"help": "tuned models: directories, each named by its last part"},
+        metadata={"help": "tuned models: directories with different last parts, used as names"},
     )
     base_model: str = field(
         default_factory=lambda: at_root("models/policy-mini"),
-        metadata={"help": "the model all of them were trained from"},
+        metadata={"help": "the model that all of them were trained from"},
     )
     pairs: str = field(
         default_factory=lambda: at_root("data/rewarded.jsonl"),
-        metadata={"help": "pairs; those kept out of training are read"},
+        metadata={"help": "JSONL of pairs; only those kept out of training are used"},
     )
     input: str = field(
         default_factory=lambda: at_root("data/problems_test.jsonl"),
@@ -51,33 +58,31 @@ class CreditArgs:
     )
     output_dir: str = field(
         default_factory=lambda: at_root("evaluation/results"),
-        metadata={"help": "folder of credit.json; the picture in ../plots"},
+        metadata={"help": "folder of credit.json; the plot goes to ../plots"},
     )
     limit: int | None = field(default=None, metadata={"help": "use the first LIMIT problems"})
     seed: int = field(default=0, metadata={"help": "seed of the bootstrap"})
 
 
 def kinds_of(pair: PreferencePair, problem: Problem, side: str) -> list[str]:
-    """The key of KINDS of every step of one side of a pair of this problem."""
-    from reasoning.grading import grade_steps
-
+    """The kind (a key of KINDS) of every step of one side of a pair of this problem."""
     steps, start = getattr(pair, side), len(pair.prefix)
-    right = grade_steps([*pair.prefix, *steps], problem)[start:]
-    kinds, before = [], True
-    for k, score in enumerate(right, start):
+    scores = grade_steps([*pair.prefix, *steps], problem)[start:]
+    kinds, all_right = [], True
+    for k, score in enumerate(scores, start):
         place = "trap" if k < len(problem.traps) and problem.traps[k] else "elsewhere"
         if side == "chosen":
             kinds.append(f"chosen_{place}")
         elif score:
             kinds.append("rejected_right")
         else:
-            kinds.append(f"rejected_error_{place}" if before else "rejected_after")
-            before = False
+            kinds.append(f"rejected_error_{place}" if all_right else "rejected_after")
+            all_right = False
     return kinds
 
 
-def main() -> None:
-    (args,) = parse_args(CreditArgs, description=__doc__)
+def check(args: CreditArgs) -> tuple[list[str], Path, Path]:
+    """The names of the models, and the paths of result and plot. Raises UserError."""
     if not args.models:
         raise UserError("--models: name one tuned model or more")
     names = [Path(model).resolve().name for model in args.models]
@@ -87,79 +92,101 @@ def main() -> None:
         check_model(model)
     check_input(args.input, "make data")
     check_input(args.pairs, "make data")
-    output = Path(args.output_dir) / "credit.json"
-    picture = output.parent.parent / "plots" / "credit.png"
-    for path in (output, picture):
+    result = Path(args.output_dir) / "credit.json"
+    plot = result.parent.parent / "plots" / "credit.png"
+    for path in (result, plot):
         check_output(str(path), overwrite=True)
-    problems = list(read_records(args.input, Problem))[: args.limit]
+    return names, result, plot
+
+
+def read_problems(args: CreditArgs) -> list[Problem]:
+    """The held-out problems. Raises RecordError, or UserError if one has no steps or no traps."""
+    problems = list(islice(read_records(args.input, Problem), args.limit))
     if not all(problem.steps and problem.traps for problem in problems):
         raise UserError(
-            f"{args.input}: problems with steps and traps are needed, as reasoning/problems.py makes them"
+            f"{args.input}: every problem needs steps and traps, as in reasoning/problems.py"
         )
+    return problems
 
-    from reasoning.problems import problems as generate
 
-    known = {problem.prompt: problem for problem in generate("train")}
-    kept = [pair for pair in read_records(args.pairs, PreferencePair) if is_kept_out(pair.prompt)]
-    pairs = [pair for pair in kept if pair.prompt in known]
+def read_pairs(args: CreditArgs) -> list[tuple[PreferencePair, Problem]]:
+    """The kept-out pairs of train problems with known traps. Raises RecordError or UserError."""
+    known = {problem.prompt: problem for problem in generate_problems("train")}
+    pairs = [
+        (pair, known[pair.prompt])
+        for pair in read_records(args.pairs, PreferencePair)
+        if is_kept_out(pair.prompt) and pair.prompt in known
+    ]
     if not pairs:
         raise UserError(
-            f"{args.pairs}: none of its pairs was kept out of training and is of a train problem with known traps"
+            f"{args.pairs}: none of its pairs was kept out of training and belongs to a train "
+            "problem with known traps"
         )
+    return pairs
 
-    from evaluation.metrics import clustered_mean_metric, print_table, write_result
+
+def print_metrics(
+    title: str, metrics: dict[str, Metric], models: Sequence[str], group: str, kinds: Sequence[str]
+) -> None:
+    """A table of MODEL/GROUP/KIND, a row a model and a column a kind."""
+    rows = [
+        [model, *(metrics.get(f"{model}/{group}/{kind}", "") for kind in kinds)] for model in models
+    ]
+    print_table(title, ["model", *kinds], rows)
+
+
+def main() -> None:
+    (args,) = parse_args(CreditArgs, description=__doc__)
+    names, result, plot = check(args)
+    problems = read_problems(args)
+    pairs = read_pairs(args)
+
+    # heavy (torch, matplotlib)
     from evaluation.plots import credit_plot
     from lm.policy import Policy
 
-    sides = ("chosen", "rejected")
-    kinds = {side: [kinds_of(pair, known[pair.prompt], side) for pair in pairs] for side in sides}
-    metrics, base_logps = {}, {}
-    for name, model in zip(["base", *names], [args.base_model, *args.models], strict=True):
+    metrics: dict[str, Metric] = {}
+    base_logps: dict[str, list[list[float]]] = {}  # side -> (pairs, steps)
+    models = dict(zip(["base", *names], [args.base_model, *args.models], strict=True))
+    for name, model in models.items():
         policy = Policy.load(model)
-        changes = defaultdict(list)
-        for side in sides:
-            rows = [(pair.prompt, pair.prefix, getattr(pair, side)) for pair in pairs]
-            logps = [
-                [step.logp for step in steps]
-                for steps in policy.step_logps(rows, f"{name}: {side}")
-            ]
-            base_logps.setdefault(side, logps)
-            for k, (steps, of_base) in enumerate(zip(logps, base_logps[side], strict=True)):
-                for kind, now, before in zip(kinds[side][k], steps, of_base, strict=True):
-                    changes[kind].append((now - before, k))
-        next_step = defaultdict(list)
-        references = [(problem.prompt, [], problem.steps) for problem in problems]
-        for k, steps in enumerate(policy.step_logps(references, f"{name}: next steps")):
+        changes: dict[str, tuple[list[float], list[int]]] = defaultdict(lambda: ([], []))
+        for side in SIDES:
+            rows = [(pair.prompt, pair.prefix, getattr(pair, side)) for pair, _ in pairs]
+            step_logps = policy.step_logps(rows, f"{name}: {side}")
+            logps = [[step.logp for step in steps] for steps in step_logps]
+            before = base_logps.setdefault(side, logps)
+            for k, (pair, problem) in enumerate(pairs):
+                for kind, new, old in zip(
+                    kinds_of(pair, problem, side), logps[k], before[k], strict=True
+                ):
+                    changes[kind][0].append(new - old)
+                    changes[kind][1].append(k)
+        right: dict[str, tuple[list[float], list[int]]] = defaultdict(lambda: ([], []))
+        next_steps = policy.step_logps(
+            [(problem.prompt, [], problem.steps) for problem in problems], f"{name}: next steps"
+        )
+        for k, steps in enumerate(next_steps):
             for step, trap in zip(steps, problems[k].traps, strict=True):
-                next_step["trap" if trap else "elsewhere"].append((float(step.greedy), k))
+                values, clusters = right["trap" if trap else "elsewhere"]
+                values.append(float(step.greedy))
+                clusters.append(k)
         for kind in KINDS if name != "base" else ():
-            if changes[kind]:
-                metrics[f"{name}/logp_change/{kind}"] = clustered_mean_metric(
-                    *zip(*changes[kind], strict=True), args.seed
-                )
-        for place, values in next_step.items():
-            metrics[f"{name}/next_step_accuracy/{place}"] = clustered_mean_metric(
-                *zip(*values, strict=True), args.seed
-            )
+            if kind in changes:
+                metric = clustered_mean_metric(*changes[kind], args.seed)
+                metrics[f"{name}/logp_change/{kind}"] = metric
+        for place, found in right.items():
+            metric = clustered_mean_metric(*found, args.seed)
+            metrics[f"{name}/next_step_accuracy/{place}"] = metric
 
-    write_result(
-        output, metrics, asdict(args), [args.seed], pairs=len(pairs), problems=len(problems)
-    )
-    credit_plot(picture, metrics, ["base", *names], KINDS)
-
-    def row(name: str, kind: str, columns: list[str]) -> list:
-        return [name, *(metrics.get(f"{name}/{kind}/{column}", "") for column in columns)]
-
-    title = f"change of a step's log-prob, nats, {len(pairs)} pairs kept out of training"
-    print_table(title, ["model", *KINDS], [row(name, "logp_change", list(KINDS)) for name in names])
-    title = f"greedy step right after a right beginning, {len(problems):,} test problems"
-    places = ["trap", "elsewhere"]
-    print_table(
-        title,
-        ["model", *places],
-        [row(name, "next_step_accuracy", places) for name in ["base", *names]],
-    )
-    print(f"wrote {output} and {picture}")
+    counts = {"pairs": len(pairs), "problems": len(problems)}
+    write_result(result, metrics, asdict(args), [args.seed], **counts)
+    credit_plot(plot, metrics, list(models), KINDS)
+    title = f"change of the log-prob of a step, nats, {len(pairs)} pairs kept out of training"
+    print_metrics(title, metrics, names, "logp_change", list(KINDS))
+    title = f"share of right greedy steps after a right prefix, {len(problems):,} test problems"
+    print_metrics(title, metrics, list(models), "next_step_accuracy", PLACES)
+    print(f"wrote {result} and {plot}")
 
 
 if __name__ == "__main__":

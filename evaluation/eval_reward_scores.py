@@ -1,23 +1,33 @@
-"""Base against tuned on held-out problems: both answer greedily, the judge scores every step, the answers are checked exactly.
+"""Base against tuned policy on held-out problems, by the judge's step scores and by exact accuracy.
 
-Reward and exact accuracy stand side by side, so that a policy that fools its judge is seen.
+Both policies answer greedily. A policy that gains reward without accuracy exploits its judge.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import check_input, check_model, check_output, parse_args, run
 from common.errors import UserError
 from common.files import at_root, read_records, write_records
+from evaluation.metrics import Metric, compare, print_comparison, write_result
+from reasoning.grading import is_correct, step_accuracy
 from reasoning.records import PreferencePair, Problem
 from reasoning.splits import is_kept_out
+from reward_model.protocols import aggregate
 from reward_model.registry import JudgeArgs, check_judge, open_judge, score_all
+
+if TYPE_CHECKING:
+    from lm.policy import Policy, Response
 
 NAME = "reward_score_comparison"
 RATES = ("accuracy", "unfinished")
+MEASURES = ("reward", "reward_min", "accuracy", "step_accuracy", "unfinished", "steps")
 
 
 @dataclass
@@ -38,11 +48,11 @@ class EvalArgs(JudgeArgs):
     )
     pairs: str = field(
         default=at_root("data/rewarded.jsonl"),
-        metadata={"help": "JSONL of pairs; the tenth that is kept out of training is used"},
+        metadata={"help": "JSONL of pairs; only those kept out of training are used"},
     )
     output_dir: str = field(
         default=at_root("evaluation/results"),
-        metadata={"help": "folder of the results (replaced); pictures go to ../plots"},
+        metadata={"help": f"folder of {NAME}.json (replaced); the plot goes to ../plots"},
     )
     limit: int | None = field(
         default=None, metadata={"help": "use the first LIMIT problems; all if not given"}
@@ -53,17 +63,18 @@ class EvalArgs(JudgeArgs):
         metadata={"help": "seed of the bootstrap and of --judge shuffled (the answers are greedy)"},
     )
 
-    def __post_init__(self):
-        for name in ("limit", "max_new_tokens"):
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 1), ("max_new_tokens", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"argument --{name}: expected 1 or more, got {value}")
-        if self.seed < 0:
-            raise ValueError(f"argument --seed: expected 0 or more, got {self.seed}")
+            if value is not None and value < least:
+                raise ValueError(f"argument --{name}: expected {least} or more, got {value}")
 
 
 def check(args: EvalArgs) -> tuple[list[Problem], list[PreferencePair], dict[str, Path]]:
-    """The problems, the kept-out pairs and where the outputs go; everything that can be wrong is found here, before any work."""
+    """The problems, the kept-out pairs, and the paths of the outputs.
+
+    Raises UserError or RecordError for anything wrong with the arguments or files, before any
+    work."""
 
     def made_by(name: str, command: str) -> str | None:
         return command if getattr(args, name) == getattr(EvalArgs, name) else None
@@ -73,7 +84,7 @@ def check(args: EvalArgs) -> tuple[list[Problem], list[PreferencePair], dict[str
     check_judge(args)
     check_input(args.input, made_by("input", "make data"))
     check_input(args.pairs, made_by("pairs", "python reward_model/evaluate_steps.py"))
-    problems = list(read_records(args.input, Problem))[: args.limit]
+    problems = list(islice(read_records(args.input, Problem), args.limit))
     pairs = [pair for pair in read_records(args.pairs, PreferencePair) if is_kept_out(pair.prompt)]
     folder = Path(args.output_dir)
     outputs = {
@@ -86,88 +97,101 @@ def check(args: EvalArgs) -> tuple[list[Problem], list[PreferencePair], dict[str
     return problems, pairs, outputs
 
 
-def measure(problem: Problem, answer, scores: list[float]) -> dict[str, float]:
-    """The measures of one answer (DESIGN: metric names)."""
-    from reasoning.grading import is_correct, step_accuracy
-    from reward_model.protocols import aggregate
+# One row of reward_score_comparison.jsonl; the judge could not score an answer without scores:
+#   {"prompt": "Mia has 12 apples. ...", "answer": "52",
+#    "base_steps": ["Step 1: 12 + 14 = 26", ...], "base_scores": [0.98, ...],
+#    "base_finished": true,                                                    it ended by itself
+#    "tuned_steps": [...], "tuned_scores": [...], "tuned_finished": true}
+@dataclass(frozen=True)
+class Compared:
+    """A problem with the answers of both policies and the judge's scores of their steps."""
 
-    measures = {
-        "reward": aggregate(scores, "mean"),
-        "reward_min": aggregate(scores, "min"),
-        "accuracy": float(is_correct(answer.steps, problem)),
-    }
-    if problem.steps:
-        measures["step_accuracy"] = step_accuracy(answer.steps, problem)
-    return measures | {"unfinished": float(not answer.finished), "steps": float(len(answer.steps))}
+    problem: Problem
+    answers: dict[str, "Response"]  # base and tuned
+    scores: dict[str, list[float]]  # without an answer that the judge cannot score
+
+    def measures(self, side: str) -> dict[str, float]:
+        """MEASURES of one answer; step_accuracy only with reference steps."""
+        answer, scores = self.answers[side], self.scores[side]
+        measures = {
+            "reward": aggregate(scores, "mean"),
+            "reward_min": aggregate(scores, "min"),
+            "accuracy": float(is_correct(answer.steps, self.problem)),
+            "unfinished": float(not answer.finished),
+            "steps": float(len(answer.steps)),
+        }
+        if self.problem.steps:
+            measures["step_accuracy"] = step_accuracy(answer.steps, self.problem)
+        return measures
+
+    def row(self) -> dict[str, object]:
+        row: dict[str, object] = {"prompt": self.problem.prompt, "answer": self.problem.answer}
+        for side, answer in self.answers.items():
+            row[f"{side}_steps"] = answer.steps
+            row[f"{side}_scores"] = self.scores.get(side)
+            row[f"{side}_finished"] = answer.finished
+        return row
+
+
+def margins(policy: "Policy", pairs: Sequence[PreferencePair]) -> list[float]:
+    """The log-prob of chosen minus that of rejected, for each pair."""
+    chosen = policy.logps([(pair.prompt, pair.prefix, pair.chosen) for pair in pairs])
+    rejected = policy.logps([(pair.prompt, pair.prefix, pair.rejected) for pair in pairs])
+    return [better - worse for better, worse in zip(chosen, rejected, strict=True)]
 
 
 def main() -> None:
     (args,) = parse_args(EvalArgs, description=__doc__)
     problems, pairs, outputs = check(args)
-
-    from evaluation.metrics import compare, print_comparison, write_result
-    from evaluation.plots import comparison_plot
-
-    answers, margins = {}, {}
+    models = {"base": args.base_model, "tuned": args.tuned_model}
+    prompts = [problem.prompt for problem in problems]
+    answers, logp_margins = {}, {}
     with open_judge(args) as judge:
-        from lm.policy import Policy
+        from lm.policy import Policy  # heavy (torch)
 
-        for side, model in (("base", args.base_model), ("tuned", args.tuned_model)):
+        for side, model in models.items():
             policy = Policy.load(model)
             replies = policy.generate(
-                [problem.prompt for problem in problems],
-                max_new_tokens=args.max_new_tokens,
-                progress=f"{side} answers",
+                prompts, max_new_tokens=args.max_new_tokens, progress=f"{side} answers"
             )
-            answers[side] = [reply[0] for reply in replies]
-            chosen = policy.logps([(pair.prompt, pair.prefix, pair.chosen) for pair in pairs])
-            rejected = policy.logps([(pair.prompt, pair.prefix, pair.rejected) for pair in pairs])
-            margins[side] = [better - worse for better, worse in zip(chosen, rejected, strict=True)]
+            answers[side] = [reply for (reply,) in replies]
+            logp_margins[side] = margins(policy, pairs)
             del policy  # one model in memory at a time
-        both = [
-            (problem.prompt, answers[side][k].steps)
-            for k, problem in enumerate(problems)
-            for side in answers
+        # Both answers to a problem are neighbours: the judge reads the problem once, and the judge
+        # `shuffled` permutes the scores of both.
+        solutions = [
+            (prompt, answers[side][k].steps) for k, prompt in enumerate(prompts) for side in models
         ]
-        # side by side: the judge reads a problem once, `shuffled` permutes over both
-        of_both = score_all(judge, both, "scores")
-        scores = {"base": of_both[::2], "tuned": of_both[1::2]}
+        scores = score_all(judge, solutions, "scores")
 
-    scored = [
-        k
-        for k in range(len(problems))
-        if scores["base"][k] is not None and scores["tuned"][k] is not None
-    ]
+    compared = []
+    for k, problem in enumerate(problems):
+        both = dict(zip(models, scores[2 * k : 2 * k + 2], strict=True))
+        known = {side: numbers for side, numbers in both.items() if numbers is not None}
+        compared.append(Compared(problem, {side: answers[side][k] for side in models}, known))
+    scored = [row for row in compared if len(row.scores) == len(models)]
     left_out = len(problems) - len(scored)
     if not scored:
         raise UserError(
-            f"nothing to compare: an answer to each of the {left_out} problems is {judge.unscored_reason}"
+            f"nothing to compare: an answer to each of the {left_out} problems is "
+            f"{judge.unscored_reason}"
         )
-    measures = {
-        side: [measure(problems[k], answers[side][k], scores[side][k]) for k in scored]
-        for side in answers
-    }
-    metrics = {}
-    for name in ("reward", "reward_min", "accuracy", "step_accuracy", "unfinished", "steps"):
-        base, tuned = (
-            [row[name] for row in measures[side] if name in row] for side in ("base", "tuned")
-        )
+    measures = {side: [row.measures(side) for row in scored] for side in models}
+    metrics: dict[str, Metric] = {}
+    for name in MEASURES:
+        base, tuned = ([row[name] for row in measures[side] if name in row] for side in models)
         if base:
             metrics |= compare(name, base, tuned, name in RATES, args.seed)
     if pairs:
-        metrics |= compare("logp_margin", margins["base"], margins["tuned"], seed=args.seed)
+        base, tuned = logp_margins.values()
+        metrics |= compare("logp_margin", base, tuned, seed=args.seed)
 
-    write_records(
-        outputs["answers"],
-        (_row(problem, answers, scores, k) for k, problem in enumerate(problems)),
-    )
+    from evaluation.plots import comparison_plot  # heavy (matplotlib)
+
+    write_records(outputs["answers"], (row.row() for row in compared))
     title = f"{len(scored):,} held-out problems, greedy answers"
-    comparison_plot(
-        outputs["plot"],
-        metrics,
-        {"reward": "mean step reward (judge)", "accuracy": "exact accuracy"},
-        title,
-    )
+    shown = {"reward": "mean step reward (judge)", "accuracy": "exact accuracy"}
+    comparison_plot(outputs["plot"], metrics, shown, title)
     write_result(
         outputs["result"],
         metrics,
@@ -179,34 +203,19 @@ def main() -> None:
         num_examples=len(scored),
         left_out=left_out,
     )
-    print_comparison(
-        f"{title}\nbase: {args.base_model}\ntuned: {args.tuned_model}\njudge: {judge}", metrics
-    )
+    names = "".join(f"\n{side}: {model}" for side, model in models.items())
+    print_comparison(f"{title}{names}\njudge: {judge}", metrics)
     if left_out:
         print(
-            f"{left_out} of {len(problems)} problems left out for both: an answer is {judge.unscored_reason}"
+            f"{left_out} of {len(problems)} problems left out for both: an answer is "
+            f"{judge.unscored_reason}"
         )
     if not pairs:
-        print(f"{args.pairs} holds none of the pairs kept out of training: no logp_margin")
+        print(f"no logp_margin: {args.pairs} has none of the pairs kept out of training")
     print(
-        f"wrote {outputs['result']}, {outputs['answers']} (every answer with its scores) and {outputs['plot']}"
+        f"wrote {outputs['result']}, {outputs['answers']} (answers and scores) and "
+        f"{outputs['plot']}"
     )
-
-
-# One row of reward_score_comparison.jsonl; base_scores and tuned_scores are missing where the judge cannot score the answer:
-#   {"prompt": "Mia has 12 apples. ...", "answer": "52",
-#    "base_steps": ["Step 1: 12 + 14 = 26", ...], "base_scores": [0.98, ...], "base_finished": true,    ended by itself
-#    "tuned_steps": [...], "tuned_scores": [...], "tuned_finished": true}
-def _row(problem: Problem, answers: dict, scores: dict, k: int) -> dict:
-    row = {"prompt": problem.prompt, "answer": problem.answer}
-    for side in answers:
-        answer = answers[side][k]
-        row |= {
-            f"{side}_steps": answer.steps,
-            f"{side}_scores": scores[side][k],
-            f"{side}_finished": answer.finished,
-        }
-    return row
 
 
 if __name__ == "__main__":

@@ -1,28 +1,32 @@
-"""Guided search against what it costs: exact accuracy over n and over sampled tokens, for every strategy, on held-out problems.
+"""Guided search on held-out problems: exact accuracy over n and over sampled tokens, by strategy.
 
-Which aggregate a strategy uses, and which guided strategy the controls are run for, is chosen on validation splits at the largest
-n; test splits are only reported. Whatever was measured is appended to search.jsonl and never measured again: a stopped run goes on,
-and a run with one more strategy does the new part only.
+Validation splits decide, at the largest n, which aggregate a strategy uses and for which guided
+strategy the controls are run; test splits are only reported. Measurements are appended to
+search.jsonl and never repeated: a stopped run resumes, and a run with one more strategy measures
+that strategy only.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import check_input, check_model, check_output, parse_args, run
 from common.errors import UserError
-from common.files import at_root, read_records
+from common.files import at_root, file_stem, read_records
 from evaluation.metrics import print_table, write_result
 from evaluation.search_measurement import (
     POOL_SIZES,
+    Choice,
     Outcomes,
     SearchArgs,
     SearchMeasurements,
     Setting,
     choose,
-    wanted,
+    setting_groups,
 )
 from evaluation.search_report import Report
 from lm.registry import check_policy
@@ -32,132 +36,152 @@ from reward_model.registry import check_judge, judge_name
 
 NAME = "search"
 
+Splits = dict[str, list[Problem]]  # name -> problems
 
-def check(
-    args: SearchArgs,
-) -> tuple[dict[str, list[Problem]], dict[str, list[Problem]], dict[str, Path]]:
-    """The problems of the splits that are reported and of those on which is chosen, and where the outputs go; all that can be wrong
-    is found here, before any work."""
+
+def check(args: SearchArgs) -> tuple[Splits, Splits, dict[str, Path]]:
+    """The reported splits, the splits for choosing, and the paths of the outputs.
+
+    Raises UserError or RecordError for anything wrong with the arguments or files, before any
+    work."""
     check_policy(args)
     check_judge(args)
     if args.other_model is not None:
-        check_model(
-            args.other_model,
-            "make models-large" if Path(args.other_model).name == "policy-large" else None,
-        )
-        if Path(args.other_model).name == Path(args.model_name_or_path).name:
+        name = Path(args.other_model).name
+        check_model(args.other_model, "make models-large" if name == "policy-large" else None)
+        if name == Path(args.model_name_or_path).name:
             raise UserError(
-                f"argument --other_model: is called as the policy is, {Path(args.other_model).name}: rename one"
+                f"argument --other_model: has the same name as the policy, {name}: rename one"
             )
-    reported, chosen_on = (
-        {Path(name).stem.removeprefix("problems_"): name for name in names}
+    reported, for_choosing = (
+        {file_stem(name).removeprefix("problems_"): name for name in names}
         for names in (args.splits, args.choose_on)
     )
-    if len(reported) < len(args.splits) or len(chosen_on) < len(args.choose_on):
+    if len(reported) < len(args.splits) or len(for_choosing) < len(args.choose_on):
         raise UserError("argument --splits or --choose_on: two splits have the same name")
-    if both := reported.keys() & chosen_on.keys():
+    if both := reported.keys() & for_choosing.keys():
         raise UserError(
-            f"argument --choose_on: nothing is chosen on what is reported, {', '.join(sorted(both))}"
+            f"argument --choose_on: {', '.join(sorted(both))} is reported, choose on other splits"
         )
     problems = {}
-    for split, name in (reported | chosen_on).items():
+    for split, name in (reported | for_choosing).items():
         path = at_root(f"data/problems_{name}.jsonl") if name in HELD_OUT else name
         check_input(path, "make data" if name in HELD_OUT else None)
-        problems[split] = list(read_records(path, Problem))[: args.limit]
+        problems[split] = list(islice(read_records(path, Problem), args.limit))
     folder = Path(args.output_dir)
     outputs = {
         "rows": folder / f"{NAME}.jsonl",
         "result": folder / f"{NAME}.json",
         "plot": folder.parent / "plots" / f"{NAME}.png",
     }
-    for path in outputs.values():
-        check_output(str(path), overwrite=True)
-    chosen_on = {split: problems[split][: args.choose_limit] for split in chosen_on}
-    return {split: problems[split] for split in reported}, chosen_on, outputs
+    for output in outputs.values():
+        check_output(str(output), overwrite=True)
+    return (
+        {split: problems[split] for split in reported},
+        {split: problems[split][: args.choose_limit] for split in for_choosing},
+        outputs,
+    )
+
+
+def measure_split(
+    args: SearchArgs,
+    choice: Choice,
+    measurements: SearchMeasurements,
+    split: str,
+    problems: Sequence[Problem],
+) -> dict[Setting, Outcomes]:
+    """The outcomes of all settings of a split: the strategies, then the controls."""
+    found: dict[Setting, Outcomes] = {}
+    sizes = {*args.n, *(size for size in POOL_SIZES if size < args.samples), args.samples}
+    aggregates = {strategy: [aggregate] for strategy, aggregate in choice.aggregates.items()}
+    for settings in setting_groups(args, aggregates, sorted(sizes)):
+        label = f"{settings[0].strategy} {settings[0].n}"
+        if len(settings) > 1:
+            label = "one pool of solutions"
+        found |= measurements.measure(settings, problems, f"{split}: {label}")
+    for setting in controls(args, choice):
+        label = f"{split}: {setting.name} {setting.n}"
+        found |= measurements.measure([setting], problems, label)
+    return found
+
+
+def controls(args: SearchArgs, choice: Choice) -> list[Setting]:
+    """The best guided strategy with each of the controls as its guide, at every n."""
+    if choice.strategy is None:
+        return []
+    aggregate = choice.aggregates[choice.strategy]
+    return [
+        Setting(choice.strategy, n, aggregate, guide) for guide in args.controls for n in args.n
+    ]
 
 
 def main() -> None:
     (args,) = parse_args(SearchArgs, description=__doc__)
-    splits, chosen_on, outputs = check(args)
+    splits, for_choosing, outputs = check(args)
 
-    from evaluation.plots import frontier_plot
-
-    measured = SearchMeasurements(args, outputs["rows"])
+    measurements = SearchMeasurements(args, outputs["rows"])
     try:
-        chosen = choose(args, measured, chosen_on)
-        report = Report(args, chosen["aggregates"])
-        sizes = sorted(
-            {*args.n, *(size for size in POOL_SIZES if size <= args.samples), args.samples}
-        )
-        shown = {*args.n, args.samples}
-        one = {name: [how] for name, how in chosen["aggregates"].items()}
+        choice = choose(args, measurements, for_choosing)
+        report = Report(args, choice.aggregates)
         for split, problems in splits.items():
-            (greedy,) = measured.measure(
-                [Setting("greedy", 1)], problems, f"{split}: greedy"
-            ).values()
-            other = None
+            setting, other = Setting("greedy", 1), None
+            greedy = measurements.measure([setting], problems, f"{split}: greedy")[setting]
             if args.other_model is not None:
-                (other,) = measured.measure(
-                    [Setting("greedy", 1)], problems, f"{split}: {report.other}", "other"
-                ).values()
-            found: dict[Setting, Outcomes] = {}
-            for settings in wanted(args, one, sizes):
-                label = (
-                    "one pool of solutions"
-                    if len(settings) > 1
-                    else f"{settings[0].strategy} {settings[0].n}"
-                )
-                found |= measured.measure(settings, problems, f"{split}: {label}")
-            for guide in args.controls if chosen["strategy"] else ():
-                for n in args.n:
-                    setting = Setting(
-                        chosen["strategy"], n, chosen["aggregates"][chosen["strategy"]], guide
-                    )
-                    found |= measured.measure([setting], problems, f"{split}: {setting.name} {n}")
-            curve = {
-                setting.n: outcomes
-                for setting, outcomes in found.items()
-                if setting.strategy == "majority_vote"
-            }
-            report.add(
-                split, {s: o for s, o in found.items() if s.n in shown}, greedy, other, curve
-            )
+                label = f"{split}: {report.other}"
+                other = measurements.measure([setting], problems, label, "other")[setting]
+            found = measure_split(args, choice, measurements, split, problems)
+            shown = {s: o for s, o in found.items() if s.n in (*args.n, args.samples)}
+            votes = {s.n: o for s, o in found.items() if s.strategy == "majority_vote"}
+            report.add(split, shown, greedy, other, votes)
     finally:
-        measured.close()
+        measurements.close()
+
+    from evaluation.plots import frontier_plot  # heavy (matplotlib)
 
     title = f"{report.policy}, guided by {judge_name(args)}"
-    controls = [Setting(chosen["strategy"], 1, guide=guide).name for guide in args.controls]
-    frontier_plot(
-        outputs["plot"], {split: report.frontier(split) for split in splits}, controls, title
-    )
+    lines = {split: report.frontier(split) for split in splits}
+    dashed = {setting.name for setting in controls(args, choice)}
+    frontier_plot(outputs["plot"], lines, dashed, title)
     extras = {
-        "chosen": chosen,
-        "equal_tokens": report.equal_tokens,
+        "chosen": asdict(choice),
+        "equal_tokens": report.matched_n,
         "trend_p": report.trend_p,
         "left_out": report.left_out,
     }
     write_result(outputs["result"], report.metrics, asdict(args), [args.seed], **extras)
-    tried = sorted(chosen["accuracies"].items(), key=lambda item: -item[1])
-    on = ", ".join(f"{len(problems)} {split}" for split, problems in chosen_on.items())
+    print_report(args, report, choice, splits, for_choosing, title)
+    print(f"wrote {outputs['result']}, {outputs['plot']} and {outputs['rows']} (every problem)")
+
+
+def print_report(
+    args: SearchArgs,
+    report: Report,
+    choice: Choice,
+    splits: Splits,
+    for_choosing: Splits,
+    title: str,
+) -> None:
+    """Print the tables of choice, splits and trends."""
+    compared = sorted(choice.accuracies.items(), key=lambda item: -item[1])
+    counts = ", ".join(f"{len(problems)} {split}" for split, problems in for_choosing.items())
     print_table(
-        f"chosen at n = {args.n[-1]} on {on}",
+        f"chosen at n = {args.n[-1]} on {counts} problems",
         ["strategy", "accuracy"],
-        [(name, f"{value:.3f}") for name, value in tried],
+        [(name, f"{value:.3f}") for name, value in compared],
     )
     for split, problems in splits.items():
-        heading = f"{split}: {len(problems):,} problems; {title}; tokens and judged steps a problem; a majority vote of as many tokens"
+        heading = f"{split}: {len(problems):,} problems; {title}; tokens and judged steps a problem"
+        heading += "; the majority vote has a matched token budget"
         print_table(heading, report.columns(), report.rows(split))
     trends = [
-        (name.removesuffix("/trend"), report.metrics[name], "" if p is None else f"{p:.2g}")
-        for name, p in report.trend_p.items()
+        (key.removesuffix("/trend"), report.metrics[key], "" if p is None else f"{p:.2g}")
+        for key, p in report.trend_p.items()
     ]
     if trends:
-        print_table(
-            "accuracy gained when n is multiplied by 4", ["search", "gain", "p (Page)"], trends
-        )
-    for name, count in report.left_out.items():
-        print(f"{name}: {count} proposals were left out by the judge")
-    print(f"wrote {outputs['result']}, {outputs['plot']} and {outputs['rows']} (every problem)")
+        heading = "accuracy gained when n is multiplied by 4"
+        print_table(heading, ["search", "gain", "p (Page)"], trends)
+    for key, count in report.left_out.items():
+        print(f"{key}: the judge could not score {count} proposals")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from evaluation.metrics import (
+    Bin,
     Metric,
     accuracy_metric,
     auroc_difference,
@@ -18,6 +20,7 @@ from evaluation.metrics import (
     first_error,
     kappa_metric,
     mean_metric,
+    paired_difference,
     print_table,
     processbench_metrics,
     reliability,
@@ -26,15 +29,14 @@ from reasoning.answers import extract_answer
 from reasoning.records import LabelledSolution
 from reward_model.protocols import SCORE_AGGREGATES, aggregate
 
+if TYPE_CHECKING:
+    from lm.policy import State
+
 HEADLINES = (
-    "step_auroc",
-    "step_auroc_over_log-prob",
-    "decision_accuracy",
-    "kappa",
-    "calibration_error",
+    "step_auroc", "step_auroc_over_log-prob", "decision_accuracy", "kappa", "calibration_error",
     "brier",
-)
-SELECTION = {  # metrics of `select` -> columns of its table
+)  # fmt: skip
+SELECTION = {  # metric of `selection_metrics` -> column of its table
     "answer_auroc": "AUROC of answers",
     "best_of_n": "best of n",
     "best_of_n_over_chance": "over chance",
@@ -42,248 +44,288 @@ SELECTION = {  # metrics of `select` -> columns of its table
     "best_of_n_over_majority": "over majority vote",
     "best_of_n_below_oracle": "below oracle",
 }
-POSITIONS = 10  # rows of the table by position; the last holds all later steps
+POSITIONS = 10  # rows of the table by position; the last row holds all later steps
 
 
 @dataclass
 class Judged:
-    """A solution with its labels, and then with the judge's scores: None if the judge left it out. Of the policy's own samples also
-    their mean token log-prob, that of each step, and the state that was sampled."""
+    """A labelled solution and the judge's score of each of its steps.
+
+    For a sample of the policy also its mean token log-prob, the mean token log-prob of each step,
+    and the state that was sampled."""
 
     solution: LabelledSolution
+    scores: list[float] = field(default_factory=list)
     logp: float | None = None
-    scores: list[float] | None = None
-    step_logps: list[float] | None = None
-    state: object = None
+    step_logps: list[float] = field(default_factory=list)
+    state: "State | None" = None
 
 
-def card(judged: Sequence[Judged], seed: int, threshold: float = 0.5) -> dict:
-    """All that is said of a judge, from the solutions that it scored: `metrics` by name; `steps`, label, score and position of each
-    labelled one; `reliability`, `by_position` and `selection`, the rows of their tables; `samples`, how many solutions a problem
-    `best_of_n` had to pick from; `best_threshold`; `notes`, what is left out and why."""
-    metrics, notes = {}, []
-    problems: dict[str, int] = {}
-    # samples of one problem are not independent
-    problem = [problems.setdefault(row.solution.prompt, len(problems)) for row in judged]
+@dataclass(frozen=True)
+class JudgedStep:
+    """A labelled step: label 0 or 1, score, position from 1 on, and the number of its problem."""
+
+    label: float
+    score: float
+    position: int
+    problem: int
+
+
+@dataclass(frozen=True)
+class RankedPolicy:
+    """A policy's mean reward by the judge, its exact accuracy, and its ranks (1 is the highest)."""
+
+    policy: str
+    reward: Metric
+    accuracy: Metric
+    reward_rank: int
+    accuracy_rank: int
+
+
+@dataclass
+class Card:
+    """All metrics of a judge, and the rows of their tables and plots.
+
+    by_position: name of the position, mean score of right steps, of wrong steps. selection:
+    aggregate -> metric -> value. samples: mean number of solutions a problem that `best_of_n`
+    picked from. best_threshold: that of ProcessBench's F1, and this F1. values: reliability of the
+    scores as values (evaluation/value_calibration.py). notes: what is left out, and why."""
+
+    metrics: dict[str, Metric]
+    steps: list[JudgedStep]
+    reliability: list[Bin]
+    by_position: list[tuple[str, Metric | None, Metric | None]]
+    selection: dict[str, dict[str, Metric]] = field(default_factory=dict)
+    samples: float | None = None
+    best_threshold: tuple[float, float] | None = None
+    values: list[Bin] = field(default_factory=list)
+    policies: list[RankedPolicy] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def card(judged: Sequence[Judged], seed: int, threshold: float = 0.5) -> Card:
+    """The card of the solutions that the judge scored. Raises UserError if no step has a label."""
+    numbers = {prompt: k for k, prompt in enumerate(dict.fromkeys(_prompts(judged)))}
+    problems = [numbers[prompt] for prompt in _prompts(judged)]
     steps = [
-        (label, score, k, cluster)
-        for row, cluster in zip(judged, problem, strict=True)
-        for k, (label, score) in enumerate(
+        JudgedStep(label, score, position, problem)
+        for row, problem in zip(judged, problems, strict=True)
+        for position, (label, score) in enumerate(
             zip(row.solution.labels, row.scores, strict=True), start=1
         )
-        if label in (0, 1)
+        if label is not None and label in (0, 1)
     ]
     if not steps:
         raise UserError("no step to judge: every solution with a labelled step is left out")
-    labels, scores, positions, clusters = zip(*steps, strict=True)
-    of_steps = (labels, scores, clusters, seed)
-    metrics["step_auroc"] = auroc_metric(*of_steps)
+    notes: list[str] = []
+    metrics = _step_metrics(judged, steps, seed, threshold, notes)
+    processbench, best = _processbench(judged, problems, seed, threshold, notes)
+    labels, scores, clusters = _columns(steps)
+    metrics |= processbench
+    metrics["calibration_error"] = calibration_metric(labels, scores, clusters, seed)
+    metrics["brier"] = brier_metric(labels, scores, clusters, seed)
+    by_position = _by_position(steps, seed)
+    for position, *sides in by_position:
+        for side, metric in zip(("right", "wrong"), sides, strict=True):
+            if metric:
+                metrics[f"{side}_step_score/{position}"] = metric
+    selection, samples = selection_metrics(judged, problems, seed, notes)
+    for name, row in selection.items():
+        metrics |= {f"{kind}/{name}": metric for kind, metric in row.items()}
+    bins = reliability(labels, scores, clusters, seed)
+    return Card(metrics, steps, bins, by_position, selection, samples, best, notes=notes)
+
+
+def _prompts(judged: Sequence[Judged]) -> list[str]:
+    return [row.solution.prompt for row in judged]
+
+
+def _columns(steps: Sequence[JudgedStep]) -> tuple[list[float], list[float], list[int]]:
+    """Labels, scores and problems of steps."""
+    labels, scores = [step.label for step in steps], [step.score for step in steps]
+    return labels, scores, [step.problem for step in steps]
+
+
+def _step_metrics(
+    judged: Sequence[Judged],
+    steps: Sequence[JudgedStep],
+    seed: int,
+    threshold: float,
+    notes: list[str],
+) -> dict[str, Metric]:
+    """AUROC, accuracy and kappa of the single steps."""
+    labels, scores, clusters = _columns(steps)
+    metrics: dict[str, Metric | None] = {}
+    metrics["step_auroc"] = auroc_metric(labels, scores, clusters, seed)
     if metrics["step_auroc"] is None:
         notes.append("no step_auroc: all labelled steps have the same label")
-    elif all(row.step_logps is not None for row in judged):
+    elif all(len(row.step_logps) == len(row.scores) for row in judged):
         logps = [
             logp
             for row in judged
             for label, logp in zip(row.solution.labels, row.step_logps, strict=True)
             if label in (0, 1)
         ]
-        metrics["step_auroc_over_log-prob"] = auroc_difference(
-            labels, scores, logps, clusters, seed
-        )
-    metrics["decision_accuracy"] = accuracy_metric(*of_steps, threshold)
-    metrics["kappa"] = kappa_metric(*of_steps, threshold)
+        difference = auroc_difference(labels, scores, logps, clusters, seed)
+        metrics["step_auroc_over_log-prob"] = difference
+    metrics["decision_accuracy"] = accuracy_metric(labels, scores, clusters, seed, threshold)
+    metrics["kappa"] = kappa_metric(labels, scores, clusters, seed, threshold)
     if metrics["kappa"] is None:
-        notes.append("no kappa: judge and labels say the same of every step")
+        notes.append("no kappa: judge and labels give the same verdict on every step")
     soft = sum(label not in (0, 1, None) for row in judged for label in row.solution.labels)
     if soft:
-        notes.append(
-            f"{soft} steps have a label between 0 and 1, which says neither right nor wrong: they are not used"
-        )
+        notes.append(f"{soft} steps are not used: their label is between 0 and 1")
+    return {name: metric for name, metric in metrics.items() if metric is not None}
 
-    whole = [
-        (row.solution.labels, row.scores, cluster)
-        for row, cluster in zip(judged, problem, strict=True)
-        if row.solution.steps
-    ]
-    found = processbench_metrics(*zip(*whole, strict=True), seed, threshold)
-    metrics |= found
-    if "processbench_f1" not in found:
-        parts = {
-            "processbench_error_accuracy": "without an error",
-            "processbench_correct_accuracy": "with an error",
-        }
-        kind = next((parts[name] for name in found), "whose first error is known")
-        notes.append(f"no processbench_f1: there is no solution {kind}")
-    unknown = sum(first_error(row_labels) is None for row_labels, _, _ in whole)
+
+def _processbench(
+    judged: Sequence[Judged], problems: Sequence[int], seed: int, threshold: float, notes: list[str]
+) -> tuple[dict[str, Metric], tuple[float, float] | None]:
+    """ProcessBench's metrics, and the threshold with the highest F1."""
+    whole = [(row, k) for row, k in zip(judged, problems, strict=True) if row.solution.steps]
+    labels = [row.solution.labels for row, _ in whole]
+    scores = [row.scores for row, _ in whole]
+    metrics = processbench_metrics(labels, scores, [k for _, k in whole], seed, threshold)
+    unknown = sum(first_error(solution_labels) is None for solution_labels in labels)
+    best = None
+    if "processbench_f1" in metrics:
+        best = best_threshold(labels, scores)
+    elif "processbench_error_accuracy" in metrics:
+        notes.append("no processbench_f1: there is no solution without an error")
+    elif "processbench_correct_accuracy" in metrics:
+        notes.append("no processbench_f1: there is no solution with an error")
+    else:
+        notes.append("no processbench_f1: there is no solution whose first error is known")
     if unknown:
         notes.append(
-            f"{unknown} solutions are labelled in parts, their first error is not known: not in processbench_*"
+            f"{unknown} solutions do not count for processbench_*: steps without a label leave "
+            "their first error unknown"
         )
-
-    metrics["calibration_error"] = calibration_metric(*of_steps)
-    metrics["brier"] = brier_metric(*of_steps)
-    by_position = []
-    for k in sorted({min(position, POSITIONS) for position in positions}):
-        name, row = f"{k}" + ("+" if k == POSITIONS else ""), {}
-        for side, of_side in (("right", 1), ("wrong", 0)):
-            here = [
-                (step[1], step[3])
-                for step in steps
-                if min(step[2], POSITIONS) == k and step[0] == of_side
-            ]
-            row[side] = clustered_mean_metric(*zip(*here, strict=True), seed) if here else None
-            metrics[f"{side}_step_score/{name}"] = row[side]
-        by_position.append((name, row["right"], row["wrong"]))
-
-    selection, samples = select(judged, problem, seed, notes)
-    metrics |= {
-        f"{kind}/{name}": metric for name, row in selection.items() for kind, metric in row.items()
-    }
-    return {
-        "metrics": {name: metric for name, metric in metrics.items() if metric is not None},
-        "steps": [step[:3] for step in steps],
-        "reliability": reliability(*of_steps),
-        "by_position": by_position,
-        "selection": selection,
-        "samples": samples,
-        "best_threshold": best_threshold(*list(zip(*whole, strict=True))[:2])
-        if "processbench_f1" in found
-        else None,
-        "notes": notes,
-    }
+    return metrics, best
 
 
-def select(
-    judged: Sequence[Judged], problem: Sequence[int], seed: int, notes: list[str]
-) -> tuple[dict[str, dict[str, Metric | None]], float | None]:
-    """What one score a solution is worth, for every aggregate of the step scores, the policy's own log-prob and the majority vote
-    (how many samples of the problem have the same answer): `answer_auroc` (right against wrong answers over all problems),
-    `best_of_n` (accuracy when it picks among the samples of each problem) and the paired differences of that to chance, to the
-    log-prob, to the vote and to the oracle. With it the mean number of samples picked from."""
+def _by_position(
+    steps: Sequence[JudgedStep], seed: int
+) -> list[tuple[str, Metric | None, Metric | None]]:
+    """Position, mean score of right steps, mean score of wrong steps; None where there are none."""
+
+    def mean(inside: Sequence[JudgedStep]) -> Metric | None:
+        _, scores, clusters = _columns(inside)
+        return clustered_mean_metric(scores, clusters, seed) if inside else None
+
+    rows = []
+    for k in sorted({min(step.position, POSITIONS) for step in steps}):
+        inside = [step for step in steps if min(step.position, POSITIONS) == k]
+        right, wrong = (mean([step for step in inside if step.label == side]) for side in (1, 0))
+        rows.append((f"{k}+" if k == POSITIONS else f"{k}", right, wrong))
+    return rows
+
+
+def selection_metrics(
+    judged: Sequence[Judged], problems: Sequence[int], seed: int, notes: list[str]
+) -> tuple[dict[str, dict[str, Metric]], float | None]:
+    """How well one score a solution separates right from wrong answers and picks one.
+
+    The scores: every aggregate of the step scores, the policy's log-prob, and the majority vote
+    (how many samples of the problem have the same answer). `answer_auroc`: right against wrong
+    answers over all problems. `best_of_n`: exact accuracy of the best sample of each problem, with
+    its paired differences to chance, log-prob, majority vote and oracle. Also returns the mean
+    number of samples to pick from."""
     graded = [
-        (row, cluster)
-        for row, cluster in zip(judged, problem, strict=True)
+        (row, k)
+        for row, k in zip(judged, problems, strict=True)
         if row.solution.final_correct is not None
     ]
     if not graded:
-        notes.append(
-            "no answer_auroc and no best_of_n: it is not said which final answers are right"
-        )
+        notes.append("no answer_auroc and no best_of_n: nothing says which final answers are right")
         return {}, None
-    correct = [float(row.solution.final_correct) for row, _ in graded]
-    clusters = [cluster for _, cluster in graded]
-    values = {name: [aggregate(row.scores, name) for row, _ in graded] for name in SCORE_AGGREGATES}
-    if all(row.logp is not None for row, _ in graded):
-        values["log-prob"] = [row.logp for row, _ in graded]
-    answers = [(cluster, extract_answer("\n".join(row.solution.steps))) for row, cluster in graded]
+    correct = [float(row.solution.final_correct is True) for row, _ in graded]
+    clusters = [k for _, k in graded]
+    values: dict[str, list[float]] = {
+        name: [aggregate(row.scores, name) for row, _ in graded] for name in SCORE_AGGREGATES
+    }
+    logps = [row.logp for row, _ in graded if row.logp is not None]
+    if len(logps) == len(graded):
+        values["log-prob"] = logps
+    answers = [(k, extract_answer("\n".join(row.solution.steps))) for row, k in graded]
     if any(answer for _, answer in answers):
         votes = Counter(answers)
-        values["majority"] = [votes[answer] if answer[1] else 0 for answer in answers]
+        values["majority"] = [votes[k, answer] if answer else 0 for k, answer in answers]
+    rows: dict[str, dict[str, Metric]] = {name: {} for name in values}
+    for name, row in rows.items():
+        if auroc := auroc_metric(correct, values[name], clusters, seed):
+            row["answer_auroc"] = auroc
     if len(set(correct)) < 2:
         notes.append(f"no answer_auroc: all answers are {'right' if correct[0] else 'wrong'}")
-    rows = {
-        name: {"answer_auroc": auroc_metric(correct, of_name, clusters, seed)}
-        for name, of_name in values.items()
-    }
 
-    groups = defaultdict(list)
-    for k, cluster in enumerate(clusters):
-        groups[cluster].append(k)
-    groups = [group for group in groups.values() if len(group) > 1]
+    by_problem = defaultdict(list)
+    for place, k in enumerate(clusters):
+        by_problem[k].append(place)
+    groups = [group for group in by_problem.values() if len(group) > 1]
     if not groups:
         notes.append("no best_of_n: no problem has two scored solutions to pick from")
         return rows, None
 
-    def picked(of_name: list[float]) -> list[float]:
-        return best_of_n(
-            [[of_name[k] for k in group] for group in groups],
-            [[correct[k] for k in group] for group in groups],
-        )
+    def by_group(numbers: Sequence[float]) -> list[list[float]]:
+        return [[numbers[place] for place in group] for group in groups]
 
-    accuracy = {name: picked(of_name) for name, of_name in values.items()}
-    accuracy |= {"chance": picked([0.0] * len(correct)), "oracle": picked(correct)}
-
-    def difference(first: str, second: str) -> Metric:
-        return mean_metric(
-            [a - b for a, b in zip(accuracy[first], accuracy[second], strict=True)], seed
-        )
-
-    for name in accuracy:
-        rows[name] = rows.get(name, {}) | {"best_of_n": mean_metric(accuracy[name], seed)}
+    values |= {"chance": [0.0] * len(correct), "oracle": correct}
+    accuracy = {
+        name: best_of_n(by_group(numbers), by_group(correct)) for name, numbers in values.items()
+    }
+    for name, picked in accuracy.items():
+        row = rows.setdefault(name, {})
+        row["best_of_n"] = mean_metric(picked, seed)
         if name in SCORE_AGGREGATES:
-            rows[name]["best_of_n_over_chance"] = difference(name, "chance")
-            for rival in ("log-prob", "majority"):
+            for rival in ("chance", "log-prob", "majority"):
                 if rival in accuracy:
-                    rows[name][f"best_of_n_over_{rival}"] = difference(name, rival)
-            rows[name]["best_of_n_below_oracle"] = difference("oracle", name)
+                    over = paired_difference(accuracy[rival], picked, seed)
+                    row[f"best_of_n_over_{rival}"] = over
+            row["best_of_n_below_oracle"] = paired_difference(picked, accuracy["oracle"], seed)
     return rows, sum(map(len, groups)) / len(groups)
 
 
-def plain_row(row: dict) -> dict:
-    return {
-        name: asdict(value) if isinstance(value, Metric) else value for name, value in row.items()
+def print_card(title: str, card: Card, spearman: Metric | None) -> None:
+    """Print the tables; spearman: the correlation of reward and accuracy over `card.policies`."""
+    shown = {
+        name: metric
+        for name, metric in card.metrics.items()
+        if name in HEADLINES or name.startswith("processbench")
     }
+    print_metrics(title, shown)
 
-
-def print_card(title: str, found: dict, policies: list[dict], spearman: Metric | None) -> None:
-    metrics = found["metrics"]
-    shown = [name for name in metrics if name in HEADLINES or name.startswith("processbench")]
-    print_table(
-        title, ["metric", "value", "n"], [(name, metrics[name], metrics[name].n) for name in shown]
-    )
-
-    rows = [
-        (
-            f"{row['low']:.1f} to {row['high']:.1f}",
-            f"{row['score']:.3f}",
-            row["right"],
-            row["right"].n,
-        )
-        for row in found["reliability"]
+    rows: list[Sequence[object]] = [
+        (f"{row.low:.1f} to {row.high:.1f}", f"{row.score:.3f}", row.right, row.right.n)
+        for row in card.reliability
     ]
-    print_table(
-        "calibration: ten bins of equal width",
-        ["score", "mean score", "share of right steps", "n"],
-        rows,
-    )
+    columns = ["score", "mean score", "share of right steps", "n"]
+    print_table("calibration: ten bins of equal width", columns, rows)
 
     rows = [
-        (k, *(cell for side in sides for cell in ((side, side.n) if side else ("", 0))))
-        for k, *sides in found["by_position"]
+        (position, right or "", right.n if right else 0, wrong or "", wrong.n if wrong else 0)
+        for position, right, wrong in card.by_position
     ]
     print_table("mean score by position", ["step", "right steps", "n", "wrong steps", "n"], rows)
 
-    n = {
-        key: metric.n
-        for row in found["selection"].values()
-        for key, metric in row.items()
-        if metric
-    }
+    n = {kind: metric.n for row in card.selection.values() for kind, metric in row.items()}
     if n:
         title = "one score a solution"
-        title += (
-            f"; AUROC of right against wrong answers: {n['answer_auroc']:,} solutions"
-            if "answer_auroc" in n
-            else ""
-        )
-        title += (
-            f"; accuracy of the best of {found['samples']:.3g}: {n['best_of_n']:,} problems"
-            if "best_of_n" in n
-            else ""
-        )
-        columns = {key: text for key, text in SELECTION.items() if key in n}
+        if "answer_auroc" in n:
+            title += f"; AUROC of right against wrong answers: {n['answer_auroc']:,} solutions"
+        if "best_of_n" in n:
+            title += f"; accuracy of the best of {card.samples:.3g}: {n['best_of_n']:,} problems"
+        kinds = [kind for kind in SELECTION if kind in n]
+        rows = [(name, *(row.get(k, "") for k in kinds)) for name, row in card.selection.items()]
+        print_table(title, ["aggregate", *(SELECTION[kind] for kind in kinds)], rows)
+    if card.policies:
+        title = f"policies, greedy answers to {card.policies[0].reward.n:,} problems"
+        title += f", Spearman {spearman}" if spearman else ""
         rows = [
-            (name, *(row.get(key) or "" for key in columns))
-            for name, row in found["selection"].items()
+            (p.policy, p.reward, p.reward_rank, p.accuracy, p.accuracy_rank) for p in card.policies
         ]
-        print_table(title, ["aggregate", *columns.values()], rows)
-    if policies:
-        told = f", Spearman {spearman}" if spearman else ""
-        rows = [
-            (p["policy"], p["reward"], p["reward_rank"], p["accuracy"], p["accuracy_rank"])
-            for p in policies
-        ]
-        columns = ["policy", "mean reward", "rank", "exact accuracy", "rank"]
-        print_table(
-            f"policies, greedy answers to {policies[0]['reward'].n:,} problems{told}", columns, rows
-        )
+        print_table(title, ["policy", "mean reward", "rank", "exact accuracy", "rank"], rows)
+
+
+def print_metrics(title: str, metrics: dict[str, Metric]) -> None:
+    rows = [(name, metric, metric.n) for name, metric in metrics.items()]
+    print_table(title, ["metric", "value", "n"], rows)

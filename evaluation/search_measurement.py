@@ -1,4 +1,4 @@
-"""Measurements of guided search that are kept: what was measured once is never measured again."""
+"""Measurements of guided search that are kept in a file, so that none is repeated."""
 
 import hashlib
 import json
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.files import AppendedRows, at_root
 from lm.registry import PolicyArgs, open_policy, policy_identity
 from reasoning.grading import is_correct
 from reasoning.records import Problem
 from reasoning.splits import HELD_OUT
-from reward_model.protocols import SCORE_AGGREGATES
+from reward_model.protocols import SCORE_AGGREGATES, StepJudge
 from reward_model.registry import JudgeArgs, judge_identity, open_judge
 from search.strategies import (
     NEED_NO_JUDGE,
@@ -25,12 +25,15 @@ from search.strategies import (
     votes,
 )
 
-CHUNK = 50  # problems that are searched together and remembered together
-# who guides instead of the judge: chance, or the samples among each other
-CONTROLS = ("random", "agreement")
-# of the budget
-USES_NOT = {"step_greedy": ("beams",)} | dict.fromkeys(("greedy", *PICKS), ("beams", "max_steps"))
-# of majority votes, to find the one that costs as much
+if TYPE_CHECKING:
+    from lm.policy import Policy
+
+CHUNK = 50  # problems of one row of the file; they are searched together
+CONTROLS = ("random", "agreement")  # guides other than the judge
+# limits of the budget that a strategy does not use: its rows do not depend on them
+UNUSED_LIMITS = {name: ["beams", "max_steps"] for name in ("greedy", *PICKS)}
+UNUSED_LIMITS["step_greedy"] = ["beams"]
+# n of majority votes: for every search, the one with the nearest number of tokens is its baseline
 POOL_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
@@ -41,13 +44,15 @@ class SearchArgs(JudgeArgs, PolicyArgs):
     )
     splits: list[str] = field(
         default_factory=lambda: ["test", "hard"],
-        metadata={"help": f"what is reported: {', '.join(HELD_OUT)}, or JSONL of problems"},
+        metadata={"help": f"reported splits: {', '.join(HELD_OUT)}, or JSONL of problems"},
     )
     choose_on: list[str] = field(
         default_factory=lambda: ["validation", "hard_validation"],
-        metadata={"help": "splits on which is chosen"},
+        metadata={"help": "splits on which aggregates and the strategy of the controls are chosen"},
     )
-    choose_limit: int = field(default=100, metadata={"help": "problems of each of them"})
+    choose_limit: int = field(
+        default=100, metadata={"help": "use the first problems of each split of --choose_on"}
+    )
     strategies: list[str] = field(
         default_factory=lambda: [name for name in STRATEGIES if name != "greedy"],
         metadata={
@@ -57,22 +62,26 @@ class SearchArgs(JudgeArgs, PolicyArgs):
     )
     aggregates: list[str] = field(
         default_factory=lambda: [*SCORE_AGGREGATES],
-        metadata={"help": "how step scores may become one number", "choices": [*SCORE_AGGREGATES]},
+        metadata={
+            "help": "aggregates of step scores to choose from",
+            "choices": [*SCORE_AGGREGATES],
+        },
     )
     controls: list[str] = field(
         default_factory=lambda: [*CONTROLS],
         metadata={
-            "help": "who else guides the best strategy: chance, or the samples among each other",
+            "help": "controls of the best guided strategy: random scores, or the agreement of the "
+            "samples with each other",
             "choices": [*CONTROLS],
         },
     )
     n: list[int] = field(
         default_factory=lambda: [1, 4, 16],
-        metadata={"help": "proposals a step, or whole solutions"},
+        metadata={"help": "proposals for each step, or whole solutions"},
     )
     samples: int = field(
         default=64,
-        metadata={"help": "the largest n of the strategies that share one pool of whole solutions"},
+        metadata={"help": "largest n of the strategies that choose from a pool of whole solutions"},
     )
     beams: int = field(
         default=SearchBudget.beams,
@@ -86,57 +95,54 @@ class SearchArgs(JudgeArgs, PolicyArgs):
         default=SearchBudget.max_new_tokens, metadata={"help": "longest answer, in tokens"}
     )
     temperature: float = field(
-        default=SearchBudget.temperature, metadata={"help": "of all samples (greedy has 0)"}
+        default=SearchBudget.temperature, metadata={"help": "of all samples (greedy: 0)"}
     )
     other_model: str | None = field(
         default=None,
-        metadata={
-            "help": "another policy, unguided, to compare with: a model directory or a hub name"
-        },
+        metadata={"help": "another policy to compare with, greedy: a directory or a hub name"},
     )
     output_dir: str = field(
         default=at_root("evaluation/results"),
-        metadata={"help": "folder of search.json and search.jsonl; the picture in ../plots"},
+        metadata={"help": "folder of search.json and search.jsonl; the plot goes to ../plots"},
     )
     limit: int | None = field(
         default=None, metadata={"help": "use the first LIMIT problems of each split"}
     )
     seed: int = field(default=0, metadata={"help": "seed of samples, bootstrap and random scores"})
 
-    def __post_init__(self):
-        for name in ("limit", "choose_limit"):
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 1), ("choose_limit", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"argument --{name}: expected 1 or more, got {value}")
-        if self.seed < 0:
-            raise ValueError(f"argument --seed: expected 0 or more, got {self.seed}")
+            if value is not None and value < least:
+                raise ValueError(f"argument --{name}: expected {least} or more, got {value}")
         self.n = sorted({*self.n})
-        self.strategies, self.aggregates = (
-            list(dict.fromkeys(self.strategies)),
-            list(dict.fromkeys(self.aggregates)),
-        )
+        self.strategies = list(dict.fromkeys(self.strategies))
+        self.aggregates = list(dict.fromkeys(self.aggregates))
         for n in self.n:
-            self.budget(n)
+            self.budget(n)  # checks the limits
         if self.samples < max(self.n):
             raise ValueError(
-                f"argument --samples: expected {max(self.n)} or more, the largest --n, got {self.samples}"
+                f"argument --samples: expected {max(self.n)} or more, the largest --n, "
+                f"got {self.samples}"
             )
         if self.judge == "shuffled":
             raise ValueError(
-                "argument --judge: shuffled scores would depend on what is searched together; the control is random"
+                "argument --judge: shuffled scores would depend on which problems are searched "
+                "together; the control is random"
             )
 
-    def budget(self, n: int, how: str | None = None) -> SearchBudget:
-        values = {
-            name: getattr(self, name)
-            for name in ("beams", "max_steps", "max_new_tokens", "temperature")
-        }
-        return SearchBudget(n=n, aggregate=how or SearchBudget.aggregate, **values)
+    def budget(self, n: int, aggregate: str | None = None) -> SearchBudget:
+        """The budget of one search. Raises ValueError for a limit out of range."""
+        names = ("beams", "max_steps", "max_new_tokens", "temperature")
+        limits = {name: getattr(self, name) for name in names}
+        return SearchBudget(n=n, aggregate=aggregate or SearchBudget.aggregate, **limits)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured: a strategy with its n, the aggregate (None: it needs none), and who guides it: judge, random, agreement."""
+    """One measurement: a strategy, its n, its aggregate and its guide.
+
+    aggregate: None for a strategy that needs no scores. guide: `judge`, or one of CONTROLS."""
 
     strategy: str
     n: int
@@ -150,8 +156,10 @@ class Setting:
 
 @dataclass
 class Outcomes:
-    """Of one setting on one split, a value a problem: correct (0 or 1), tokens sampled, steps the judge scored, proposals that it
-    left out, seconds."""
+    """The outcomes of one setting on one split, one value a problem.
+
+    correct: 0 or 1. tokens: sampled. judged: steps that the judge scored. left_out: proposals that
+    it could not score. seconds: share of the problem in the time of its chunk."""
 
     correct: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -159,55 +167,44 @@ class Outcomes:
     left_out: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
+    def extend(self, row: dict) -> None:
+        """Append the outcomes of a row of search.jsonl."""
+        for name, values in vars(self).items():
+            values += row[name]
+
 
 class SearchMeasurements:
-    """Measures, and remembers: rows that were measured before are read from `path`, new ones appended. Policy and judges are opened
-    when something is missing. `close` gives them back."""
+    """Measures settings. Rows that `path` has are read from it, new rows are appended to it.
 
-    def __init__(self, args: SearchArgs, path: Path):
-        self.args, self._open, self._stack = args, {}, ExitStack()
-        self.policies = {"own": policy_identity(args)}
+    Policy and judges are opened when a row is missing; `close` closes them."""
+
+    def __init__(self, args: SearchArgs, path: Path) -> None:
+        self.args = args
+        self._opened: dict[str, Any] = {}  # policies `own` and `other`, and judges
+        self._stack = ExitStack()
+        self._policy_args: dict[str, PolicyArgs] = {"own": args}
         if args.other_model is not None:
-            self.policies["other"] = policy_identity(PolicyArgs(args.other_model))
-        self.guide = judge_identity(args)
+            self._policy_args["other"] = PolicyArgs(args.other_model)
+        self._policies = {name: policy_identity(a) for name, a in self._policy_args.items()}
+        self._judge = judge_identity(args)
         self._store = AppendedRows(path)
-        self.rows: dict[str, dict] = {row["key"]: row for row in self._store.rows}
-
-    def opened(self, what: str) -> Any:
-        if what not in self._open:
-            if what == "own":
-                self._open[what] = open_policy(self.args)
-            elif what == "other":
-                self._open[what] = open_policy(PolicyArgs(self.args.other_model))
-            else:
-                args = (
-                    JudgeArgs(judge="random", seed=self.args.seed)
-                    if what == "random"
-                    else self.args
-                )
-                self._open[what] = self._stack.enter_context(open_judge(args))
-        return self._open[what]
+        self._rows: dict[str, dict] = {row["key"]: row for row in self._store.rows}
 
     def close(self) -> None:
         self._stack.close()
-        self._open.clear()
+        self._opened.clear()
         self._store.close()
 
     def key(self, setting: Setting, policy: str, chunk: Sequence[Problem]) -> str:
-        """All that a row depends on."""
-        budget = asdict(self.args.budget(setting.n))
-        for name in USES_NOT.get(setting.strategy, ()):
-            del budget[name]
-        judge = self.guide if setting.guide == "judge" and setting.aggregate else None
-        what = {
-            "policy": self.policies[policy],
-            "judge": judge,
-            **budget,
-            **asdict(setting),
-            "seed": self.args.seed,
-        }
-        what["problems"] = [(problem.prompt, problem.answer) for problem in chunk]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+        """A hash of everything that a row depends on."""
+        limits = asdict(self.args.budget(setting.n))
+        for name in UNUSED_LIMITS.get(setting.strategy, ()):
+            del limits[name]
+        judge = self._judge if setting.guide == "judge" and setting.aggregate else None
+        parts = {"policy": self._policies[policy], "judge": judge, **limits, **asdict(setting)}
+        parts["seed"] = self.args.seed
+        parts["problems"] = [(problem.prompt, problem.answer) for problem in chunk]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def measure(
         self,
@@ -216,72 +213,88 @@ class SearchMeasurements:
         label: str,
         policy: str = "own",
     ) -> dict[Setting, Outcomes]:
-        """The outcomes of settings that are measured together: one setting, or several that choose from one pool."""
-        from tqdm import tqdm
+        """The outcomes of one setting, or of several that choose from one pool of solutions."""
+        from tqdm import tqdm  # heavy
 
         outcomes = {setting: Outcomes() for setting in settings}
         with tqdm(total=len(problems), desc=label, unit="problem") as bar:
             for start in range(0, len(problems), CHUNK):
                 chunk = problems[start : start + CHUNK]
                 keys = {setting: self.key(setting, policy, chunk) for setting in settings}
-                if not all(key in self.rows for key in keys.values()):
+                if not all(key in self._rows for key in keys.values()):
                     found = self._search(settings, chunk, policy)
-                    self._store.append(
-                        *(
-                            _row(keys[setting], label, setting, chunk, answers)
-                            for setting, answers in found.items()
-                        )
-                    )
-                    self.rows |= {row["key"]: row for row in self._store.rows[-len(found) :]}
+                    rows = [
+                        _row(keys[setting], label, setting, chunk, answers)
+                        for setting, answers in found.items()
+                    ]
+                    self._store.append(*rows)
+                    self._rows |= {row["key"]: row for row in rows}
                 for setting, key in keys.items():
-                    for name, values in asdict(outcomes[setting]).items():
-                        setattr(outcomes[setting], name, values + self.rows[key][name])
+                    outcomes[setting].extend(self._rows[key])
                 bar.update(len(chunk))
         return outcomes
 
     def _search(
         self, settings: Sequence[Setting], chunk: Sequence[Problem], policy: str
     ) -> dict[Setting, list[SearchResult]]:
-        (first, *others), prompts = settings, [problem.prompt for problem in chunk]
-        if not others:
-            judge = (
-                self.opened(first.guide) if first.aggregate and first.guide != "agreement" else None
-            )
-            budget = self.args.budget(first.n, first.aggregate)
-            return {
-                first: STRATEGIES[first.strategy](
-                    prompts, self.opened(policy), judge, budget, self.args.seed
-                )
-            }
+        prompts = [problem.prompt for problem in chunk]
+        if len(settings) > 1:
+            return self._search_pool(settings, prompts, policy)
+        (setting,) = settings
+        judge = None
+        if setting.aggregate and setting.guide != "agreement":
+            judge = self._open_judge(setting.guide)
+        budget = self.args.budget(setting.n, setting.aggregate)
+        strategy = STRATEGIES[setting.strategy]
+        return {
+            setting: strategy(prompts, self._open_policy(policy), judge, budget, self.args.seed)
+        }
+
+    def _search_pool(
+        self, settings: Sequence[Setting], prompts: Sequence[str], policy: str
+    ) -> dict[Setting, list[SearchResult]]:
+        """Each setting picks from the first n solutions of one pool, at their share of its cost."""
         size = max(setting.n for setting in settings)
-        judge = self.opened("judge") if any(setting.aggregate for setting in settings) else None
-        drawn, pools = draw(
-            prompts, self.opened(policy), judge, self.args.budget(size), self.args.seed
-        )
+        judge = None
+        if any(setting.aggregate for setting in settings):
+            judge = self._open_judge("judge")
+        budget = self.args.budget(size)
+        drawn, pools = draw(prompts, self._open_policy(policy), judge, budget, self.args.seed)
         found: dict[Setting, list[SearchResult]] = {setting: [] for setting in settings}
         for whole, pool in zip(drawn, pools, strict=True):
-            of = votes(pool)
+            same_answers = votes(pool)
             for setting in settings:
-                part, share = pool[: setting.n], setting.n / size
-                answer = SearchResult(
-                    whole.prompt,
-                    seconds=whole.seconds * share,
-                    tokens=sum(sample.tokens for sample in part),
-                )
+                part = pool[: setting.n]
+                answer = SearchResult(whole.prompt)
+                answer.seconds = whole.seconds * (setting.n / size)
+                answer.tokens = sum(sample.tokens for sample in part)
                 if setting.aggregate:
-                    answer.judged = sum(
-                        len(steps) for steps in {sample.state.steps for sample in part}
-                    )
+                    different = {sample.state.steps for sample in part}
+                    answer.judged = sum(map(len, different))
                     answer.left_out = sum(sample.scores is None for sample in part)
-                answer.take(PICKS[setting.strategy](part, setting.aggregate, of))
+                answer.take(PICKS[setting.strategy](part, setting.aggregate, same_answers))
                 found[setting].append(answer)
         return found
 
+    def _open_policy(self, name: str) -> "Policy":
+        if name not in self._opened:
+            self._opened[name] = open_policy(self._policy_args[name])
+        return self._opened[name]
+
+    def _open_judge(self, guide: str) -> StepJudge:
+        if guide not in self._opened:
+            args: JudgeArgs = self.args
+            if guide == "random":
+                args = JudgeArgs(judge="random", seed=self.args.seed)
+            self._opened[guide] = self._stack.enter_context(open_judge(args))
+        return self._opened[guide]
+
 
 # One row of search.jsonl, the outcomes of one setting on up to 50 problems:
-#   {"key": "0f3c...",                                  of everything it depends on; equal keys are never measured twice
+#   {"key": "0f3c...",                     hash of everything that the outcomes depend on
 #    "what": "hard: beam 16", "strategy": "beam", "n": 16, "aggregate": "min", "guide": "judge",
-#    "correct": [1, 0, ...], "tokens": [830, ...], "judged": [95, ...], "left_out": [0, ...], "seconds": [0.21, ...]}
+#    "correct": [1, 0, ...], "tokens": [830, ...], "judged": [95, ...], "left_out": [0, ...],
+#    "seconds": [0.21, ...]}
 def _row(
     key: str,
     label: str,
@@ -289,62 +302,68 @@ def _row(
     chunk: Sequence[Problem],
     answers: Sequence[SearchResult],
 ) -> dict:
-    outcomes = Outcomes(
-        [
-            int(is_correct(answer.steps, problem))
-            for answer, problem in zip(answers, chunk, strict=True)
-        ],
-        *(
-            [getattr(answer, name) for answer in answers]
-            for name in ("tokens", "judged", "left_out")
-        ),
-        [round(answer.seconds, 4) for answer in answers],
-    )
-    return {"key": key, "what": label, **asdict(setting), **asdict(outcomes)}
+    correct = [int(is_correct(a.steps, problem)) for a, problem in zip(answers, chunk, strict=True)]
+    counts = {
+        name: [getattr(a, name) for a in answers] for name in ("tokens", "judged", "left_out")
+    }
+    outcomes = {"correct": correct, **counts, "seconds": [round(a.seconds, 4) for a in answers]}
+    return {"key": key, "what": label, **asdict(setting), **outcomes}
 
 
-def wanted(
-    args: SearchArgs, aggregates: dict[str, list[str]], sizes: Sequence[int]
+def setting_groups(
+    args: SearchArgs, aggregates: dict[str, list[str | None]], sizes: Sequence[int]
 ) -> list[list[Setting]]:
-    """The settings to be measured, in groups that are measured together: what chooses from a pool of whole solutions, at all
-    `sizes`, and everything else by itself, at --n."""
-    pool, alone = [], []
+    """All settings, in groups that are measured together.
+
+    The strategies that choose from a pool of whole solutions are one group, at all `sizes`; every
+    other strategy is measured alone, at --n. aggregates: strategy -> aggregates to measure."""
+    pool: list[Setting] = []
+    alone: list[list[Setting]] = []
     for strategy in args.strategies:
-        if strategy in PICKS:
-            pool += [Setting(strategy, n, how) for how in aggregates[strategy] for n in sizes]
-        else:
-            alone += [[Setting(strategy, n, how)] for how in aggregates[strategy] for n in args.n]
-    return [*([pool] if pool else []), *alone]
+        for aggregate in aggregates[strategy]:
+            if strategy in PICKS:
+                pool += [Setting(strategy, n, aggregate) for n in sizes]
+            else:
+                alone += [[Setting(strategy, n, aggregate)] for n in args.n]
+    return [pool, *alone] if pool else alone
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the validation splits decide.
+
+    aggregates: strategy -> its best aggregate. strategy: the best of those that a judge guides.
+    accuracies: the compared accuracies."""
+
+    aggregates: dict[str, str | None]
+    strategy: str | None
+    accuracies: dict[str, float]
 
 
 def choose(
-    args: SearchArgs, measured: SearchMeasurements, splits: dict[str, list[Problem]]
-) -> dict:
-    """The aggregate of each strategy and the best guided strategy, by accuracy (the mean over the splits) at the largest n; the
-    accuracies that were compared."""
+    args: SearchArgs, measurements: SearchMeasurements, splits: dict[str, list[Problem]]
+) -> Choice:
+    """Choose by exact accuracy at the largest n, the mean over the splits."""
     largest = replace(args, n=args.n[-1:])
-    tried = {name: [None] if name in NEED_NO_JUDGE else args.aggregates for name in args.strategies}
-    accuracy: dict[Setting, list[float]] = {}
+    tried: dict[str, list[str | None]] = {
+        name: [None] if name in NEED_NO_JUDGE else [*args.aggregates] for name in args.strategies
+    }
+    by_split: dict[Setting, list[float]] = {}
     for split, problems in splits.items():
-        for settings in wanted(largest, tried, largest.n):
-            label = (
-                f"{split}, choosing: {settings[0].strategy} {settings[0].aggregate or ''}"
-                if len(settings) == 1
-                else split
-            )
-            for setting, outcomes in measured.measure(settings, problems, label).items():
-                accuracy.setdefault(setting, []).append(sum(outcomes.correct) / len(problems))
-    mean = {setting: sum(values) / len(values) for setting, values in accuracy.items()}
+        for settings in setting_groups(largest, tried, largest.n):
+            label = split
+            if len(settings) == 1:
+                label = f"{split}, choosing: {settings[0].strategy} {settings[0].aggregate or ''}"
+            for setting, outcomes in measurements.measure(settings, problems, label).items():
+                by_split.setdefault(setting, []).append(sum(outcomes.correct) / len(problems))
+    accuracy = {setting: sum(values) / len(values) for setting, values in by_split.items()}
     best = {
-        name: max((s for s in mean if s.strategy == name), key=mean.__getitem__)
+        name: max((s for s in accuracy if s.strategy == name), key=accuracy.__getitem__)
         for name in args.strategies
     }
     guided = [setting for setting in best.values() if setting.aggregate]
-    return {
-        "aggregates": {name: setting.aggregate for name, setting in best.items()},
-        "strategy": max(guided, key=mean.__getitem__).strategy if guided else None,
-        "accuracies": {
-            f"{s.strategy}/{s.aggregate}" if s.aggregate else s.strategy: value
-            for s, value in mean.items()
-        },
-    }
+    return Choice(
+        {name: setting.aggregate for name, setting in best.items()},
+        max(guided, key=accuracy.__getitem__).strategy if guided else None,
+        {"/".join(filter(None, (s.strategy, s.aggregate))): a for s, a in accuracy.items()},
+    )

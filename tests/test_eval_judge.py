@@ -1,4 +1,4 @@
-"""The report card of a judge: its numbers against a small example worked out by hand, and real runs of the script."""
+"""The card of a judge: metrics of a small example computed by hand, and runs of the script."""
 
 import json
 import math
@@ -55,8 +55,8 @@ def judged(solutions=SOLUTIONS) -> list[Judged]:
     return [
         Judged(
             LabelledSolution(prompt, [f"step {k}" for k in range(len(labels))], labels, correct),
-            logp,
             scores,
+            logp,
         )
         for prompt, labels, scores, correct, logp in solutions
     ]
@@ -64,7 +64,7 @@ def judged(solutions=SOLUTIONS) -> list[Judged]:
 
 def test_the_card_by_hand():
     found = card(judged(), seed=0)
-    metrics = found["metrics"]
+    metrics = found.metrics
     for name, value in (BY_HAND | WITH_LOGPS).items():
         metric = metrics[name]
         assert metric.value == pytest.approx(value), name
@@ -76,19 +76,19 @@ def test_the_card_by_hand():
         metrics["answer_auroc/min"].n,
     ) == (11, 6, 6)
     assert metrics["best_of_n/min"].n == metrics["best_of_n_over_chance/min"].n == 3
-    assert found["notes"] == []
-    assert [row[0] for row in found["by_position"]] == ["1", "2"]
+    assert found.notes == []
+    assert [row[0] for row in found.by_position] == ["1", "2"]
 
 
 def test_late_positions_are_pooled():
     row = ("A", [1] * 12, [k / 100 for k in range(12)], None, None)
     found = card(judged([row]), seed=0)
-    assert [name for name, _, _ in found["by_position"]] == [*map(str, range(1, 10)), "10+"]
-    assert found["metrics"]["right_step_score/10+"].value == pytest.approx((0.09 + 0.10 + 0.11) / 3)
+    assert [name for name, _, _ in found.by_position] == [*map(str, range(1, 10)), "10+"]
+    assert found.metrics["right_step_score/10+"].value == pytest.approx((0.09 + 0.10 + 0.11) / 3)
 
 
 @pytest.mark.parametrize(
-    ("solutions", "absent", "said"),
+    ("solutions", "absent", "note"),
     [
         (
             [("A", [1], [0.9], True, None)],
@@ -103,17 +103,17 @@ def test_late_positions_are_pooled():
         (
             [("A", [1, None, 0], [0.9, 0.9, 0.1], None, None)],
             {"processbench_f1"},
-            "first error is not known",
+            "their first error unknown",
         ),
         (
             [("A", [1, 0.5, 0], [0.9, 0.9, 0.1], None, None)],
             {"answer_auroc/min"},
-            "1 steps have a label between 0 and 1",
+            "1 steps are not used: their label is between 0 and 1",
         ),
         (
             [("A", [1], [0.9], None, None), ("A", [0], [0.1], None, None)],
             {"best_of_n/min"},
-            "not said which final answers",
+            "nothing says which final answers",
         ),
         (
             [("A", [1], [0.9], True, None), ("B", [0], [0.1], False, None)],
@@ -127,21 +127,21 @@ def test_late_positions_are_pooled():
         ),
     ],
 )
-def test_what_cannot_be_said_is_left_out_and_said(solutions, absent, said):
+def test_undefined_metrics_are_left_out_with_a_note(solutions, absent, note):
     found = card(judged(solutions), seed=0)
-    assert not absent & set(found["metrics"])
-    assert any(said in note for note in found["notes"]), found["notes"]
-    for metric in found["metrics"].values():
+    assert not absent & set(found.metrics)
+    assert any(note in line for line in found.notes), found.notes
+    for metric in found.metrics.values():
         assert all(math.isfinite(value) for value in [metric.value, *(metric.ci95 or [])])
 
 
-def test_a_sample_without_steps_is_a_wrong_answer_nobody_picks():
+def test_a_sample_without_steps_is_wrong_and_never_picked():
     empty = [
         ("A", [], [], False, eval_judge.NEVER),
         ("A", [1], [0.2], True, -3.0),
         ("B", [0], [0.1], False, -1.0),
     ]
-    metrics = card(judged(empty), seed=0)["metrics"]
+    metrics = card(judged(empty), seed=0).metrics
     assert metrics["best_of_n/min"].value == metrics["best_of_n/log-prob"].value == 1
     assert metrics["processbench_f1"].n == 2
     with pytest.raises(UserError, match="no step to judge"):
@@ -239,7 +239,7 @@ def test_the_checker_itself_gets_full_marks(evaluate, tmp_path, tiny_model_dir):
     assert (
         result["policies"][0]["accuracy"]["value"] == 0 < result["policies"][1]["accuracy"]["value"]
     )
-    assert "Spearman 1.000" in out and "beginnings, 4 rollouts each" in out
+    assert "Spearman 1.000" in out and "prefixes, 4 rollouts each" in out
     assert (
         values["prefix_auroc/judge"]
         == 1
@@ -247,7 +247,7 @@ def test_the_checker_itself_gets_full_marks(evaluate, tmp_path, tiny_model_dir):
         >= values["prefix_auroc/1 rollouts"]
         > 0.5
     )
-    assert values["equal_rollouts"] == 4 and values["step_auroc_over_log-prob"] > 0
+    assert values["rollouts_equivalent"] == 4 and values["step_auroc_over_log-prob"] > 0
     rows, n = result["value_reliability"], result["metrics"]["value_calibration_error"]["n"]
     gaps = [abs(row["score"] - row["right"]["value"]) * row["right"]["n"] / n for row in rows]
     assert (

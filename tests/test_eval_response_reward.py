@@ -1,4 +1,4 @@
-"""The evaluation of a response reward model: its numbers by hand, its two kinds of files, a whole run on miniatures."""
+"""The evaluation of a response reward model: metrics by hand, both file formats, a whole run."""
 
 import itertools
 import json
@@ -47,12 +47,12 @@ SCORES = [[2.0, 3.0, -1.0], [1.0, 0.0, 1.0]]
 
 def test_pairwise_accuracies_by_hand():
     pairs = pairs_of(FOUND, SCORES)
-    assert [(pair.cluster, pair.gap, pair.told_apart) for pair in pairs] == [
+    assert [(pair.cluster, pair.gap, pair.in_order) for pair in pairs] == [
         *((0, -1.0, 0.0), (0, 3.0, 1.0), (0, 4.0, 1.0)),
         # ties of the ranker are no pair, ties of the scorer count half
         *((1, 1.0, 1.0), (1, 0.0, 0.5)),
     ]
-    assert [pair.longer for pair in pairs] == [0.0, 1.0, 1.0, 1.0, 0.5]
+    assert [pair.longer_is_better for pair in pairs] == [0.0, 1.0, 1.0, 1.0, 0.5]
     values = {
         name: (metric.value, metric.n) for name, metric in accuracies(pairs, False, 0).items()
     }
@@ -79,13 +79,13 @@ def test_correlations_within_groups_by_hand():
     )
 
 
-def test_calibration_of_a_model_that_knows_how_sure_it_is():
+def test_calibration_of_calibrated_and_overconfident_scores():
     gap = math.log(3)  # says .75
     found = [(f"p{k}", [RankedAnswer("a", 1, ""), RankedAnswer("b", 2, "")]) for k in range(400)]
     # and is right in three of four
     sure = pairs_of(found, [[0.0, -gap] if k % 4 else [-gap, 0.0] for k in range(400)])
     error, bins = calibration(sure, 0)
-    assert error.value < 0.06 and [round(row["score"], 2) for row in bins] == [0.25, 0.75]
+    assert error.value < 0.06 and [round(row.score, 2) for row in bins] == [0.25, 0.75]
     overconfident, _ = calibration(
         pairs_of(found, [[0.0, -9.0] if k % 4 else [-9.0, 0.0] for k in range(400)]), 0
     )

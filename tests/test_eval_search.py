@@ -1,4 +1,4 @@
-"""evaluation/eval_search.py: the whole script on a tiny budget, its memory, its arithmetic, its refusals."""
+"""evaluation/eval_search.py: a whole run on a tiny budget, resuming, arithmetic, bad input."""
 
 import json
 from itertools import islice
@@ -13,7 +13,7 @@ from evaluation.search_measurement import (
     SearchMeasurements,
     Setting,
     choose,
-    wanted,
+    setting_groups,
 )
 from evaluation.search_report import Report, matched_budget, trend
 from reasoning.records import Problem
@@ -132,7 +132,9 @@ def args(tmp_path) -> SearchArgs:
     )
 
 
-def fake(lab: SearchMeasurements, accuracy: dict[str, float], calls: list | None = None) -> None:
+def fake(
+    measurements: SearchMeasurements, accuracy: dict[str, float], calls: list | None = None
+) -> None:
     """Instead of a search: of every ten answers so many are right, by strategy or strategy/aggregate."""
 
     def search(settings, chunk, policy):
@@ -150,14 +152,14 @@ def fake(lab: SearchMeasurements, accuracy: dict[str, float], calls: list | None
             ]
         return found
 
-    lab._search = search
+    measurements._search = search
 
 
 def test_the_choice_is_the_best_on_validation(args, tmp_path):
     problems = list(islice(read_records(ROOT / "data/problems_hard_validation.jsonl", Problem), 20))
-    lab = SearchMeasurements(args, tmp_path / "rows.jsonl")
+    measurements = SearchMeasurements(args, tmp_path / "rows.jsonl")
     fake(
-        lab,
+        measurements,
         {
             "majority_vote": 0.9,
             "beam/prod": 0.8,
@@ -166,17 +168,14 @@ def test_the_choice_is_the_best_on_validation(args, tmp_path):
             "best_of_n/last": 0.7,
         },
     )
-    chosen = choose(args, lab, {"hard_validation": problems})
-    assert chosen["strategy"] == "beam", "the best that a judge guides"
+    choice = choose(args, measurements, {"hard_validation": problems})
+    assert choice.strategy == "beam", "the best that a judge guides"
     expected = {"majority_vote": None, "beam": "prod", "dvts": "min", "best_of_n": "last"}
-    assert (
-        expected.items() <= chosen["aggregates"].items()
-        and chosen["accuracies"]["beam/prod"] == 0.8
-    )
-    lab.close()
+    assert expected.items() <= choice.aggregates.items() and choice.accuracies["beam/prod"] == 0.8
+    measurements.close()
 
 
-def test_rows_are_of_what_they_depend_on(args, tmp_path, monkeypatch):
+def test_a_row_is_used_again_only_if_nothing_it_depends_on_changed(args, tmp_path, monkeypatch):
     problems = list(islice(read_records(ROOT / "data/problems_hard_validation.jsonl", Problem), 60))
     setting, vote = Setting("beam", 2, "min"), Setting("majority_vote", 2)
     calls: list = []
@@ -184,16 +183,18 @@ def test_rows_are_of_what_they_depend_on(args, tmp_path, monkeypatch):
     def measure(setting: Setting, count: int = 60, **changes) -> int:
         """How many problems were searched."""
         values = {field: getattr(args, field) for field in vars(args)} | changes
-        lab = SearchMeasurements(SearchArgs(**values), tmp_path / "rows.jsonl")
-        fake(lab, {"beam": 0.5}, calls)
+        measurements = SearchMeasurements(SearchArgs(**values), tmp_path / "rows.jsonl")
+        fake(measurements, {"beam": 0.5}, calls)
         calls.clear()
-        outcomes = lab.measure([setting], problems[:count], "hard_validation")[setting]
+        outcomes = measurements.measure([setting], problems[:count], "hard_validation")[setting]
         assert len(outcomes.correct) == len(outcomes.seconds) == count
         return sum(size for _, size in calls)
 
     assert measure(setting) == 60 and measure(setting) == 0 and measure(vote) == 60
     assert measure(setting, 50) == 0, "the first chunk is known"
-    assert measure(setting, beams=3) == 60 and measure(vote, beams=3) == 0, "a vote has no beams"
+    assert measure(setting, beams=3) == 60 and measure(vote, beams=3) == 0, (
+        "a majority vote does not depend on the beams"
+    )
     assert (
         measure(setting, seed=1) == 60
         and measure(setting, judge="random") == 60
@@ -203,7 +204,7 @@ def test_rows_are_of_what_they_depend_on(args, tmp_path, monkeypatch):
 
 
 def test_pools_are_drawn_once(args):
-    groups = wanted(args, {name: ["min"] for name in args.strategies}, [1, 2, 4])
+    groups = setting_groups(args, {name: ["min"] for name in args.strategies}, [1, 2, 4])
     assert [len(group) for group in groups] == [9, 1, 1, 1, 1]
     assert {setting.strategy for setting in groups[0]} == {
         "majority_vote",
@@ -229,8 +230,8 @@ def test_a_pool_costs_what_its_part_costs(args, tmp_path):
                 for s in states
             ]
 
-    lab = SearchMeasurements(args, tmp_path / "rows.jsonl")
-    lab._open |= {
+    measurements = SearchMeasurements(args, tmp_path / "rows.jsonl")
+    measurements._opened |= {
         "own": Sampler(),
         "judge": FixedJudge(lambda prompt, step, before: 0.9 if step == "Answer: 3" else 0.5),
     }
@@ -240,7 +241,7 @@ def test_a_pool_costs_what_its_part_costs(args, tmp_path):
         for n in (1, 3, 4)
     ]
     problem = Problem("p", "2")
-    outcomes = lab.measure(settings, [problem], "x")
+    outcomes = measurements.measure(settings, [problem], "x")
     assert [outcomes[s].tokens for s in settings] == [[10], [33], [46]] * 2
     assert [outcomes[s].judged for s in settings] == [[0], [0], [0], [2], [4], [6]], (
         "equal solutions are scored once"
@@ -248,7 +249,7 @@ def test_a_pool_costs_what_its_part_costs(args, tmp_path):
     assert [outcomes[s].correct for s in settings] == [[0], [1], [1], [0], [0], [0]]
 
 
-def test_trend_and_equal_cost():
+def test_trend_and_matched_budget():
     rising = {
         n: Outcomes(correct=[1.0] * (10 * k) + [0.0] * (40 - 10 * k))
         for k, n in enumerate((1, 4, 16), 1)
@@ -284,7 +285,7 @@ def test_report_compares_the_same_problems(args):
     assert (
         value[f"{name}/accuracy_improvement"] == value[f"{name}/accuracy_over_policy-large"] == 0.5
     )
-    assert value[f"{name}/accuracy_over_majority_vote"] == 0.5 and report.equal_tokens == {name: 2}
+    assert value[f"{name}/accuracy_over_majority_vote"] == 0.5 and report.matched_n == {name: 2}
     assert report.left_out == {name: 3}
     assert [row[0] for row in report.rows("hard")] == [
         "greedy",
@@ -311,9 +312,9 @@ def test_report_compares_the_same_problems(args):
         ),
         ({"judge": "shuffled"}, "the control is random"),
         ({"splits": "none.jsonl"}, "none.jsonl not found"),
-        ({"splits": "hard hard_validation"}, "nothing is chosen on what is reported"),
+        ({"splits": "hard hard_validation"}, "hard_validation is reported, choose on other splits"),
         ({"other_model": "models/policy-large-none"}, "not found"),
-        ({"other_model": POLICY}, "--other_model: is called as the policy is"),
+        ({"other_model": POLICY}, "--other_model: has the same name as the policy"),
         ({"model_name_or_path": "none"}, "model directory none not found"),
         ({"output_dir": "rows.jsonl/x"}, "cannot be written"),
     ],

@@ -1,4 +1,4 @@
-"""Intervals against what theory and counting by hand say, and the files they are written to."""
+"""Metrics and intervals against theory and against values computed by hand; result files."""
 
 import itertools
 import json
@@ -19,7 +19,6 @@ from evaluation.metrics import (
     calibration_metric,
     clustered_mean_metric,
     compare,
-    equal_rollouts,
     first_error,
     kappa_metric,
     mean_metric,
@@ -27,6 +26,7 @@ from evaluation.metrics import (
     processbench_metrics,
     rate_metric,
     reliability,
+    rollouts_equivalent,
     spearman_metric,
     write_result,
 )
@@ -115,9 +115,9 @@ def test_calibration_on_bins_worked_out_by_hand():
     assert metric.value == pytest.approx((2 * 0.26 + 4 * 0.225) / 6) and metric.n == 6
     assert 0 <= metric.ci95[0] <= metric.value <= metric.ci95[1]
     low, high = reliability(labels, scores, clusters)
-    assert (low["low"], low["high"], low["right"].n, low["right"].value) == (0.2, 0.3, 2, 0.5)
-    assert (high["low"], high["high"], high["right"].n, high["right"].value) == (0.9, 1.0, 4, 0.75)
-    assert [low["score"], high["score"]] == pytest.approx([0.24, 0.975])
+    assert (low.low, low.high, low.right.n, low.right.value) == (0.2, 0.3, 2, 0.5)
+    assert (high.low, high.high, high.right.n, high.right.value) == (0.9, 1.0, 4, 0.75)
+    assert [low.score, high.score] == pytest.approx([0.24, 0.975])
     squares = 0.2**2 + 0.72**2 + 0.1**2 + 1
     assert brier_metric(labels, scores, clusters).value == pytest.approx(squares / 6)
     assert calibration_metric([1], [0.7], [0]) == Metric(pytest.approx(0.3), None, 1)
@@ -145,7 +145,7 @@ def test_brier_and_calibration_against_other_code():
     assert metric.ci95[0] < 1 / 6 < metric.ci95[1]
 
 
-def test_a_mean_over_clusters_knows_how_many_there_are():
+def test_the_interval_of_a_clustered_mean_depends_on_the_number_of_clusters():
     values = np.random.default_rng(5).normal(0.4, 0.2, 300)
     metric = clustered_mean_metric(values.repeat(4), np.arange(300).repeat(4))
     half = 1.96 * values.std() / math.sqrt(300)
@@ -163,7 +163,8 @@ def test_first_error_is_as_processbench_writes_it():
 
 
 def test_processbench_with_both_parts_by_hand():
-    """Three with an error: found, reported one early, not reported. Two without: one clean, one accused."""
+    """Three with an error: found, reported one early, not reported. Two without: one without, one with a
+    reported error."""
     labels = [[1, 0, None], [1, 0, 0], [1, 1, 0], [1, 1], [1], [1, None]]
     scores = [[0.9, 0.4, 0.9], [0.2, 0.1, 0.9], [0.9, 0.9, 0.5], [0.5, 0.9], [0.49], [0.0, 0.0]]
     metrics = processbench_metrics(labels, scores, clusters=[0, 1, 2, 3, 4, 5])
@@ -177,9 +178,9 @@ def test_processbench_with_both_parts_by_hand():
     assert 0 <= low < values["processbench_f1"][0] < high <= 1
 
 
-def test_another_threshold_decides_otherwise():
-    """At .3 the first error is found, the second reported early, the third missed, and nobody accused; at .55 the third is found
-    and one of two right solutions accused."""
+def test_processbench_with_other_thresholds():
+    """At .3 the first error is found, the second reported early, the third missed, and no right solution has
+    a reported error; at .55 the third is found and one of two right solutions has a reported error."""
     labels = [[1, 0, None], [1, 0, 0], [1, 1, 0], [1, 1], [1], [1, None]]
     scores = [[0.9, 0.2, 0.9], [0.2, 0.1, 0.9], [0.9, 0.9, 0.5], [0.55, 0.9], [0.49], [0.0, 0.0]]
     clusters = [0, 1, 2, 3, 4, 5]
@@ -279,26 +280,26 @@ def test_difference_of_aurocs_by_hand():
     assert auroc_difference([1, 1], [1, 2], [2, 1], [0, 1]) is None
 
 
-def test_how_many_rollouts_a_judge_is_worth_by_hand():
+def test_rollouts_equivalent_by_hand():
     """One rollout has an AUROC of 0.75, two have 0.875: shares 1 and .5 against .5 and 0."""
     labels, right = [1, 1, 0, 0], np.array([[1, 1], [0, 1], [0, 1], [0, 0]])
     clusters = range(4)
     # 3 of 4 pairs
-    assert equal_rollouts(labels, [4, 1, 2, 0], right, clusters).value == pytest.approx(1)
+    assert rollouts_equivalent(labels, [4, 1, 2, 0], right, clusters).value == pytest.approx(1)
     # 3.5 of 4
-    assert equal_rollouts(labels, [4, 1, 1, 0], right, clusters).value == pytest.approx(2)
+    assert rollouts_equivalent(labels, [4, 1, 1, 0], right, clusters).value == pytest.approx(2)
     # all of 4: more than there are
-    assert equal_rollouts(labels, [4, 3, 2, 1], right, clusters).value == 2
-    assert equal_rollouts(labels, [1, 1, 1, 1], right, clusters).value == 0  # a coin is worth none
+    assert rollouts_equivalent(labels, [4, 3, 2, 1], right, clusters).value == 2
+    assert rollouts_equivalent(labels, [1, 1, 1, 1], right, clusters).value == 0  # chance
 
 
 def test_bins_of_equal_mass():
     scores = [k / 100 for k in range(100)]
     rows = reliability([1.0] * 50 + [0.0] * 50, scores, range(100), equal_mass=True)
     assert (
-        [row["right"].n for row in rows] == [10] * 10
-        and rows[1]["low"] == pytest.approx(0.1)
-        and rows[1]["high"] == 0.19
+        [row.right.n for row in rows] == [10] * 10
+        and rows[1].low == pytest.approx(0.1)
+        and rows[1].high == 0.19
     )
     halves = [1.0] * 50 + [0.0] * 50
     by_hand = (

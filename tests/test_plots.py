@@ -1,9 +1,10 @@
-"""Pictures: what is drawn is what the history holds, and files are whole."""
+"""Plots show what the history or the card holds, and their files are complete."""
 
 import pytest
 
 from evaluation import plots
-from evaluation.metrics import Metric
+from evaluation.judge_card import Card, JudgedStep, RankedPolicy
+from evaluation.metrics import Bin, Metric
 from evaluation.plots import judge_plot, training_plot
 
 TRAIN = [
@@ -60,10 +61,10 @@ def test_a_run_has_four_panels_and_a_twin_axis(tmp_path, drawn):
     steps = list(range(1, 21))
     assert lines["loss"] == {
         "loss": (steps, [1 / k for k in steps]),
-        "loss, held out": ([10, 20], [0.4, 0.3]),
+        "loss, held-out": ([10, 20], [0.4, 0.3]),
     }
-    assert set(lines["margin between chosen and rejected"]) == {"margin", "margin, held out"}
-    assert lines["log-prob against the reference (nats)"]["rejected"] == (
+    assert set(lines["margin between chosen and rejected"]) == {"margin", "margin, held-out"}
+    assert lines["log-prob minus reference log-prob (nats)"]["rejected"] == (
         steps,
         [-1.0 * k for k in steps],
     )
@@ -81,7 +82,7 @@ def test_what_the_history_lacks_is_left_out(tmp_path, drawn):
     assert [title for title, _ in drawn if title] == [
         "loss",
         "margin between chosen and rejected",
-        "log-prob against the reference (nats)",
+        "log-prob minus reference log-prob (nats)",
     ]
     assert training_plot([END], tmp_path / "none.png", "nothing") is False
     assert sorted(file.name for file in tmp_path.iterdir()) == ["odd.png", "one.png"]
@@ -89,28 +90,25 @@ def test_what_the_history_lacks_is_left_out(tmp_path, drawn):
 
 def test_the_card_of_a_judge_draws_what_it_holds(tmp_path, drawn):
     half = Metric(0.5, [0.4, 0.6], 4)
-    card = {
-        "metrics": {"calibration_error": half},
-        "steps": [(1, 0.9, 1), (0, 0.2, 2)],
-        "reliability": [
-            {"low": 0.2, "high": 0.3, "score": 0.2, "right": half},
-            {"low": 0.9, "high": 1.0, "score": 0.9, "right": half},
-        ],
-        "by_position": [("1", half, None), ("2", Metric(0.7, None, 1), half)],
-        "selection": {"min": {"answer_auroc": half}},
-    }
-    judge_plot(tmp_path / "few.png", "a judge", card, [])
-    assert [title.split(" (")[0] for title, _ in drawn] == [
-        "reliability",
-        "scores",
-        "score by position",
-    ]
+    card = Card(
+        metrics={"calibration_error": half},
+        steps=[JudgedStep(1, 0.9, 1, 0), JudgedStep(0, 0.2, 2, 0)],
+        reliability=[Bin(0.2, 0.3, 0.2, half), Bin(0.9, 1.0, 0.9, half)],
+        by_position=[("1", half, None), ("2", Metric(0.7, None, 1), half)],
+        selection={"min": {"answer_auroc": half}},
+    )
+    judge_plot(tmp_path / "few.png", "a judge", card)
+    titles = [title.split(" (")[0] for title, _ in drawn]
+    assert titles == ["reliability", "scores", "score by position"]
     drawn.clear()
-    card["selection"] = {"min": {"best_of_n": half}, "chance": {"best_of_n": half}}
-    policies = [{"policy": f"runs/{name}", "reward": half, "accuracy": half} for name in "abc"]
-    judge_plot(tmp_path / "all.png", "a judge", card | {"samples": 4.0}, policies)
-    assert [title for title, _ in drawn][3:] == [
-        "best of 4 (4 problems)",
+    card.selection = {"min": {"best_of_n": half}, "chance": {"best_of_n": half}}
+    card.policies = [RankedPolicy(f"runs/{name}", half, half, 1, 1) for name in "abc"]
+    card.samples, card.values = 4.0, card.reliability
+    card.metrics["value_calibration_error"] = half
+    judge_plot(tmp_path / "all.png", "a judge", card)
+    assert [title.split(" (")[0] for title, _ in drawn][3:] == [
+        "best of 4",
+        "value calibration",
         "policies, greedy answers",
     ]
     assert {file.name for file in tmp_path.iterdir()} == {"few.png", "all.png"}
