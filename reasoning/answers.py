@@ -1,4 +1,6 @@
-"""Final answers: find one in a text, compare two. Knows no reference solution, so anyone may import it."""
+"""Final answers: find the answer that a text states, and compare two answers.
+
+This module knows no reference solution, so every package may import it."""
 
 import contextlib
 import logging
@@ -7,8 +9,9 @@ import signal
 import threading
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
-# The ways a line states its final answer: "Answer: 52", "The answer is 52.", "#### 52", "\boxed{52}".
+# Forms of a final answer: "Answer: 52", "The answer is 52.", "#### 52"; _boxed finds "\boxed{52}".
 _STATED = re.compile(
     r"(?:^|\b)(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*(?P<answer>\S.*)|^\s*####\s*(?P<hashes>\S.*)",
     re.IGNORECASE,
@@ -16,13 +19,13 @@ _STATED = re.compile(
 
 
 def _boxed(text: str) -> str | None:
-    """The content of the last \\boxed{...} or \\fbox{...}, braces balanced; of `\\boxed 2`, the 2."""
+    """The content of the last \\boxed{...} or \\fbox{...}, or the 2 of `\\boxed 2`."""
     boxes = list(re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text))
     if not boxes:
         return None
     content = text[boxes[-1].end() :]
     if not content.startswith("{"):
-        return re.match(r"[^\s$.,]*", content)[0] or None
+        return re.split(r"[\s$.,]", content, maxsplit=1)[0] or None
     depth = 0
     for end, character in enumerate(content):
         depth += {"{": 1, "}": -1}.get(character, 0)
@@ -32,7 +35,7 @@ def _boxed(text: str) -> str | None:
 
 
 def extract_answer(text: str) -> str | None:
-    """The final answer that a text states in its last line that states one, or None. `The answer is $52.` -> `52`."""
+    """The final answer in the last line that states one, or None. `The answer is $52.` -> `52`."""
     for line in reversed(text.splitlines()):
         boxed = _boxed(line)
         if boxed:
@@ -44,9 +47,9 @@ def extract_answer(text: str) -> str | None:
     return None
 
 
-# --- comparing -------------------------------------------------------------------------------------------------------------------
+# --- comparison ---
 
-LONGEST = 300  # characters; what is longer is compared as text only
+LONGEST = 300  # characters; longer answers are compared as text only
 SECONDS = 5.0  # of processor time for one comparison by math-verify
 
 _LAYOUT = re.compile(
@@ -58,27 +61,26 @@ _FRACTION = re.compile(r"(-?)\s*(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")  # 3/4 and 2 3/
 _AMOUNT = re.compile(
     r"(?:^[-+]\s*|(?<![\d.])[-+])?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,2}(?!\d))?", re.IGNORECASE
 )
-# others of two letters are variables
+# all other words of one or two letters are variables
 _SHORT_WORDS = re.compile(r"cm|mm|km|kg|mg|ml|ft|in|lb|oz|hr|am|pm|mi|yd|is|he|an|at|by")
-_NO_UNITS = re.compile(  # words that make another number of one
-    r"\b(?:and|or|half|halves|of|to|times|plus|minus|negative|dozens?|hundreds?|thousands?|[mb]illions?|sqrt|sin|cos|tan|log|exp)\b",
+_NO_UNITS = re.compile(  # words that change the number beside them
+    r"\b(?:and|or|half|halves|of|to|times|plus|minus|negative|dozens?|hundreds?|thousands?"
+    r"|[mb]illions?|sqrt|sin|cos|tan|log|exp)\b",
     re.IGNORECASE,
 )
 _WORD = re.compile(r"[^\W\d_]+")
-# as a programming language writes them
+# functions in the notation of a programming language
 _FUNCTIONS = re.compile(r"(?<![a-zA-Z\\])(sqrt|pi|sin|cos|tan|log|ln|exp)(?![a-zA-Z])")
 
 
 def _tidy(text: str) -> str:
-    """Without the signs that only lay it out: dollars of money and of LaTeX, bold, thin spaces, degrees, a closing full stop."""
-    text = _LAYOUT.sub(
-        "", text.replace("\u00a0", " ").replace("{,}", ",").replace("\\%", "%").replace("−", "-")
-    )
-    return text.strip().rstrip(".").strip()
+    """The text without layout: $ (money or LaTeX), bold, thin spaces, degree signs, a final dot."""
+    text = text.replace("\u00a0", " ").replace("{,}", ",").replace("\\%", "%").replace("−", "-")
+    return _LAYOUT.sub("", text).strip().rstrip(".").strip()
 
 
 def _number(text: str) -> Fraction | None:
-    """The value of a text that holds one number, units allowed (`18 dollars`, `1,234`, `-3/4`, `2 1/2`); else None."""
+    """The value of a text with one number and perhaps a unit (`18 dollars`, `1,234`, `2 1/2`)."""
     fraction = _FRACTION.fullmatch(text)
     if fraction:
         sign, whole, over, under = fraction.groups()
@@ -100,14 +102,14 @@ def _number(text: str) -> Fraction | None:
 
 
 def _has_variables(text: str) -> bool:
-    """Whether there is a letter or two that are no short word: `3xy`."""
+    """Whether the text has a variable: a word of one or two letters that is not English (`3xy`)."""
     return any(
         len(word) < 3 and not _SHORT_WORDS.fullmatch(word.lower()) for word in _WORD.findall(text)
     )
 
 
 def _is_prose(text: str) -> bool:
-    """True for words, which are no product of one-letter variables, and for times and ratios."""
+    """Whether the text is words (not a product of one-letter variables), a time, or a ratio."""
     text = re.sub(r"\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+", " ", text)
     words = _WORD.findall(text)
     if re.fullmatch(r"[^\W\d_]{2,}", text.strip()) or re.search(r"\d\s*:\s*\d", text):
@@ -116,48 +118,46 @@ def _is_prose(text: str) -> bool:
 
 
 def same_answer(answer: str | None, reference: str) -> bool:
-    """True if two answers mean the same: word for word, as numbers where both are plain ones (units, `$` and thousands separators
-    aside), else by math-verify (LaTeX, fractions, intervals, sets, equations).
+    """Whether two answers mean the same.
 
-    A comparison that takes math-verify over SECONDS of processor time counts as different. That limit needs signals, which
-    Python has in the main thread only: in another thread there is none."""
+    Equal texts do, and equal numbers, whatever their units, `$` and thousands separators.
+    math-verify compares all others (LaTeX, fractions, intervals, sets, equations). If that takes
+    longer than SECONDS of processor time, the answers count as different. The limit needs signals,
+    which Python has only in the main thread: in another thread there is no limit."""
     if answer is None:
         return False
     pair = [_tidy(answer), _tidy(reference)]
     worded = [_TEXT.sub(r"\1", text) for text in pair]
     texts = [re.sub(r"^\((\w)\)$", r"\1", "".join(text.split())) for text in worded]
-    if min(map(len, texts)) > 1:  # a letter of its own is a variable or a choice: case counts
+    if min(map(len, texts)) > 1:  # a single letter is a variable or a choice: its case matters
         texts = [text.casefold() for text in texts]
     if texts[0] == texts[1]:
         return True
     if not all(texts) or max(map(len, pair)) > LONGEST:
         return False
-    numbers = [_number(text) for text in worded]
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    if any(
-        number is None and _is_prose(text) for number, text in zip(numbers, worded, strict=True)
-    ):
+    first, second = map(_number, worded)
+    if first is not None and second is not None:
+        return first == second
+    if (first is None and _is_prose(worded[0])) or (second is None and _is_prose(worded[1])):
         return False
-    # a number has lost its unit here, which math-verify would read as a product of variables
+    # a number is passed without its unit, which math-verify would read as a product of variables
     return _same_expression(
-        *(
-            text if number is None else str(number)
-            for number, text in zip(numbers, pair, strict=True)
-        )
+        pair[0] if first is None else str(first), pair[1] if second is None else str(second)
     )
 
 
 class _TooLong(BaseException):
-    """Not an Exception: math-verify catches those."""
+    """A BaseException, because math-verify catches every Exception."""
 
 
 @contextlib.contextmanager
 def _processor_limit(seconds: float) -> Iterator[None]:
-    """Raises _TooLong after so much processor time. By the wall clock, as math-verify's own limit is, a busy machine would decide
-    which answers are right."""
+    """Raises _TooLong after `seconds` of processor time.
 
-    def stop(*_):
+    math-verify's own limit is wall-clock time, so that the load of the machine could decide which
+    answers are right."""
+
+    def stop(*_: Any) -> None:
         raise _TooLong
 
     if threading.current_thread() is not threading.main_thread():
@@ -173,12 +173,12 @@ def _processor_limit(seconds: float) -> Iterator[None]:
 
 
 def _same_expression(answer: str, reference: str) -> bool:
-    # sympy takes a second to import, and plain numbers never need it
+    # sympy takes a second to import, and plain numbers do not need it
     from math_verify import parse, verify
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns when its own limit is off
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limit is off
 
-    def parsed(text):
+    def parsed(text: str) -> Any:
         latex = re.sub(r"\bsqrt\(([^()]*)\)", r"\\sqrt{\1}", text)
         return parse("$" + _FUNCTIONS.sub(r"\\\1", latex) + "$", parsing_timeout=None)
 

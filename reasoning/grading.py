@@ -1,6 +1,7 @@
-"""A solution against its reference: the exact score of every step, and of the whole.
+"""Grade a solution with its reference: the exact score of every step, and of the final answer.
 
-For evaluation and dataset building alone: a search that imported this would know the answers it looks for.
+Only evaluation, the control judges and the builders of data sets may import this. A search must
+not: it would see the answers that it looks for.
 """
 
 import re
@@ -17,7 +18,7 @@ _TERM = re.compile(rf"([-+*/]?)\s*({_NUMBER})")
 
 
 def _evaluate(expression: str) -> Fraction | None:
-    """`3 * 4 + 2` with * and / before + and -; None if it divides by zero."""
+    """The value of an expression like `3 * 4 + 2`, * and / before + and -; None for x / 0."""
     total, product = Fraction(0), Fraction(0)
     for operator, digits in _TERM.findall(expression):
         number = Fraction(digits)
@@ -33,8 +34,9 @@ def _evaluate(expression: str) -> Fraction | None:
 
 
 def step_value(step: str) -> tuple[Fraction | None, bool]:
-    """(value, true) of a step: the right side of its last equation, and whether every equation in it is true. (None, True) if it
-    holds no equation."""
+    """(value, true): the right side of the last equation, and whether all equations are true.
+
+    (None, True) for a step without an equation."""
     value, true = None, True
     for equation in _EQUATION.finditer(step):
         value = Fraction(equation["right"].replace(" ", ""))
@@ -43,15 +45,13 @@ def step_value(step: str) -> tuple[Fraction | None, bool]:
 
 
 def grade_steps(steps: list[str], problem: Problem) -> list[float]:
-    """The exact score of every step, 0 or 1 each (DESIGN: the exact score of a step).
+    """The exact score of every step, 0 or 1.
 
-    A step is right if its equation is true, its value equals the reference's at that position, and every step before it is
-    right; everything from the first error on is 0. The reference (`problem.steps`) must be there.
-    """
+    A step is right if its equations are true, its value equals that of the reference's step at the
+    same position, and all steps before it are right. So every step after the first error has score
+    0. Raises ValueError if the problem has no reference solution."""
     if not problem.steps:
-        raise ValueError(
-            "this problem has no reference steps: its steps cannot be graded, only its answer"
-        )
+        raise ValueError("this problem has no reference steps: only its answer can be graded")
     scores, right = [], True
     for k, step in enumerate(steps):
         right = right and k < len(problem.steps) and _same_step(step, problem.steps[k])
@@ -73,10 +73,10 @@ def _same_step(step: str, reference: str) -> bool:
 
 
 def is_correct(steps: list[str], problem: Problem) -> bool:
-    """True if the last step states the right final answer."""
+    """Whether the last step states the right final answer."""
     return bool(steps) and same_answer(extract_answer(steps[-1]), problem.answer)
 
 
 def step_accuracy(steps: list[str], problem: Problem) -> float:
-    """Exact share of right steps, 0..1: right steps over the longer of solution and reference (missing steps are not right)."""
+    """Share of right steps, 0..1: divided by the length of the longer of solution and reference."""
     return sum(grade_steps(steps, problem)) / max(len(steps), len(problem.steps))

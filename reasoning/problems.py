@@ -1,12 +1,13 @@
-"""The problem world: word problems in plain English that are checked exactly, and a text writer who makes human mistakes in them.
+"""The problem world: word problems in plain English, exact solutions, and solutions with mistakes.
 
-A problem tells 2 to 6 events in a fixed order; every event changes how many things somebody has. The reference solution has one
-step an event and a closing step. Under a few stated conditions, the *traps*, the writer of the pretraining text is more often
-wrong than right; elsewhere slips are rare; after a mistake the solution goes on from the wrong value. Reference solutions and
-held-out problems are free of mistakes.
+A problem has 2 to 6 events in a fixed order; each event changes how many things a person has. The
+reference solution has one step for each event, and a last step with the answer. The pretraining
+text contains mistakes like human text does: under a few conditions, the *traps*, a step is more
+often wrong than right; elsewhere slips are rare. After a mistake the solution continues with the
+wrong value. Reference solutions have no mistakes.
 
-Everything is generated from fixed seeds and is byte-identical on every machine. Splits are disjoint by construction: the tuple of
-events (a function of the text) decides by its hash which split a problem may belong to.
+Everything is generated from fixed seeds and is byte-identical on every machine. Splits are disjoint
+by construction: the hash of a problem's events, which its text determines, decides its split.
 """
 
 import hashlib
@@ -18,16 +19,16 @@ from dataclasses import dataclass, replace
 from reasoning.records import Problem
 from reasoning.steps import STEP_NUMBER
 
-TRAP_MISTAKE_RATE = 0.60  # share of traps at which the pretraining text is wrong
-SLIP_RATE = 0.03  # share of all other steps at which it is wrong
-SLIPS = (-10, -2, -1, 1, 2, 10)  # by which a result is off then
-MAX_VALUE = 99  # no reference value is larger: two-digit arithmetic is learned in minutes
+TRAP_MISTAKE_RATE = 0.60  # share of traps with a mistake in the pretraining text
+SLIP_RATE = 0.03  # share of all other steps with a mistake
+SLIPS = (-10, -2, -1, 1, 2, 10)  # error of the result of such a step
+MAX_VALUE = 99  # largest reference value: a model learns two-digit arithmetic in minutes
 EVENT_COUNTS = {2: 0.34, 3: 0.34, 4: 0.22, 5: 0.06, 6: 0.04}
 HARD_EVENT_COUNTS = {5: 0.6, 6: 0.4}
 
 _NUMBER = re.compile(r"(?<![\d.])\d+(?![\d.])")
 
-# split -> (share of the hash space, in thousandths; seed; size; distribution of the number of events). Ranges do not overlap.
+# split -> (range of the hash, in thousandths; seed; size; distribution of the number of events)
 SPLITS = {
     "pretrain": ((0, 600), 1, None, EVENT_COUNTS),
     "train": ((600, 800), 2, 20_000, EVENT_COUNTS),
@@ -36,64 +37,18 @@ SPLITS = {
     "hard_validation": ((900, 950), 5, 500, HARD_EVENT_COUNTS),
     "hard": ((950, 1000), 6, 1_000, HARD_EVENT_COUNTS),
 }
-HELD_OUT = ("validation", "test", "hard_validation", "hard")
 
-NAMES = {
-    **dict.fromkeys(
-        [
-            "Mia",
-            "Ana",
-            "Zoe",
-            "Lily",
-            "Nora",
-            "Emma",
-            "Ruth",
-            "Sara",
-            "Ines",
-            "Tara",
-            "Maya",
-            "Lena",
-        ],
-        "She",
-    ),
-    **dict.fromkeys(
-        ["Tom", "Ben", "Max", "Leo", "Sam", "Omar", "Ivan", "Paul", "Hugo", "Finn", "Ravi", "Noah"],
-        "He",
-    ),
-}
-THINGS = [
-    *(
-        "apples",
-        "books",
-        "cards",
-        "coins",
-        "stamps",
-        "shells",
-        "marbles",
-        "pencils",
-        "beads",
-        "stickers",
-        "eggs",
-        "plums",
-    ),
-    *(
-        "buttons",
-        "nuts",
-        "candles",
-        "tickets",
-        "roses",
-        "cups",
-        "stones",
-        "cookies",
-        "pears",
-        "keys",
-        "toys",
-        "balls",
-    ),
-]
+_SHE = "Mia Ana Zoe Lily Nora Emma Ruth Sara Ines Tara Maya Lena"
+_HE = "Tom Ben Max Leo Sam Omar Ivan Paul Hugo Finn Ravi Noah"
+NAMES = {**dict.fromkeys(_SHE.split(), "She"), **dict.fromkeys(_HE.split(), "He")}
+_THINGS = (
+    "apples books cards coins stamps shells marbles pencils beads stickers eggs plums "
+    "buttons nuts candles tickets roses cups stones cookies pears keys toys balls"
+)
+THINGS = _THINGS.split()
 
-# kind of event -> its weight and surface forms. {P} is the pronoun, {t} the things, {k} and {m} the operands. A form that is
-# marked as a trap form is a trap wherever it stands; `lose` is one where its subtraction borrows.
+# kind of event -> its weight, and its forms: (text, whether the form is always a trap). {P} is the
+# pronoun, {t} the things, {k} and {m} the operands. `lose` is a trap if its subtraction borrows.
 #   gain v + k, lose v - k, times v * k, share v / k, sets v + k * m, hand_out v - k * m
 FORMS: dict[str, tuple[float, list[tuple[str, bool]]]] = {
     "gain": (
@@ -149,7 +104,7 @@ FORMS: dict[str, tuple[float, list[tuple[str, bool]]]] = {
 
 @dataclass(frozen=True)
 class Event:
-    """One event: its kind, which of the kind's surface forms, and its operands (m is 0 where the kind has one operand)."""
+    """One event: its kind, the index of its form, and its operands (m = 0 if there is only one)."""
 
     kind: str
     form: int
@@ -157,7 +112,8 @@ class Event:
     m: int = 0
 
     def apply(self, value: int) -> int:
-        """How many things there are after it. Division rounds down: only a solution that already went wrong needs that."""
+        """The number of things after the event. A division is rounded down; a remainder occurs only
+        after a mistake."""
         operations = {
             "gain": value + self.k,
             "lose": value - self.k,
@@ -168,45 +124,35 @@ class Event:
         return {**operations, **product}[self.kind]
 
     def is_trap(self, value: int) -> bool:
-        """Whether this event, met with `value` things, is a trap."""
+        """Whether this event is a trap when there are `value` things."""
         borrows = self.kind == "lose" and value % 10 < self.k % 10
         return borrows or FORMS[self.kind][1][self.form][1]
 
     def text(self, pronoun: str, things: str) -> str:
         form = FORMS[self.kind][1][self.form][0]
-        return form.format(
-            P=pronoun,
-            t=things,
-            k=self.k,
-            m=self.m,
-            doubles={2: "doubles", 3: "triples"}.get(self.k),
-        )
+        doubles = {2: "doubles", 3: "triples"}.get(self.k)
+        return form.format(P=pronoun, t=things, k=self.k, m=self.m, doubles=doubles)
 
     def equations(self, value: int) -> tuple[str, int]:
-        """The step's text without its number, and the value it reaches."""
+        """The right step, without its number, and the value after it."""
         after = self.apply(value)
         if self.kind in ("sets", "hand_out"):
-            sign = "+" if self.kind == "sets" else "-"
-            return (
-                f"{self.k} * {self.m} = {self.k * self.m}, {value} {sign} {self.k * self.m} = {after}",
-                after,
-            )
-        return (
-            f"{value} {dict(gain='+', lose='-', times='*', share='/')[self.kind]} {self.k} = {after}",
-            after,
-        )
+            sign, product = "+" if self.kind == "sets" else "-", self.k * self.m
+            return f"{self.k} * {self.m} = {product}, {value} {sign} {product} = {after}", after
+        sign = {"gain": "+", "lose": "-", "times": "*", "share": "/"}[self.kind]
+        return f"{value} {sign} {self.k} = {after}", after
 
     def trap_mistake(self, value: int) -> tuple[str, int]:
-        """What the writer writes who steps into the trap: text without its number, and the value it reaches."""
+        """The wrong step of this trap, without its number, and the value after it."""
         if self.kind == "lose":  # the borrow is forgotten: 42 - 17 = 35
             return f"{value} - {self.k} = {value - self.k + 10}", value - self.k + 10
         if self.kind == "times":  # "3 times as many" read as 3 more: 12 + 3 = 15
             return f"{value} + {self.k} = {value + self.k}", value + self.k
-        total = self.k + self.m  # boxes added where they should be multiplied: 3 + 4 = 7
+        total = self.k + self.m  # boxes are added, not multiplied: 3 + 4 = 7
         return f"{self.k} + {self.m} = {total}, {value} + {total} = {value + total}", value + total
 
     def slip(self, value: int, rng: random.Random) -> tuple[str, int]:
-        """A slip of the pen: the right equation with a result that is off by one of SLIPS."""
+        """The right equation with a wrong result, by one of SLIPS; and that result."""
         text, after = self.equations(value)
         wrong = max(0, after + rng.choice(SLIPS))
         wrong = wrong if wrong != after else after + 1
@@ -215,7 +161,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Story:
-    """A problem as it was made: who, what, how many at the start, and the events."""
+    """What a problem is generated from: the person, the things, their number, and the events."""
 
     name: str
     things: str
@@ -224,8 +170,9 @@ class Story:
 
     def prompt(self) -> str:
         pronoun = NAMES[self.name]
-        told = " ".join(event.text(pronoun, self.things) for event in self.events)
-        return f"{self.name} has {self.start} {self.things}. {told} How many {self.things} does {self.name} have now?"
+        events = " ".join(event.text(pronoun, self.things) for event in self.events)
+        question = f"How many {self.things} does {self.name} have now?"
+        return f"{self.name} has {self.start} {self.things}. {events} {question}"
 
     def values(self) -> list[int]:
         values = [self.start]
@@ -243,9 +190,9 @@ class Story:
             self.prompt(), str(values[-1]), [*steps, f"Answer: {values[-1]}"], [*traps, False]
         )
 
-    def human_solution(self, rng: random.Random) -> tuple[list[str], list[bool | None]]:
-        """(steps, mistakes) as the writer of the pretraining text writes them. `mistakes` says for each step but the closing one
-        whether a mistake was made at it."""
+    def human_solution(self, rng: random.Random) -> tuple[list[str], list[bool]]:
+        """A solution of the pretraining text: (its steps, whether each step but the last is a
+        mistake)."""
         steps, mistakes, value = [], [], self.start
         for k, event in enumerate(self.events):
             trap = event.is_trap(value)
@@ -260,7 +207,7 @@ class Story:
 
 
 def _draw_event(value: int, rng: random.Random) -> Event | None:
-    """A random event that can happen to `value` things and leaves 1 to MAX_VALUE of them; None if the drawn kind cannot."""
+    """A random event that leaves 1 to MAX_VALUE things; None if the drawn event does not."""
     kind = rng.choices(list(FORMS), [weight for weight, _ in FORMS.values()])[0]
     form = rng.randrange(len(FORMS[kind][1]))
     k, m = rng.randint(2, 40), 0
@@ -272,7 +219,7 @@ def _draw_event(value: int, rng: random.Random) -> Event | None:
             return None
     elif kind in ("sets", "hand_out"):
         k, m = rng.randint(2, 6), rng.randint(2, 9)
-        if k + m == k * m:  # 2 boxes of 2: the trap would do no harm
+        if k + m == k * m:  # 2 boxes of 2: the trap's result would be right
             return None
     event = Event(kind, form, k, m)
     return event if 1 <= event.apply(value) <= MAX_VALUE else None
@@ -292,13 +239,13 @@ def _draw_story(rng: random.Random, event_counts: dict[int, float]) -> Story:
 
 
 def _hash_share(story: Story) -> int:
-    """0..999, from the tuple of events alone (kinds, operands, start; not the wording)."""
+    """0..999, a hash of the start and the events (kinds and operands, not the wording)."""
     key = repr((story.start, [(event.kind, event.k, event.m) for event in story.events]))
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 1000
 
 
 def stories(split: str) -> Iterator[Story]:
-    """The stories of a split, each once, in their fixed order; endless for `pretrain`."""
+    """The stories of a split in their fixed order, each once; infinitely many for `pretrain`."""
     (low, high), seed, size, event_counts = SPLITS[split]
     rng = random.Random(seed)
     seen: set[str] = set()
@@ -316,15 +263,16 @@ def problems(split: str) -> Iterator[Problem]:
 
 
 def pretraining_texts(seed: int = 0) -> Iterator[tuple[Problem, list[str]]]:
-    """Endless (problem, human solution with mistakes) for the miniature models; each problem once."""
+    """Infinitely many (problem, solution with mistakes) for the miniatures; each problem once."""
     rng = random.Random(f"human mistakes {seed}")
     for story in stories("pretrain"):
         yield story.problem(), story.human_solution(rng)[0]
 
 
 def corrupted(story: Story, rng: random.Random) -> list[str]:
-    """The reference solution with one error at a random event, of a random kind (trap mistake, slip, or another event's operands),
-    and what follows from it: error data for judges."""
+    """A solution with one random error, and later steps that follow from it: data for judges.
+
+    The error is a trap's mistake, a slip, or a changed operand, at a random event."""
     wrong_at = rng.randrange(len(story.events))
     steps, value = [], story.start
     for k, event in enumerate(story.events):
@@ -344,14 +292,14 @@ def corrupted(story: Story, rng: random.Random) -> list[str]:
 
 
 def changed_numbers(steps: list[str], rng: random.Random) -> Iterator[tuple[list[str], str]]:
-    """One number of one step is off by a slip, as long as it was; what follows goes on as if it were not."""
+    """Each way to change one number of one step, except the last step, by one of SLIPS.
+
+    Yields (steps, description). The number keeps its length, and the later steps do not change."""
     for k, step in enumerate(steps[:-1]):
-        begin = STEP_NUMBER.match(step).end()
-        for number in _NUMBER.finditer(step, begin):
+        label = STEP_NUMBER.match(step)
+        for number in _NUMBER.finditer(step, label.end() if label else 0):
             other = str(max(0, int(number[0]) + rng.choice(SLIPS)))
             if len(other) == len(number[0]):
                 changed = step[: number.start()] + other + step[number.end() :]
-                yield (
-                    [*steps[:k], changed, *steps[k + 1 :]],
-                    f"put in: {other} for {number[0]} in step {k + 1}",
-                )
+                description = f"put in: {other} for {number[0]} in step {k + 1}"
+                yield [*steps[:k], changed, *steps[k + 1 :]], description

@@ -1,23 +1,23 @@
-"""The records that flow between the scripts.
+"""The records that scripts exchange as files.
 
-A record is checked where it enters: `from_row` takes a decoded JSON object and raises RecordError
-with the field and what was expected; `common.files.read_records` adds file and line. One annotated
-row of each file type stands beside its class.
+`from_row` checks a decoded JSON object and raises RecordError with the field and what was expected;
+`common.files.read_records` adds file and line. Above each class is an annotated row of its file.
 """
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from common.errors import RecordError
 from reasoning.steps import shared_prefix
 
 
 # One row of data/problems_test.jsonl:
-#   {"prompt": "Mia has 12 apples. ... How many apples does Mia have now?",   the question, plain text
-#    "answer": "52",                                                          the right final answer
-#    "steps": ["Step 1: 12 + 14 = 26", "Step 2: 26 * 2 = 52", "Answer: 52"],  a reference solution (optional)
-#    "traps": [false, true, false]}                                           which steps are traps (optional, reports only)
+#   {"prompt": "Mia has 12 apples. ...",  the question, plain text
+#    "answer": "52",                      the right final answer
+#    "steps": ["Step 1: 12 + 14 = 26", "Step 2: 26 * 2 = 52", "Answer: 52"],
+#                                         a reference solution (optional)
+#    "traps": [false, true, false]}       which steps are traps (optional, only for reports)
 @dataclass(frozen=True)
 class Problem:
     prompt: str
@@ -33,23 +33,24 @@ class Problem:
             answer=_text(row, "answer"),
             steps=_steps(row, "steps", optional=True),
             traps=_list(
-                row, "traps", lambda value: isinstance(value, bool), "true or false", optional=True
+                row, "traps", lambda v: isinstance(v, bool), "true or false", optional=True
             ),
         )
         if problem.traps and len(problem.traps) != len(problem.steps):
-            raise RecordError(
-                f"field 'traps': expected one for each of {len(problem.steps)} steps, got {len(problem.traps)}"
-            )
+            expected = f"expected one for each of {len(problem.steps)} steps"
+            raise RecordError(f"field 'traps': {expected}, got {len(problem.traps)}")
         return problem
 
 
-# One row of data/rewarded.jsonl; data/synthetic_dataset.jsonl has the same row without the two score fields:
-#   {"prompt": "Mia has 12 apples. ...",            the question, plain text; the template is added by reasoning/steps.py
-#    "prefix": ["Step 1: 12 + 14 = 26"],            steps both sides share (optional, default none): no loss, no score
-#    "chosen": ["Step 2: 26 * 2 = 52", "Answer: 52"],      the better continuation, step by step
-#    "rejected": ["Step 2: 26 + 2 = 28", "Answer: 28"],    the worse one
-#    "chosen_scores": [0.98, 0.97],                 a judge's score of every step of `chosen`, 0 (wrong) to 1 (right)
-#    "rejected_scores": [0.03, 0.01]}               the same for `rejected`
+# One row of data/rewarded.jsonl. Rows of data/synthetic_dataset.jsonl have no scores.
+#   {"prompt": "Mia has 12 apples. ...",                 the question, without a template
+#    "prefix": ["Step 1: 12 + 14 = 26"],                 steps that both sides share, which get no
+#                                                        loss and no score (optional, default none)
+#    "chosen": ["Step 2: 26 * 2 = 52", "Answer: 52"],    the steps of the better continuation
+#    "rejected": ["Step 2: 26 + 2 = 28", "Answer: 28"],  the steps of the worse one
+#    "chosen_scores": [0.98, 0.97],                      a judge's score of each step of `chosen`,
+#                                                        0 (wrong) to 1 (right)
+#    "rejected_scores": [0.03, 0.01]}                    the same for `rejected`
 @dataclass(frozen=True)
 class PreferencePair:
     prompt: str
@@ -61,12 +62,13 @@ class PreferencePair:
 
     @classmethod
     def of_solutions(cls, prompt: str, better: list[str], worse: list[str]) -> "PreferencePair":
-        """Two whole solutions as a pair: the steps that both begin with are its prefix; each side keeps one step at least."""
+        """A pair of two whole solutions. Its prefix are the steps that both share at the start,
+        except that each side keeps at least one step."""
         k = min(shared_prefix(better, worse), len(better) - 1, len(worse) - 1)
         return cls(prompt, better[k:], worse[k:], prefix=better[:k])
 
     @classmethod
-    def from_row(cls, row: Any) -> "PreferencePair":
+    def from_row(cls, row: Any) -> Self:
         row = _object(row)
         pair = cls(
             prompt=_text(row, "prompt"),
@@ -79,9 +81,8 @@ class PreferencePair:
         for side in ("chosen", "rejected"):
             steps, scores = getattr(pair, side), getattr(pair, f"{side}_scores")
             if scores is not None and len(scores) != len(steps):
-                raise RecordError(
-                    f"field '{side}_scores': expected one score for each of {len(steps)} steps, got {len(scores)}"
-                )
+                expected = f"expected one score for each of {len(steps)} steps"
+                raise RecordError(f"field '{side}_scores': {expected}, got {len(scores)}")
         if (pair.chosen_scores is None) != (pair.rejected_scores is None):
             raise RecordError(
                 "fields 'chosen_scores' and 'rejected_scores': expected both or neither"
@@ -91,24 +92,27 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class ScoredPair(PreferencePair):
-    """A PreferencePair whose scores must be there: what training and evaluation on data/rewarded.jsonl read."""
+    """A PreferencePair that must have scores, as training on data/rewarded.jsonl needs them."""
 
     @classmethod
-    def from_row(cls, row: Any) -> "ScoredPair":
+    def from_row(cls, row: Any) -> Self:
         pair = super().from_row(row)
         if pair.chosen_scores is None:
             raise RecordError(
-                "field 'chosen_scores' is missing: score the pairs first (python reward_model/evaluate_steps.py)"
+                "field 'chosen_scores' is missing: score the pairs first "
+                "(python reward_model/evaluate_steps.py)"
             )
         return pair
 
 
-# One row of a file of searched steps (and what utils/prepare_dataset.py makes of step labels and Monte Carlo values):
-#   {"prompt": "Mia has 12 apples. ...",            the question, plain text
-#    "prefix": ["Step 1: 12 + 14 = 26"],            the steps before it (optional, default none)
-#    "step": "Step 2: 26 * 2 = 52",                 the step that is valued
-#    "score": 0.75,                                 0..1: share of rollouts from here that end right, or a label (1 right, 0 wrong)
-#    "rollouts": 8, "visits": 3}                    how many rollouts that was, how often the search came by (both optional)
+# One row of data/mcts_steps.jsonl; utils/prepare_dataset.py writes such rows too.
+#   {"prompt": "Mia has 12 apples. ...",  the question, plain text
+#    "prefix": ["Step 1: 12 + 14 = 26"],  the steps before `step` (optional, default none)
+#    "step": "Step 2: 26 * 2 = 52",
+#    "score": 0.75,                       value of `step`, 0..1: the share of rollouts after it that
+#                                         end right, or a label (1 right, 0 wrong)
+#    "rollouts": 8,                       number of these rollouts (optional)
+#    "visits": 3}                         how often the search visited `step` (optional)
 @dataclass(frozen=True)
 class StepValue:
     prompt: str
@@ -130,17 +134,16 @@ class StepValue:
             visits=_count(row, "visits"),
         )
         if not _is_score(value.score):
-            raise RecordError(
-                f"field 'score': expected a score from 0 to 1, got {_kind(value.score)}"
-            )
+            got = _kind(value.score)
+            raise RecordError(f"field 'score': expected a score from 0 to 1, got {got}")
         return value
 
 
-# One row of a file of step labels (made by people, or read from PRM800K, Math-Shepherd, ProcessBench by reasoning/datasets/shapes.py):
-#   {"prompt": "Mia has 12 apples. ...",                                      the question, plain text
-#    "steps": ["Step 1: 12 + 14 = 26", "Step 2: 26 + 2 = 28", "Answer: 28"],  a solution
-#    "labels": [1, 0, null],                                                  1 right, 0 wrong, null: nobody said
-#    "final_correct": false}                                                  is its final answer right (optional)
+# One row of a file of step labels: by people, or of PRM800K, Math-Shepherd, ProcessBench.
+#   {"prompt": "Mia has 12 apples. ...",  the question, plain text
+#    "steps": ["Step 1: 12 + 14 = 26", "Step 2: 26 + 2 = 28", "Answer: 28"],
+#    "labels": [1, 0, null],              1 right, 0 wrong, null: no label
+#    "final_correct": false}              whether the final answer is right (optional)
 @dataclass(frozen=True)
 class LabelledSolution:
     prompt: str
@@ -154,27 +157,21 @@ class LabelledSolution:
         solution = cls(
             prompt=_text(row, "prompt"),
             steps=_steps(row, "steps"),
-            labels=_list(
-                row,
-                "labels",
-                lambda value: value is None or _is_score(value),
-                "a label from 0 to 1 or null",
-            ),
+            labels=_list(row, "labels", _is_label, "a label from 0 to 1 or null"),
             final_correct=row.get("final_correct"),
         )
         if len(solution.labels) != len(solution.steps):
-            expected = f"expected one label for each of {len(solution.steps)} steps, got {len(solution.labels)}"
-            raise RecordError(f"field 'labels': {expected}")
+            expected = f"expected one label for each of {len(solution.steps)} steps"
+            raise RecordError(f"field 'labels': {expected}, got {len(solution.labels)}")
         if not isinstance(solution.final_correct, bool | None):
-            raise RecordError(
-                f"field 'final_correct': expected true or false, got {_kind(solution.final_correct)}"
-            )
+            got = _kind(solution.final_correct)
+            raise RecordError(f"field 'final_correct': expected true or false, got {got}")
         return solution
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A row of any file that holds prompts; its other fields are not read."""
+    """The prompt of a row of any file with prompts; the other fields are ignored."""
 
     prompt: str
 
@@ -190,13 +187,8 @@ def _object(row: Any) -> dict:
 
 
 def _kind(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a text",
-        bool: "true or false",
-        type(None): "null",
-    }
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "a text"}
+    names |= {bool: "true or false", type(None): "null"}
     return names.get(type(value), f"the number {value}")
 
 
@@ -214,13 +206,14 @@ def _check_text(value: Any, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise RecordError(
-            f"{where}: expected a text, got half of a Unicode surrogate pair"
-        ) from None
+        got = "half of a Unicode surrogate pair"
+        raise RecordError(f"{where}: expected a text, got {got}") from None
     return value
 
 
-def _list(row: dict, name: str, is_right, expected: str, optional: bool = False) -> list:
+def _list(
+    row: dict, name: str, accepts: Callable[[Any], bool], expected: str, optional: bool = False
+) -> list:
     values = row.get(name)
     if values is None:
         if optional:
@@ -228,11 +221,10 @@ def _list(row: dict, name: str, is_right, expected: str, optional: bool = False)
         raise RecordError(f"field '{name}' is missing: expected a list of {expected}")
     if not isinstance(values, list):
         raise RecordError(f"field '{name}': expected a list, got {_kind(values)}")
-    for position, value in enumerate(values):
-        if not is_right(value):
-            raise RecordError(
-                f"field '{name}', item {position + 1}: expected {expected}, got {_kind(value)}"
-            )
+    for position, value in enumerate(values, 1):
+        if not accepts(value):
+            where = f"field '{name}', item {position}"
+            raise RecordError(f"{where}: expected {expected}, got {_kind(value)}")
     return values
 
 
@@ -244,12 +236,11 @@ def _steps(row: dict, name: str, optional: bool = False) -> list[str]:
 
 
 def _is_score(value: Any) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and 0 <= value <= 1
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _is_label(value: Any) -> bool:
+    return value is None or _is_score(value)
 
 
 def _scores(row: dict, name: str) -> list[float] | None:

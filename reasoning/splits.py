@@ -1,8 +1,8 @@
-"""What is held out, what is kept out, and which split a prompt belongs to.
+"""Held-out problems, kept-out prompts, and the split of a prompt.
 
-Held-out problems are those of the embedded world's validation and test splits: nothing is trained on
-them. Of the prompts that training may use, a tenth is kept out of all training, so that log-prob
-margins are measured on pairs that no model has seen.
+Held-out problems are those of the validation and test splits of the embedded problem world; nothing
+is trained on them. A tenth of all other prompts is kept out of all training, so that log-prob
+margins can be measured on pairs that no model was trained on.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ HELD_OUT = ("validation", "test", "hard_validation", "hard")
 
 
 def held_out_files() -> list[Path]:
-    """The files of held-out problems that are there."""
+    """The files of held-out problems that exist."""
     files = [ROOT / "data" / f"problems_{split}.jsonl" for split in HELD_OUT]
     return [file for file in files if file.is_file()]
 
@@ -36,19 +36,20 @@ def refuse_held_out(name: str, rows: Iterable[Any]) -> None:
     for row in rows:
         if row.prompt in held_out:
             raise UserError(
-                f"{name}: holds a held-out problem ({held_out[row.prompt]}), which nothing may be "
-                f"trained on: {row.prompt[:60]!r} ..."
+                f"{name}: contains a held-out problem ({held_out[row.prompt]}), and held-out "
+                f"problems may not be trained on: {row.prompt[:60]!r} ..."
             )
 
 
 def is_kept_out(prompt: str) -> bool:
-    """Whether a prompt is among the tenth that is kept out of all training."""
+    """Whether a prompt is in the tenth that is kept out of all training."""
     return _hash(prompt) % 10 == 0
 
 
 def default_split(prompt: str) -> str:
-    """The split of a prompt for which none was chosen: a fifth of all prompts are `test`, among them
-    all that are kept out of training; the others are `train`."""
+    """The split of a prompt, if nobody has chosen one: `test` for a fifth of all prompts.
+
+    The fifth includes all kept-out prompts. The other prompts are `train`."""
     return "test" if _hash(prompt) % 5 == 0 else "train"
 
 

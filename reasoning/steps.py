@@ -1,7 +1,7 @@
-"""Text <-> steps. A step is a line; the one prompt template stands here, and what a response looks like as text.
+"""Split a text into steps. A step is one line of a response.
 
-A response of K steps is written `step 1 \\n step 2 \\n ... step K`, and then either the end of the text (EOS, added as a token
-by whoever tokenizes) if step K states the final answer, or a newline if the solution is to go on (a step pair, a prefix).
+A response of K steps is the text `step 1 \\n step 2 \\n ... step K`. It ends there if step K states
+the final answer (lm/text_encoding.py then adds EOS), and with a newline if more steps follow.
 """
 
 import re
@@ -11,12 +11,12 @@ from reasoning.answers import extract_answer
 
 
 def split_steps(text: str) -> list[str]:
-    """The steps of a response: its lines without surrounding white space, empty ones left out."""
+    """The steps of a response: its non-empty lines, without surrounding white space."""
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def one_line(text: str) -> str:
-    """A step as it has to be: one line (runs of white space become a space), so that K steps, written out, split into K again."""
+    """The text in one line: runs of white space become a space. A step must be one line."""
     return " ".join(text.split())
 
 
@@ -28,11 +28,11 @@ _SENTENCE = re.compile(r"(?:(?<=[.!?])|(?<=[.!?]\$))\s+(?=[A-Z\\$])")
 
 
 def split_text(text: str) -> list[str]:
-    """The steps of a text that comes in one piece, each one line.
+    """The steps of a text in which they are not marked by lines alone; each step in one line.
 
-    Where lines begin with `Step 1:`, a step goes from there to the next one; else steps are paragraphs if the text has blank
-    lines, and lines if it has none. `Answer:` begins a step of its own. Nothing is cut inside of LaTeX environments and displays,
-    and a display belongs to the step before it."""
+    If lines begin with `Step 1:`, each such line starts a step. Otherwise a step is a paragraph if
+    the text has blank lines, and a line if not. `Answer:` always starts a step. LaTeX environments
+    and displays are not cut, and a display belongs to the step before it."""
     lines = text.strip().splitlines()
     inside = _inside_of_displays(lines)
     numbered = any(map(STEP_NUMBER.match, lines))
@@ -52,7 +52,7 @@ def split_text(text: str) -> list[str]:
 
 
 def _inside_of_displays(lines: list[str]) -> list[bool]:
-    """For each line, whether it begins inside of a LaTeX environment or display."""
+    """For each line, whether its start is inside a LaTeX environment or display."""
     inside, depth, in_dollars = [], 0, False
     for line in lines:
         inside.append(depth > 0 or in_dollars)
@@ -62,18 +62,15 @@ def _inside_of_displays(lines: list[str]) -> list[bool]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of split_text's pieces; none ends inside of a formula or a brace."""
+    """The sentences of the steps of `split_text`; none ends inside a formula or braces."""
     sentences = []
     for piece in split_text(text):
         begin = 0
         for end in _SENTENCE.finditer(piece):
             so_far = piece[begin : end.start()]
-            is_open = (
-                so_far.count("$") % 2
-                or so_far.count("{") != so_far.count("}")
-                or so_far.count("\\[") != so_far.count("\\]")
-            )
-            if not is_open and so_far.count("\\begin{") == so_far.count("\\end{"):
+            brackets = [("{", "}"), ("\\[", "\\]"), ("\\begin{", "\\end{")]
+            balanced = all(so_far.count(left) == so_far.count(right) for left, right in brackets)
+            if balanced and so_far.count("$") % 2 == 0:
                 sentences.append(so_far)
                 begin = end.end()
         sentences.append(piece[begin:])
@@ -81,12 +78,12 @@ def split_sentences(text: str) -> list[str]:
 
 
 def ends_solution(steps: list[str]) -> bool:
-    """True if the last step states a final answer: nothing is to follow but EOS."""
+    """Whether the last step states a final answer, so that only EOS follows."""
     return bool(steps) and extract_answer(steps[-1]) is not None
 
 
 def shared_prefix(first: Sequence, second: Sequence) -> int:
-    """How many first items two sequences share: steps of two solutions, tokens of two texts."""
+    """The number of items that two sequences share at their start, for example steps or tokens."""
     k = 0
     while k < min(len(first), len(second)) and first[k] == second[k]:
         k += 1

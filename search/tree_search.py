@@ -1,17 +1,19 @@
-"""Tree search for the values of steps: rollouts from beginnings of solutions, and the share of them that ends right.
+"""Tree search that estimates the values of steps by rollouts from prefixes of solutions.
 
-A search is a generator for one problem: it yields (state, n), is sent n rollouts from there, and returns its Tree. It samples
-nothing itself, so `run_searches` keeps many problems in flight and asks the policy for all their rollouts at once. It knows no
-answers either: its caller hands in `is_right(steps)`.
+A search is a generator for one problem: it yields (state, n), receives n rollouts from that state,
+and returns its Tree. It samples nothing itself, so `run_searches` can run many searches at once and
+request all their rollouts together. It knows no answers: the caller passes `is_right(steps)`.
 
-Two searches with one signature: `omegaprm` looks for the first errors of wrong rollouts, `per_step` values every step of the first
-solutions.
+There are two searches with the same signature: `omegaprm` finds the first errors of wrong rollouts,
+`per_step` evaluates every step of the first solutions.
 
-What a tree says of a step's value (`Tree.counts`): of all rollouts that begin after this step or come through it, the share that
-ends right. Those that come through cost nothing, and without them a search for first errors would label hardly a right step but
-those before an error. A step that closes a solution is 0 or 1. The search comes back to where rollouts went wrong, and not to where
-they went right, so a state with few rollouts is one of luck; over many states, each counted as often as it has rollouts, this
-cancels exactly (whether to try again is decided before the outcome is known), if no problem is dropped for its outcomes.
+The value of a step (`Tree.counts`) is the share that ends right of all rollouts that start after
+the step or pass through it. The rollouts that pass through cost nothing, and without them
+`omegaprm` would label few right steps except those before an error. A step that states the answer
+has value 0 or 1. The search returns to states with wrong rollouts, not to states with right ones,
+so the value of a state with few rollouts is biased. Over many states, weighted by their rollouts,
+this bias is exactly zero, because each decision to sample again is made before the outcome is
+known. This holds only if no problem is dropped because of its outcomes.
 """
 
 import math
@@ -25,17 +27,19 @@ from reasoning.records import StepValue
 if TYPE_CHECKING:  # nothing here needs torch
     from lm.policy import Policy, State
 
-# Luo et al. 2024, arXiv 2406.06592: what the authors used
+# the values of the authors (Luo et al. 2024, arXiv 2406.06592)
 ALPHA, BETA, LENGTH, EXPLORATION = 0.5, 0.9, 500, 0.125
 
-# Tree.ended of problems that are not searched, or only at the root
+# values of Tree.ended for problems that were not searched beyond the root
 DROPPED = ("always right", "never right", "prompt too long")
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """How one rollout went on from its node: the steps it added, whether it ended `right`, `wrong` or was `cut` at a limit of
-    tokens, and how many tokens were sampled. `state` is the whole solution, kept while the search runs."""
+    """A rollout from a node.
+
+    steps: those it added. outcome: `right`, `wrong`, or `cut` at the token limit. tokens: sampled.
+    state: the whole solution, only kept while the search runs."""
 
     steps: tuple[str, ...]
     outcome: str
@@ -45,8 +49,10 @@ class Rollout:
 
 @dataclass
 class TreeNode:
-    """An evaluated state. visits: how often the search came by: N(s), the times it was selected (omegaprm), or the solutions that
-    go through it (per_step)."""
+    """An evaluated state.
+
+    visits: how often a rollout from it was selected, N(s) (omegaprm), or the number of solutions
+    that pass through it (per_step)."""
 
     steps: tuple[str, ...]
     rollouts: list[Rollout]
@@ -54,18 +60,19 @@ class TreeNode:
 
     @property
     def value(self) -> float:
-        """MC(s), 0..1: the share of its own rollouts that end right (arXiv 2406.06592); one that was cut does not."""
+        """MC(s), 0..1: the share of its own rollouts that end right (arXiv 2406.06592)."""
         return sum(rollout.outcome == "right" for rollout in self.rollouts) / len(self.rollouts)
 
 
 # One row of a file of trees (`utils/build_mcts_dataset.py --trees`), read by `utils/show_tree.py`:
 #   {"prompt": "Mia has 12 apples. ...", "search": "omegaprm",
-#    "ended": "budget",                         or "nothing left", or why it was not searched: one of DROPPED
-#    "nodes": [{"steps": [], "visits": 2,       evaluated states in the order of the search, the first one without a step
-#               "rollouts": [{"steps": ["Step 1: 12 + 14 = 26", "Answer: 26"], "outcome": "wrong", "tokens": 31}, ...]}, ...]}
+#    "ended": "budget",                    or "nothing left", or one of DROPPED
+#    "nodes": [{"steps": [], "visits": 2,  evaluated states in the order of the search, root first
+#               "rollouts": [{"steps": ["Step 1: 12 + 14 = 26", "Answer: 26"],
+#                             "outcome": "wrong", "tokens": 31}, ...]}, ...]}
 @dataclass
 class Tree:
-    """What a search found out about one problem. nodes: steps -> TreeNode, in the order of evaluation."""
+    """The result of the search of a problem. nodes: steps -> TreeNode, in order of evaluation."""
 
     prompt: str
     search: str
@@ -81,8 +88,10 @@ class Tree:
         return sum(rollout.tokens for rollout in self.rollouts)
 
     def counts(self) -> dict[tuple[str, ...], tuple[int, int]]:
-        """Steps -> (rollouts from there or through there that end right, all of them), the root and whole solutions included. The
-        last step of a rollout that was cut may be half a step: it is left out."""
+        """Steps -> (number of rollouts from or through this state that end right, number of all).
+
+        The root and whole solutions are included. The last step of a rollout that was cut may be
+        incomplete, so it is left out."""
         found: dict[tuple[str, ...], tuple[int, int]] = {}
         for node in self.nodes.values():
             for rollout in node.rollouts:
@@ -94,10 +103,11 @@ class Tree:
         return found
 
     def values(self, labels: str = "mc") -> tuple[list[StepValue], int]:
-        """(one row for every state with a step, how many were left out).
+        """(one StepValue for each state except the root, number of states that are left out).
 
-        labels `mc`: MC(s, a), the value of the state that the step leads to. `relative`: min(1, MC(s, a) / MC(s)), how much of the
-        value of the state before it a step keeps; where that is 0 there is nothing to keep, and the step is left out."""
+        labels: `mc` is MC(s, a), the value of the state after the step. `relative` is
+        min(1, MC(s, a) / MC(s)), relative to the state before the step; steps after a state of
+        value 0 are left out."""
         rows, left_out, counts = [], 0, self.counts()
         for steps, (right, total) in counts.items():
             if not steps:
@@ -114,22 +124,18 @@ class Tree:
         return rows, left_out
 
     def to_row(self) -> dict:
-        nodes = [
-            {
-                "steps": node.steps,
-                "visits": node.visits,
-                "rollouts": [
-                    {"steps": r.steps, "outcome": r.outcome, "tokens": r.tokens}
-                    for r in node.rollouts
-                ],
-            }
-            for node in self.nodes.values()
-        ]
+        nodes: list[dict] = []
+        for node in self.nodes.values():
+            rollouts = [
+                {"steps": rollout.steps, "outcome": rollout.outcome, "tokens": rollout.tokens}
+                for rollout in node.rollouts
+            ]
+            nodes.append({"steps": node.steps, "visits": node.visits, "rollouts": rollouts})
         return {"prompt": self.prompt, "search": self.search, "ended": self.ended, "nodes": nodes}
 
     @classmethod
     def from_row(cls, row: Any) -> "Tree":
-        """Raises RecordError if the row is no tree."""
+        """Raises RecordError if the row is not a tree."""
         try:
             tree = cls(row["prompt"], row["search"], row["ended"])
             for node in row["nodes"]:
@@ -140,20 +146,17 @@ class Tree:
                 steps = tuple(node["steps"])
                 tree.nodes[steps] = TreeNode(steps, rollouts, int(node["visits"]))
         except (KeyError, TypeError, ValueError):
-            raise RecordError(
-                "no search tree; expected a row that utils/build_mcts_dataset.py --trees wrote"
-            ) from None
+            expected = "a row that utils/build_mcts_dataset.py --trees wrote"
+            raise RecordError(f"no search tree; expected {expected}") from None
         counts = tree.counts()
         if not all(steps in counts and steps[:-1] in counts for steps in tree.nodes):
-            raise RecordError(
-                "a search tree in which a state hangs in the air: a part of it is missing"
-            )
+            raise RecordError("the search tree is not complete: a state has no rollout to it")
         return tree
 
 
 @dataclass(frozen=True)
 class TreeBudget:
-    """What the search of one problem may cost: `rollouts` in all, those of the root included."""
+    """The budget for one problem: at most `rollouts` in all, those from the root included."""
 
     rollouts: int = 64
     rollouts_per_state: int = 8
@@ -163,14 +166,14 @@ class TreeBudget:
 
 
 Steps = tuple[str, ...]
-# yields (state, n), is sent n rollouts, returns the tree
+# yields (state, n), receives n rollouts, returns the tree
 TreeSearch = Generator[tuple["State", int], list["State"], Tree]
 
 
 def _evaluate(
     tree: Tree, state: "State", is_right: Callable[[Steps], bool], budget: TreeBudget
 ) -> Generator[Any, Any, TreeNode]:
-    """Ask for rollouts from a state and put it into the tree."""
+    """Request rollouts from a state, and add it to the tree."""
     rollouts = []
     for whole in (yield state, budget.rollouts_per_state):
         finished = "right" if whole.status == "finished" and is_right(whole.steps) else "wrong"
@@ -183,7 +186,7 @@ def _evaluate(
 def _begin(
     tree: Tree, root: "State", is_right: Callable[[Steps], bool], budget: TreeBudget
 ) -> Generator[Any, Any, TreeNode]:
-    """Evaluate the root. A problem that is always or never right has nothing to search: `tree.ended` says so."""
+    """Evaluate the root. `tree.ended` is set if the problem is always or never right."""
     node = yield from _evaluate(tree, root, is_right, budget)
     tree.ended = {0.0: "never right", 1.0: "always right"}.get(node.value, "")
     return node
@@ -198,28 +201,33 @@ def selection_score(
     length: float = LENGTH,
     exploration: float = EXPLORATION,
 ) -> float:
-    """Q(s, r) + U(s) of arXiv 2406.06592 (select phase): Q = alpha^(1 - MC(s)) * beta^(len(r) / L) prefers wrong rollouts
-    from states that mostly end right, and short ones; U = c * sqrt(sum of all N) / (1 + N(s)) states seldom visited.
-    len(r) and L in tokens."""
+    """Q(s, r) + U(s), the selection score of arXiv 2406.06592; the best rollout has the highest.
+
+    Q = alpha^(1 - MC(s)) * beta^(len(r) / L) prefers short wrong rollouts from states that mostly
+    end right. U = c * sqrt(sum of all N) / (1 + N(s)) prefers states with few visits. len(r) and L
+    are in tokens."""
     quality = alpha ** (1 - node.value) * beta ** (rollout.tokens / length)
     return quality + exploration * math.sqrt(all_visits) / (1 + node.visits)
 
 
 def omegaprm(root: "State", is_right: Callable[[Steps], bool], budget: TreeBudget) -> TreeSearch:
-    """OmegaPRM (Luo et al. 2024, arXiv 2406.06592): take the wrong rollout with the best `selection_score` out of a
-    pool of the whole tree, find its first error by binary search, put the wrong rollouts of every state that was evaluated on the
-    way into the pool, and go on.
+    """OmegaPRM (Luo et al. 2024, arXiv 2406.06592).
 
-    A beginning is taken to have an error when none of its rollouts ends right. States of value 0 give no rollouts to the pool (all
-    that follows is wrong), and neither do rollouts that were cut: there may be no error in them."""
+    Repeat: take the wrong rollout with the best `selection_score` from the pool of the whole tree,
+    find its first error by binary search, and add the wrong rollouts of every state that the binary
+    search evaluates to the pool.
+
+    A prefix counts as wrong if none of its rollouts ends right. Rollouts from states of value 0 do
+    not enter the pool, because everything after such a state counts as wrong. Rollouts that were
+    cut do not either, because they may have no error."""
     tree = Tree(root.prompt, "omegaprm")
     pool: list[tuple[TreeNode, Rollout]] = []
 
-    def pool_up(node: TreeNode) -> None:
+    def add_to_pool(node: TreeNode) -> None:
         if node.value > 0:
             pool.extend((node, rollout) for rollout in node.rollouts if rollout.outcome == "wrong")
 
-    pool_up((yield from _begin(tree, root, is_right, budget)))
+    add_to_pool((yield from _begin(tree, root, is_right, budget)))
     while pool and not tree.ended:
         all_visits = sum(node.visits for node in tree.nodes.values())
         best = max(range(len(pool)), key=lambda i: selection_score(*pool[i], all_visits))
@@ -227,8 +235,8 @@ def omegaprm(root: "State", is_right: Callable[[Steps], bool], budget: TreeBudge
         node.visits += 1
         whole = rollout.state
         # the first error is in steps right + 1 .. wrong
-        right, wrong = (len(node.steps), len(whole.steps))
-        for k in range(right + 1, wrong):  # what is known already of the beginnings of this rollout
+        right, wrong = len(node.steps), len(whole.steps)
+        for k in range(right + 1, wrong):  # prefixes of this rollout that are evaluated already
             if whole.steps[:k] in tree.nodes:
                 if tree.nodes[whole.steps[:k]].value == 0:
                     wrong = k
@@ -240,23 +248,25 @@ def omegaprm(root: "State", is_right: Callable[[Steps], bool], budget: TreeBudge
                 break
             middle = (right + wrong) // 2
             node = yield from _evaluate(tree, whole.first(middle), is_right, budget)
-            pool_up(node)
+            add_to_pool(node)
             right, wrong = (middle, wrong) if node.value > 0 else (right, middle)
     tree.ended = tree.ended or "nothing left"
     return tree
 
 
 def per_step(root: "State", is_right: Callable[[Steps], bool], budget: TreeBudget) -> TreeSearch:
-    """Math-Shepherd (Wang et al. 2024, arXiv 2312.08935, soft estimation): rollouts after every step of solutions that were sampled
-    from the root, right or wrong, one solution after the other; a beginning that several share is evaluated once. Which solutions
-    come first does not depend on how they end. Those that were cut are left out, as in `omegaprm`."""
+    """Math-Shepherd with soft estimation (Wang et al. 2024, arXiv 2312.08935).
+
+    Rollouts after every step of solutions. The solutions are the rollouts from the root, right or
+    wrong, in the order of sampling, which does not depend on their outcomes. A prefix that several solutions share is evaluated once.
+    Rollouts that were cut are left out, as in `omegaprm`."""
     tree = Tree(root.prompt, "per_step")
     start = yield from _begin(tree, root, is_right, budget)
     if tree.ended:
         return tree
     for whole in [rollout.state for rollout in start.rollouts if rollout.outcome != "cut"]:
         start.visits += 1
-        for k in range(1, len(whole.steps)):  # all but the last, which closes the solution
+        for k in range(1, len(whole.steps)):  # all but the last step, which states the answer
             if whole.steps[:k] not in tree.nodes:
                 if not budget.allows_more(tree):
                     tree.ended = "budget"
@@ -284,28 +294,30 @@ def run_searches(
     seed: int = 0,
     sampled: Callable[[int], None] = lambda count: None,
 ) -> Iterator[tuple[Key, Tree]]:
-    """(key, tree) of every (key, search), as they end. What `in_flight` searches ask for is sampled together; the policy seeds its
-    samples by state, so a tree does not depend on what else is in flight. `sampled` is told how many rollouts there were."""
+    """Run searches, `in_flight` at once: yields (key, tree) for each (key, search) when it ends.
+
+    The requests of all running searches are sampled together. The policy seeds its samples by
+    state, so a tree does not depend on the other searches. `sampled` is called with the number of
+    rollouts after each round."""
     waiting = iter(searches)
     running: list[tuple[Key, TreeSearch, tuple[State, int]]] = []
     while True:
         while len(running) < in_flight and (new := next(waiting, None)) is not None:
-            running.append((*new, next(new[1])))  # every search evaluates its root first
+            running.append((*new, next(new[1])))  # every search requests rollouts of its root
         if not running:
             return
         rollouts: list[list[State]] = [[]] * len(running)
         for n in sorted({n for _, _, (_, n) in running}):
-            asked = [i for i, (_, _, request) in enumerate(running) if request[1] == n]
-            states = [running[i][2][0] for i in asked]
-            for i, of_state in zip(
-                asked, policy.rollouts(states, n, temperature, max_new_tokens, seed), strict=True
-            ):
-                rollouts[i] = of_state
+            places = [i for i, (_, _, request) in enumerate(running) if request[1] == n]
+            states = [running[i][2][0] for i in places]
+            answers = policy.rollouts(states, n, temperature, max_new_tokens, seed)
+            for i, answer in zip(places, answers, strict=True):
+                rollouts[i] = answer
         sampled(sum(map(len, rollouts)))
-        still = []
-        for (key, search, _), of_state in zip(running, rollouts, strict=True):
+        unfinished = []
+        for (key, search, _), answer in zip(running, rollouts, strict=True):
             try:
-                still.append((key, search, search.send(of_state)))
+                unfinished.append((key, search, search.send(answer)))
             except StopIteration as end:
                 yield key, end.value
-        running = still
+        running = unfinished

@@ -9,6 +9,7 @@ from common.files import read_records, to_line
 from reasoning import problems as world
 from reasoning.grading import grade_steps
 from reasoning.records import Problem
+from reasoning.splits import HELD_OUT
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,7 +80,7 @@ def test_no_problem_twice(stories):
         assert len({story.prompt() for story in stories[split]}) == len(stories[split])
 
 
-@pytest.mark.parametrize("split", world.HELD_OUT)
+@pytest.mark.parametrize("split", HELD_OUT)
 def test_committed_files_are_what_the_seed_makes(split):
     file = ROOT / f"data/problems_{split}.jsonl"
     made = "".join(to_line(problem) for problem in world.problems(split))
