@@ -1,9 +1,10 @@
-"""Write a LLaMA model directory as a GGUF file, which llama.cpp reads and the step judge uses.
+"""Write a LLaMA model as a GGUF file, which llama.cpp reads and the step judge uses.
 
-    python utils/export_gguf.py --model_name_or_path models/judge-mini --output models/judge-mini/judge-mini.Q8_0.gguf --overwrite
+    python utils/export_gguf.py --model_name_or_path models/judge-mini \\
+        --output models/judge-mini/judge-mini.Q8_0.gguf --overwrite
 
-Any Hugging Face directory of the LLaMA architecture with a SentencePiece-style tokenizer (BPE with byte fallback) will do; an
-adapter is merged into its base first.
+The model is a Hugging Face directory of the LLaMA architecture with a SentencePiece-style tokenizer
+(BPE with byte fallback). An adapter is merged into its base first.
 """
 
 import os
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import check_model, check_output, parse_args, run
 from common.files import at_root
-from lm.gguf_export import QUANTIZATIONS, export_gguf
+from lm.gguf_file import QUANTIZATIONS
 
 
 @dataclass
@@ -27,7 +28,8 @@ class ExportArguments:
     output: str | None = field(
         default=None,
         metadata={
-            "help": "GGUF file to write (default: in that directory, <its name>.<quantization>.gguf)"
+            "help": "GGUF file to write "
+            "(default: in the model's directory, <its name>.<quantization>.gguf)"
         },
     )
     quantization: str = field(
@@ -44,9 +46,11 @@ def main() -> None:
     (args,) = parse_args(ExportArguments, description=__doc__)
     check_model(args.model_name_or_path)
     folder = Path(args.model_name_or_path)
-    place = folder if folder.is_dir() else Path()  # a hub name is written to where the user is
-    output = args.output or str(place / f"{folder.resolve().name}.{args.quantization}.gguf")
+    parent = folder if folder.is_dir() else Path()  # for a hub name: the current folder
+    output = args.output or str(parent / f"{folder.resolve().name}.{args.quantization}.gguf")
     check_output(output, args.overwrite)
+    from lm.gguf_export import export_gguf  # here: transformers would slow --help
+
     export_gguf(args.model_name_or_path, output, args.quantization)
     print(f"wrote {output} ({os.path.getsize(output) / 1e6:.1f} MB, {args.quantization})")
 

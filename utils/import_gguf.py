@@ -1,25 +1,28 @@
-"""Turn a GGUF file into a plain Hugging Face directory: dequantized weights, tokenizer with its chat template, generation config.
+"""Turn a GGUF file into a plain Hugging Face directory: weights, tokenizer and generation config.
 
-    python utils/import_gguf.py --input SmolLM2-135M-Instruct.Q4_1.gguf --output models/smollm2-135m-instruct
+    python utils/import_gguf.py --input SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --output models/smollm2-135m-instruct
 
-Any file that transformers reads will do. The weights keep the values that the quantized file stands for, rounded to --dtype: it is
-a model to go on from, and no better than its file. (A GGUF for llama.cpp is made by utils/export_gguf.py.)
-"""
+Every file that transformers reads can be imported. The weights are the values of the quantized
+file, rounded to --dtype: the model can be trained further, and is no better than its file. The
+tokenizer keeps its chat template. (utils/export_gguf.py makes a GGUF file for llama.cpp.) """
 
 import hashlib
-import os
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import check_input, check_output, parse_args, run
-from common.errors import JudgeError, UserError
+from common.errors import UserError
 from lm.gguf_file import read_gguf
 
-PROBE = "Mia has 12 apples. She buys 3 boxes of 4 apples.\nStep 1: 3 * 4 = 12, 12 + 12 = 24\nAnswer: 24"  # what the copy is checked on
+# the text on which the copy is compared with the file
+PROBE = (
+    "Mia has 12 apples. She buys 3 boxes of 4 apples.\nStep 1: 3 * 4 = 12, 12 + 12 = 24\nAnswer: 24"
+)
 # tokenizer -> GGUF
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
@@ -31,7 +34,7 @@ library_name: transformers{license}
 
 {title}: the dequantized weights of `{file}` (GGUF, sha256 `{sha256}`)
 in {dtype}, written by `utils/import_gguf.py`. {parameters:.0f} million parameters, a context of {context} tokens, {template}.
-"""
+"""  # noqa: E501 (Markdown)
 
 
 @dataclass
@@ -41,117 +44,89 @@ class ImportArguments:
     dtype: str = field(
         default="bfloat16",
         metadata={
-            "help": "how the weights are kept: 2 bytes each, or float32 for every bit of the dequantized values",
+            "help": "how the weights are stored: 2 bytes each, or the exact values as float32",
             "choices": ["bfloat16", "float16", "float32"],
         },
     )
     sha256: str | None = field(
         default=None, metadata={"help": "refuse the file unless this is its SHA-256"}
     )
-    overwrite: bool = field(
-        default=False, metadata={"help": "replace a model directory that is there"}
-    )
+    overwrite: bool = field(default=False, metadata={"help": "replace an existing model directory"})
 
 
-def import_gguf(source: Path, output: Path, dtype: str = "bfloat16", sha256: str = "") -> None:
-    """Write the model directory `output`, whole or not at all. Raises UserError if the file cannot be read, or if what was written
-    is not the same model: other token ids, another chat template or other logits (exactly, in `dtype`) on a short text."""
-    import torch
+def import_gguf(source: Path, output: Path, dtype: str, sha256: str) -> None:
+    """Write the model directory `output`, whole or not at all.
+
+    Raises UserError if the file cannot be read, or if the copy differs from it on a short text: in
+    token ids, chat template or logits (which must be equal, in `dtype`)."""
+    # transformers would slow --help
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    try:
-        # the library would take a damaged length as it stands
-        header = read_gguf(source, any_kind=True).metadata
-    except JudgeError as error:
-        raise UserError(str(error).removeprefix("judge ")) from None
+    from lm.loading import LOAD_ERRORS, load_weights, replacing_folder
+
+    # first, because transformers trusts damaged lengths
+    header = read_gguf(source, any_kind=True).metadata
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, dtype=getattr(torch, dtype)
-        ).eval()
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        NotImplementedError,
-    ) as error:
-        raise UserError(
-            f"{source}: transformers cannot read this GGUF file ({type(error).__name__}: {error})"
-        ) from None
-    for name, key in SPECIAL.items():  # transformers leaves them out for some vocabularies
+        options = {"dtype": dtype, "gguf_file": source.name}
+        model = load_weights(AutoModelForCausalLM, source.parent, **options).eval()
+    except (*LOAD_ERRORS, IndexError, AttributeError, NotImplementedError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{source}: transformers cannot read this GGUF file ({reason})") from None
+    for name, key in SPECIAL.items():  # transformers ignores them for some vocabularies
         index = header.get(f"tokenizer.ggml.{key}_token_id")
         if index is not None and getattr(tokenizer, name) is None:
             setattr(tokenizer, name, header["tokenizer.ggml.tokens"][index])
-    model.hf_quantizer = (
-        None  # the weights are plain numbers now, and save_pretrained refuses a quantizer
-    )
+    # the weights are plain numbers now, and save_pretrained refuses a quantizer
+    model.hf_quantizer = None
     del model.config.quantization_config
-    # what the file calls itself is no place to load from
+    # the name that the file gives itself is no path
     vars(model.config).pop("_model_name_or_path", None)
     if model.generation_config is None:
         model.generation_config = GenerationConfig.from_model_config(model.config)
 
-    staging = output.parent / f".{output.name}.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        _check_copy(model, tokenizer, staging, dtype)
-        (staging / "README.md").write_text(
-            _card(model, tokenizer, header, source, output, dtype, sha256), encoding="utf-8"
+    with replacing_folder(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        check_copy(model, tokenizer, folder, dtype)
+        licence = header.get("general.license")
+        card = CARD.format(
+            license=f"\nlicense: {licence}" if licence else "",
+            name=output.name,
+            title=header.get("general.name", source.stem),
+            file=source.name,
+            sha256=sha256,
+            dtype=dtype,
+            parameters=model.num_parameters() / 1e6,
+            context=model.config.max_position_embeddings,
+            template=f"{'with' if tokenizer.chat_template else 'without'} a chat template",
         )
-        shutil.rmtree(output, ignore_errors=True)
-        os.replace(staging, output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _check_copy(model, tokenizer, folder: Path, dtype: str) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def check_copy(model: Any, tokenizer: Any, folder: Path, dtype: str) -> None:
+    """Raises UserError if the saved model or tokenizer differs from the one that was loaded."""
+    import torch  # heavy, as above
 
-    copied = AutoTokenizer.from_pretrained(folder)
+    from lm.loading import load_model
+
+    copy, copied = load_model(str(folder), dtype)
     ids = tokenizer(PROBE, return_tensors="pt")["input_ids"]
-    same = (
-        torch.equal(ids, copied(PROBE, return_tensors="pt")["input_ids"])
-        and tokenizer.eos_token_id == copied.eos_token_id
-    )
-    if not same or tokenizer.chat_template != copied.chat_template:
+    same_ids = torch.equal(ids, copied(PROBE, return_tensors="pt")["input_ids"])
+    same_eos = tokenizer.eos_token_id == copied.eos_token_id
+    if not (same_ids and same_eos and tokenizer.chat_template == copied.chat_template):
         raise UserError(
-            f"{folder}: the saved tokenizer is not the file's (other ids or another chat template)"
+            f"{folder}: the saved tokenizer differs from the file's (ids or chat template)"
         )
-    copy, loading = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), output_loading_info=True
-    )
     with torch.inference_mode():
         before, after = model(input_ids=ids).logits, copy.eval()(input_ids=ids).logits
-    if loading["missing_keys"] or not torch.equal(before, after) or not before.isfinite().all():
+    if not torch.equal(before, after) or not before.isfinite().all():
         raise UserError(
             f"{folder}: the saved model does not give the file's logits; try --dtype float32"
         )
-
-
-def _card(
-    model, tokenizer, header: dict, source: Path, output: Path, dtype: str, sha256: str
-) -> str:
-    licence = header.get("general.license")
-    return CARD.format(
-        license=f"\nlicense: {licence}" if licence else "",
-        name=output.name,
-        title=header.get("general.name", source.stem),
-        file=source.name,
-        sha256=sha256,
-        dtype=dtype,
-        parameters=model.num_parameters() / 1e6,
-        context=model.config.max_position_embeddings,
-        template="with a chat template" if tokenizer.chat_template else "without a chat template",
-    )
 
 
 def main() -> None:
@@ -159,9 +134,8 @@ def main() -> None:
     source, output = Path(args.input), Path(args.output)
     check_input(args.input)
     check_output(args.output, args.overwrite)
-    if output.is_file() or (
-        output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file()
-    ):
+    is_other_folder = output.is_dir() and any(output.iterdir())
+    if output.is_file() or (is_other_folder and not (output / "config.json").is_file()):
         raise UserError(
             f"{output} is no model directory: it is not replaced, give another --output"
         )
@@ -169,13 +143,14 @@ def main() -> None:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if args.sha256 and sha256 != args.sha256.lower():
         raise UserError(
-            f"{source}: its SHA-256 is {sha256}, expected {args.sha256.lower()}; the file is damaged or another one"
+            f"{source}: its SHA-256 is {sha256}, expected {args.sha256.lower()}; "
+            "the file is damaged or another one"
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
     import_gguf(source, output, args.dtype, sha256)
     size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
     print(
-        f"wrote {output}: {size:.0f} MB in {args.dtype}; same ids, chat template and logits as the file"
+        f"wrote {output}: {size:.0f} MB in {args.dtype}; "
+        "same ids, chat template and logits as the file"
     )
 
 
