@@ -1,12 +1,14 @@
-"""Prompts to answers: what is kept of each, groups of four and the checker's ranks, a killed run, a server, and what is refused."""
+"""Prompts to answers: kept fields, groups of four, checker ranks, kills, servers, mistakes."""
 
 import csv
+import gzip
 import itertools
 import json
+import multiprocessing
+import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from common.cli import run
-from common.errors import JudgeError, PromptTooLong
+from common.errors import PromptTooLong, ServerError
 from common.files import write_records
 from lm.policy import Policy
 from lm.server_policy import ServerPolicy
@@ -26,21 +28,22 @@ from reasoning.records import Problem
 from reasoning.splits import default_split, held_out_prompts, is_kept_out
 from reasoning.steps import split_steps
 from tests.helpers.servers import Server, chat, completion
+from utils import build_ranked_responses
 from utils.build_ranked_responses import (
     KINDS,
     AnswerArguments,
     Sample,
+    add_error,
     group_of_four,
     kind_of,
     main,
-    put_in,
     read_tasks,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "utils/build_ranked_responses.py"
 POLICY = str(ROOT / "models/policy-mini")
-TASK = Problem(
+PROBLEM = Problem(
     "Mia has 2 apples. ...?", "10", ["Step 1: 2 + 3 = 5", "Step 2: 5 * 2 = 10", "Answer: 10"]
 )
 RIGHT = "Step 1: 2 + 3 = 5\nStep 2: 5 * 2 = 10\nAnswer: 10"
@@ -69,7 +72,7 @@ def sample(text: str) -> Sample:
     ],
 )
 def test_kinds(text, kind):
-    assert kind_of(sample(text), TASK) == kind
+    assert kind_of(sample(text), PROBLEM) == kind
 
 
 def test_the_wrong_answer_is_the_one_most_like_the_right_one():
@@ -79,30 +82,30 @@ def test_the_wrong_answer_is_the_one_most_like_the_right_one():
         WRONG.replace("+ 2 = 7", "* 2 = 12").replace("7", "12"),
     )
     group, _ = group_of_four(
-        TASK, [sample(text) for text in (short, long, RIGHT, alike)], random.Random(0)
+        PROBLEM, [sample(text) for text in (short, long, RIGHT, alike)], random.Random(0)
     )
     assert group["wrong"].text == alike and list(group) == list(KINDS)
     assert not group["right"].note and group["flawed"].note and group["malformed"].note
-    assert group_of_four(TASK, [sample(RIGHT)], random.Random(0)) == (None, "none wrong")
-    assert group_of_four(TASK, [sample(WRONG)], random.Random(0)) == (None, "none right")
+    assert group_of_four(PROBLEM, [sample(RIGHT)], random.Random(0)) == (None, "no wrong sample")
+    assert group_of_four(PROBLEM, [sample(WRONG)], random.Random(0)) == (None, "no right sample")
 
 
-def test_what_is_sampled_is_not_made():
+def test_a_sampled_kind_is_not_made():
     texts = [RIGHT, WRONG, "Step 1: 2 + 8 = 10\nAnswer: 10", "Step 1: 2 +"]
-    group, _ = group_of_four(TASK, [sample(text) for text in texts], random.Random(0))
+    group, _ = group_of_four(PROBLEM, [sample(text) for text in texts], random.Random(0))
     assert [one.note for one in group.values()] == [""] * 4 and group["malformed"].text == texts[3]
 
 
-def test_errors_put_in():
-    """A flawed one is as long as the right one, and a number of it is another; there are several ways to be malformed."""
-    made = [put_in(sample(RIGHT), "flawed", TASK, random.Random(k)) for k in range(40)]
+def test_added_errors():
+    """A flawed answer differs in one number from the right one; malformed ones differ."""
+    made = [add_error(sample(RIGHT), "flawed", PROBLEM, random.Random(k)) for k in range(40)]
     assert all(
         len(one.text) == len(RIGHT) and sum(map(str.__ne__, one.text, RIGHT)) <= 2 for one in made
     )
     assert {one.note[-6:] for one in made} == {"step 1", "step 2"} and len(
         {one.text for one in made}
     ) > 8
-    broken = [put_in(sample(RIGHT), "malformed", TASK, random.Random(k)) for k in range(40)]
+    broken = [add_error(sample(RIGHT), "malformed", PROBLEM, random.Random(k)) for k in range(40)]
     assert Counter(one.note[:13] for one in broken).keys() == {
         "put in: cut o",
         "put in: no cl",
@@ -116,25 +119,25 @@ def script(monkeypatch, *args: object) -> None:
     run(main)
 
 
-SMALL = (
-    "--answers",
-    2,
-    "--input",
-    "problems.jsonl",
-    "--rank_by",
-    "exact",
-    "--model_name_or_path",
-    POLICY,
-    "--max_new_tokens",
-    100,
-)
+SMALL = ("--model_name_or_path", POLICY, "--input", "problems.jsonl", "--rank_by", "exact")
+SMALL += ("--answers", 2, "--max_new_tokens", 100)
 
 
+def answer_in_units_of_64(folder: Path, *args: object) -> None:
+    """The script with 64 prompts answered together instead of 128, as a process of its own."""
+    os.chdir(folder)
+    build_ranked_responses.UNIT = 64
+    sys.argv = [SCRIPT, *map(str, args)]
+    run(main)
+
+
+@pytest.mark.process
 def test_exact_groups_and_a_killed_run(monkeypatch, tmp_path, capsys):
-    """Killed after its first 128 prompts, with a torn row behind them; started again it ends with the undisturbed run's bytes."""
+    """A run killed after 64 prompts, with a torn row added, resumes and writes the same bytes."""
     monkeypatch.chdir(tmp_path)
-    tasks = {task.prompt: task for task in itertools.islice(problems("train"), 130)}
-    write_records("problems.jsonl", tasks.values())
+    monkeypatch.setattr(build_ranked_responses, "UNIT", 64)
+    selected = {problem.prompt: problem for problem in itertools.islice(problems("train"), 66)}
+    write_records("problems.jsonl", selected.values())
     script(monkeypatch, *SMALL, "--output", "whole.csv")
     rows = read_answers("whole.csv")
     check_groups(rows, "whole.csv")
@@ -142,130 +145,96 @@ def test_exact_groups_and_a_killed_run(monkeypatch, tmp_path, capsys):
     assert len(found) >= 10 and len(rows) == 4 * len(found)
     assert f"{len(found)} groups" in capsys.readouterr().out
     for (prompt, ranker), group in found.items():
-        assert ranker == "rule:exact" and {row.category: row.rank for row in group} == {
-            kind: k for k, kind in enumerate(KINDS, 1)
-        }
         by_kind = {row.category: row for row in group}
-        scores = {
-            kind: grade_steps(split_steps(row.answer), tasks[prompt])
-            for kind, row in by_kind.items()
-        }
+        ranks = {kind: row.rank for kind, row in by_kind.items()}
+        assert ranker == "rule:exact" and ranks == {kind: k for k, kind in enumerate(KINDS, 1)}
+        steps = {kind: split_steps(row.answer) for kind, row in by_kind.items()}
+        scores = {kind: grade_steps(steps[kind], selected[prompt]) for kind in KINDS}
         assert all(scores["right"]) and not all(scores["flawed"]) and not all(scores["wrong"])
-        right = {
-            kind: is_correct(split_steps(row.answer), tasks[prompt])
-            for kind, row in by_kind.items()
-        }
+        right = {kind: is_correct(steps[kind], selected[prompt]) for kind in KINDS}
         assert right["right"] and right["flawed"] and not right["wrong"]
         assert all(bool(row.note) == row.generator.endswith("+error") for row in group)
         assert {by_kind[kind].generator for kind in ("right", "wrong")} == {"policy-mini"}
-        assert {row.split for row in group} == {default_split(prompt)} and (
-            default_split(prompt) == "test" or not is_kept_out(prompt)
-        )
-    # the order in the file tells nothing
+        split = default_split(prompt)
+        assert {row.split for row in group} == {split}
+        assert split == "test" or not is_kept_out(prompt)
+    # the order in the file does not show the rank
     assert len({tuple(row.rank for row in group) for group in found.values()}) > 5
 
-    policy = Policy.load(POLICY)  # a row's settings give its answer again
+    policy = Policy.load(POLICY)  # the settings of a row give its answer again
     for row in [row for row in rows if not row.note][::20]:
-        settings = {
-            "temperature": row.temperature,
-            "top_p": row.top_p,
-            "seed": row.seed,
-            "max_new_tokens": 100,
-        }
-        assert policy.texts([row.prompt], **settings)[0][0] == row.answer
+        texts = policy.texts([row.prompt], row.temperature, row.top_p, 100, row.seed)
+        assert texts[0][0] == row.answer
     assert {(row.temperature, row.seed) for row in rows} == {(0.7, 0), (1.0, 1)}
 
     partial = tmp_path / "killed.csv.partial"
-    command = [sys.executable, str(ROOT / SCRIPT), *map(str, SMALL), "--output", "killed.csv"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    killed = (*SMALL, "--output", "killed.csv")
+    process = multiprocessing.get_context("forkserver").Process(
+        target=answer_in_units_of_64, args=(tmp_path, *killed)
     )
+    process.start()
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        if partial.exists() and partial.read_bytes().count(b"\n") > 128:
+    while time.monotonic() < deadline and process.is_alive():
+        if partial.exists() and partial.read_bytes().count(b"\n") > 64:
             break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (tmp_path / "killed.csv").exists()
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "killed.csv").exists()
     with open(partial, "ab") as file:
         file.write(b'{"answers": [{"prom')
     with pytest.raises(SystemExit):
-        script(monkeypatch, *SMALL, "--output", "killed.csv", "--seed", 1)
+        script(monkeypatch, *killed, "--seed", 1)
     assert "another job" in capsys.readouterr().err
-    script(monkeypatch, *SMALL, "--output", "killed.csv")
-    assert "resuming: 128 of 130" in capsys.readouterr().out
-    assert (tmp_path / "killed.csv").read_bytes() == (
-        tmp_path / "whole.csv"
-    ).read_bytes() and not partial.exists()
+    script(monkeypatch, *killed)
+    assert "resuming: 64 of 66" in capsys.readouterr().out
+    assert Path("killed.csv").read_bytes() == Path("whole.csv").read_bytes()
+    assert not partial.exists()
 
 
 def test_prompts_of_any_kind_are_left_to_be_ranked(monkeypatch, tmp_path, tiny_model_dir, capsys):
-    """With a chat template, a category, a quoted table as input; greedy answers are all alike, so there are fewer."""
+    """A chat template, categories, a table with quotes; equal greedy answers are kept once.
+
+    Compressed tables work as plain ones do."""
     monkeypatch.chdir(tmp_path)
     model = Path(shutil.copytree(tiny_model_dir, tmp_path / "chatty"))
     (model / "chat_template.jinja").write_text(
         "{% for m in messages %}[{{ m.content }}]{% endfor %}:"
     )
+    cells = [
+        ["category", "prompt"],
+        ["tale", 'Tell "this",\nplease'],
+        ["", "Why?"],
+        ["tale", "Why?"],
+    ]
     with open("prompts.csv", "w", newline="") as file:
-        csv.writer(file).writerows(
-            [
-                ["category", "prompt"],
-                ["tale", 'Tell "this",\nplease'],
-                ["", "Why?"],
-                ["tale", "Why?"],
-            ]
-        )
-    given = (
-        "--model_name_or_path",
-        model,
-        "--chat",
-        "--max_new_tokens",
-        12,
-        "--output",
-        "answers.csv",
-    )
-    script(
-        monkeypatch,
-        *given,
-        "--input",
-        "prompts.csv",
-        "--temperature",
-        0,
-        0.8,
-        "--top_p",
-        1,
-        0.9,
-        0.8,
-    )
+        csv.writer(file).writerows(cells)
+    Path("prompts.csv.gz").write_bytes(gzip.compress(Path("prompts.csv").read_bytes()))
+    given = ("--model_name_or_path", model, "--chat", "--max_new_tokens", 12)
+    sampled = (*given, "--temperature", 0, 0.8, "--top_p", 1, 0.9, 0.8)
+    script(monkeypatch, *sampled, "--input", "prompts.csv", "--output", "answers.csv")
+    script(monkeypatch, *sampled, "--input", "prompts.csv.gz", "--output", "answers.csv.gz")
     rows = read_answers("answers.csv")
     check_groups(rows, "answers.csv")
+    assert gzip.decompress(Path("answers.csv.gz").read_bytes()) == Path("answers.csv").read_bytes()
     policy = Policy.load(str(model))
-    # of a prompt that comes twice, the last
+    # the last row counts for a prompt with several
     for prompt, category in (('Tell "this",\nplease', "tale"), ("Why?", "tale")):
+        own = [row for row in rows if row.prompt == prompt]
         settings = [(0, 1, 0), (0.8, 0.9, 1), (0, 0.8, 2), (0.8, 1, 3)]
         texts = [policy.texts([prompt], *how[:2], 12, how[2], chat=True)[0][0] for how in settings]
-        expected = {
-            text: how for text, how in reversed([*zip(texts, settings, strict=True)]) if text
-        }
-        assert len(expected) == 3  # the two greedy ones are alike
-        kept = {
-            row.answer: (row.temperature, row.top_p, row.seed)
-            for row in rows
-            if row.prompt == prompt
-        }
-        assert kept == expected
-        assert {
-            (row.rank, row.ranker, row.category, row.generator)
-            for row in rows
-            if row.prompt == prompt
-        } == {(None, "", category, "chatty")}
+        first = reversed([*zip(texts, settings, strict=True)])
+        expected = {text: how for text, how in first if text}
+        assert len(expected) == 3  # the two greedy answers are equal
+        assert {row.answer: (row.temperature, row.top_p, row.seed) for row in own} == expected
+        kept = {(row.rank, row.ranker, row.category, row.generator) for row in own}
+        assert kept == {(None, "", category, "chatty")}
     with pytest.raises(SystemExit):
-        script(monkeypatch, *given, "--overwrite", "--input", "prompts.csv", "--temperature", 0)
-    assert (
-        "all answers alike or empty: 2" in (told := capsys.readouterr()).out
-        and "nothing was written" in told.err
-    )
-    assert read_answers("answers.csv") == rows and len(list(tmp_path.glob("*.csv*"))) == 2
+        greedy = ("--temperature", 0, "--input", "prompts.csv", "--output", "answers.csv")
+        script(monkeypatch, *given, *greedy, "--overwrite")
+    printed = capsys.readouterr()
+    assert "all answers equal or empty: 2" in printed.out and "nothing was written" in printed.err
+    assert read_answers("answers.csv") == rows and len(list(tmp_path.glob("*.csv*"))) == 4
 
 
 @pytest.fixture
@@ -337,7 +306,7 @@ def test_texts_of_a_server(server):
     server.answer = lambda number, body: (
         chat("x") | {"choices": [{"message": 3, "finish_reason": "stop"}]}
     )
-    with pytest.raises(JudgeError, match="no completion"):
+    with pytest.raises(ServerError, match="no completion"):
         policy.texts(["Why?"], chat=True)
 
 
@@ -372,8 +341,11 @@ HELD_OUT = (ROOT / "data/problems_test.jsonl").read_text().splitlines()[3]
         (["--rank_by", "me"], "--rank_by"),
         (["--rank_by", "exact", "--chat"], "argument --chat"),
         (["--chat", "--input", "bare.jsonl"], "policy-mini has no chat template"),
-        (["--model_name_or_path", "./nowhere"], "model directory ./nowhere not found"),
-        (["--output", "there.csv"], "there.csv exists: give --overwrite"),
+        (
+            ["--input", "bare.jsonl", "--model_name_or_path", "./nowhere"],
+            "model directory ./nowhere not found",
+        ),
+        (["--input", "bare.jsonl", "--output", "there.csv"], "there.csv exists: give --overwrite"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(
@@ -398,8 +370,19 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
 
 
+@pytest.mark.process
+def test_a_mistake_in_a_process_of_its_own(run_script, tmp_path):
+    done = run_script(SCRIPT, "--answers", 1)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "build_ranked_responses.py: error: argument --answers" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.process
 def test_the_committed_groups_of_four():
-    """Made by the script's defaults, from problems that are not held out; right and wrong answers are alike in length and form."""
+    """The script's defaults made them, from problems that are not held out.
+
+    Right and wrong answers are alike in length and form."""
     rows = read_answers(ROOT / "data/answers.csv")
     check_groups(rows, "data/answers.csv")
     tasks = {task.prompt: task for task in read_tasks(AnswerArguments(rank_by="exact"))}

@@ -1,16 +1,23 @@
-"""Prompts -> several answers each, to be ranked (data/answers.csv).
+"""Write several answers to every prompt, for a person to rank (data/answers.csv).
 
     python utils/build_ranked_responses.py --rank_by exact --overwrite
 
-Every prompt is answered `--answers` times; the j-th answer has the j-th temperature and top-p (the lists are gone through again and
-again) and the seed `--seed` + j, and all three are kept in its row: with them the same model gives the same answer. Nothing is
-ranked: utils/rank_responses.py shows the answers to a person. Killed, it resumes.
+The policy answers every prompt `--answers` times. Answer j gets temperature j and top-p j of the
+lists (short lists are repeated) and the seed `--seed` + j. Its row keeps all three, so the same
+model can give the same answer again. The answers get no ranks: utils/rank_responses.py shows them
+to a person. A killed run resumes when it is started again.
 
-With `--rank_by exact` problems with reference steps become groups of four that the exact checker ranks (`rule:exact`), one answer
-of each kind: 1 right, every step of it; 2 flawed, the right answer with a step that is wrong; 3 wrong, well-formed and with a wrong
-answer, as like the right one in length as there is; 4 malformed, cut off or with a step that says nothing. Right and wrong answers
-are samples; where nothing flawed or malformed was sampled an error is put into a sample, and `generator` ends with +error. Then
-`category` is the kind. Default problems: the generated train problems that no embedded model has learned from.
+`--rank_by exact` needs problems with reference steps. Each problem becomes a group of four answers,
+one of each kind, which the exact checker ranks (`rule:exact`):
+
+    1 right      every step is right
+    2 flawed     the final answer is right, but a step is wrong
+    3 wrong      well-formed with a wrong final answer, in length as close as possible to `right`
+    4 malformed  cut off, or a step without an equation
+
+Right and wrong answers are samples. If no flawed or malformed answer was sampled, one is made by
+adding an error to a sample, and `generator` ends with +error. The column `category` holds the kind.
+Default problems: the generated train problems from which no embedded model has learned.
 """
 
 import hashlib
@@ -22,8 +29,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
 
 from common.cli import check_output, parse_args, run
 from common.errors import RecordError, UserError
@@ -39,11 +49,13 @@ from reasoning.records import Problem, Prompt
 from reasoning.splits import default_split, refuse_held_out
 from reasoning.steps import CLOSING_STEP, STEP_NUMBER, split_steps
 
-UNIT = 128  # prompts answered together: with the same seeds a group always gives the same answers
-LEARNED = 12_000  # train problems whose samples judge-mini learned from: they come first
-# train problems, to choose between trainings of a reward model: none learns from their answers
+UNIT = (
+    128  # prompts answered together; with the same seeds such a group always gives the same answers
+)
+LEARNED = 12_000  # judge-mini learned from samples of the first 12,000 train problems
+# Numbers of train problems whose answers no training sees: reward models are chosen on them.
 VALIDATION = range(15_200, 18_000)
-KINDS = ("right", "flawed", "wrong", "malformed")  # from the best on
+KINDS = ("right", "flawed", "wrong", "malformed")  # best first
 
 
 @dataclass
@@ -51,54 +63,58 @@ class AnswerArguments(PolicyArgs):
     input: str | None = field(
         default=None,
         metadata={
-            "help": "prompts: rows with `prompt` and, if you like, `category`, or problems of any shape that reasoning/datasets/shapes.py "
-            f"knows; default: the generated train problems from number {LEARNED + 1} on"
+            "help": "prompts: rows with `prompt` and optionally `category`, or problems in any "
+            "shape that reasoning/datasets/shapes.py knows; default: the generated train problems "
+            f"from number {LEARNED + 1} on"
         },
     )
     output: str = field(
         default_factory=lambda: at_root("data/answers.csv"),
-        metadata={"help": "the answers, a CSV table"},
+        metadata={"help": "where the answers are written, a CSV table"},
     )
     chat: bool = field(
         default=False,
         metadata={
-            "help": "the prompt is a chat's message as it is, without the instruction to solve a problem step by step"
+            "help": "send the prompt as a chat message, without the instruction to solve it step "
+            "by step"
         },
     )
     rank_by: str = field(
         default="nobody",
         metadata={
-            "help": "exact: groups of four ranked by the checker; nobody: left to be ranked",
+            "help": "exact: groups of four that the checker ranks; nobody: answers without ranks",
             "choices": ["nobody", "exact"],
         },
     )
     answers: int = field(
         default=4,
-        metadata={"help": "answers a prompt; with --rank_by exact, samples to take the four from"},
+        metadata={
+            "help": "answers per prompt; with --rank_by exact, samples from which four are taken"
+        },
     )
     temperature: list[float] = field(
         default_factory=lambda: [0.7, 1.0, 1.3, 1.0],
-        metadata={"help": "sampling temperatures, 0 is greedy; for one after another"},
+        metadata={"help": "sampling temperatures of the answers in turn; 0 is greedy"},
     )
     top_p: list[float] = field(
         default_factory=lambda: [1.0],
         metadata={
-            "help": "probabilities above 0, at most 1: only the likeliest tokens that together reach it are drawn"
+            "help": "top-p of the answers in turn, above 0 and at most 1: only the most likely "
+            "tokens whose probabilities add up to it are sampled"
         },
     )
-    max_new_tokens: int = field(default=256, metadata={"help": "tokens an answer may have"})
+    max_new_tokens: int = field(default=256, metadata={"help": "most tokens per answer"})
     seed: int = field(default=0, metadata={"help": "seed of the first answer"})
     limit: int | None = field(
         default=None, metadata={"help": "use the first N prompts; default: all"}
     )
     overwrite: bool = field(default=False, metadata={"help": "replace the output"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("answers", 2), ("max_new_tokens", 1), ("limit", 1)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise UserError(
-                    f"argument --{name}: expected {least} or more, got {getattr(self, name)}"
-                )
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"argument --{name}: expected {least} or more, got {value}")
         if wrong := [value for value in self.temperature if not 0 <= value < float("inf")]:
             raise UserError(f"argument --temperature: expected 0 or more, got {wrong[0]}")
         if wrong := [value for value in self.top_p if not 0 < value <= 1]:
@@ -107,66 +123,67 @@ class AnswerArguments(PolicyArgs):
             raise UserError("arguments --temperature and --top_p: expected one number or more")
         if self.chat and self.rank_by == "exact":
             raise UserError(
-                "argument --chat: the exact checker reads step-by-step solutions, which a chat does not ask for"
+                "argument --chat: --rank_by exact needs step-by-step solutions, which a chat "
+                "message does not ask for"
             )
 
     def settings(self) -> list[dict]:
-        """Of every answer to a prompt."""
-        temperatures, top_ps = itertools.cycle(self.temperature), itertools.cycle(self.top_p)
+        """The sampling settings of each answer to a prompt."""
+        in_turn = zip(itertools.cycle(self.temperature), itertools.cycle(self.top_p), strict=False)
         return [
-            {"temperature": next(temperatures), "top_p": next(top_ps), "seed": self.seed + number}
-            for number in range(self.answers)
+            {"temperature": temperature, "top_p": top_p, "seed": self.seed + number}
+            for number, (temperature, top_p) in zip(range(self.answers), in_turn, strict=False)
         ]
 
 
+# The field names enter the hash that identifies a job: runs begun under other names do not resume.
 @dataclass(frozen=True)
 class PromptTask:
+    """A prompt to answer."""
+
     prompt: str
     category: str = ""
     problem: Problem | None = None
-    to_choose: bool = False  # `validation` stands for `train`
+    to_choose: bool = False  # its split is `validation` instead of `train`
 
     @property
     def split(self) -> str:
-        """Of all its answers."""
+        """The split of the prompt and of all its answers."""
         split = default_split(self.prompt)
         return "validation" if self.to_choose and split == "train" else split
 
 
 def read_tasks(args: AnswerArguments) -> list[PromptTask]:
-    """Raises UserError if one of them is held out."""
+    """The prompts to answer, each once. Raises UserError if one of them is held out."""
     if args.input is None:
-        of_generator = itertools.islice(enumerate(problems("train")), LEARNED, None)
-        numbered = itertools.islice(of_generator, args.limit)
+        unused = itertools.islice(enumerate(problems("train")), LEARNED, None)
         return [
             PromptTask(problem.prompt, "", problem, number in VALIDATION)
-            for number, problem in numbered
+            for number, problem in itertools.islice(unused, args.limit)
         ]
     if args.rank_by == "exact":
-        rows = (PromptTask(task.prompt, "", task) for task in load_problems(args.input))
+        rows = (PromptTask(problem.prompt, "", problem) for problem in load_problems(args.input))
     else:
         rows = _prompts(args.input)
     tasks = list(itertools.islice({task.prompt: task for task in rows}.values(), args.limit))
     refuse_held_out(args.input, tasks)
     if args.rank_by == "exact" and (bare := [task for task in tasks if not task.problem.steps]):
-        raise UserError(
-            f"{args.input}: --rank_by exact needs reference steps, there are none for {bare[0].prompt[:60]!r}"
-        )
+        prompt = repr(bare[0].prompt[:60])
+        raise UserError(f"{args.input}: --rank_by exact needs reference steps, {prompt} has none")
     return tasks
 
 
 def _prompts(name: str) -> Iterator[PromptTask]:
     _, first = next(load_rows(name))
     if "prompt" not in first:
-        yield from (PromptTask(task.prompt) for task in load_problems(name))
+        yield from (PromptTask(problem.prompt) for problem in load_problems(name))
         return
     for where, row in load_rows(name):
         try:
             category = row.get("category") or ""
             if not isinstance(category, str):
-                raise RecordError(
-                    f"field 'category': expected a text, got {json.dumps(category)[:40]}"
-                )
+                got = json.dumps(category)[:40]
+                raise RecordError(f"field 'category': expected a text, got {got}")
             yield PromptTask(Prompt.from_row(row).prompt, category)
         except RecordError as error:
             raise RecordError(f"{where}: {error}") from None
@@ -180,28 +197,27 @@ class Sample:
     text: str
     finished: bool
     settings: dict
-    note: str = ""  # what was put in, if anything was
+    note: str = ""  # the error that was added, if any
 
 
 def kind_of(sample: Sample, problem: Problem) -> str:
-    """One of KINDS, by the text alone. Well-formed: lines `Step 1:`, `Step 2:` ... with an equation each, and then a line that
-    states the answer."""
+    """One of KINDS, by the text alone.
+
+    A well-formed text has lines `Step 1:`, `Step 2:` ... with an equation each, and then a line
+    that states the answer."""
     steps = split_steps(sample.text)
-    says_something = all(
+    has_equations = all(
         STEP_NUMBER.match(step) and step_value(step)[0] is not None for step in steps[:-1]
     )
-    closes = (
+    has_answer = (
         len(steps) > 1 and CLOSING_STEP.match(steps[-1]) and extract_answer(steps[-1]) is not None
     )
-    if not closes or not says_something or any(step.endswith("=") for step in steps):
+    if not has_answer or not has_equations or any(step.endswith("=") for step in steps):
         return "malformed"
     if not is_correct(steps, problem):
         return "wrong"
-    return (
-        "right"
-        if len(steps) == len(problem.steps) and all(grade_steps(steps, problem))
-        else "flawed"
-    )
+    all_right = len(steps) == len(problem.steps) and all(grade_steps(steps, problem))
+    return "right" if all_right else "flawed"
 
 
 def group_of_four(
@@ -213,40 +229,44 @@ def group_of_four(
         found[kind_of(sample, problem)].append(sample)
     for kind in ("right", "wrong"):
         if not found[kind]:
-            return None, f"none {kind}"
+            return None, f"no {kind} sample"
     right = found["right"][0]
     wrong = min(found["wrong"], key=lambda sample: _distance(sample.text, right.text))
-    flawed = next(iter(found["flawed"]), None) or put_in(right, "flawed", problem, rng)
-    malformed = next(iter(found["malformed"]), None) or put_in(
-        rng.choice([right, wrong]), "malformed", problem, rng
-    )
+    flawed = found["flawed"][0] if found["flawed"] else add_error(right, "flawed", problem, rng)
+    if found["malformed"]:
+        malformed = found["malformed"][0]
+    else:
+        malformed = add_error(rng.choice([right, wrong]), "malformed", problem, rng)
     if flawed is None or malformed is None:
-        return None, "no error could be put in"
+        return None, "no error could be added"
     return dict(zip(KINDS, (right, flawed, wrong, malformed), strict=True)), ""
 
 
 def _distance(text: str, other: str) -> tuple[int, int]:
-    """In lines, in characters."""
+    """The difference in lines, then in characters."""
     return abs(text.count("\n") - other.count("\n")), abs(len(text) - len(other))
 
 
-def put_in(sample: Sample, kind: str, problem: Problem, rng: random.Random) -> Sample | None:
-    """The sample with an error that makes it of this kind, one of all that can be put in."""
+def add_error(sample: Sample, kind: str, problem: Problem, rng: random.Random) -> Sample | None:
+    """The sample with a random error that makes it of this kind; None if no error does."""
     ways = list((changed_numbers if kind == "flawed" else _broken)(split_steps(sample.text), rng))
     rng.shuffle(ways)
-    made = (
-        Sample("\n".join(steps), sample.finished, sample.settings, note) for steps, note in ways
-    )
-    return next((one for one in made if kind_of(one, problem) == kind), None)
+    for steps, note in ways:
+        made = Sample("\n".join(steps), sample.finished, sample.settings, note)
+        if kind_of(made, problem) == kind:
+            return made
+    return None
 
 
 def _broken(steps: list[str], rng: random.Random) -> Iterator[tuple[list[str], str]]:
+    """(steps, note) for three ways to make a solution malformed."""
     text, body = "\n".join(steps), "\n".join(steps[:-1])
     yield split_steps(text[: rng.randrange(len(body) // 2, len(body))]), "put in: cut off"
     yield steps[:-1], "put in: no closing line"
     k = rng.randrange(len(steps) - 1)
+    without_result = steps[k][: steps[k].rindex("=") + 1]
     yield (
-        [*steps[:k], steps[k][: steps[k].rindex("=") + 1], *steps[k + 1 :]],
+        [*steps[:k], without_result, *steps[k + 1 :]],
         f"put in: step {k + 1} without its result",
     )
 
@@ -254,7 +274,7 @@ def _broken(steps: list[str], rng: random.Random) -> Iterator[tuple[list[str], s
 # --- rows ---
 
 
-def ranked(
+def ranked_rows(
     task: PromptTask, samples: list[Sample], generator: str
 ) -> tuple[list[RankedResponse], str]:
     """(a group of four in random order, why there is none)"""
@@ -278,7 +298,7 @@ def ranked(
     return rows, why_not
 
 
-def unranked(
+def unranked_rows(
     task: PromptTask, samples: list[Sample], generator: str
 ) -> tuple[list[RankedResponse], str]:
     """(the answers that differ, why there are fewer than two)"""
@@ -290,25 +310,22 @@ def unranked(
         RankedResponse(
             task.prompt,
             text,
-            None,
-            "",
-            task.category,
-            generator,
+            category=task.category,
+            generator=generator,
             **sample.settings,
             split=task.split,
         )
         for text, sample in different.items()
     ]
-    return (rows, "") if len(rows) > 1 else ([], "all answers alike or empty")
+    return (rows, "") if len(rows) > 1 else ([], "all answers equal or empty")
 
 
 def main() -> None:
     (args,) = parse_args(AnswerArguments, description=__doc__.split("\n\n")[0])
     tasks = read_tasks(args)
     check_policy(args)
-    job = {
-        name: getattr(args, name) for name in ("rank_by", "chat", "max_new_tokens")
-    } | policy_identity(args)
+    job = {name: getattr(args, name) for name in ("rank_by", "chat", "max_new_tokens")}
+    job |= policy_identity(args)
     job["settings"] = args.settings()
     job["tasks"] = hashlib.sha256(json.dumps([asdict(task) for task in tasks]).encode()).hexdigest()
     check_output(args.output, args.overwrite or ResumableRows.pending(args.output, job))
@@ -321,10 +338,10 @@ def main() -> None:
         print(f"resuming: {len(rows.rows)} of {len(tasks)} prompts are done")
     answer_prompts(args, tasks, policy, rows)
     answers = [RankedResponse(**answer) for row in rows.rows for answer in row["answers"]]
-    summary(args, rows.rows, answers)
+    print_summary(args, rows.rows, answers)
     if not answers:
         rows.finish()
-        raise UserError("no group of answers came out (see above), nothing was written")
+        raise UserError("no group of answers could be made (see above), nothing was written")
     check_groups(answers, args.output)
     write_answers(args.output, answers)
     rows.finish()
@@ -332,67 +349,49 @@ def main() -> None:
 
 
 def answer_prompts(
-    args: AnswerArguments, tasks: list[PromptTask], policy, rows: ResumableRows
+    args: AnswerArguments, tasks: list[PromptTask], policy: Any, rows: ResumableRows
 ) -> None:
-    """Append one row a prompt: its answers or why there are none, and counts."""
-    from tqdm import tqdm
-
+    """Append one row per prompt: its answers, or the reason why there are none, and counts."""
     path = Path(args.model_name_or_path)
     generator = path.resolve().name if path.is_dir() else args.model_name_or_path
-    make = ranked if args.rank_by == "exact" else unranked
-    with tqdm(total=len(tasks), initial=len(rows.rows), desc="answering", unit="prompt") as bar:
-        for start in range(len(rows.rows), len(tasks), UNIT):
+    make_rows = ranked_rows if args.rank_by == "exact" else unranked_rows
+    options = {"max_new_tokens": args.max_new_tokens, "chat": args.chat}
+    done = len(rows.rows)
+    with tqdm(total=len(tasks), initial=done, desc="answering", unit="prompt") as bar:
+        for start in range(done, len(tasks), UNIT):
             group = tasks[start : start + UNIT]
-            options = {"max_new_tokens": args.max_new_tokens, "chat": args.chat}
+            prompts = [task.prompt for task in group]
             columns = [
-                [
-                    Sample(*text, settings)
-                    for text in policy.texts([task.prompt for task in group], **settings, **options)
-                ]
-                for settings in args.settings()
+                [Sample(*text, how) for text in policy.texts(prompts, **how, **options)]
+                for how in args.settings()
             ]
             for task, *samples in zip(group, *columns, strict=True):
-                answers, why_not = make(task, samples, generator)
-                ended = sum(sample.finished for sample in samples)
-                kinds = (
-                    Counter(kind_of(sample, task.problem) for sample in samples)
-                    if task.problem
-                    else {}
-                )
-                rows.append(
-                    {
-                        "answers": list(map(asdict, answers)),
-                        "why_not": why_not,
-                        "ended": ended,
-                        "kinds": kinds,
-                    }
-                )
+                answers, why_not = make_rows(task, samples, generator)
+                kinds = {}
+                if task.problem:
+                    kinds = Counter(kind_of(sample, task.problem) for sample in samples)
+                counts = {"ended": sum(sample.finished for sample in samples), "kinds": kinds}
+                rows.append({"answers": list(map(asdict, answers)), "why_not": why_not, **counts})
                 bar.update()
 
 
-def summary(args: AnswerArguments, rows: list[dict], answers: list[RankedResponse]) -> None:
-    samples = len(rows) * args.answers
-    print(
-        f"{len(rows)} prompts, {samples} samples, {sum(row['ended'] for row in rows)} ended by themselves"
-    )
-    kinds = Counter(itertools.chain.from_iterable(Counter(row["kinds"]).elements() for row in rows))
+def print_summary(args: AnswerArguments, rows: list[dict], answers: list[RankedResponse]) -> None:
+    samples, ended = len(rows) * args.answers, sum(row["ended"] for row in rows)
+    print(f"{len(rows)} prompts, {samples} samples, {ended} ended by themselves")
+    kinds = sum((Counter(row["kinds"]) for row in rows), Counter())
     if kinds:
-        print(
-            "samples: "
-            + ", ".join(f"{kind} {kinds[kind]} ({kinds[kind] / samples:.3f})" for kind in KINDS)
-        )
+        shares = [f"{kind} {kinds[kind]} ({kinds[kind] / samples:.3f})" for kind in KINDS]
+        print(f"samples: {', '.join(shares)}")
     if args.rank_by == "exact":
         made = Counter(answer.category for answer in answers if answer.note)
-        print("put in: " + ", ".join(f"{kind} {made[kind]}" for kind in KINDS if made[kind]))
+        counts = ", ".join(f"{kind} {made[kind]}" for kind in KINDS if made[kind])
+        print(f"made by adding an error: {counts or 'none'}")
     why_not = Counter(row["why_not"] for row in rows if row["why_not"])
+    dropped = ", ".join(f"{why}: {count}" for why, count in why_not.most_common())
     groups = Counter({answer.prompt: answer.split for answer in answers}.values())
-    dropped = (
-        "; prompts without: " + ", ".join(f"{why}: {count}" for why, count in why_not.most_common())
-        if why_not
-        else ""
-    )
     splits = ", ".join(f"{count} {split}" for split, count in groups.most_common()) or "none"
-    print(f"{sum(groups.values())} groups ({splits}){dropped}")
+    without = f"; prompts without a group: {dropped}" if dropped else ""
+    print(f"{sum(groups.values())} groups ({splits}){without}")
 
 
 if __name__ == "__main__":
