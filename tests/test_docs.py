@@ -121,10 +121,9 @@ def test_commands_name_scripts_and_flags_that_exist(page):
     for command in commands(page):
         script, *words = command.split()
         assert (ROOT / script).is_file(), f"{page.name}: python {command}"
-        given = set(FLAG.findall(command))
-        if given:
-            first = words[0] if words[0].isalpha() and script == "train.py" else ""
-            unknown = given - flags_of(script, first or "dpo" * (script == "train.py"))
+        if given := set(FLAG.findall(command)):
+            named = words[0] if words[0].isalpha() else "dpo" * (script == "train.py")
+            unknown = given - flags_of(script, named)
             assert not unknown, f"{page.name}: python {command}: no {sorted(unknown)}"
 
 
