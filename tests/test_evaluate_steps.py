@@ -1,5 +1,6 @@
-"""reward_model/evaluate_steps.py, run as its users run it."""
+"""The script reward_model/evaluate_steps.py."""
 
+import gzip
 import json
 import os
 import resource
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import run
-from common.files import read_records
+from common.files import read_records, write_records
 from reasoning.records import ScoredPair
 from reward_model import evaluate_steps
 from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer
+from tests.helpers.mains import call_main
+
+pytestmark = pytest.mark.process  # the default judge has a process of its own
 
 ROWS = [
     {
@@ -31,7 +34,7 @@ LONG = {"prompt": "a long one", "chosen": ["Answer: 1"], "rejected": ["Step 1: "
 
 
 def write(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_records(path, rows)
     return path
 
 
@@ -40,63 +43,50 @@ def evaluate(tiny_gguf, tmp_path, monkeypatch, capsys):
     """Run the script's main in this process; returns (exit code, stdout, stderr)."""
 
     def call(*arguments: object, judge: object = tiny_gguf):
-        flags = [
-            "--judge_path",
-            judge,
-            "--output",
-            tmp_path / "rewarded.jsonl",
-            "--threads",
-            1,
-            *arguments,
-        ]
-        monkeypatch.setattr(sys, "argv", ["evaluate_steps.py", *map(str, flags)])
-        code = 0
-        try:
-            run(evaluate_steps.main)
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
+        flags = ["--judge_path", judge, "--output", tmp_path / "rewarded.jsonl", "--threads", 1]
+        main, options = evaluate_steps.main, {"monkeypatch": monkeypatch, "capsys": capsys}
+        return call_main(main, *flags, *arguments, **options)
 
     return call
 
 
 def test_the_script_scores_every_step(run_script, tiny_gguf, tmp_path):
     write(tmp_path / "pairs.jsonl", [*ROWS, LONG])
-    result = run_script(
-        "reward_model/evaluate_steps.py",
-        "--input",
-        "pairs.jsonl",
-        "--output",
-        "out/r.jsonl",
-        "--judge_path",
-        tiny_gguf,
-    )
+    files = ("--input", "pairs.jsonl", "--output", "out/r.jsonl")
+    script = "reward_model/evaluate_steps.py"
+    result = run_script(script, *files, "--judge_path", tiny_gguf)
     assert result.returncode == 0, result.stderr
-    assert (
-        result.stdout.splitlines()[-1] == "wrote out/r.jsonl: 3 pairs with a score for every step"
-    )
+    last = result.stdout.splitlines()[-1]
+    assert last == "wrote out/r.jsonl: 3 pairs with a score for every step"
     assert "left out          1" in result.stdout
     pairs = list(read_records(tmp_path / "out" / "r.jsonl", ScoredPair))
     with TinyLlamaRewardScorer(tiny_gguf, threads=1) as judge:
         for pair, row in zip(pairs, ROWS, strict=True):
-            prefix = row.get("prefix", [])
-            whole = judge.score_steps(
-                [(row["prompt"], prefix + row[side]) for side in ("chosen", "rejected")]
-            )
-            assert (pair.prompt, pair.prefix, pair.chosen, pair.rejected) == (
-                row["prompt"],
-                prefix,
-                row["chosen"],
-                row["rejected"],
-            )
-            assert [pair.chosen_scores, pair.rejected_scores] == [
-                scores[len(prefix) :] for scores in whole
-            ]
+            prefix, chosen, rejected = row.get("prefix", []), row["chosen"], row["rejected"]
+            steps = (pair.prompt, pair.prefix, pair.chosen, pair.rejected)
+            assert steps == (row["prompt"], prefix, chosen, rejected)
+            solutions = [(row["prompt"], prefix + side) for side in (chosen, rejected)]
+            expected = [scores[len(prefix) :] for scores in judge.score_steps(solutions)]
+            assert [pair.chosen_scores, pair.rejected_scores] == expected
     assert json.loads((tmp_path / "out" / "r.left_out.jsonl").read_text()) == {**LONG, "prefix": []}
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "r.jsonl",
-        "r.left_out.jsonl",
-    ]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["r.jsonl", "r.left_out.jsonl"]
+
+
+def test_compressed_files(evaluate, tmp_path):
+    """With .jsonl.gz the rows are the same, and the rows left out are compressed as well."""
+    write(tmp_path / "pairs.jsonl", [*ROWS, LONG])
+    write(tmp_path / "pairs.jsonl.gz", [*ROWS, LONG])
+    assert (tmp_path / "pairs.jsonl.gz").read_bytes()[:2] == b"\x1f\x8b"
+    assert evaluate("--input", tmp_path / "pairs.jsonl", "--output", tmp_path / "a.jsonl")[0] == 0
+    files = ("--input", tmp_path / "pairs.jsonl.gz", "--output", tmp_path / "b.jsonl.gz")
+    code, stdout, _ = evaluate(*files)
+    assert code == 0 and f"scores to {tmp_path / 'b.left_out.jsonl.gz'}" in stdout
+    for name in ("", ".left_out"):
+        compressed = (tmp_path / f"b{name}.jsonl.gz").read_bytes()
+        assert gzip.decompress(compressed) == (tmp_path / f"a{name}.jsonl").read_bytes()
+    assert evaluate(*files)[0] == 2  # both outputs exist
+    assert {path.name for path in tmp_path.glob("b*")} == {"b.jsonl.gz", "b.left_out.jsonl.gz"}
 
 
 def test_help_is_quick(run_script):
@@ -112,11 +102,13 @@ def test_help_is_quick(run_script):
 BAD_ROWS = {
     "missing field": (b'{"prompt": "p", "chosen": ["a"]}', "field 'rejected' is missing"),
     "unequal lengths": (
-        b'{"prompt": "p", "chosen": ["a"], "rejected": ["b"], "chosen_scores": [1, 1], "rejected_scores": [0]}',
+        b'{"prompt": "p", "chosen": ["a"], "rejected": ["b"], "chosen_scores": [1, 1],'
+        b' "rejected_scores": [0]}',
         "one score for each of 1 steps, got 2",
     ),
     "nan score": (
-        b'{"prompt": "p", "chosen": ["a"], "rejected": ["b"], "chosen_scores": [NaN], "rejected_scores": [0]}',
+        b'{"prompt": "p", "chosen": ["a"], "rejected": ["b"], "chosen_scores": [NaN],'
+        b' "rejected_scores": [0]}',
         "a score from 0 to 1",
     ),
     "not UTF-8": (b'{"prompt": "\xff", "chosen": ["a"], "rejected": ["b"]}', "not UTF-8"),
@@ -175,7 +167,7 @@ def test_bad_files_and_flags(evaluate, tiny_gguf, tmp_path):
         assert sorted(tmp_path.iterdir()) == before
 
 
-def test_an_output_is_replaced_only_if_told(evaluate, tmp_path):
+def test_an_output_is_replaced_only_with_overwrite(evaluate, tmp_path):
     path, output = write(tmp_path / "pairs.jsonl", ROWS), tmp_path / "rewarded.jsonl"
     output.write_text("mine")
     code, _, stderr = evaluate("--input", path)
@@ -223,18 +215,16 @@ def test_a_judge_that_dies_keeps_what_was_scored(evaluate, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(TinyLlamaRewardScorer, "_score", deadly)
         code, _, stderr = evaluate("--input", path)
-    assert (
-        code == 2
-        and "SIGKILL" in stderr.splitlines()[-1]
-        and ROWS[2]["prompt"] in stderr.splitlines()[-1]
-    )
+    last = stderr.splitlines()[-1]
+    assert code == 2 and "SIGKILL" in last and ROWS[2]["prompt"] in last
     assert not (tmp_path / "rewarded.jsonl").exists()
     code, stdout, _ = evaluate("--input", path)
     assert code == 0 and "resuming after 2 of 3 pairs" in stdout
 
 
-def test_a_judge_that_scores_by_the_chunk_dies_and_goes_on(evaluate, tmp_path, monkeypatch):
-    """64 solutions at a call, so rows come 32 at a time; the control permutes within them, whatever was scored before."""
+def test_a_judge_that_scores_in_chunks_dies_and_resumes(evaluate, tmp_path, monkeypatch):
+    """64 solutions in a call, so 32 rows; the control permutes within a call, so that resuming gives
+    the same rows."""
     rows = [{**ROWS[k % 3], "prompt": f"{ROWS[k % 3]['prompt']} {k}"} for k in range(70)]
     path, score = write(tmp_path / "pairs.jsonl", rows), TinyLlamaRewardScorer._score
     assert evaluate("--input", path, "--judge", "shuffled")[0] == 0
@@ -271,19 +261,14 @@ def test_another_judge_does_not_continue_the_rows(evaluate, tiny_gguf, tmp_path,
 
 def test_only_left_out_rows(evaluate, tmp_path):
     code, _, stderr = evaluate("--input", write(tmp_path / "pairs.jsonl", [LONG]))
-    assert (
-        code == 2
-        and "no pair was scored, all 1 are longer than the judge's context"
-        in stderr.splitlines()[-1]
-    )
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "pairs.jsonl",
-        "rewarded.left_out.jsonl",
-    ]
+    reason = "no pair was scored, all 1 are longer than the judge's context"
+    assert code == 2 and reason in stderr.splitlines()[-1]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["pairs.jsonl", "rewarded.left_out.jsonl"]
 
 
 def test_killed_and_started_again_it_writes_the_same_file(evaluate, tiny_gguf, tmp_path):
-    rows = [{**ROWS[k % 3], "prompt": f"{ROWS[k % 3]['prompt']} {k}"} for k in range(1500)]
+    rows = [{**ROWS[k % 3], "prompt": f"{ROWS[k % 3]['prompt']} {k}"} for k in range(400)]
     path = write(tmp_path / "pairs.jsonl", [*rows[:10], LONG, *rows[10:]])
     output, partial = tmp_path / "rewarded.jsonl", tmp_path / "rewarded.jsonl.partial"
     assert evaluate("--input", path)[0] == 0
@@ -297,7 +282,7 @@ def test_killed_and_started_again_it_writes_the_same_file(evaluate, tiny_gguf, t
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    while not partial.exists() or partial.read_bytes().count(b"\n") < 100:
+    while not partial.exists() or partial.read_bytes().count(b"\n") < 20:
         assert process.poll() is None
         time.sleep(0.005)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -313,13 +298,10 @@ def test_killed_and_started_again_it_writes_the_same_file(evaluate, tiny_gguf, t
     code, _, stderr = evaluate("--input", path, "--limit", 7)
     assert code == 2 and "another job" in stderr  # other arguments do not continue these rows
     code, stdout, _ = evaluate("--input", path)
-    assert code == 0 and f"resuming after {done} of 1501 pairs" in stdout
+    assert code == 0 and f"resuming after {done} of 401 pairs" in stdout
     assert output.read_bytes() == undisturbed
     assert json.loads((tmp_path / "rewarded.left_out.jsonl").read_text())["prompt"] == "a long one"
     assert not partial.exists()
-    assert not [
-        pid
-        for pid in workers
-        if Path(f"/proc/{pid}/maps").exists()
-        and "ctransformers" in Path(f"/proc/{pid}/maps").read_text()
-    ]
+    maps = [Path(f"/proc/{pid}/maps") for pid in workers]
+    alive = [path for path in maps if path.exists() and "ctransformers" in path.read_text()]
+    assert not alive  # the judge's process ended with its parent

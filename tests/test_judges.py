@@ -1,20 +1,19 @@
-"""The flag --judge: what each judge needs, what identifies it, the human judge and how its agreement is measured."""
+"""The flag --judge: arguments, name and identity of a judge; the human judge; a failing server."""
 
 import hashlib
+import itertools
 import json
-import math
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
 from common.errors import RecordError, UserError
-from common.files import ROOT, content_hash, read_records
+from common.files import ROOT, content_hash, read_records, read_rows, write_records
 from evaluation.metrics import kappa_metric
 from reasoning.problems import problems
 from reasoning.records import Problem
+from reward_model import evaluate_steps
 from reward_model.judges.human import HumanJudge
 from reward_model.protocols import aggregate
 from reward_model.registry import (
@@ -29,24 +28,36 @@ from reward_model.registry import (
     score_all,
 )
 from tests.helpers.judges import FixedJudge
+from tests.helpers.mains import call_main
+from tests.helpers.servers import Server, chat, error
 
 TEST_PROBLEMS = str(ROOT / "data/problems_test.jsonl")
 
 
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch, capsys):
+    """Run evaluate_steps.py in tmp_path, in this process; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object):
+        main = evaluate_steps.main
+        return call_main(main, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+    return call
+
+
 def test_aggregates():
-    assert [
-        aggregate([0.9, 0.2, 0.5], how) for how in ("mean", "min", "prod", "last")
-    ] == pytest.approx([1.6 / 3, 0.2, 0.09, 0.5])
-    assert [aggregate([], how) for how in ("mean", "min", "prod", "last")] == [0, 0, 0, 0]
+    names = ("mean", "min", "prod", "last")
+    scores = [aggregate([0.9, 0.2, 0.5], how) for how in names]
+    assert scores == pytest.approx([1.6 / 3, 0.2, 0.09, 0.5])
+    assert [aggregate([], how) for how in names] == [0, 0, 0, 0]
 
 
-def test_the_default_judge_tells_right_from_wrong_and_the_control_does_not():
-    told = [
-        problem for problem, _ in zip(read_records(TEST_PROBLEMS, Problem), range(20), strict=False)
-    ]
+@pytest.mark.process
+def test_the_default_judge_scores_right_steps_higher_and_the_control_does_not():
     solutions = [
         (problem.prompt, steps)
-        for problem in told
+        for problem in itertools.islice(read_records(TEST_PROBLEMS, Problem), 20)
         for steps in (problem.steps, ["Step 1: 1 + 1 = 3", *problem.steps[1:]])
     ]
     firsts = {}
@@ -58,9 +69,8 @@ def test_the_default_judge_tells_right_from_wrong_and_the_control_does_not():
         for name, scores in firsts.items()
     }
     assert right["exact"] == 20 and right["gguf"] >= 18 and right["shuffled"] <= 16
-    assert sorted(firsts["shuffled"]) != sorted(firsts["gguf"]), (
-        "permuted over all steps, not over the first ones"
-    )
+    # permuted over all steps, not only over the first ones
+    assert sorted(firsts["shuffled"]) != sorted(firsts["gguf"])
 
 
 def test_the_exact_judge_knows_the_embedded_world():
@@ -78,12 +88,9 @@ def test_the_exact_judge_knows_the_embedded_world():
         ({"judge": "hf", "judge_path": "none/none.gguf"}, "none.gguf not found"),
         (
             {"judge": "prm", "judge_path": "saved_model/none"},
-            "model directory saved_model/none not found",
+            "directory saved_model/none not found",
         ),
-        (
-            {"judge": "prm", "judge_template": "plain"},
-            "--judge_template: --judge prm does not use it",
-        ),
+        ({"judge": "prm", "judge_template": "plain"}, "--judge_template: --judge prm does not use"),
         ({"judge": "openai"}, "--judge_model: --judge openai needs the name"),
         ({"judge": "openai", "judge_model": "m"}, "--judge_base_url: --judge openai needs the URL"),
         ({"judge_requests": 2}, "--judge_requests: --judge gguf does not use it"),
@@ -108,53 +115,41 @@ def test_a_mistake_in_the_arguments_is_found_before_the_judge_is_opened(
 def test_good_arguments_pass(tiny_gguf, tiny_model_dir):
     url = {"judge_base_url": "http://127.0.0.1:1/v1", "judge_model": "m"}
     good = {
-        "gguf": {"judge_path": tiny_gguf, "threads": 1}, "hf": {"judge_path": tiny_model_dir},
-        "prm": {"judge_path": tiny_model_dir}, "response": {"judge_path": tiny_model_dir}, "openai": url, "exact": {},
-        "shuffled": {"shuffled_judge": "openai"} | url, "random": {"seed": 3}, "human": {"judge_labels": TEST_PROBLEMS},
-    }  # fmt: skip
+        "gguf": ({"judge_path": tiny_gguf, "threads": 1}, "tiny.F32"),
+        "hf": ({"judge_path": tiny_model_dir}, "hf-tiny-model"),
+        "prm": ({"judge_path": tiny_model_dir}, "prm-tiny-model"),
+        "response": ({"judge_path": tiny_model_dir}, "response-tiny-model"),
+        "openai": (url, "openai-m"),
+        "exact": ({}, "exact"),
+        "shuffled": ({"shuffled_judge": "openai"} | url, "shuffled-openai-m"),
+        "random": ({"seed": 3}, "random-3"),
+        "human": ({"judge_labels": TEST_PROBLEMS}, "human-problems_test"),
+    }
     assert good.keys() == {*JUDGES, SHUFFLED}
-    names = []
-    for judge, arguments in good.items():
-        check_judge(JudgeArgs(judge=judge, **arguments))
-        names.append(judge_name(JudgeArgs(judge=judge, **arguments)))
-    called = [
-        "tiny.F32",
-        "hf-tiny-model",
-        "prm-tiny-model",
-        "response-tiny-model",
-        "openai-m",
-        "exact",
-        "shuffled-openai-m",
-    ]
-    assert names == [*called, "random-3", "human-problems_test"]
+    for judge, (arguments, name) in good.items():
+        args = JudgeArgs(judge=judge, **arguments)
+        check_judge(args)
+        assert judge_name(args) == name
 
 
 def test_identity_is_what_changes_the_scores(tmp_path):
-    (tmp_path / "model").mkdir()
-    for name, text in (
-        ("config.json", "{}"),
-        ("model.safetensors", "weights"),
-        ("README.md", "a card"),
-    ):
-        (tmp_path / "model" / name).write_text(text)
+    model = tmp_path / "model"
+    model.mkdir()
+    files = {"config.json": "{}", "model.safetensors": "weights", "README.md": "a card"}
+    for name, text in files.items():
+        (model / name).write_text(text)
 
     def identity(**changes):
-        return judge_identity(
-            JudgeArgs(**{"judge": "hf", "judge_path": str(tmp_path / "model")} | changes)
-        )
+        return judge_identity(JudgeArgs(**{"judge": "hf", "judge_path": str(model)} | changes))
 
     before = identity()
-    (tmp_path / "model/README.md").write_text("another")
+    (model / "README.md").write_text("another")
     assert identity() == identity(threads=3) == before
-    assert identity(judge="shuffled", shuffled_judge="hf", seed=1) != identity(
-        judge="shuffled", shuffled_judge="hf", seed=2
-    )
-    assert before not in (
-        identity(judge="gguf"),
-        identity(judge_template="zephyr"),
-        identity(judge_path="org/model"),
-    )
-    (tmp_path / "model/model.safetensors").write_text("WEIGHTS")
+    shuffled = {"judge": "shuffled", "shuffled_judge": "hf"}
+    assert identity(**shuffled, seed=1) != identity(**shuffled, seed=2)
+    for change in ({"judge": "gguf"}, {"judge_template": "zephyr"}, {"judge_path": "org/model"}):
+        assert identity(**change) != before
+    (model / "model.safetensors").write_text("WEIGHTS")
     assert identity() != before
     assert content_hash("org/no-such-folder") is None
     json.dumps(before)
@@ -165,9 +160,8 @@ def test_score_all_gives_every_solution_once_and_in_order():
     judge = FixedJudge(lambda prompt, step, previous: int(prompt) / 1000)
     score_steps = judge.score_steps
     judge.score_steps = lambda solutions: calls.append(len(solutions)) or score_steps(solutions)
-    assert score_all(judge, [(str(k), ["x"]) for k in range(CHUNK + 5)], "scores") == [
-        [k / 1000] for k in range(CHUNK + 5)
-    ]
+    scores = score_all(judge, [(str(k), ["x"]) for k in range(CHUNK + 5)], "scores")
+    assert scores == [[k / 1000] for k in range(CHUNK + 5)]
     assert calls == [CHUNK, 5]
 
 
@@ -217,44 +211,35 @@ def test_a_bad_row_of_labels_names_file_line_and_field(tmp_path, row, message):
     assert str(error.value).startswith(f"{path}:2: {message}")
 
 
-def test_scripts_judge_by_people_and_by_the_checker(run_script, tmp_path):
-    """evaluate_steps.py on the same pairs: labels of the first pair only, then the exact scores of all."""
-    told = [
-        next(read_records(TEST_PROBLEMS, Problem)),
-        Problem("Mia has 2 cups.", "2", ["Answer: 2"]),
-    ]
+def test_evaluate_steps_by_people_and_by_the_checker(evaluate, tmp_path):
+    """The same pairs with labels of the first pair only, then with the exact scores of all."""
+    first = next(read_records(TEST_PROBLEMS, Problem))
+    second = Problem("Mia has 2 cups.", "2", ["Answer: 2"])
     pairs = [
         {"prompt": problem.prompt, "chosen": problem.steps, "rejected": ["Answer: 1"]}
-        for problem in told
+        for problem in (first, second)
     ]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    (tmp_path / "problems.jsonl").write_text(json.dumps(vars(told[1])) + "\n")
-    first = {
-        "prompt": pairs[0]["prompt"],
-        "steps": pairs[0]["chosen"],
-        "labels": [1] * len(pairs[0]["chosen"]),
-    }
-    labels_file(tmp_path / "labels.jsonl", first, first | {"steps": ["Answer: 1"], "labels": [0]})
+    write_records(tmp_path / "pairs.jsonl", pairs)
+    write_records(tmp_path / "problems.jsonl", [second])
+    right = {"prompt": first.prompt, "steps": first.steps, "labels": [1] * len(first.steps)}
+    wrong = {"prompt": first.prompt, "steps": ["Answer: 1"], "labels": [0]}
+    write_records(tmp_path / "labels.jsonl", [right, wrong])
     labels_file(tmp_path / "others.jsonl", {"steps": ["a"], "labels": [1]})
 
     def script(*arguments):
         files = ("--input", "pairs.jsonl", "--output", "out/rewarded.jsonl", "--overwrite")
-        return run_script("reward_model/evaluate_steps.py", *files, *arguments)
+        return evaluate(*files, *arguments)
 
-    done = script("--judge", "human", "--judge_labels", "labels.jsonl")
-    assert (
-        done.returncode == 0
-        and "left out          1 (not labelled step by step by anyone)" in done.stdout
-    ), done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "out/rewarded.jsonl").read_text().splitlines()]
+    code, stdout, stderr = script("--judge", "human", "--judge_labels", "labels.jsonl")
+    assert code == 0, stderr
+    assert "left out          1 (not labelled step by step by anyone)" in stdout
+    rows = [row for _, row in read_rows(tmp_path / "out/rewarded.jsonl")]
     assert [(set(row["chosen_scores"]), row["rejected_scores"]) for row in rows] == [({1}, [0])]
-    none = script("--judge", "human", "--judge_labels", "others.jsonl")
-    assert (
-        none.returncode == 2
-        and "no pair was scored, all 2 are not labelled" in none.stderr.splitlines()[-1]
-    )
-    exact = script("--judge", "exact", "--judge_problems", "problems.jsonl")
-    assert exact.returncode == 2 and "no reference for the problem" in exact.stderr.splitlines()[-1]
+    code, _, stderr = script("--judge", "human", "--judge_labels", "others.jsonl")
+    assert code == 2
+    assert "no pair was scored, all 2 are not labelled" in stderr.splitlines()[-1]
+    code, _, stderr = script("--judge", "exact", "--judge_problems", "problems.jsonl")
+    assert code == 2 and "no reference for the problem" in stderr.splitlines()[-1]
 
 
 def test_kappa_is_agreement_beyond_chance():
@@ -273,105 +258,37 @@ def test_kappa_is_agreement_beyond_chance():
 # --- a server that fails
 
 
-class Server(ThreadingHTTPServer):
-    """An OpenAI-compatible server: answers `allowed` requests from recorded log-probs, then refuses the key."""
-
-    allowed, answered = 0, 0
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        refused = self.server.answered >= self.server.allowed
-        self.server.answered += not refused
-        yes = (
-            0.1
-            + 0.8
-            * (int(hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest(), 16) % 100)
-            / 100
-        )
-        top = [
-            {"token": token, "logprob": math.log(p), "bytes": None}
-            for token, p in (("Yes", yes), ("No", 1 - yes))
-        ]
-        choice = {
-            "index": 0,
-            "finish_reason": "stop",
-            "message": {"role": "assistant", "content": "Yes"},
-        }
-        choice["logprobs"] = {"content": [top[0] | {"top_logprobs": top}]}
-        error = {"error": {"message": "invalid key", "type": "invalid_request_error"}}
-        answer = json.dumps(
-            error
-            if refused
-            else {
-                "id": "1",
-                "object": "chat.completion",
-                "created": 0,
-                "model": "m",
-                "choices": [choice],
-            }
-        )
-        self.send_response(401 if refused else 200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer.encode())
-
-    def log_message(self, *_):
-        pass
-
-
-def test_a_server_that_fails_costs_no_scored_row_and_no_answer_twice(run_script, tmp_path):
-    # 3 questions each, 32 pairs a chunk
+def test_a_server_that_fails_loses_no_scored_row_and_is_asked_nothing_twice(evaluate, tmp_path):
+    # 3 questions for each pair, 32 pairs in a chunk
     pairs = [{"prompt": f"p {k}", "chosen": ["a", "b"], "rejected": ["c"]} for k in range(40)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    write_records(tmp_path / "pairs.jsonl", pairs)
     with Server() as server:
-        url = f"http://127.0.0.1:{server.server_port}/v1"
 
         def script(output, allowed, cache="answers.jsonl"):
-            server.allowed, server.answered = allowed, 0
-            judge = (
-                "--judge",
-                "openai",
-                "--judge_base_url",
-                url,
-                "--judge_model",
-                "m",
-                "--judge_cache",
-                cache,
-                "--judge_requests",
-                2,
-            )
-            return run_script(
-                "reward_model/evaluate_steps.py",
-                "--input",
-                "pairs.jsonl",
-                "--output",
-                output,
-                *judge,
-            )
+            """The server answers `allowed` requests, then refuses the key."""
 
-        refused = script("rewarded.jsonl", 0)
-        assert (
-            refused.returncode == 2
-            and refused.stderr.count("\n") == 1
-            and "OPENAI_API_KEY" in refused.stderr
-        )
-        assert {path.name for path in tmp_path.iterdir()} <= {"pairs.jsonl", "answers.jsonl"}, (
-            "found before anything is begun"
-        )
-        failed = script("rewarded.jsonl", 110)
-        assert failed.returncode == 2 and "OPENAI_API_KEY" in failed.stderr.splitlines()[-1]
-        resumed = script("rewarded.jsonl", 1000)
-        assert resumed.returncode == 0 and "resuming after 32 of 40 pairs" in resumed.stdout, (
-            resumed.stderr
-        )
-        assert server.answered == 3 * 40 + 1 - 110  # one question more, to try the server
-        assert script("whole.jsonl", 1000, "other.jsonl").returncode == 0
-        server.shutdown()
+            def answer(number, body):
+                if number >= allowed:
+                    return error(401, "invalid key")
+                digest = hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest()
+                yes = 0.1 + 0.8 * (int(digest, 16) % 100) / 100
+                return chat("Yes", {"Yes": yes, "No": 1 - yes})
+
+            server.requests.clear()
+            server.answer = answer
+            judge = ("--judge", "openai", "--judge_base_url", server.url, "--judge_model", "m")
+            options = ("--judge_cache", cache, "--judge_requests", 2)
+            return evaluate("--input", "pairs.jsonl", "--output", output, *judge, *options)
+
+        code, _, stderr = script("rewarded.jsonl", 0)
+        assert code == 2 and stderr.count("\n") == 1 and "OPENAI_API_KEY" in stderr
+        # the failure is found before any row is begun
+        assert {path.name for path in tmp_path.iterdir()} <= {"pairs.jsonl", "answers.jsonl"}
+        code, _, stderr = script("rewarded.jsonl", 110)
+        assert code == 2 and "OPENAI_API_KEY" in stderr.splitlines()[-1]
+        code, stdout, stderr = script("rewarded.jsonl", 1000)
+        assert code == 0 and "resuming after 32 of 40 pairs" in stdout, stderr
+        # one question more, to try the server
+        assert len(server.requests) == 3 * 40 + 1 - 110
+        assert script("whole.jsonl", 1000, "other.jsonl")[0] == 0
     assert (tmp_path / "rewarded.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -1,21 +1,23 @@
-"""A judge whose scores a test writes down."""
+"""A judge with scores that a test chooses."""
 
 from collections.abc import Callable, Sequence
 
-from reward_model.protocols import Solution, StepJudge
+from reward_model.protocols import Scores, Solution, StepJudge, with_skips
 
 
 class FixedJudge(StepJudge):
-    """Scores by a plain function of (prompt, step, earlier steps); a None leaves the solution unscored."""
+    """Scores by a function of (prompt, step, earlier steps).
+
+    If the function returns None for a step, the solution is left unscored."""
 
     def __init__(self, score: Callable[[str, str, Sequence[str]], float | None]):
         self.score = score
 
     def score_steps(
         self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
-    ) -> list[list[float] | None]:
+    ) -> Scores:
         scored = []
-        for (prompt, steps), first in zip(solutions, skip or [0] * len(solutions), strict=True):
+        for prompt, steps, first in with_skips(solutions, skip):
             scores = [self.score(prompt, steps[k], steps[:k]) for k in range(first, len(steps))]
             scored.append(None if None in scores else scores)
         return scored

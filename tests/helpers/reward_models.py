@@ -1,4 +1,4 @@
-"""Miniature PRMs and reward models with random weights for the tests, each a plain model directory."""
+"""Miniature PRMs and reward models with random weights, each a plain model directory."""
 
 from pathlib import Path
 
@@ -25,7 +25,9 @@ def make_llama(
 
 
 def make_distilbert(folder: Path, head: bool = True) -> str:
-    """DistilBERT with a vocabulary of characters and 64 positions; without a head as it is published, for masked words."""
+    """DistilBERT with a vocabulary of characters and 64 positions.
+
+    Without a head it is a model for masked words, the form in which DistilBERT is published."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import (
@@ -51,13 +53,12 @@ def make_distilbert(folder: Path, head: bool = True) -> str:
         **{f"{name}_token": token for name, token in zip(names, special, strict=True)},
     )
     config = DistilBertConfig(
-        vocab_size=len(vocabulary), dim=32, hidden_dim=64, n_layers=2, n_heads=2, max_position_embeddings=64, num_labels=1,
-        initializer_range=0.3,
+        vocab_size=len(vocabulary), dim=32, hidden_dim=64, n_layers=2, n_heads=2,
+        max_position_embeddings=64, num_labels=1, initializer_range=0.3,
     )  # fmt: skip
     torch.manual_seed(0)
-    (DistilBertForSequenceClassification if head else DistilBertForMaskedLM)(
-        config
-    ).save_pretrained(folder)
+    model_class = DistilBertForSequenceClassification if head else DistilBertForMaskedLM
+    model_class(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def chat(text: str | None, *places: dict[str, float]) -> dict:
-    """An answer as /v1/chat/completions gives it; places: for every token of it the probabilities that are listed."""
+    """An answer of /v1/chat/completions; places: the listed probabilities for each token."""
     listed = [
         [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in place.items()]
         for place in places
@@ -24,54 +24,43 @@ def chat(text: str | None, *places: dict[str, float]) -> dict:
         "index": 0,
         "message": {"role": "assistant", "content": text},
         "finish_reason": "stop",
+        "logprobs": {"content": content} if places else None,
     }
-    return {
-        "id": "1",
-        "object": "chat.completion",
-        "choices": [{**choice, "logprobs": {"content": content} if places else None}],
-    }
+    return {"id": "1", "object": "chat.completion", "choices": [choice]}
 
 
 def completion(text: str, *places: dict[str, float]) -> dict:
-    """An answer as /v1/completions gives it."""
-    logprobs = {
-        "tokens": [],
-        "top_logprobs": [{token: math.log(p) for token, p in place.items()} for place in places],
-    }
-    choice = {
-        "index": 0,
-        "text": text,
-        "finish_reason": "length",
-        "logprobs": logprobs if places else None,
-    }
+    """An answer of /v1/completions."""
+    top = [{token: math.log(p) for token, p in place.items()} for place in places]
+    logprobs = {"tokens": [], "top_logprobs": top} if places else None
+    choice = {"index": 0, "text": text, "finish_reason": "length", "logprobs": logprobs}
     return {"id": "1", "object": "text_completion", "choices": [choice]}
 
 
 SURE = chat("Yes", {"Yes": 0.9, "No": 0.1})
+JSON = {"Content-Type": "application/json"}
 
 
 class Server:
-    """Plays answers: `answer(number of the request, its body)` gives a JSON object, (status, headers, bytes), or None to drop the
-    connection. What was asked is in `requests`."""
+    """An HTTP server on loopback that gives prepared answers; a context manager.
+
+    `answer(number of the request, its body)` returns a JSON object, (status, headers, bytes), or
+    None to drop the connection. `requests` holds all requests, `most` the most at once."""
 
     def __init__(self):
         self.requests: list[dict] = []
-        self.answer, self.now, self.most, self.lock = (
-            (lambda number, body: SURE),
-            0,
-            0,
-            threading.Lock(),
-        )
+        self.answer = lambda number, body: SURE
+        self.now = self.most = 0
+        self.lock = threading.Lock()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                request = {"path": self.path, "key": self.headers["Authorization"], **body}
                 with server.lock:
-                    server.requests.append(
-                        {"path": self.path, "key": self.headers["Authorization"], **body}
-                    )
-                    number = len(server.requests) - 1
+                    number = len(server.requests)
+                    server.requests.append(request)
                     server.now += 1
                     server.most = max(server.most, server.now)
                 try:
@@ -82,16 +71,12 @@ class Server:
                 if reply is None:
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
-                json_type = {"Content-Type": "application/json"}
-                status, headers, content = (
-                    (200, json_type, json.dumps(reply).encode())
-                    if isinstance(reply, dict)
-                    else reply
-                )
+                if isinstance(reply, dict):
+                    reply = 200, {}, json.dumps(reply).encode()
+                status, headers, content = reply
                 self.send_response(status)
-                for name, value in (
-                    json_type | headers | {"Content-Length": str(len(content))}
-                ).items():
+                headers = JSON | headers | {"Content-Length": str(len(content))}
+                for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)
@@ -99,21 +84,26 @@ class Server:
             def log_message(self, *args):
                 pass
 
-        self.http = type("Http", (ThreadingHTTPServer,), {"request_queue_size": 64})(
-            ("127.0.0.1", 0), Handler
-        )
+        http_class = type("Http", (ThreadingHTTPServer,), {"request_queue_size": 64})
+        self.http = http_class(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, args=[0.01], daemon=True).start()
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.http.shutdown()
+        self.http.server_close()
+
 
 def error(status: int, message: str, **headers: str) -> tuple[int, dict, bytes]:
-    return (
-        status,
-        headers,
-        json.dumps({"error": {"message": message, "type": "error", "code": None}}).encode(),
-    )
+    """An error in OpenAI's form."""
+    body = {"error": {"message": message, "type": "error", "code": None}}
+    return status, headers, json.dumps(body).encode()
 
 
+# name -> (answer of a server, pattern of the error message)
 FAILURES = {
     "rate limit": (error(429, "quota used up"), "429.*quota used up.*wait"),
     "its fault": (error(500, "out of memory"), "500.*out of memory.*log"),
@@ -147,19 +137,8 @@ def transformers_serve(model: str, folder: Path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     serve = "from transformers.cli.transformers import main; main()"
-    command = [
-        sys.executable,
-        "-c",
-        serve,
-        "serve",
-        model,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--device",
-        "cpu",
-    ]
+    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, "-c", serve, "serve", model, *options]
     log = (folder / "log").open("w")
     process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
