@@ -60,7 +60,7 @@ class TreeNode:
 
     @property
     def value(self) -> float:
-        """MC(s), 0..1: the share of its own rollouts that end right (arXiv 2406.06592)."""
+        """MC(s), 0..1: the share of its own rollouts that end right; a cut one does not."""
         return sum(rollout.outcome == "right" for rollout in self.rollouts) / len(self.rollouts)
 
 
@@ -258,8 +258,8 @@ def per_step(root: "State", is_right: Callable[[Steps], bool], budget: TreeBudge
     """Math-Shepherd with soft estimation (Wang et al. 2024, arXiv 2312.08935).
 
     Rollouts after every step of solutions. The solutions are the rollouts from the root, right or
-    wrong, in the order of sampling, which does not depend on their outcomes. A prefix that several solutions share is evaluated once.
-    Rollouts that were cut are left out, as in `omegaprm`."""
+    wrong, in the order of sampling, which does not depend on their outcomes. A prefix that several
+    solutions share is evaluated once. Rollouts that were cut are left out, as in `omegaprm`."""
     tree = Tree(root.prompt, "per_step")
     start = yield from _begin(tree, root, is_right, budget)
     if tree.ended:

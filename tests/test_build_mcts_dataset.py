@@ -75,7 +75,7 @@ def test_every_row_is_what_the_trees_say(built):
         f"11 problems: {len(searched)} searched",
         "1 prompt too long",
         f"{len(rollouts)} rollouts (",
-        f"{sum(rollout.outcome == 'cut' for rollout in rollouts)} cut at the limit",
+        f"{sum(rollout.outcome == 'cut' for rollout in rollouts)} cut at the token limit",
         f"{sum(rollout.tokens for rollout in rollouts)} tokens",
         f"{len(rows)} rows",
         f"wrote {len(rows)} step values to out/steps.jsonl, out/steps.csv, out/trees.jsonl",
@@ -196,7 +196,7 @@ def test_held_out_problems_are_refused(built, run_script, tmp_path):
         (["--csv", "there.csv"], "--overwrite"),
         (["--from_trees", "nowhere.jsonl"], "nowhere.jsonl not found"),
         (["--from_trees", "there.csv"], "there.csv:1: no search tree"),
-        (["--from_trees", "there.csv", "--trees", "more.jsonl"], "--from_trees reads them"),
+        (["--from_trees", "there.csv", "--trees", "more.jsonl"], "which reads existing trees"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(run_script, tmp_path, args, message):

@@ -58,7 +58,7 @@ def test_a_part_of_train(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--limit", "5"], "go with --split train"),
+        (["--limit", "5"], "only with --split train"),
         (["--split", "pretrain"], "argument --split: invalid choice"),
         (["--split", "train", "--limit", "0"], "expected at least 0, 1 and 2"),
         (["--split", "train", "--skip", "20000"], "the train split has 20000 problems"),

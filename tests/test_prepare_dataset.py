@@ -94,7 +94,7 @@ def test_labelled_steps_become_scored_pairs(prepare):
     rows = [" ".join(line.split()) for line in said.splitlines()]
     assert (
         "labelled steps read 25" in rows
-        and "steps without a wrong one after the same beginning 15" in rows
+        and "steps without a wrong one after the same prefix 15" in rows
     )
     assert rows[-1] == "next: python train.py --dataset_name out.jsonl"
 
@@ -205,12 +205,12 @@ def test_a_folder_keeps_its_sides(prepare):
         (["--dataset_name", "torn.jsonl"], "torn.jsonl:2: field 'answer' is missing"),
         (
             ["--dataset_name", DATA / "gsm8k.jsonl", "--to", "pairs"],
-            "gives problems, and no pairs can be made of that",
+            "gives problems, which cannot become pairs",
         ),
         (["--dataset_name", DATA / "gsm8k.jsonl", "--to", "cake"], "argument --to: invalid choice"),
         (
             ["--dataset_name", DATA / "processbench.json"],
-            "no pairs came out (see above), nothing was written",
+            "no pairs were found (see above), nothing was written",
         ),
         (
             ["--dataset_name", DATA / "gsm8k.jsonl", "--output", "old.jsonl"],

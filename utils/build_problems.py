@@ -1,7 +1,9 @@
-"""Write problems of the embedded world: data/problems_{validation,test,hard_validation,hard}.jsonl, or some of the train split.
+"""Write problems of the embedded problem world: the held-out splits, or a part of the train split.
 
-python utils/build_problems.py --overwrite
-python utils/build_problems.py --split train --limit 480 --output data/smollm2/warm_start.jsonl
+    python utils/build_problems.py --overwrite
+    python utils/build_problems.py --split train --limit 480 --output data/smollm2/warm_start.jsonl
+
+The held-out splits are data/problems_{validation,test,hard_validation,hard}.jsonl.
 """
 
 import itertools
@@ -25,38 +27,38 @@ class ProblemArguments:
     split: str = field(
         default="held_out",
         metadata={
-            "help": "held_out: the four held-out splits; or train",
+            "help": "held_out: all four held-out splits; or train",
             "choices": ["held_out", "train"],
         },
     )
     output: str | None = field(
         default=None,
         metadata={
-            "help": "folder of the four files, or with --split train the file (default: data, data/problems_train.jsonl)"
+            "help": "folder of the four files (if not given: data); with --split train the file "
+            "(if not given: data/problems_train.jsonl)"
         },
     )
     skip: int = field(
-        default=0, metadata={"help": "with --split train: leave out its first SKIP problems"}
+        default=0, metadata={"help": "with --split train: skip the first SKIP problems"}
     )
     limit: int | None = field(
-        default=None, metadata={"help": "with --split train: problems to write; all if not given"}
+        default=None, metadata={"help": "with --split train: number of problems; all if not given"}
     )
     max_events: int = field(
         default=MOST_EVENTS,
-        metadata={"help": "with --split train: leave out problems of more events"},
+        metadata={"help": "with --split train: leave out problems with more events"},
     )
     overwrite: bool = field(
-        default=False, metadata={"help": "replace them (they are the same bytes on every machine)"}
+        default=False,
+        metadata={"help": "replace existing files; they are the same on every machine"},
     )
 
     def __post_init__(self):
-        if self.split != "train" and (self.skip, self.limit, self.max_events) != (
-            0,
-            None,
-            MOST_EVENTS,
-        ):
+        selects = (self.skip, self.limit, self.max_events) != (0, None, MOST_EVENTS)
+        if self.split != "train" and selects:
             raise UserError(
-                "arguments --skip, --limit and --max_events go with --split train: held-out splits are whole"
+                "arguments --skip, --limit and --max_events: only with --split train, because "
+                "held-out splits are always complete"
             )
         if self.skip < 0 or self.max_events < 2 or (self.limit is not None and self.limit < 1):
             raise UserError("arguments --skip, --limit, --max_events: expected at least 0, 1 and 2")
@@ -71,18 +73,14 @@ def main() -> None:
     if args.split == "train":
         file = Path(args.output or at_root("data/problems_train.jsonl"))
         check_output(str(file), args.overwrite)
-        # a reference solution has one step for each event, and the closing one
-        some = (
-            task
-            for task in itertools.islice(problems("train"), args.skip, None)
-            if len(task.steps) - 1 <= args.max_events
-        )
-        print(f"wrote {write_records(file, itertools.islice(some, args.limit))} problems to {file}")
+        rest = itertools.islice(problems("train"), args.skip, None)
+        # a reference solution has a step for each event, and the step with the answer
+        selected = (problem for problem in rest if len(problem.steps) - 1 <= args.max_events)
+        count = write_records(file, itertools.islice(selected, args.limit))
+        print(f"wrote {count} problems to {file}")
         return
-    files = {
-        split: Path(args.output or at_root("data")) / f"problems_{split}.jsonl"
-        for split in HELD_OUT
-    }
+    folder = Path(args.output or at_root("data"))
+    files = {split: folder / f"problems_{split}.jsonl" for split in HELD_OUT}
     for file in files.values():
         check_output(str(file), args.overwrite)
     for split, file in files.items():

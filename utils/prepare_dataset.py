@@ -1,11 +1,13 @@
-"""Public data sets, or your own files of their shapes -> this project's records, ready for train.py.
+"""Convert a public data set, or a file with the same fields, into this project's records.
 
-    python utils/prepare_dataset.py --dataset_name prm800k/phase1_train.jsonl --output data/prm800k.jsonl
+    python utils/prepare_dataset.py --dataset_name prm800k/phase1_train.jsonl \\
+        --output data/prm800k.jsonl
     python train.py --dataset_name data/prm800k.jsonl
 
-The shape is recognized from the fields (reasoning/datasets/shapes.py lists them). Labelled steps become scored pairs (a right step against
-a wrong one after the same beginning) or step values. A tenth of the problems goes to a second file, NAME_test.jsonl; a folder that
-has train and test files keeps its own two sides. No problem is on both.
+The shape of the data set is recognized from its fields (reasoning/datasets/shapes.py lists the
+shapes). Labelled steps become step values, or scored pairs of a right and a wrong step after the
+same prefix. A tenth of the problems goes to a second file, NAME_test.jsonl. If the data set is a
+folder with train and test files, these are the two sides. No problem is on both sides.
 """
 
 import itertools
@@ -22,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import check_output, parse_args, run
 from common.errors import RecordError, UserError
-from common.files import at_root, write_records
+from common.files import at_root, file_stem, write_records
 from reasoning.answers import same_answer
-from reasoning.datasets import shapes as loaders
+from reasoning.datasets import loading
 from reasoning.datasets.files import folder_files
+from reasoning.datasets.shapes import KINDS
 from reasoning.records import PreferencePair, StepValue
 from reasoning.steps import one_line
 
@@ -34,35 +37,36 @@ from reasoning.steps import one_line
 class PrepareArguments:
     dataset_name: str = field(
         metadata={
-            "help": "a .jsonl, .json, .csv or .parquet file, a folder of them, or a name on the hub"
+            "help": "a .jsonl, .json, .csv (each also with .gz) or .parquet file, a folder of such "
+            "files, or a name on the hub"
         }
     )
     dataset_config: str | None = field(
         default=None, metadata={"help": "configuration of a hub data set"}
     )
     dataset_split: str | None = field(
-        default=None, metadata={"help": "split of a hub data set or a folder; default: train"}
+        default=None, metadata={"help": "split of a hub data set or a folder; train if not given"}
     )
     to: str | None = field(
         default=None,
         metadata={
-            "help": "what to make; default: pairs of labelled steps, else what the data set has",
-            "choices": [*loaders.KINDS],
+            "help": "kind of the records; if not given: pairs from labelled steps, otherwise the "
+            "kind of the data set",
+            "choices": [*KINDS],
         },
     )
     output: str = field(
         default_factory=lambda: at_root("data/prepared.jsonl"),
-        metadata={"help": "the records (JSONL)"},
+        metadata={"help": "file of the records, .jsonl or .jsonl.gz"},
     )
     test_size: float = field(
-        default=0.1,
-        metadata={"help": "share of the problems, 0 to below 1, that goes to NAME_test.jsonl"},
+        default=0.1, metadata={"help": "share of the problems, 0 to below 1, for NAME_test.jsonl"}
     )
     limit: int | None = field(
-        default=None, metadata={"help": "use the first LIMIT records of the data set"}
+        default=None, metadata={"help": "use the first LIMIT records; all if not given"}
     )
-    seed: int = field(default=0, metadata={"help": "which problems go to the test file"})
-    overwrite: bool = field(default=False, metadata={"help": "replace the output"})
+    seed: int = field(default=0, metadata={"help": "seed of the choice of test problems"})
+    overwrite: bool = field(default=False, metadata={"help": "replace existing outputs"})
 
     def __post_init__(self):
         if not 0 <= self.test_size < 1:
@@ -71,56 +75,54 @@ class PrepareArguments:
             raise UserError(f"argument --limit: expected 1 or more, got {self.limit}")
 
 
-# --- conversion ------------------------------------------------------------------------------------------------------------------
+# --- conversion ---
 
 
-def records_of(args: PrepareArguments, split: str | None, counts: Counter) -> tuple[str, list]:
-    """(kind, records) of one side of the data set, each record once."""
+def load_side(args: PrepareArguments, split: str | None, counts: Counter) -> tuple[str, list]:
+    """(kind, records) of one side of the data set, without duplicates."""
     source = (args.dataset_name, args.dataset_config, split)
-    shape = loaders.find_shape(*source)
-    kind = args.to or {"step_labels": "pairs"}.get(next(iter(shape.gives)), next(iter(shape.gives)))
+    shape = loading.find_shape(*source)
+    best = next(iter(shape.gives))
+    kind = args.to or ("pairs" if best == "step_labels" else best)
     has_steps = {"step_labels", "step_values"} & shape.gives.keys()
     if kind not in shape.gives and not (kind in ("pairs", "step_values") and has_steps):
-        raise UserError(
-            f"{args.dataset_name}: {shape} gives {' or '.join(shape.gives)}, and no {kind} can be made of that"
-        )
+        given = " or ".join(shape.gives)
+        raise UserError(f"{args.dataset_name}: {shape} gives {given}, which cannot become {kind}")
     make_pairs = kind == "pairs" and "pairs" not in shape.gives
     load = {
-        "problems": loaders.load_problems,
-        "pairs": loaders.load_step_values if make_pairs else loaders.load_pairs,
-        "step_labels": loaders.load_step_labels,
-        "step_values": loaders.load_step_values,
+        "problems": loading.load_problems,
+        "pairs": loading.load_step_values if make_pairs else loading.load_pairs,
+        "step_labels": loading.load_step_labels,
+        "step_values": loading.load_step_values,
     }[kind]
-    dropped: Counter = Counter()
+    dropped = Counter[str]()
     records = list(itertools.islice(load(*source, dropped=dropped), args.limit))
     counts["labelled steps read" if make_pairs else f"{kind} read"] += len(records)
     for reason, count in dropped.items():
         counts[f"  dropped, {reason}"] += count
     if make_pairs:
         return kind, pair_steps(records, counts)
-    return kind, each_once(kind, records, counts)
+    return kind, drop_duplicates(kind, records, counts)
 
 
 def pair_steps(values: Iterable[StepValue], counts: Counter) -> list[PreferencePair]:
-    """Scored pairs of one step each: after every beginning, each right step (score .5 or more) against a wrong one. Every step is
-    used, the smaller side again and again; its score goes with it."""
-    after = defaultdict(lambda: ([], []))
+    """Scored pairs of a right step (score 0.5 or more) and a wrong step after the same prefix.
+
+    All steps are used; those of the smaller side several times."""
+    after: dict[tuple, tuple[list[StepValue], list[StepValue]]] = defaultdict(lambda: ([], []))
     for value in merge_values(values, counts, drop_conflicts=True):
         right, wrong = after[value.prompt, tuple(value.prefix)]
         (right if value.score >= 0.5 else wrong).append(value)
     pairs = []
     for (prompt, prefix), (right, wrong) in after.items():
         if not right or not wrong:
-            counts[
-                f"  steps without a {'wrong' if right else 'right'} one after the same beginning"
-            ] += len(right) + len(wrong)
+            other = "wrong" if right else "right"
+            counts[f"  steps without a {other} one after the same prefix"] += len(right + wrong)
             continue
         for k in range(max(len(right), len(wrong))):
             better, worse = right[k % len(right)], wrong[k % len(wrong)]
-            scores = {"chosen_scores": [better.score], "rejected_scores": [worse.score]}
-            pairs.append(
-                PreferencePair(prompt, [better.step], [worse.step], list(prefix), **scores)
-            )
+            steps, scores = ([better.step], [worse.step]), ([better.score], [worse.score])
+            pairs.append(PreferencePair(prompt, *steps, list(prefix), *scores))
     return pairs
 
 
@@ -134,28 +136,25 @@ def _grouped(records: Iterable, key: Callable[[Any], Any]) -> list[list]:
 def merge_values(
     values: Iterable[StepValue], counts: Counter, drop_conflicts: bool = False
 ) -> list[StepValue]:
-    """Each step after its beginning once, with the mean of its scores. Called right here and wrong there, it is a conflict."""
+    """Each step after its prefix once, with the mean of its scores.
+
+    It is a conflict if a step has scores below 0.5 and others of 0.5 or more."""
     merged = []
     for same in _grouped(values, lambda value: (value.prompt, tuple(value.prefix), value.step)):
         counts["  merged, step seen before"] += len(same) - 1
         scores = [value.score for value in same]
         if min(scores) < 0.5 <= max(scores):
-            counts[
-                "  steps called right and wrong, "
-                + ("dropped" if drop_conflicts else "their scores averaged")
-            ] += 1
+            done = "dropped" if drop_conflicts else "their scores averaged"
+            counts[f"  steps called right and wrong, {done}"] += 1
             if drop_conflicts:
                 continue
-        merged.append(
-            same[0]
-            if len(same) == 1
-            else replace(same[0], score=fmean(scores), rollouts=None, visits=None)
-        )
+        mean = replace(same[0], score=fmean(scores), rollouts=None, visits=None)
+        merged.append(same[0] if len(same) == 1 else mean)
     return merged
 
 
-# kind -> (what makes two records the same, whether two of those agree, what they are)
-SAME = {
+# kind -> (key that duplicates share, whether two records with this key agree, name of a record)
+SAME: dict[str, tuple[Callable, Callable, str]] = {
     "problems": (
         lambda p: problem_key(p.prompt),
         lambda p, q: same_answer(p.answer, q.answer),
@@ -174,8 +173,9 @@ SAME = {
 }
 
 
-def each_once(kind: str, records: Iterable, counts: Counter) -> list:
-    """Each record once; those that contradict each other not at all (other answers, the opposite preference, other labels)."""
+def drop_duplicates(kind: str, records: Iterable, counts: Counter) -> list:
+    """Each record once. Records that contradict each other are dropped: different answers, opposite
+    preferences, different labels."""
     if kind == "step_values":
         return merge_values(records, counts)
     key, agree, what = SAME[kind]
@@ -189,34 +189,34 @@ def each_once(kind: str, records: Iterable, counts: Counter) -> list:
     return kept
 
 
-# --- two sides -------------------------------------------------------------------------------------------------------------------
+# --- two sides ---
 
 
 def problem_key(prompt: str) -> str:
-    """What makes two prompts the same problem: the words, whatever the case and the white space."""
+    """Equal for prompts that differ only in case and white space: they are the same problem."""
     return one_line(prompt).casefold()
 
 
 def split_by_problem(records: list, test_size: float, seed: int) -> tuple[list, list]:
-    """(train, test): about `test_size` of the problems with all of their records; both sides get one if there are two."""
+    """(train, test): about `test_size` of the problems, with all their records, are the test side.
+
+    Each side has a problem if there are two problems or more, and `test_size` is above 0."""
     keys = sorted({problem_key(record.prompt) for record in records})
     random.Random(seed).shuffle(keys)
     count = min(max(1, round(test_size * len(keys))), len(keys) - 1) if test_size else 0
     test = set(keys[:count])
-    sides = ([], [])
+    sides: tuple[list, list] = ([], [])
     for record in records:
         sides[problem_key(record.prompt) in test].append(record)
     return sides
 
 
-def own_sides(args: PrepareArguments) -> bool:
-    """Whether the data set is a folder with train and with test files."""
+def has_two_sides(args: PrepareArguments) -> bool:
+    """Whether the data set is a folder with train files and test files."""
     if args.dataset_split or not Path(args.dataset_name).is_dir():
         return False
     try:
-        return bool(
-            folder_files(args.dataset_name, "train") and folder_files(args.dataset_name, "test")
-        )
+        return all(folder_files(args.dataset_name, split) for split in ("train", "test"))
     except RecordError:
         return False
 
@@ -231,33 +231,36 @@ NEXT = {
 def main() -> None:
     (args,) = parse_args(PrepareArguments, description=__doc__.split("\n\n")[0])
     output = Path(args.output)
-    test_output = output.with_name(f"{output.stem}_test{output.suffix}")
+    stem = file_stem(output)
+    test_output = output.with_name(f"{stem}_test{output.name.removeprefix(stem)}")
     for path in (output, test_output):
         check_output(str(path), args.overwrite)
 
-    counts: Counter = Counter()
-    if own_sides(args):
-        (kind, train), (_, test) = (records_of(args, split, counts) for split in ("train", "test"))
-        tested = {problem_key(record.prompt) for record in test}
-        disjoint = [record for record in train if problem_key(record.prompt) not in tested]
+    counts = Counter[str]()
+    if has_two_sides(args):
+        (kind, train), (_, test) = (load_side(args, split, counts) for split in ("train", "test"))
+        test_keys = {problem_key(record.prompt) for record in test}
+        disjoint = [record for record in train if problem_key(record.prompt) not in test_keys]
         counts["  dropped from train, problem is on the test side"] += len(train) - len(disjoint)
         train = disjoint
     else:
-        kind, records = records_of(args, args.dataset_split, counts)
+        kind, records = load_side(args, args.dataset_split, counts)
         train, test = split_by_problem(records, args.test_size, args.seed)
     print(f"{args.dataset_name}: {kind}")
     for what, count in counts.items():
         if count:
             print(f"{what:<60}{count:>8}")
     if not train:
-        raise UserError(f"{args.dataset_name}: no {kind} came out (see above), nothing was written")
+        raise UserError(
+            f"{args.dataset_name}: no {kind} were found (see above), nothing was written"
+        )
     for path, side in ((output, train), (test_output, test)):
         if side:
             write_records(path, side)
             problems = len({problem_key(record.prompt) for record in side})
             print(f"wrote {len(side)} {kind} of {problems} problem{'s' * (problems > 1)} to {path}")
         else:
-            path.unlink(missing_ok=True)  # an earlier one, which --overwrite gives up
+            path.unlink(missing_ok=True)  # of an earlier run; --overwrite allows to remove it
     scored = kind == "pairs" and train[0].chosen_scores is not None
     if kind in NEXT:
         print(f"next: {NEXT['scored pairs' if scored else kind].format(output=args.output)}")

@@ -1,9 +1,10 @@
-"""One search tree, as an indented tree in the terminal and, by --html, as a page.
+"""Show one search tree as indented text in the terminal, and with --html as a page.
 
     python utils/show_tree.py --trees data/trees.jsonl --prompt "22 apples" --html tree.html
 
-A line is a step: its value (the share of rollouts from there or through there that end right), those rollouts, how often the search
-came by, and its text. A first error is a step with which the value falls to 0.
+A line is a step: its value (the share that ends right of the rollouts from or through its state),
+the number of these rollouts, the visits of the search, and the text. A first error is a step after
+which the value is 0.
 """
 
 import html
@@ -27,17 +28,17 @@ MADE_BY = f"python utils/build_mcts_dataset.py --trees {TREES}"
 class ShowArguments:
     trees: str = field(
         default_factory=lambda: at_root(TREES),
-        metadata={"help": f"trees, one a line, as `{MADE_BY}` writes them"},
+        metadata={"help": f"file of trees, written by `{MADE_BY}`"},
     )
     prompt: str | None = field(
-        default=None, metadata={"help": "look only at problems in which this text stands"}
+        default=None, metadata={"help": "only problems that contain this text; all if not given"}
     )
-    index: int = field(default=0, metadata={"help": "which of them to show, counted from 0"})
+    index: int = field(default=0, metadata={"help": "index of the tree among them, from 0"})
     html: str | None = field(
         default=None,
-        metadata={"help": "write the tree to this file, a page that needs nothing else"},
+        metadata={"help": "also write the tree to this file, as a self-contained page"},
     )
-    overwrite: bool = field(default=False, metadata={"help": "replace the page"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an existing page"})
 
     def __post_init__(self):
         if self.index < 0:
@@ -46,7 +47,7 @@ class ShowArguments:
 
 @dataclass
 class Line:
-    """A state as it is shown. visits is None if no rollouts were begun there."""
+    """A state in the output. visits is None if the state was not evaluated."""
 
     text: str
     right: int
@@ -61,7 +62,7 @@ class Line:
 
 
 def lines_of(tree: Tree) -> Line:
-    """The root line, with what follows below it, the most frequent first."""
+    """The line of the root; the lines below it are ordered by their number of rollouts."""
     counts = tree.counts()
     following: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for steps in counts:
@@ -71,27 +72,19 @@ def lines_of(tree: Tree) -> Line:
     def line(steps: tuple[str, ...]) -> Line:
         right, total = counts[steps]
         below = sorted(following.get(steps, []), key=lambda longer: -counts[longer][1])
-        mark = ""
+        node, mark = tree.nodes.get(steps), ""
         if steps and not right and counts[steps[:-1]][0]:
-            # where no rollouts were begun, the few that came through may have gone wrong later
-            mark = (
-                "first error" if steps in tree.nodes or not below else "first error, here or below"
-            )
-        visits = tree.nodes[steps].visits if steps in tree.nodes else None
-        return Line(
-            steps[-1] if steps else one_line(tree.prompt),
-            right,
-            total,
-            visits,
-            mark,
-            [line(longer) for longer in below],
-        )
+            # the rollouts through a state that was not evaluated may have their error later
+            mark = "first error" if node or not below else "first error, here or below"
+        text, visits = steps[-1] if steps else one_line(tree.prompt), node.visits if node else None
+        return Line(text, right, total, visits, mark, [line(longer) for longer in below])
 
     return line(())
 
 
 def headline(tree: Tree) -> str:
-    return f"{tree.search}: {len(tree.rollouts)} rollouts, {tree.tokens} tokens, {len(tree.nodes)} states; ended: {tree.ended}"
+    counts = f"{len(tree.rollouts)} rollouts, {tree.tokens} tokens, {len(tree.nodes)} states"
+    return f"{tree.search}: {counts}; ended: {tree.ended}"
 
 
 def as_text(tree: Tree) -> str:
@@ -99,10 +92,8 @@ def as_text(tree: Tree) -> str:
 
     def add(line: Line, depth: int) -> None:
         rollouts, visits = f"{line.right}/{line.total}", "-" if line.visits is None else line.visits
-        mark = f"   <-- {line.mark}" if line.mark else ""
-        rows.append(
-            f"{line.value:5.2f} {rollouts:>11} {visits:>7}  {'  ' * depth}{line.text}{mark}"
-        )
+        text = "  " * depth + line.text + (f"   <-- {line.mark}" if line.mark else "")
+        rows.append(f"{line.value:5.2f} {rollouts:>11} {visits:>7}  {text}")
         for below in line.below:
             add(below, depth + 1)
 
@@ -112,45 +103,49 @@ def as_text(tree: Tree) -> str:
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Search tree</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70em; margin: 2em auto; padding: 0 1em }}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #222;
+       max-width: 70em; margin: 2em auto; padding: 0 1em }}
 details, .leaf {{ margin-left: 1.6em }}
 .leaf {{ padding-left: 1em }}
 summary {{ cursor: pointer }}
-.value {{ display: inline-block; min-width: 2.6em; text-align: center; border-radius: .4em; font-variant-numeric: tabular-nums }}
+.value {{ display: inline-block; min-width: 2.6em; text-align: center; border-radius: .4em;
+         font-variant-numeric: tabular-nums }}
 .counts {{ color: #666; font-size: 85% }}
 .mark {{ color: #a00; font-weight: bold }}
 </style></head><body>
 <h1>Search tree</h1>
 <p>{headline}</p>
-<p class="counts">A line is a step: the share of rollouts that end right, how many they are, how often the search came by.</p>
+<p class="counts">A line is a step: the share of its rollouts that end right, their number, and the
+visits of the search.</p>
 {tree}
 </body></html>
 """
 
 
 def as_page(tree: Tree) -> str:
-    """A page of nested, foldable steps, coloured from red (value 0) to green (1). Text of the model and the problem is escaped."""
+    """A page of nested steps that can be folded, coloured from red (value 0) to green (1).
+
+    Texts of the model and of the problem are escaped."""
 
     def element(line: Line) -> str:
-        visits = "" if line.visits is None else f", {line.visits} visits"
+        color = f"background: hsl({120 * line.value:.0f} 70% 82%)"
+        counts = f"{line.right} of {line.total}"
+        counts += "" if line.visits is None else f", {line.visits} visits"
         label = (
-            f'<span class="value" style="background: hsl({120 * line.value:.0f} 70% 82%)">{line.value:.2f}</span> '
-            f'{html.escape(line.text)} <span class="counts">{line.right} of {line.total}{visits}</span>'
-            + (f' <span class="mark">{line.mark}</span>' if line.mark else "")
+            f'<span class="value" style="{color}">{line.value:.2f}</span> {html.escape(line.text)} '
+            f'<span class="counts">{counts}</span>'
         )
+        label += f' <span class="mark">{line.mark}</span>' if line.mark else ""
         if not line.below:
             return f'<div class="leaf">{label}</div>'
-        return (
-            f"<details open><summary>{label}</summary>\n"
-            + "\n".join(map(element, line.below))
-            + "\n</details>"
-        )
+        below = "\n".join(map(element, line.below))
+        return f"<details open><summary>{label}</summary>\n{below}\n</details>"
 
     return PAGE.format(headline=html.escape(headline(tree)), tree=element(lines_of(tree)))
 
 
 def find_tree(args: ShowArguments) -> Tree:
-    """Raises UserError if there is none."""
+    """The tree that the arguments select. Raises UserError if there is none."""
     found = 0
     for tree in read_records(args.trees, Tree):
         if args.prompt is None or args.prompt in tree.prompt:
@@ -158,9 +153,7 @@ def find_tree(args: ShowArguments) -> Tree:
                 return tree
             found += 1
     which = "trees" if args.prompt is None else f"trees of problems with {args.prompt!r}"
-    raise UserError(
-        f"{args.trees}: holds {found} {which}, none at --index {args.index} (counted from 0)"
-    )
+    raise UserError(f"{args.trees}: holds {found} {which}, none at --index {args.index} (from 0)")
 
 
 def main() -> None:
@@ -170,9 +163,8 @@ def main() -> None:
         check_output(args.html, args.overwrite)
     tree = find_tree(args)
     if not tree.nodes:
-        raise UserError(
-            f"{args.trees}: this problem was not searched ({tree.ended}): {tree.prompt[:60]!r} ..."
-        )
+        prompt = f"{tree.prompt[:60]!r} ..."
+        raise UserError(f"{args.trees}: this problem was not searched ({tree.ended}): {prompt}")
     print(as_text(tree))
     if args.html:
         write_text(args.html, [as_page(tree)])
