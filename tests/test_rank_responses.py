@@ -1,8 +1,9 @@
-"""Ranking and labelling by people: what is saved where, without a browser; then the page itself, in a real one.
+"""Ranking and labelling by people: the saved files, the page's HTML, then the page in a browser.
 
-python tests/test_rank_responses.py        takes the README's picture of the page, docs/images/ranking_page.png
+python tests/test_rank_responses.py    takes the picture of the page, docs/images/ranking_page.png
 """
 
+import gzip
 import itertools
 import os
 import shutil
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,7 +32,7 @@ from reasoning.annotation import (
     AnswerRanking,
     StepLabelling,
     check_name,
-    find,
+    find_task,
     hold,
     load_solutions,
     next_task,
@@ -48,9 +50,11 @@ from reward_model.judges.human import HumanJudge
 from utils.rank_responses import RANKS, STEPS, agreement_html, main, turn
 
 SCRIPT = "utils/rank_responses.py"
-# What must come out as it went in: for HTML, for JavaScript's and Gradio's templates, for Markdown, for CSV.
-EVIL = '<script>window.hacked = 1</script> <img src=x onerror="window.hacked = 1">\n**bold** [a](javascript:window.hacked=1) '
-EVIL += "${window.hacked = 1} `${window.hacked = 1}` {{value}} {{#if 1}}x{{/if}} &lt;b&gt; </div></textarea>, \"quoted\"; 'too'"
+# Text that must stay as it is: hostile to HTML, templates (JavaScript's, Gradio's), Markdown and
+# CSV.
+EVIL = '<script>window.hacked = 1</script> <img src=x onerror="window.hacked = 1">\n'
+EVIL += "**bold** [a](javascript:window.hacked=1) ${window.hacked = 1} `${window.hacked = 1}` "
+EVIL += "{{value}} {{#if 1}}x{{/if}} &lt;b&gt; </div></textarea>, \"quoted\"; 'too'"
 PROMPTS = ["What is 2 + 3?", "Tell me a story.\n<b>Short</b>, please.", "Why?", "How many?"]
 
 
@@ -61,7 +65,7 @@ def answer(k: int, prompt: int) -> str:
 
 @pytest.fixture
 def table(tmp_path) -> str:
-    """Four prompts with four answers each, nobody's rank, best first in the file."""
+    """Four prompts with four answers each, without ranks, best first in the file."""
     rows = [
         RankedResponse(
             PROMPTS[p],
@@ -80,15 +84,15 @@ def table(tmp_path) -> str:
 
 
 def by_text(task: AnnotationTask, ranks: str) -> list[str]:
-    """Marks in the order shown, from those of the best, second best ... answer."""
+    """Marks in the order shown, given the ranks of the best, second best ... answer."""
     place = PROMPTS.index(task.prompt)
     return [ranks[[answer(k, place) for k in range(1, 5)].index(item)] for item in task.items]
 
 
-# --- answers ---------------------------------------------------------------------------------------------------------------------
+# --- answers ---
 
 
-def test_first_ranks_fill_empty_cells_and_others_are_rows_behind_them(table):
+def test_first_ranks_fill_empty_cells_and_others_become_new_rows(table):
     before = read_answers(table)
     work = AnswerRanking(table)
     task = next_task(work.tasks("Ann"))
@@ -110,7 +114,7 @@ def test_first_ranks_fill_empty_cells_and_others_are_rows_behind_them(table):
     ]
     check_groups(rows, table)
 
-    # as a page that was started again finds it; changed, nothing is added
+    # a page that is started again finds the ranks; changed ranks add no row
     again = AnswerRanking(table)
     (done, *open_) = again.tasks("Ann")
     assert done.done and (done.marks, done.note) == (tuple(by_text(done, "1223")), "short, clear")
@@ -125,8 +129,8 @@ def test_first_ranks_fill_empty_cells_and_others_are_rows_behind_them(table):
     assert read_answers(table)[4:] == rows[4:]
 
 
-def test_ranks_by_nobody_and_notes_of_the_builder_stay(tmp_path):
-    """The published table has ranks without a ranker; an unranked row may have a note that is not the ranker's."""
+def test_ranks_without_a_ranker_and_notes_of_the_builder_stay(tmp_path):
+    """Published tables have ranks without a ranker; an unranked row may have a builder's note."""
     rows = [
         RankedResponse("p", "a", 1),
         RankedResponse("p", "b", 2),
@@ -161,15 +165,13 @@ def test_the_order_is_drawn_for_each_prompt_and_ranker(tmp_path):
         name: {task.prompt: task.items for task in AnswerRanking(tmp_path / "a.csv").tasks(name)}
         for name in ("Ann", "Ben")
     }
-    # whatever the file's
+    # the order of the file does not matter
     assert shown["Ann"] == {
         task.prompt: task.items for task in AnswerRanking(tmp_path / "b.csv").tasks("Ann")
     }
-    for of_name in shown.values():
-        firsts = [items[0] for items in of_name.values()]
-        assert (
-            min(firsts.count(f"a{k}") for k in range(4)) >= 5 and len(set(of_name.values())) >= 15
-        )
+    for orders in shown.values():
+        firsts = [items[0] for items in orders.values()]
+        assert min(firsts.count(f"a{k}") for k in range(4)) >= 5 and len(set(orders.values())) >= 15
     assert sum(shown["Ann"][prompt] == shown["Ben"][prompt] for prompt in shown["Ann"]) < 15
 
 
@@ -182,18 +184,18 @@ def test_the_order_is_drawn_for_each_prompt_and_ranker(tmp_path):
         (["1", "2", "3", "5"], "expected ranks from 1 to 4"),
         (["1", "2", "3", "-1"], "expected ranks from 1 to 4"),
         (["1", "2", "3", "x"], "expected ranks from 1 to 4"),
-        (["2", "2", "3", "4"], "^ranks 2,2,3,4 by Ann leave one out; ties are written"),
+        (["2", "2", "3", "4"], "^ranks 2,2,3,4 by Ann leave one out; write ties as"),
         (["1", "4", "3", "4"], "^ranks 1,3,4,4 by Ann leave one out"),
     ],
 )
-def test_ranks_that_make_no_sense_are_not_saved(table, marks, message):
+def test_invalid_ranks_are_not_saved(table, marks, message):
     work, before = AnswerRanking(table), Path(table).read_bytes()
     with pytest.raises(UserError, match=message):
         work.save("Ann", work.tasks("Ann")[0].key, marks)
     assert Path(table).read_bytes() == before
 
 
-def test_what_others_write_meanwhile_is_kept(table):
+def test_changes_by_others_are_kept(table):
     work = AnswerRanking(table)
     task, other = work.tasks("Ann")[:2]
     rows = read_answers(table)
@@ -212,6 +214,26 @@ def test_what_others_write_meanwhile_is_kept(table):
     with pytest.raises(RecordError, match="no rows"):
         work.save("Ann", other.key, ["1", "2", "3", "4"])
     assert Path(table).read_text() == "prompt,answer\n"
+
+
+def test_compressed_files_work_as_plain_ones(table, tmp_path):
+    """A .csv.gz table takes ranks, a .jsonl.gz file gives solutions and takes labels."""
+    Path(f"{table}.gz").write_bytes(gzip.compress(Path(table).read_bytes()))
+    write_records(tmp_path / "pairs.jsonl.gz", PAIRS)
+    solutions = load_solutions(str(tmp_path / "pairs.jsonl.gz"))
+    for suffix in ("", ".gz"):
+        ranking = AnswerRanking(f"{table}{suffix}")
+        for task in ranking.tasks("Ann"):
+            ranking.save("Ann", task.key, by_text(task, "1223"))
+        assert all(task.done for task in AnswerRanking(f"{table}{suffix}").tasks("Ann"))
+        labelling = StepLabelling(solutions, tmp_path / f"labels.jsonl{suffix}")
+        for task in labelling.tasks("Ann"):
+            labelling.save("Ann", task.key, ["right"] * len(task.items))
+        again = StepLabelling(solutions, tmp_path / f"labels.jsonl{suffix}")
+        assert all(task.done for task in again.tasks("Ann"))
+    for path in (Path(table), tmp_path / "labels.jsonl"):
+        compressed = path.with_name(f"{path.name}.gz").read_bytes()
+        assert gzip.decompress(compressed) == path.read_bytes()
 
 
 def test_next_skip_and_back():
@@ -234,7 +256,7 @@ def test_next_skip_and_back():
     )
     with pytest.raises(UserError, match="reload the page"):
         # the same answers in another order are another task
-        find(tasks, AnnotationTask("p", ("b", "a")).key)
+        find_task(tasks, AnnotationTask("p", ("b", "a")).key)
 
 
 def test_names():
@@ -257,14 +279,14 @@ def test_names():
     ):
         with pytest.raises(
             UserError,
-            match="rule: or llm:"
+            match="begin with rule: or llm:"
             if wrong.lower().startswith(("rule", "llm"))
             else "expected a name",
         ):
             check_name(wrong)
 
 
-def test_a_file_is_held_by_one_page(tmp_path):
+def test_one_page_locks_a_file(tmp_path):
     held = hold(tmp_path / "answers.csv")
     (tmp_path / "link.csv").symlink_to(tmp_path / "answers.csv")
     for name in ("answers.csv", "link.csv"):
@@ -275,11 +297,11 @@ def test_a_file_is_held_by_one_page(tmp_path):
     hold(tmp_path / "answers.csv").close()
 
 
-# --- the page, as the server gives it --------------------------------------------------------------------------------------------
+# --- the page as HTML ---
 
 
 class Texts(HTMLParser):
-    """The tags of a page, and the text in its elements by class."""
+    """The tags of a page, and the texts of its elements with their class."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -298,8 +320,8 @@ class Texts(HTMLParser):
         name, text = self.texts[-1]
         self.texts[-1] = (name, text + data)
 
-    def of(self, name: str) -> list[str]:
-        return [text for inside, text in self.texts if inside == name]
+    def in_class(self, name: str) -> list[str]:
+        return [text for text_class, text in self.texts if text_class == name]
 
 
 def test_turns(table):
@@ -310,14 +332,14 @@ def test_turns(table):
 
     page = Texts(ask(action="open")["html"])
     first, second, *_ = work.tasks("Ann")
-    assert page.of("text") == list(first.items) and page.of("prompt") == [PROMPTS[0]]
-    assert any(EVIL in text for text in page.of("text")) and not {"script", "img", "a"} & set(
+    assert page.in_class("text") == list(first.items) and page.in_class("prompt") == [PROMPTS[0]]
+    assert any(EVIL in text for text in page.in_class("text")) and not {"script", "img", "a"} & set(
         page.tags
     )
-    # where an answer comes from
+    # the source of an answer is not shown
     assert not any(word in ask(action="open")["html"] for word in ("kind 1", "model", "0.7"))
-    assert Texts(ask(action="skip", key=first.key)["html"]).of("prompt") == [second.prompt]
-    assert Texts(ask(action="back", key=second.key)["html"]).of("prompt") == [first.prompt]
+    assert Texts(ask(action="skip", key=first.key)["html"]).in_class("prompt") == [second.prompt]
+    assert Texts(ask(action="back", key=second.key)["html"]).in_class("prompt") == [first.prompt]
     refused = ask(action="save", key=first.key, marks=["1", "", "", ""])
     assert refused == {"error": "Not saved: 1 of 4 are decided: decide all of them, or skip"}
     for task in work.tasks("Ann"):
@@ -326,7 +348,7 @@ def test_turns(table):
     assert "All 4 prompts are done" in reply["html"] and "4 of 4" in reply["html"]
     page = ask(action="back", key=None)["html"]
     assert (
-        Texts(page).of("prompt") == [PROMPTS[3]]
+        Texts(page).in_class("prompt") == [PROMPTS[3]]
         and 'value="&lt;i&gt;&quot;n&quot;&lt;/i&gt;"' in page
         and "Save again" in page
     )
@@ -341,7 +363,7 @@ def test_turns(table):
     assert "answers.csv" in ask(action="open")["error"]
 
 
-# --- steps -----------------------------------------------------------------------------------------------------------------------
+# --- steps ---
 
 PAIRS = [
     PreferencePair(
@@ -361,35 +383,35 @@ def test_both_sides_of_pairs_are_labelled_once(tmp_path):
     write_records(tmp_path / "pairs.jsonl", [*PAIRS, PAIRS[1]])
     solutions = load_solutions(str(tmp_path / "pairs.jsonl"))
     assert len(solutions) == 4 and {(task.prompt, task.items) for task in solutions} == SOLUTIONS
-    # the same order for everybody
+    # everybody gets the same order
     assert solutions == load_solutions(str(tmp_path / "pairs.jsonl"))
     many = [PreferencePair(f"p{n}", ["right"], ["wrong"]) for n in range(40)]
     write_records(tmp_path / "many.jsonl", many)
     shown = [task.items[0] for task in load_solutions(str(tmp_path / "many.jsonl"))]
-    # neither side by side nor in turn
+    # the sides of a pair are neither together nor in turn
     assert 5 < sum(a == b for a, b in itertools.pairwise(shown)) < 74
 
     write_records(tmp_path / "labelled.jsonl", [LabelledSolution("P", ["Answer: 1"], [1])])
-    # nobody sees the label
+    # labels are not shown
     assert load_solutions(str(tmp_path / "labelled.jsonl")) == [AnnotationTask("P", ("Answer: 1",))]
     (tmp_path / "problems.jsonl").write_text('{"prompt": "P", "answer": "1"}\n')
     with pytest.raises(RecordError, match=r"problems.jsonl: no solutions with steps"):
         load_solutions(str(tmp_path / "problems.jsonl"))
 
 
-def test_labels_are_what_the_human_judge_reads(tmp_path):
+def test_the_human_judge_reads_the_labels(tmp_path):
     write_records(tmp_path / "pairs.jsonl", PAIRS)
     labels = tmp_path / "out" / "labels.jsonl"
     labels.parent.mkdir()
-    theirs = LabelledSolution("Z", ["Answer: 0"], [0.5], final_correct=False)  # made elsewhere
-    write_records(labels, [theirs])
+    foreign = LabelledSolution("Z", ["Answer: 0"], [0.5], final_correct=False)  # made elsewhere
+    write_records(labels, [foreign])
     solutions = load_solutions(str(tmp_path / "pairs.jsonl"))
     work = StepLabelling(solutions, labels)
-    said = {name: {task.items: task for task in work.tasks(name)} for name in ("Ann", "Ben")}
+    keys = {task.items: task.key for task in work.tasks("Ann")}
     right, wrong = ("Step 1: 1", "Step 2: 3", "Answer: 3"), ("Answer: 2",)
-    work.save("Ann", said["Ann"][right].key, ["right", "unsure", "wrong"], "odd")
-    work.save("Ben", said["Ben"][right].key, ["right", "unsure", "right"])
-    work.save("Ann", said["Ann"][wrong].key, ["unsure"])
+    work.save("Ann", keys[right], ["right", "unsure", "wrong"], "odd")
+    work.save("Ben", keys[right], ["right", "unsure", "right"])
+    work.save("Ann", keys[wrong], ["unsure"])
     rows = [row for _, row in read_rows(labels)]
     assert rows[1:] == [
         {
@@ -412,9 +434,9 @@ def test_labels_are_what_the_human_judge_reads(tmp_path):
         sum(task.done for task in again.tasks("Ann")) == 2
         and sum(task.done for task in again.tasks("Ben")) == 1
     )
-    done = find(again.tasks("Ann"), said["Ann"][right].key)
+    done = find_task(again.tasks("Ann"), keys[right])
     assert (done.marks, done.note) == (("right", "unsure", "wrong"), "odd")
-    again.save("Ann", done.key, ["right", "right", "wrong"])  # changed: in its place
+    again.save("Ann", done.key, ["right", "right", "wrong"])  # a change replaces the row
     rows[1] = {"prompt": "P", "steps": list(right), "labels": [1, 1, 0], "labeller": "Ann"}
     assert [row for _, row in read_rows(labels)] == rows
     assert HumanJudge(labels).score_steps([("P", right)]) == [[1, 1, 0.5]]
@@ -428,15 +450,15 @@ def test_labels_are_what_the_human_judge_reads(tmp_path):
         StepLabelling(solutions, labels)
 
 
-# --- agreement -------------------------------------------------------------------------------------------------------------------
+# --- agreement ---
 
 
 def ranked(**ranks: str) -> list[RankedResponse]:
-    """ranker="1234 1234": the ranks of the answers to prompt 0, 1 ...; a space alone leaves a prompt out."""
+    """ranker="1234,4321": the ranks of the answers to prompts 0 and 1; "" skips a prompt."""
     return [
         RankedResponse(f"p{p}", f"a{k}", int(rank), name)
-        for name, of_ranker in ranks.items()
-        for p, group in enumerate(of_ranker.split(","))
+        for name, texts in ranks.items()
+        for p, group in enumerate(texts.split(","))
         for k, rank in enumerate(group)
     ]
 
@@ -452,8 +474,9 @@ def test_agreement():
     )
     (opposite,) = agreement(ranked(Ann="1234,1234", Ben="4321,4321"))
     assert opposite.tau.value == -1 and opposite.alpha < 0
-    # One of six pairs swapped: tau 4/6. Each rank occurs twice, so the ordinal distance of ranks i and j is (2 |i - j|)^2:
-    # observed (0 + 0 + 4 + 4) / 4 = 2, expected (24 * 4 + 16 * 16 + 8 * 36) / 56 = 640 / 56.
+    # One of six pairs is swapped: tau 4/6. Each rank occurs twice, so the ordinal distance of ranks
+    # i and j is (2 |i - j|)^2: observed (0 + 0 + 4 + 4) / 4 = 2, expected
+    # (24 * 4 + 16 * 16 + 8 * 36) / 56 = 640 / 56.
     (swapped,) = agreement(ranked(Ann="1234", Ben="1243"))
     assert swapped.tau.value == pytest.approx(4 / 6) and swapped.tau.ci95 is None
     assert swapped.alpha == pytest.approx(1 - 2 / (640 / 56))
@@ -486,7 +509,7 @@ def test_agreement_of_several():
     assert "&lt;b&gt;" in agreement_html([("<b>", "", "", "", "")])
 
 
-# --- the script ------------------------------------------------------------------------------------------------------------------
+# --- the script ---
 
 
 @pytest.mark.parametrize(
@@ -500,7 +523,7 @@ def test_agreement_of_several():
         (["--input", "one.csv"], "has one answer"),
         (["--input", "half.csv"], "some of its answers have no rank by Ann"),
         (["--input", "half.csv", "--agreement"], "some of its answers have no rank by Ann"),
-        (["--ranker", "rule:exact"], "rule: or llm: are for what is no person"),
+        (["--ranker", "rule:exact"], "rule: or llm: are for rules and models"),
         (["--ranker", ""], "expected a name"),
         (["--ranker", "a<b>"], "expected a name"),
         (["--port", "0"], "--port: expected 1 to 65535"),
@@ -550,14 +573,14 @@ def test_agreement_on_the_terminal(tmp_path, monkeypatch, capsys):
     )
 
 
-# --- in a browser ----------------------------------------------------------------------------------------------------------------
+# --- in a browser ---
 
 CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
 in_browser = pytest.mark.skipif(
     not (Path(CHROMIUM).exists() and Path(DRIVER).exists()),
     reason=f"no {CHROMIUM} or {DRIVER}: Debian's packages chromium and chromium-driver",
 )
-PATIENCE = 240  # seconds; a machine may be busy
+PATIENCE = 240  # seconds: the machine may be busy
 
 
 @contextmanager
@@ -568,9 +591,10 @@ def browser(profile: Path, width: int = 1280, height: int = 1000):
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in (
-        "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-        "disable-component-update", "disable-sync", f"user-data-dir={profile}", f"window-size={width},{height}",
-    ):  # fmt: skip
+        *("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"),
+        *("disable-background-networking", "disable-component-update", "disable-sync"),
+        *(f"user-data-dir={profile}", f"window-size={width},{height}"),
+    ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
@@ -590,7 +614,7 @@ def free_port() -> int:
 
 @contextmanager
 def server(port: int, *args: str, cwd: Path):
-    """The script in a process of its own, when its page can be had."""
+    """The script in a process of its own, as soon as its page can be loaded."""
     command = [sys.executable, str(ROOT / SCRIPT), "--port", str(port), *args]
     with open(cwd / "server.log", "a+", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log)
@@ -601,7 +625,7 @@ def server(port: int, *args: str, cwd: Path):
                     cwd / "server.log"
                 ).read_text()
                 time.sleep(0.2)
-            log.write("#")  # the next one writes behind this
+            log.write("#")  # the next server writes after this
             log.flush()
             yield process
         finally:
@@ -610,7 +634,7 @@ def server(port: int, *args: str, cwd: Path):
 
 
 class Page:
-    """What a person does with the page."""
+    """What a person sees and does."""
 
     def __init__(self, driver):
         self.driver = driver
@@ -653,11 +677,11 @@ class Page:
         return prompt.get_property("textContent")
 
     def ranks(self, ranks: str) -> str:
-        """The keys, from the first answer on, that give the best, second best ... answer these ranks."""
+        """The keys, from the first answer on, for the ranks of the best, second best ... answer."""
         return "".join(by_text(AnnotationTask(self.prompt(), tuple(self.items())), ranks))
 
     def network(self) -> set[str]:
-        """Where anything was asked for since the last call."""
+        """The hosts to which the browser has sent requests since the last call."""
         import json
         from urllib.parse import urlsplit
 
@@ -676,72 +700,64 @@ class Page:
 
 @in_browser
 @pytest.mark.slow
-def test_rank_by_keyboard_kill_and_go_on(table, tmp_path):
+@pytest.mark.process
+def test_a_persons_session(table, tmp_path, run_script):
+    """One browser and two servers: rank, label, agreement.
+
+    Ann ranks by keyboard; the first server is killed; the second one, with --ranker and --steps,
+    saves what was typed, takes ranks by dragging, shows the agreement and takes labels of steps."""
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
     port = free_port()
+    url = f"http://127.0.0.1:{port}"
     with browser(tmp_path / "profile") as driver:
         page = Page(driver)
+
+        def is_safe() -> bool:
+            """Whether no script of an answer has run."""
+            return driver.execute_script("return window.hacked") is None
+
         with server(port, "--input", table, cwd=tmp_path) as process:
-            driver.get(f"http://127.0.0.1:{port}")
+            driver.get(url)
             page.see("Your name")
             page.press("rule:exact", Keys.ENTER)
-            page.see("are for what is no person")
+            page.see("are for rules and models")
             page.press("Ann", Keys.ENTER)
             page.see("0 of 4 prompts done")
 
-            # A script in an answer is text, and nothing of it has run.
-            assert (
-                sorted(page.items()) == sorted(answer(k, 0) for k in range(1, 5))
-                and page.prompt() == PROMPTS[0]
-            )
-            assert not driver.find_elements(
-                "css selector", ".work script, .work img, .work .text *, .work .prompt *"
-            )
-            assert driver.execute_script("return window.hacked") is None
+            # A script in an answer is shown as text and does not run.
+            assert sorted(page.items()) == sorted(answer(k, 0) for k in range(1, 5))
+            assert page.prompt() == PROMPTS[0] and is_safe()
+            elements = ".work script, .work img, .work .text *, .work .prompt *"
+            assert not driver.find_elements("css selector", elements)
 
-            page.press("s")  # skip: it comes again when the others are done
+            page.press("s")  # skip: the prompt comes again when the others are done
             page.wait(lambda: page.prompt() == PROMPTS[1], "the second prompt")
             page.press(page.ranks("1234"), Keys.ENTER)
             page.see("1 of 4 prompts done")
             page.press(page.ranks("1334"), Keys.ENTER)
-            # and nothing is saved; set right, from the top
             page.see("ranks 1,3,3,4 by Ann leave one out")
-            page.press(
-                Keys.ARROW_UP,
-                Keys.ARROW_UP,
-                Keys.ARROW_UP,
-                page.ranks("1224"),
-                "n",
-                "a tie",
-                Keys.ENTER,
-            )
+            # Nothing was saved; the ranks are corrected from the top.
+            page.press(*[Keys.ARROW_UP] * 3, page.ranks("1224"), "n", "a tie", Keys.ENTER)
             page.see("2 of 4 prompts done")
             page.press(page.ranks("4321"), Keys.ENTER)
             page.see("3 of 4 prompts done")
             assert page.prompt() == PROMPTS[0]
             saved = {
                 prompt: [row.rank for row in rows]
-                for (prompt, name), rows in groups(read_answers(table)).items()
+                for (prompt, _), rows in groups(read_answers(table)).items()
             }
-            assert saved == {
-                PROMPTS[1]: [1, 2, 3, 4],
-                PROMPTS[2]: [1, 2, 2, 4],
-                PROMPTS[3]: [4, 3, 2, 1],
-            }
+            expected = {PROMPTS[1]: [1, 2, 3, 4], PROMPTS[2]: [1, 2, 2, 4]}
+            assert saved == expected | {PROMPTS[3]: [4, 3, 2, 1]}
+            driver.get(url)  # loaded again, the page knows the name
+            page.see("3 of 4 prompts done")
 
-            # Another page for the same file is told; this one is killed between two keys.
-            other = subprocess.run(
-                [sys.executable, str(ROOT / SCRIPT), "--input", table, "--port", str(free_port())],
-                capture_output=True,
-                text=True,
-            )
-            assert (
-                other.returncode == 2
-                and f"(process {process.pid})" in other.stderr
-                and other.stderr.count("\n") == 1
-            )
+            # A second page for the same file refuses to start; the first is killed between two
+            # keys.
+            other = run_script(SCRIPT, "--input", table, "--port", free_port())
+            assert other.returncode == 2 and other.stderr.count("\n") == 1
+            assert f"(process {process.pid})" in other.stderr
             page.press(page.ranks("1234")[:2])
             before = Path(table).read_bytes()
             process.send_signal(signal.SIGKILL)
@@ -750,27 +766,36 @@ def test_rank_by_keyboard_kill_and_go_on(table, tmp_path):
             page.press(page.ranks("1234")[2:], Keys.ENTER)
             page.see("the server does not answer")
 
-        with server(port, "--input", table, cwd=tmp_path):
-            page.press(Keys.ENTER)  # the page is still there, with what was typed
+        # Ben ranks as Ann has.
+        ranked_rows = [row for row in read_answers(table) if row.ranker]
+        write_answers(
+            table, [*read_answers(table), *(replace(row, ranker="Ben") for row in ranked_rows)]
+        )
+        write_records(tmp_path / "pairs.jsonl", PAIRS)
+        steps = ("--steps", "pairs.jsonl", "--labels", "labels.jsonl")
+        with server(port, "--input", table, "--ranker", "Ann", *steps, cwd=tmp_path):
+            page.press(Keys.ENTER)  # the page still holds what was typed
             page.see("All 4 prompts are done")
-            assert [row.rank for row in groups(read_answers(table))[PROMPTS[0], "Ann"]] == [
-                1,
-                2,
-                3,
-                4,
-            ]
-            driver.get(f"http://127.0.0.1:{port}")
+            rows = groups(read_answers(table))[PROMPTS[0], "Ann"]
+            assert [row.rank for row in rows] == [1, 2, 3, 4]
+            driver.execute_script("sessionStorage.clear()")
+            driver.get(url)  # the server knows the name
+            page.see("All 4 prompts are done")
+            for tab in page.all("button[role=tab]"):
+                if tab.text == "Agreement":
+                    tab.click()
+                    page.see("Ann and Ben")
+                    assert "1.000" in page.text()
+            page.all("button[role=tab]")[0].click()
             page.see("All 4 prompts are done")
             page.press("b")
             page.wait(lambda: page.all(".item"), "the last prompt")
             page.press("b")
             page.wait(lambda: page.prompt() == PROMPTS[2], "the prompt before")
-            assert (
-                "".join(page.marks()) == page.ranks("1224")
-                and page.all(".note")[0].get_property("value") == "a tie"
-            )
+            assert "".join(page.marks()) == page.ranks("1224")
+            assert page.all(".note")[0].get_property("value") == "a tie"
 
-            # Dragged to the end: the order is the ranking.
+            # Dragged to the end: the order becomes the ranking.
             first, *rest = page.items()
             grips, cards = page.all(".grip"), page.all(".item")
             way = ActionChains(driver).click_and_hold(grips[0]).move_to_element(grips[1])
@@ -778,119 +803,74 @@ def test_rank_by_keyboard_kill_and_go_on(table, tmp_path):
             assert page.items() == [*rest, first] and page.marks() == ["1", "2", "3", "4"]
             page.press(Keys.ENTER)
             page.see("All 4 prompts are done")
-            rank_of = {
-                row.answer: row.rank for row in groups(read_answers(table))[PROMPTS[2], "Ann"]
-            }
+            rows = groups(read_answers(table))[PROMPTS[2], "Ann"]
+            rank_of = {row.answer: row.rank for row in rows}
             assert [rank_of[text] for text in (*rest, first)] == [1, 2, 3, 4]
-            assert len(read_answers(table)) == 16
+            assert len(read_answers(table)) == 16 + len(ranked_rows)
+
+            for tab in page.all("button[role=tab]"):
+                if tab.text == "Label steps":
+                    tab.click()
+            page.see("0 of 4 solutions done")
+            labelled = {}
+            for done in range(1, 5):
+                prompt, steps = page.prompt(), tuple(page.items())
+                right_steps = ("Step 1: 1", "Step 2: 3", "Answer: 3", "Answer: 1")
+                labels = [int(step in right_steps) for step in steps]
+                keys = ["w1"[label] if done % 2 else "2r"[label] for label in labels]
+                if done == 4:  # unsure of the last step
+                    labels[-1], keys[-1] = None, "3"
+                page.press(*keys, Keys.ENTER)
+                labelled[prompt, steps] = labels
+                page.see(f"{done} of 4 solutions done")
+            page.see("All 4 solutions are done")
+            assert is_safe()
         assert page.network() == {f"127.0.0.1:{port}"}
         failed = {
             entry["message"].split()[0]
             for entry in driver.get_log("browser")
             if entry["level"] == "SEVERE"
         }
-        # the turn when no server was there
-        assert all(url.startswith(f"http://127.0.0.1:{port}/gradio_api/") for url in failed)
-
-
-@in_browser
-@pytest.mark.slow
-def test_label_steps_and_see_agreement(table, tmp_path):
-    from selenium.webdriver.common.keys import Keys
-
-    port = free_port()
-    rows = read_answers(table)
-    write_answers(
-        table,
-        [
-            replace(row, rank=1 + k % 4, ranker=name)
-            for name in ("Ann", "Ben")
-            for k, row in enumerate(rows)
-        ],
-    )
-    write_records(tmp_path / "pairs.jsonl", PAIRS)
-    with (
-        browser(tmp_path / "profile") as driver,
-        server(
-            port,
-            "--input",
-            table,
-            "--ranker",
-            "Ann",
-            "--steps",
-            "pairs.jsonl",
-            "--labels",
-            "labels.jsonl",
-            cwd=tmp_path,
-        ),
-    ):
-        page = Page(driver)
-        driver.get(f"http://127.0.0.1:{port}")
-        page.see("All 4 prompts are done")
-        for tab in page.all("button[role=tab]"):
-            if tab.text in ("Agreement", "Label steps"):
-                tab.click()
-                page.see("Ann and Ben" if tab.text == "Agreement" else "0 of 4 solutions done")
-                assert "1.000" in page.text() or tab.text != "Agreement"
-        said = {}
-        for done in range(1, 5):
-            prompt, steps = page.prompt(), tuple(page.items())
-            labels = [
-                int(step in ("Step 1: 1", "Step 2: 3", "Answer: 3", "Answer: 1")) for step in steps
-            ]
-            keys = ["w1"[label] if done % 2 else "2r"[label] for label in labels]
-            if done == 4:  # unsure of the last step
-                labels[-1], keys[-1] = None, "3"
-            page.press(*keys, Keys.ENTER)
-            said[prompt, steps] = labels
-            page.see(f"{done} of 4 solutions done")
-        page.see("All 4 solutions are done")
-        assert driver.execute_script("return window.hacked") is None
-        assert page.network() == {f"127.0.0.1:{port}"}
+        # only the request while no server ran
+        assert all(message.startswith(f"{url}/gradio_api/") for message in failed)
     written = [LabelledSolution.from_row(row) for _, row in read_rows(tmp_path / "labels.jsonl")]
-    assert {(row.prompt, tuple(row.steps)): row.labels for row in written} == said and set(
-        said
-    ) == SOLUTIONS
-    scores = HumanJudge(tmp_path / "labels.jsonl").score_steps(
-        [(row.prompt, row.steps) for row in written]
-    )
+    assert {(row.prompt, tuple(row.steps)): row.labels for row in written} == labelled
+    assert set(labelled) == SOLUTIONS
+    judge = HumanJudge(tmp_path / "labels.jsonl")
+    scores = judge.score_steps([(row.prompt, row.steps) for row in written])
     assert scores == [*(row.labels for row in written[:3]), None]
 
 
-@in_browser
 @pytest.mark.slow
-def test_a_port_in_use(table, tmp_path, run_script):
+@pytest.mark.process
+def test_a_port_in_use(table, run_script):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         done = run_script(SCRIPT, "--input", table, "--port", taken.getsockname()[1])
-    assert done.returncode == 2 and "--port" in done.stderr and done.stderr.count("\n") == 1, (
-        done.stderr
-    )
+    assert done.returncode == 2 and "--port" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def take_picture(path: Path) -> None:
-    """The page in the middle of a ranking, as the README shows it."""
-    import tempfile
-
-    texts = {
-        "Write a story about an AI that learns to garden.": [
-            "Ada had never touched soil. She had sensors for it, twelve of them, and a camera over the tomato bed. In the first "
-            "week she watered too much. In the second she asked the neighbour, and learned to wait.\n\nBy June she had tomatoes.",
-            "An AI is a computer program. Gardens have plants. The AI gardened the plants and the plants were gardened. The end.",
-            "Once upon a time there was a robot called Bloom. It planted a seed every day and told each one its name. When the "
-            "first leaf came up, Bloom did not know which name to say, so it said all of them.",
-            "As an AI I do not have a garden. Here are 5 tips for gardening: 1. Water. 2. Sun. 3. Soil. 4. Seeds. 5.",
-        ]
-    }
+    """Save the picture of the README: the page in the middle of a ranking."""
+    prompt = "Write a story about an AI that learns to garden."
+    answers = [
+        "Ada had never touched soil. She had sensors for it, twelve of them, and a camera over the "
+        "tomato bed. In the first week she watered too much. In the second she asked the "
+        "neighbour, and learned to wait.\n\nBy June she had tomatoes.",
+        "An AI is a computer program. Gardens have plants. The AI gardened the plants and the "
+        "plants were gardened. The end.",
+        "Once upon a time there was a robot called Bloom. It planted a seed every day and told "
+        "each one its name. When the first leaf came up, Bloom did not know which name to say, so "
+        "it said all of them.",
+        "As an AI I do not have a garden. Here are 5 tips for gardening: 1. Water. 2. Sun. 3. "
+        "Soil. 4. Seeds. 5.",
+    ]
+    rows = [RankedResponse(f"Done {k}", text, 1, "Ann") for k in range(14) for text in "ab"]
+    rows += [RankedResponse(prompt, text) for text in answers]
+    rows += [RankedResponse(f"Open {k}", text) for k in range(25) for text in "ab"]
     with tempfile.TemporaryDirectory() as folder:
-        rows = [
-            RankedResponse(prompt, text) for prompt, answers in texts.items() for text in answers
-        ]
-        rows = [
-            RankedResponse(f"Done {k}", text, 1, "Ann") for k in range(14) for text in "ab"
-        ] + rows
-        rows += [RankedResponse(f"Open {k}", text) for k in range(25) for text in "ab"]
         write_answers(Path(folder) / "answers.csv", rows)
         port = free_port()
         with (

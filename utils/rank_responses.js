@@ -1,8 +1,8 @@
-// What both pages of rank_responses.py do in the browser: items in a row, each with a mark, set by keys, buttons or (answers) by
-// dragging. All text comes escaped from the server (`turn`); what is typed or clicked goes back to it as marks in the order of the
-// items it sent. Gradio calls this with `element` and `server`.
+// The browser side of rank_responses.py, for both pages: a row of items, each with a mark that keys, buttons or (for answers)
+// dragging set. The server sends all text escaped (`turn`) and gets marks back in the order of the items that it sent.
+// Gradio calls this script with `element` and `server`.
 const root = element.querySelector(".work");
-const given = root.dataset.name;
+const given = root.dataset.name; // --ranker
 const items = () => [...root.querySelectorAll(".item")];
 const button = (action) => root.querySelector(`[data-do="${action}"]`);
 let busy = false;
@@ -20,10 +20,10 @@ async function turn(action) {
   const marks = [];
   items().forEach((item) => { marks[item.dataset.place] = item.dataset.mark; });
   const request = { name: name(), action, marks, key: root.querySelector(".task")?.dataset.key || null, note: root.querySelector(".note")?.value || "" };
-  const reply = await server.turn(request); // nothing if there is no server
+  const reply = await server.turn(request); // undefined if no server answers
   busy = false;
   if (!reply?.html) {
-    say(reply?.error || "Nothing was saved: the server does not answer. Start it again, and this page goes on.", true);
+    say(reply?.error || "Nothing was saved: the server does not answer. Start it again; this page then works again.", true);
     return;
   }
   if (reply.ask && given === "") sessionStorage.removeItem("ranker");
@@ -41,7 +41,7 @@ function show() {
   if (items().length) say(left && left < items().length ? `${left} to go` : "");
 }
 
-// A mark on one item; then the next one without a mark is in focus. When all have one, the next in order: all can be typed anew.
+// Mark one item, then focus the next item without a mark. If all have one, focus the next item, so that all can be typed again.
 function mark(item, value) {
   item.dataset.mark = value;
   show();
@@ -55,8 +55,8 @@ function move(by) {
 }
 
 function key(event) {
-  if (!element.isConnected) return document.removeEventListener("keydown", key); // the page was built anew
-  if (element.offsetParent === null || event.altKey || event.metaKey || !root.querySelector(".task")) return; // another tab
+  if (!element.isConnected) return document.removeEventListener("keydown", key); // Gradio rebuilt the page
+  if (element.offsetParent === null || event.altKey || event.metaKey || !root.querySelector(".task")) return; // another tab is shown
   if (event.ctrlKey) return;
   const pressed = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   const typing = event.target.closest?.("input");
@@ -67,7 +67,7 @@ function key(event) {
   const actions = { Enter: () => button("save")?.click(), s: () => button("skip")?.click(), b: () => button("back")?.click(),
     n: () => root.querySelector(".note")?.focus(), ArrowDown: () => move(1), ArrowUp: () => move(-1), ArrowRight: () => move(1), ArrowLeft: () => move(-1) };
   if (!typing && value && current) mark(current, value);
-  else if (pressed === "Enter" && event.target.closest?.("button")) return; // the button in focus
+  else if (pressed === "Enter" && event.target.closest?.("button")) return; // the focused button handles it
   else if (actions[pressed]) actions[pressed]();
   else return;
   event.preventDefault();
@@ -79,8 +79,8 @@ function click(event) {
   else if (pressed?.matches("button[data-mark]")) mark(pressed.closest(".item"), pressed.dataset.mark);
 }
 
-// Dragging by the grip puts an item where the pointer is; where it is dropped, the order is the ranking. Two items change places
-// when the pointer is past the other's middle, so that a small one does not flicker over a large one.
+// Dragging an item by its grip moves it to the pointer; after the drop the order is the ranking. Two items change places only when
+// the pointer has passed the other's middle, so that a small item does not flicker over a large one.
 function drag(event) {
   const item = event.target.closest(".grip")?.closest(".item"), ends = new AbortController();
   if (!item) return;
@@ -117,6 +117,6 @@ root.addEventListener("submit", (event) => {
   sessionStorage.setItem("ranker", root.querySelector("input").value);
   window.dispatchEvent(new Event("ranker"));
 });
-window.addEventListener("ranker", () => turn("open")); // both pages
+window.addEventListener("ranker", () => turn("open")); // on both pages
 document.addEventListener("keydown", key);
 turn("open");

@@ -1,10 +1,11 @@
-"""A page where people rank answers, best first, and label the steps of solutions.
+"""Serve a web page on which people rank answers, best first, and label the steps of solutions.
 
-    python utils/rank_responses.py --ranker Ann                 http://127.0.0.1:7860, ranks go to data/answers.csv
-    python utils/rank_responses.py --steps pairs.jsonl          the third tab: right, wrong or unsure for each step
-    python utils/rank_responses.py --agreement                  how far the rankers of data/answers.csv agree, as a table
+    python utils/rank_responses.py --ranker Ann          ranks go to data/answers.csv
+    python utils/rank_responses.py --steps pairs.jsonl   the third tab labels steps
+    python utils/rank_responses.py --agreement           print how far the rankers agree
 
-Each group is saved at once, and the page goes on where it stopped. It needs no network and sends nothing anywhere.
+The page is http://127.0.0.1:7860. It needs no network and sends nothing anywhere. Every group is
+saved at once, so a page that was stopped resumes.
 """
 
 import html
@@ -20,9 +21,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import check_input, parse_args, run
-from common.errors import RecordError, UserError
+from common.errors import UserError
 from common.files import at_root
 from evaluation.agreement import AGREEMENT_COLUMNS, agreement_rows
+from evaluation.metrics import print_table
 from reasoning.annotation import (
     LABELS,
     Annotation,
@@ -46,10 +48,11 @@ HERE = Path(__file__).resolve()
 class RankArguments:
     input: str = field(
         default_factory=lambda: at_root(ANSWERS),
-        metadata={"help": "table of answers (prompt, answer, rank ...)"},
+        metadata={"help": "table of answers (columns prompt, answer, rank ...)"},
     )
     output: str | None = field(
-        default=None, metadata={"help": "where ranks go, a table as well (default: into the input)"}
+        default=None,
+        metadata={"help": "where ranks are saved, a table too (default: in the input)"},
     )
     ranker: str | None = field(
         default=None, metadata={"help": "your name (default: the page asks each person)"}
@@ -57,43 +60,44 @@ class RankArguments:
     steps: str | None = field(
         default=None,
         metadata={
-            "help": "solutions whose steps are to be labelled: pairs, labelled solutions, problems with steps"
+            "help": "solutions whose steps to label: pairs, labelled solutions, problems with steps"
         },
     )
     labels: str = field(
         default_factory=lambda: at_root("data/step_labels.jsonl"),
         metadata={
-            "help": "where labels of steps go, JSONL; `--judge human --judge_labels FILE` reads it"
+            "help": "where labels of steps are saved, JSONL; `--judge human --judge_labels FILE` "
+            "reads it"
         },
     )
     agreement: bool = field(
-        default=False, metadata={"help": "print how far the rankers agree, and end"}
+        default=False, metadata={"help": "print how far the rankers agree, then exit"}
     )
-    port: int = field(default=7860, metadata={"help": "of the page on this machine"})
+    port: int = field(default=7860, metadata={"help": "port of the page on this machine"})
     share: bool = field(
         default=False,
-        metadata={"help": "also give the page a public address, through Gradio's servers"},
+        metadata={"help": "give the page a public address too, through Gradio's servers"},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
             raise UserError(f"argument --port: expected 1 to 65535, got {self.port}")
         if self.ranker is not None:
             self.ranker = check_name(self.ranker)
 
 
-# --- the page as HTML; every text that comes from a file or a person goes through html.escape -----------------------------------
+# --- the page as HTML; every text from a file or a person goes through html.escape ---
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What differs between ranking answers and labelling steps."""
+    """The difference between ranking answers and labelling steps."""
 
-    name: str  # of the items, for the style sheet
-    thing: str  # what a task is
-    ask: str
+    name: str  # of the items, in the style sheet
+    unit: str  # what the page counts
+    question: str
     help: str
-    marks: Callable[[AnnotationTask], dict[str, Sequence[str]]]  # mark -> keys that set it
+    marks: Callable[[AnnotationTask], dict[str, Sequence[str]]]  # mark -> the keys that set it
     can_drag: bool = False
 
 
@@ -101,8 +105,8 @@ RANKS = Kind(
     "answers",
     "prompts",
     "Which answer is better? 1 is the best; the same number twice is a tie.",
-    "<kbd>1</kbd> <kbd>2</kbd> ... rank the framed answer, from the first to the last · <kbd>↑</kbd> <kbd>↓</kbd> frame another · "
-    "or drag the answers by <b>⠿</b>, best first",
+    "<kbd>1</kbd> <kbd>2</kbd> ... rank the framed answer, from the first to the last · "
+    "<kbd>↑</kbd> <kbd>↓</kbd> frame another · or drag the answers by <b>⠿</b>, best first",
     lambda task: {str(rank): [str(rank)] for rank in range(1, len(task.items) + 1)},
     can_drag=True,
 )
@@ -110,62 +114,71 @@ STEPS = Kind(
     "steps",
     "solutions",
     "Is each step right, given the problem? A step that builds on a wrong one is wrong as well.",
-    "<kbd>1</kbd> or <kbd>R</kbd> right · <kbd>2</kbd> or <kbd>W</kbd> wrong · <kbd>3</kbd> or <kbd>U</kbd> unsure: "
-    "label the framed step · <kbd>↑</kbd> <kbd>↓</kbd> frame another",
+    "<kbd>1</kbd> or <kbd>R</kbd> right · <kbd>2</kbd> or <kbd>W</kbd> wrong · "
+    "<kbd>3</kbd> or <kbd>U</kbd> unsure: label the framed step · <kbd>↑</kbd> <kbd>↓</kbd> "
+    "frame another",
     lambda task: {mark: [str(k), mark[0]] for k, mark in enumerate(LABELS, 1)},
 )
 
 
-def head(name: str, tasks: Sequence[AnnotationTask], kind: Kind) -> str:
-    done = sum(task.done for task in tasks)
+def head_html(name: str, tasks: Sequence[AnnotationTask], kind: Kind) -> str:
+    done, total = sum(task.done for task in tasks), len(tasks)
     return (
-        f'<div class="head"><span>{html.escape(name)}</span><progress value="{done}" max="{len(tasks)}"></progress>'
-        f"<span>{done} of {len(tasks)} {kind.thing} done</span></div>"
+        f'<div class="head"><span>{html.escape(name)}</span>'
+        f'<progress value="{done}" max="{total}"></progress>'
+        f"<span>{done} of {total} {kind.unit} done</span></div>"
     )
 
 
-BACK = '<button data-do="back">Back <kbd>B</kbd></button>'
+BACK_AND_MESSAGE = """<button data-do="back">Back <kbd>B</kbd></button>
+<span class="message" role="status"></span>"""
 
 
 def task_html(name: str, tasks: Sequence[AnnotationTask], task: AnnotationTask, kind: Kind) -> str:
     marks = kind.marks(task)
-    keys = json.dumps({key: mark for mark, keys in marks.items() for key in keys})
+    keys = html.escape(json.dumps({key: mark for mark, keys in marks.items() for key in keys}))
     buttons = "".join(
         f'<button type="button" tabindex="-1" data-mark="{mark}">{mark}</button>' for mark in marks
     )
     grip = '<span class="grip" title="drag">⠿</span>' if kind.can_drag else ""
+    marked = zip(task.items, task.marks or [""] * len(task.items), strict=True)
     items = "".join(
         f'<div class="item" tabindex="0" data-place="{k}" data-mark="{html.escape(mark)}">'
-        f'<div class="choice">{buttons}{grip}</div><div class="text">{html.escape(item)}</div></div>'
-        for k, (item, mark) in enumerate(
-            zip(task.items, task.marks or [""] * len(task.items), strict=True)
-        )
+        f'<div class="choice">{buttons}{grip}</div>'
+        f'<div class="text">{html.escape(item)}</div></div>'
+        for k, (item, mark) in enumerate(marked)
     )
-    return f"""{head(name, tasks, kind)}
-<div class="task" data-key="{task.key}" data-keys="{html.escape(keys)}">
+    save = "Save again" if task.done else "Save"
+    return f"""{head_html(name, tasks, kind)}
+<div class="task" data-key="{task.key}" data-keys="{keys}">
 <div class="prompt">{html.escape(task.prompt)}</div>
-<div class="ask">{kind.ask}</div><div class="help">{kind.help}</div>
+<div class="ask">{kind.question}</div><div class="help">{kind.help}</div>
 <div class="items {kind.name}">{items}</div>
-<input class="note" maxlength="1000" placeholder="A note, if you like (N; Esc leaves it)" value="{html.escape(task.note)}">
-<div class="foot"><button data-do="save">{"Save again" if task.done else "Save"} <kbd>Enter</kbd></button>
-<button data-do="skip">Skip <kbd>S</kbd></button>{BACK}<span class="message" role="status"></span></div></div>"""
+<input class="note" maxlength="1000" placeholder="A note, if you like (N; Esc leaves it)"
+ value="{html.escape(task.note)}">
+<div class="foot"><button data-do="save">{save} <kbd>Enter</kbd></button>
+<button data-do="skip">Skip <kbd>S</kbd></button>{BACK_AND_MESSAGE}</div></div>"""
 
 
 def done_html(name: str, tasks: Sequence[AnnotationTask], kind: Kind) -> str:
-    return f"""{head(name, tasks, kind)}
-<div class="task" data-keys="{{}}"><div class="done">All {len(tasks)} {kind.thing} are done.</div>
-<div class="foot">{BACK}<span class="message" role="status"></span></div></div>"""
+    done = f"All {len(tasks)} {kind.unit} are done."
+    return f"""{head_html(name, tasks, kind)}
+<div class="task" data-keys="{{}}"><div class="done">{done}</div>
+<div class="foot">{BACK_AND_MESSAGE}</div></div>"""
 
 
 def name_html(problem: str) -> str:
-    return f"""<form><label for="ranker">Your name</label><input id="ranker" maxlength="40" autocomplete="off">
-<button>Start</button><span class="message bad" role="status">{html.escape(problem)}</span></form>"""
+    return f"""<form><label for="ranker">Your name</label>
+<input id="ranker" maxlength="40" autocomplete="off"><button>Start</button>
+<span class="message bad" role="status">{html.escape(problem)}</span></form>"""
 
 
 def turn(work: Annotation, kind: Kind, request: dict[str, Any]) -> dict[str, str]:
-    """One turn of the page: {"action": open, save, skip or back, "name", "key", "marks", "note"} -> {"html"} to show, or {"error"}.
+    """Answer one request of the page.
 
-    The server keeps nothing of a page, so a page outlives it: the next turn finds whatever server is there by then."""
+    request: {"action": open, save, skip or back, "name", "key", "marks", "note"}. Returns {"html"}
+    to show, with "ask" if the person's name is needed, or {"error"}. The server keeps no state of a
+    page, so an open page works with a server that was started again."""
     try:
         try:
             name = check_name(str(request.get("name") or ""))
@@ -179,46 +192,46 @@ def turn(work: Annotation, kind: Kind, request: dict[str, Any]) -> dict[str, str
             task = task_before(tasks, key)
         else:
             task = next_task(tasks, key if action in ("save", "skip") else None)
-        return {
-            "html": task_html(name, tasks, task, kind) if task else done_html(name, tasks, kind)
-        }
-    except (UserError, RecordError, OSError) as error:
+        shown = task_html(name, tasks, task, kind) if task else done_html(name, tasks, kind)
+        return {"html": shown}
+    except (UserError, OSError) as error:
         return {"error": f"Not saved: {error}" if request.get("action") == "save" else str(error)}
 
 
 def agreement_html(rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return '<div class="agreement"><p>No prompt has been ranked by two rankers yet.</p></div>'
-    cells = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
+    table = [[f"<td>{html.escape(cell)}</td>" for cell in row] for row in rows]
+    cells = "".join(f"<tr>{''.join(row)}</tr>" for row in table)
     columns = "".join(f"<th>{html.escape(column)}</th>" for column in AGREEMENT_COLUMNS)
     return f"""<div class="agreement"><table><tr>{columns}</tr>{cells}</table>
-<p>Kendall's tau-b within a prompt, mean over the n prompts where it is defined, with a 95 % bootstrap interval: 1 is the same
-order, 0 is chance, -1 the opposite order. Krippendorff's alpha, ordinal, over the answers that two or more of them ranked: 1 is
-perfect, 0 is chance.</p></div>"""
+<p>Kendall's tau-b within a prompt: the mean over the n prompts for which it is defined, with a 95 %
+bootstrap interval. 1 is the same order, 0 is chance, -1 the opposite order. Krippendorff's alpha,
+ordinal, over the answers that two or more of the rankers ranked: 1 is perfect agreement, 0 is
+chance.</p></div>"""
 
 
-# --- the page in Gradio ----------------------------------------------------------------------------------------------------------
+# --- the page in Gradio ---
 
 
-def build_page(ranking: AnswerRanking, labelling: StepLabelling | None, ranker: str | None):
+def build_page(ranking: AnswerRanking, labelling: StepLabelling | None, ranker: str | None) -> Any:
     """The Gradio Blocks."""
-    import gradio as gr
+    import gradio as gr  # heavy
 
     script = HERE.with_suffix(".js").read_text(encoding="utf-8")
     name = html.escape(ranker or "")
+    # Texts never enter Gradio's templates, which would run code in them.
+    template = f'<div class="work" data-name="{name}"><span class="message"></span></div>'
 
-    def workplace(work: Annotation, kind: Kind):
-        def turn_(request: dict) -> dict:
+    def workplace(work: Annotation, kind: Kind) -> None:
+        def answer(request: dict) -> dict:
             return turn(work, kind, request)
 
-        turn_.__name__ = "turn"
-        # No text is given to Gradio's templates, which would run what looks like code in it.
+        answer.__name__ = "turn"  # the name by which the script calls it
         gr.HTML(
-            html_template=f'<div class="work" data-name="{name}"><span class="message"></span></div>',
+            html_template=template,
             js_on_load=script,
-            server_functions=[turn_],
+            server_functions=[answer],
             apply_default_css=False,
         )
 
@@ -240,18 +253,21 @@ def build_page(ranking: AnswerRanking, labelling: StepLabelling | None, ranker: 
     return page
 
 
-def serve(args: RankArguments, page, waiting: Callable[[], object]) -> None:
-    """Show the page until `waiting` returns. Raises UserError if the port is taken or no public address can be had."""
-    import gradio as gr
+def serve(args: RankArguments, page: Any, wait: Callable[[], object]) -> None:
+    """Serve the page until `wait` returns.
 
-    # none from the network
+    Raises UserError if the port is in use or if Gradio gives no public address."""
+    import gradio as gr  # heavy
+
+    # fonts of the system, so that none is loaded from the network
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     theme = gr.themes.Default(primary_hue="indigo", **fonts)
     css = HERE.with_suffix(".css").read_text(encoding="utf-8")
     try:
         _, local, public = page.launch(
-            server_name="127.0.0.1", server_port=args.port, share=args.share, theme=theme, css=css, quiet=True, footer_links=[],
-            run_history=False, enable_monitoring=False, ssr_mode=False, prevent_thread_lock=True,
+            server_name="127.0.0.1", server_port=args.port, share=args.share, theme=theme, css=css,
+            quiet=True, footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False,
+            prevent_thread_lock=True,
         )  # fmt: skip
     except OSError as error:
         raise UserError(
@@ -259,43 +275,42 @@ def serve(args: RankArguments, page, waiting: Callable[[], object]) -> None:
         ) from None
     if args.share and not public:
         raise UserError(
-            "argument --share: Gradio could not give the page a public address; leave --share out to use it here"
+            "argument --share: Gradio gave no public address; leave --share out to use the page "
+            "on this machine"
         )
-    print(
-        f"ranks go to {args.output or args.input}"
-        + (f", labels of steps to {args.labels}" if args.steps else "")
-    )
+    labels = f", labels of steps in {args.labels}" if args.steps else ""
+    print(f"ranks are saved in {args.output or args.input}{labels}")
     print(f"{public or local} (Ctrl-C ends)", flush=True)
-    waiting()
+    wait()
+
+
+def print_agreement(path: str) -> None:
+    """Print the agreement of a table's rankers. Raises UserError if no prompt has two rankers."""
+    rows = read_answers(path)
+    check_groups(rows, path)
+    table = agreement_rows(rows)
+    if not table:
+        raise UserError(f"{path}: no prompt is ranked by two rankers")
+    print_table(f"{path}: agreement between rankers", AGREEMENT_COLUMNS, table)
 
 
 def main() -> None:
     (args,) = parse_args(RankArguments, description=__doc__.split("\n\n")[0])
     check_input(args.input, MADE_BY if args.input == at_root(ANSWERS) else None)
     if args.agreement:
-        from evaluation.metrics import print_table
-
-        rows = read_answers(args.input)
-        check_groups(rows, args.input)
-        table = agreement_rows(rows)
-        if not table:
-            raise UserError(f"{args.input}: no prompt is ranked by two rankers")
-        print_table(f"{args.input}: agreement between rankers", AGREEMENT_COLUMNS, table)
-        return
+        return print_agreement(args.input)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    for proxies in ("NO_PROXY", "no_proxy"):  # Gradio asks its own page whether it is there
+    for proxies in ("NO_PROXY", "no_proxy"):  # Gradio requests its own page to see that it works
         os.environ[proxies] = ",".join(filter(None, [os.environ.get(proxies), "127.0.0.1"]))
     solutions = load_solutions(args.steps) if args.steps else None
-    # until the process ends
-    held = [
-        hold(path) for path in (args.output or args.input, *([args.labels] if args.steps else []))
-    ]
+    written = [args.output or args.input, *([args.labels] if args.steps else [])]
+    locks = [hold(path) for path in written]
     ranking = AnswerRanking(args.input, args.output)
     labelling = StepLabelling(solutions, args.labels) if solutions else None
     serve(args, build_page(ranking, labelling, args.ranker), threading.Event().wait)
-    for handle in held:
-        handle.close()
+    for lock in locks:
+        lock.close()
 
 
 if __name__ == "__main__":
