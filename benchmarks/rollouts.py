@@ -1,9 +1,10 @@
-"""Rollouts a second: all states in one batch of the engine, against one `generate` call of transformers for every rollout.
+"""Rollouts a second: all states in one batch, against one `generate` call of transformers for each.
 
     python benchmarks/rollouts.py          # a minute on 2 cores
 
-States are beginnings of reference solutions of train problems, from no step to all but the last. The two take turns; a rate is
-the median of the rounds, for these machines are noisy. Both sample at temperature 1.
+States are prefixes of the reference solutions of train problems, from no step to all but the last.
+Both ways sample at temperature 1. They take turns, and a rate is the median of the rounds, because
+timings vary.
 """
 
 import statistics
@@ -15,8 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tqdm import trange
+
 from common.cli import check_model, parse_args, run
 from common.files import at_root
+from evaluation.metrics import print_table
+from reasoning.problems import problems
 
 
 @dataclass
@@ -29,37 +34,34 @@ class RolloutArguments:
     one_by_one: int = field(
         default=32, metadata={"help": "rollouts with a call of their own, in every round"}
     )
-    rounds: int = field(default=3, metadata={"help": "how often each takes its turn"})
+    rounds: int = field(default=3, metadata={"help": "timings of each way"})
 
 
 def main() -> None:
     (args,) = parse_args(RolloutArguments, description=__doc__.split("\n\n")[0])
     check_model(args.model_name_or_path)
+    # heavy: would slow --help
     import torch
-    from tqdm import trange
 
-    from evaluation.metrics import print_table
     from lm.policy import Policy
-    from reasoning.problems import problems
 
     policy = Policy.load(args.model_name_or_path)
-    tasks = list(islice(problems("train"), args.limit))
     states = [
-        policy.start(task.prompt, task.steps[: k % len(task.steps)]) for k, task in enumerate(tasks)
+        policy.start(problem.prompt, problem.steps[: k % len(problem.steps)])
+        for k, problem in enumerate(islice(problems("train"), args.limit))
     ]
 
     def together(seed: int) -> int:
-        wholes = policy.rollouts(states, args.rollouts, seed=seed)
-        return sum(whole.sampled for group in wholes for whole in group)
+        groups = policy.rollouts(states, args.rollouts, seed=seed)
+        return sum(solution.sampled for group in groups for solution in group)
 
     def one_by_one(seed: int) -> int:
         torch.manual_seed(seed)
         tokens = 0
         for k in range(args.one_by_one):
             ids = torch.tensor([states[k % len(states)].ids], device=policy.device)
-            tokens += policy.model.generate(ids, do_sample=True, top_k=0, max_new_tokens=256).size(
-                1
-            ) - ids.size(1)
+            whole = policy.model.generate(ids, do_sample=True, top_k=0, max_new_tokens=256)
+            tokens += whole.size(1) - ids.size(1)
         return tokens
 
     ways = {
@@ -67,7 +69,7 @@ def main() -> None:
         "one call each": (one_by_one, args.one_by_one),
     }
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    together(args.rounds)  # whatever the first call has to set up
+    together(args.rounds)  # the first call includes setup, so it is not timed
     for seed in trange(args.rounds, desc="rounds"):
         for name, (sample, count) in ways.items():
             start = time.perf_counter()
@@ -75,17 +77,16 @@ def main() -> None:
             seconds = time.perf_counter() - start
             rates[name].append((count / seconds, tokens / seconds))
     median = {
-        name: [statistics.median(column) for column in zip(*of_rounds, strict=True)]
-        for name, of_rounds in rates.items()
+        name: [statistics.median(column) for column in zip(*pairs, strict=True)]
+        for name, pairs in rates.items()
     }
     table = [
         (name, f"{rollouts:.1f}", f"{tokens:.0f}") for name, (rollouts, tokens) in median.items()
     ]
     title = f"{args.limit} states, {args.rollouts} rollouts each, median of {args.rounds} rounds"
     print_table(title, ["rollouts", "a second", "tokens a second"], table)
-    print(
-        f"in one batch: {median['in one batch'][0] / median['one call each'][0]:.1f} times as many"
-    )
+    ratio = median["in one batch"][0] / median["one call each"][0]
+    print(f"in one batch: {ratio:.1f} times as many")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 import pytest
 
-from lm.text_encoding import encode_steps, format_prompt, response_pieces
+from lm.text_encoding import response_pieces
 from reasoning.answers import extract_answer, same_answer
 from reasoning.grading import grade_steps, is_correct, step_accuracy, step_value
 from reasoning.records import Problem
@@ -81,37 +81,3 @@ def test_steps_and_text():
     assert response_pieces(["a"], finished=False) == ["a\n"]
     assert ends_solution(["a", "Answer: 5"]) and not ends_solution(["a"]) and not ends_solution([])
     assert shared_prefix(["a", "b"], ["a", "c"]) == 1
-
-
-def test_encode_steps_by_hand(tokenizer):
-    """A step holds its closing newline, the last holds EOS; template, prompt and prefix belong to no step."""
-    ids, step_of = encode_steps(
-        tokenizer, "Mia has 2 apples.", ["Step 1: 2 + 3 = 5"], ["Step 2: 5 * 2 = 10", "Answer: 10"]
-    )
-    tokens = tokenizer.convert_ids_to_tokens(ids)
-    assert tokens[step_of.index(0) :] == [
-        *("Step", "▁", "2", ":", "▁", "5", "▁*", "▁", "2", "▁=", "▁", "1", "0", "<0x0A>"),
-        *("Answer", ":", "▁", "1", "0", "</s>"),
-    ]
-    assert step_of == [-1] * 26 + [0] * 14 + [1] * 6
-    assert (
-        tokenizer.decode(ids[:26], skip_special_tokens=True)
-        == "Problem: Mia has 2 apples.\nSolution:\nStep 1: 2 + 3 = 5\n"
-    )
-
-
-def test_a_step_pair_gets_no_eos(tokenizer):
-    ids, step_of = encode_steps(tokenizer, "Mia 🍎", [], ["Step 1: 2 + 3 = 5"])
-    assert tokenizer.convert_ids_to_tokens(ids)[-1] == "<0x0A>" and step_of[-1] == 0
-
-
-def test_chat_template_is_used_and_adds_no_second_bos(tokenizer):
-    import copy
-
-    chat = copy.deepcopy(tokenizer)
-    chat.chat_template = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}<|assistant|>"
-    assert format_prompt("2 + 2?", chat).endswith(
-        "2 + 2?\n<|assistant|>"
-    ) and "step by step" in format_prompt("2 + 2?", chat)
-    ids, _ = encode_steps(chat, "2 + 2?", [], ["Answer: 4"])
-    assert ids.count(chat.bos_token_id) == 1

@@ -1,37 +1,68 @@
-"""Make the embedded models from nothing: the tokenizer, policy-mini and judge-mini, and the judge's GGUF file.
+"""Make the embedded models from nothing: the tokenizer, policy-mini and judge-mini.
 
     python utils/build_embedded_models.py --overwrite        (or: make models)
 
-policy-mini is a LLaMA of 1.9M parameters, trained from scratch on the pretraining stream (mistakes included) with the learning
-rate decayed to 0. judge-mini starts from policy-mini's weights and learns to answer "Right?" after every step: on reference
-solutions, on solutions with mistakes, and on policy-mini's own samples, with exact labels. Interrupted, it resumes.
+policy-mini is a LLaMA of 1.9M parameters, trained from scratch on the pretraining stream, mistakes
+included, with the learning rate decayed to 0. judge-mini starts from the weights of policy-mini and
+learns to answer "Right?" after every step: of reference solutions, of solutions with mistakes and
+of policy-mini's own samples, with exact labels. It is also written as a GGUF file. The script
+resumes after an interruption.
 
     python utils/build_embedded_models.py --size large --overwrite        (or: make models-large)
 
-policy-large learns from the same texts in the same way, with more than three times the parameters. Its learning rate is the best
-of three that are tried on fewer texts: the one under which the reference solutions of validation problems are likeliest.
-"""
+policy-large has more than three times the parameters and learns from the same texts in the same
+way. Three learning rates are tried on fewer texts; the one under which the reference solutions of
+validation problems are likeliest is used."""
 
 import itertools
 import json
 import random
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tqdm import tqdm
+
 from common.cli import check_output, parse_args, run
-from common.files import at_root
+from common.files import ResumableRows, at_root, write_text
+from evaluation.metrics import accuracy_metric, auroc_metric, mean_metric, rate_metric
+from lm.text_encoding import batches_by_length, encode_steps
+from reasoning.grading import grade_steps, is_correct
+from reasoning.problems import corrupted, pretraining_texts, problems, stories
+from reward_model.templates import PLAIN
 
 JUDGE_FILE = "judge-mini.Q8_0.gguf"
-TOKENS_PER_BATCH = 2000  # padded tokens an optimizer step
+TOKENS_PER_BATCH = 2000  # padded tokens of an optimizer step
+WINDOW = 4096  # examples that are sorted by length together
 # hidden, intermediate, layers, heads, KV heads
 SHAPES = {"mini": (192, 512, 4, 6, 3), "large": (320, 864, 5, 10, 5)}
 LEARNING_RATES = {"mini": [2e-3], "large": [7e-4, 1.4e-3, 2.8e-3]}
+
+POLICY_CARD = """A LLaMA of {parameters} parameters (hidden {hidden}, {layers} layers) made by
+`python utils/build_embedded_models.py --size {size}` from random weights: {policy_examples} solved
+word problems of `reasoning/problems.py`, each once, about 2,000 tokens a step, AdamW, peak
+learning rate {learning_rate} decayed linearly to 0, seed {seed}. Its text has mistakes, as human
+text has: at stated traps the writer is wrong 60 % of the time, elsewhere 3 %. So its greedy answers
+are wrong at traps, by design. Weights in half precision. Licence: as the repository."""
+
+TRIALS_CARD = """
+
+The learning rate is the best of several, each tried on the first {trial_examples} texts: the one
+under which the reference solutions of validation problems were likeliest."""
+
+JUDGE_CARD = """Answers "Right?" with Yes or No after every step of a solution, made by
+`python utils/build_embedded_models.py`. It starts from policy-mini's weights and learns, with exact
+labels, from {judge_examples} solutions of pretraining problems (a quarter right, the others with
+mistakes) and {judge_samples} policy-mini samples of train problems; AdamW, peak learning rate
+{judge_learning_rate} decayed linearly to 0, seed {seed}. It takes the place of a pretrained model
+that can do arithmetic. Weights in half precision; `judge-mini.Q8_0.gguf` is the same model for
+llama.cpp and ctransformers. Licence: as the repository."""
 
 
 @dataclass
@@ -60,12 +91,12 @@ class BuildArguments:
     learning_rate: list[float] | None = field(
         default=None,
         metadata={
-            "help": "peak learning rate of the policy, decayed linearly to 0; of several the best is chosen "
-            f"(default: {LEARNING_RATES})"
+            "help": "peak learning rate of the policy, decayed linearly to 0; the best of several "
+            f"is used (default: {LEARNING_RATES})"
         },
     )
     trial_examples: int = field(
-        default=20_000, metadata={"help": "texts that each of several learning rates is tried on"}
+        default=20_000, metadata={"help": "texts on which each of several learning rates is tried"}
     )
     judge_learning_rate: float = field(
         default=1e-3, metadata={"help": "peak learning rate of judge-mini, decayed linearly to 0"}
@@ -81,54 +112,49 @@ class BuildArguments:
         self.learning_rate = self.learning_rate or LEARNING_RATES[self.size]
         if min(self.learning_rate) <= 0 or len({*self.learning_rate}) < len(self.learning_rate):
             raise ValueError(
-                f"argument --learning_rate: expected different numbers above 0, got {self.learning_rate}"
+                "argument --learning_rate: expected different numbers above 0, "
+                f"got {self.learning_rate}"
             )
 
+
+# torch, transformers and the modules that load them are imported in the functions below, because
+# they would slow --help.
 
 # --- training data ---
 
 
-def bucketed(
-    lengths: list[int], rng: random.Random, tokens: int = TOKENS_PER_BATCH, window: int = 4096
-) -> list[list[int]]:
-    """Indices in batches of at most `tokens` padded tokens: like lengths together, batches in random order."""
-    batches = []
-    for start in range(0, len(lengths), window):
-        order = sorted(range(start, min(start + window, len(lengths))), key=lengths.__getitem__)
-        batch: list[int] = []
-        for index in order:
-            if batch and lengths[index] * (len(batch) + 1) > tokens:
-                batches.append(batch)
-                batch = []
-            batch.append(index)
-        batches.append(batch)
+def bucketed(lengths: list[int], rng: random.Random) -> list[list[int]]:
+    """Indices in batches of at most TOKENS_PER_BATCH padded tokens.
+
+    Similar lengths are together; the batches are in random order."""
+    batches: list[list[int]] = []
+    for start in range(0, len(lengths), WINDOW):
+        window = range(start, min(start + WINDOW, len(lengths)))
+        batches += batches_by_length(window, TOKENS_PER_BATCH, lengths.__getitem__)
     rng.shuffle(batches)
     return batches
 
 
-def collate_text(batch: list[list[dict]]) -> dict:
+def collate_text(batch: list[list[dict]]) -> dict[str, Any]:
     """Right-padded ids and labels of one bucket; loss on the solution's tokens."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    examples = batch[0]
-    longest = max(len(example["ids"]) for example in examples)
-    ids = torch.tensor(
-        [example["ids"] + [0] * (longest - len(example["ids"])) for example in examples]
-    )
-    step_of = torch.tensor(
-        [example["step_of"] + [-1] * (longest - len(example["ids"])) for example in examples]
-    )
-    mask = torch.tensor(
-        [[1] * len(example["ids"]) + [0] * (longest - len(example["ids"])) for example in examples]
-    )
+    def padded(rows: Iterable[list[int]], fill: int) -> Any:
+        return pad_sequence([torch.tensor(row) for row in rows], True, fill)
+
+    ids = padded((example["ids"] for example in batch[0]), 0)
+    step_of = padded((example["step_of"] for example in batch[0]), -1)
+    mask = padded(([1] * len(example["ids"]) for example in batch[0]), 0)
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(step_of < 0, -100)}
 
 
 def collate_judge(batch: list[list[dict]], question: list[int], yes: int, no: int) -> dict:
     """One bucket with the question asked after every step, all in one forward pass.
 
-    A row is the solution (the trunk) followed by a copy of the question for each step. A copy sees the trunk up to the end of its
-    step and itself, at the positions that follow that step, so it reads what it would read if it stood there: (B, 1, L, L) mask."""
+    A row is a tree of tokens (lm/tree_attention.py): the solution is the trunk, and a copy of the
+    question branches off at the end of every step, so it is read as if it stood there. `answers`
+    (B, L) are the labels of the questions, `trunk_labels` (B, L) the tokens of right steps."""
     import torch
 
     from lm.tree_attention import add_sequence, tree_inputs
@@ -156,26 +182,18 @@ def collate_judge(batch: list[list[dict]], question: list[int], yes: int, no: in
     return inputs
 
 
-def policy_data(tokenizer, count: int, seed: int) -> Iterator[dict]:
-    from tqdm import tqdm
-
-    from lm.text_encoding import encode_steps
-    from reasoning.problems import pretraining_texts
-
-    for problem, steps in tqdm(
-        itertools.islice(pretraining_texts(seed), count),
-        total=count,
-        desc="writing pretraining texts",
-    ):
+def policy_data(tokenizer: Any, count: int, seed: int) -> Iterator[dict]:
+    texts = itertools.islice(pretraining_texts(seed), count)
+    for problem, steps in tqdm(texts, total=count, desc="writing pretraining texts"):
         ids, step_of = encode_steps(tokenizer, problem.prompt, [], steps)
         yield {"ids": ids, "step_of": step_of}
 
 
 def judge_solutions(count: int, seed: int) -> Iterator[tuple]:
-    """(problem, steps) for the judge, from the pretraining stream: a quarter of them reference solutions, half as the writer of
-    the pretraining text writes them, a quarter with an error put in."""
-    from reasoning.problems import corrupted, stories
+    """(problem, steps) for the judge, from the pretraining stream.
 
+    A quarter of them are reference solutions, half are written as the pretraining text is, and a
+    quarter have an error put in."""
     rng = random.Random(f"judge {seed}")
     for story in itertools.islice(stories("pretrain"), count):
         problem = story.problem()
@@ -188,11 +206,11 @@ def judge_solutions(count: int, seed: int) -> Iterator[tuple]:
             yield problem, corrupted(story, rng)
 
 
-def judge_data(tokenizer, solutions: Iterable[tuple]) -> Iterator[dict]:
-    """The judge reads every step with its closing newline, and no EOS: so the question follows a newline always."""
-    from lm.text_encoding import encode_steps
-    from reasoning.grading import grade_steps
+def judge_data(tokenizer: Any, solutions: Iterable[tuple]) -> Iterator[dict]:
+    """The ids and exact labels of solutions.
 
+    The last step ends with a newline instead of EOS, so that the question always follows a
+    newline."""
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
     for problem, steps in solutions:
         ids, step_of = encode_steps(tokenizer, problem.prompt, [], steps)
@@ -204,9 +222,12 @@ def judge_data(tokenizer, solutions: Iterable[tuple]) -> Iterator[dict]:
 # --- training ---
 
 
-def train(model, examples: list[dict], collate, work: Path, learning_rate: float, seed: int):
-    """One pass over the examples with the learning rate decayed to 0; continues from the last checkpoint in `work`. Returns the
-    model. Progress bar and checkpoints are transformers.Trainer's."""
+def train(
+    model: Any, examples: list[dict], collate: Callable, work: Path, learning_rate: float, seed: int
+) -> Any:
+    """Train for one pass over the examples, with the learning rate decayed to 0. Returns the model.
+
+    Training resumes from the last checkpoint in `work`."""
     import torch
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
@@ -219,117 +240,98 @@ def train(model, examples: list[dict], collate, work: Path, learning_rate: float
                 return super().compute_loss(model, inputs, return_outputs)
             answers, trunk_labels = inputs.pop("answers"), inputs.pop("trunk_labels")
             logits = model(**inputs).logits.float()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
-            return loss + torch.nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), trunk_labels[:, 1:].flatten()
-            )
+            cross_entropy = torch.nn.functional.cross_entropy
+            trunk_logits, trunk_labels = logits[:, :-1].flatten(0, 1), trunk_labels[:, 1:].flatten()
+            loss = cross_entropy(logits.flatten(0, 1), answers.flatten())
+            return loss + cross_entropy(trunk_logits, trunk_labels)
 
     device, bf16 = pick_device()
     batches = bucketed([len(example["ids"]) for example in examples], random.Random(seed))
     arguments = TrainingArguments(
-        output_dir=str(work), per_device_train_batch_size=1, num_train_epochs=1, seed=seed, report_to=[], logging_steps=200,
-        learning_rate=learning_rate, lr_scheduler_type="linear", warmup_steps=100, weight_decay=0.01, adam_beta2=0.98,
-        save_steps=500, save_total_limit=1, use_cpu=device == "cpu", bf16=bf16, remove_unused_columns=False,
+        output_dir=str(work), per_device_train_batch_size=1, num_train_epochs=1, seed=seed,
+        learning_rate=learning_rate, lr_scheduler_type="linear", warmup_steps=100,
+        weight_decay=0.01, adam_beta2=0.98, save_steps=500, save_total_limit=1, logging_steps=200,
+        report_to=[], use_cpu=device == "cpu", bf16=bf16, remove_unused_columns=False,
     )  # fmt: skip
-    trainer = MiniTrainer(
-        model, arguments, collate, [[examples[i] for i in batch] for batch in batches]
-    )
+    dataset = [[examples[i] for i in batch] for batch in batches]
+    trainer = MiniTrainer(model, arguments, collate, dataset)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if work.is_dir() else None)
     return trainer.model
 
 
-def new_policy(tokenizer, seed: int, size: str = "mini"):
+def new_policy(tokenizer: Any, seed: int, size: str) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     hidden, intermediate, layers, heads, kv_heads = SHAPES[size]
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-            num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=512, tie_word_embeddings=False,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=intermediate,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
+    return LlamaForCausalLM(config)
 
 
-def judge_question(tokenizer) -> tuple[list[int], int, int]:
+def judge_question(tokenizer: Any) -> tuple[list[int], int, int]:
     """(ids of the question after a newline, id of yes, id of no)."""
-    from reward_model.templates import PLAIN
 
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    question = tokenizer("\n" + PLAIN.question, add_special_tokens=False)["input_ids"][
-        len(newline) :
-    ]
-    yes, no = (
-        tokenizer(f"? {word}", add_special_tokens=False)["input_ids"][-1] for word in ("Yes", "No")
-    )
-    return question, yes, no
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    question = ids("\n" + PLAIN.question)[len(ids("\n")) :]
+    return question, ids("? Yes")[-1], ids("? No")[-1]
 
 
 # --- figures for the model cards ---
 
 
-def policy_figures(policy, limit: int | None = None) -> dict:
-    """Greedy accuracy on validation, and how often a step is right after a right beginning, at traps and elsewhere: Metrics."""
-    from evaluation.metrics import rate_metric
-    from reasoning.grading import grade_steps, is_correct
-    from reasoning.problems import problems
+def policy_figures(policy: Any, limit: int) -> dict:
+    """Metrics of greedy answers to validation problems.
 
-    tasks = list(itertools.islice(problems("validation"), limit))
-    answers = [
-        answer
-        for (answer,) in policy.generate(
-            [task.prompt for task in tasks], progress="answering validation problems"
-        )
-    ]
+    They are the accuracy, and how often a step after a right prefix is right, at traps and
+    elsewhere."""
+    validation = list(itertools.islice(problems("validation"), limit))
+    prompts = [problem.prompt for problem in validation]
+    responses = policy.generate(prompts, progress="answering validation problems")
     right: dict[bool, list[float]] = {True: [], False: []}
-    for task, answer in zip(tasks, answers, strict=True):
-        scores = [*grade_steps(answer.steps, task), *[0.0] * len(task.steps)]
-        for k, trap in enumerate(task.traps):
+    correct = []
+    for problem, (response,) in zip(validation, responses, strict=True):
+        correct.append(float(is_correct(response.steps, problem)))
+        scores = [*grade_steps(response.steps, problem), *[0.0] * len(problem.steps)]
+        for k, is_trap in enumerate(problem.traps):
             if all(scores[:k]):
-                right[trap].append(scores[k])
-    correct = [
-        float(is_correct(answer.steps, task)) for task, answer in zip(tasks, answers, strict=True)
-    ]
+                right[is_trap].append(scores[k])
     return {
         "greedy accuracy": rate_metric(correct),
-        "step right after a right beginning, at traps": rate_metric(right[True]),
-        "step right after a right beginning, elsewhere": rate_metric(right[False]),
+        "step right after a right prefix, at traps": rate_metric(right[True]),
+        "step right after a right prefix, elsewhere": rate_metric(right[False]),
     }
 
 
-def judge_figures(judge, tokenizer, policy, limit: int | None = None, seed: int = 1) -> dict:
-    """AUROC and accuracy at .5 over the steps of fresh policy samples (temperature 1) of validation problems: Metrics."""
+def judge_figures(judge: Any, tokenizer: Any, policy: Any, limit: int) -> dict:
+    """Metrics over the steps of policy samples (temperature 1) of validation problems."""
     import torch
 
-    from evaluation.metrics import accuracy_metric, auroc_metric
-    from reasoning.problems import problems
-
     question, yes, no = judge_question(tokenizer)
-    tasks = list(itertools.islice(problems("validation"), limit))
-    answers = policy.generate(
-        [task.prompt for task in tasks],
+    validation = list(itertools.islice(problems("validation"), limit))
+    samples = policy.generate(
+        [problem.prompt for problem in validation],
         temperature=1.0,
-        seed=seed,
+        seed=1,
         progress="sampling validation problems",
     )
-    examples = list(
-        judge_data(
-            tokenizer,
-            [(task, a.steps) for task, (a,) in zip(tasks, answers, strict=True) if a.steps],
-        )
-    )
+    pairs = zip(validation, samples, strict=True)
+    solutions = [(problem, sample.steps) for problem, (sample,) in pairs if sample.steps]
+    examples = list(judge_data(tokenizer, solutions))
     scores, labels, clusters = [], [], []
     for batch in bucketed([len(example["ids"]) for example in examples], random.Random(0)):
         inputs = collate_judge([[examples[i] for i in batch]], question, yes, no)
         verdicts, _ = inputs.pop("answers"), inputs.pop("trunk_labels")
+        inputs = {name: value.to(judge.device) for name, value in inputs.items()}
         with torch.inference_mode():
-            logits = (
-                judge(**{name: value.to(judge.device) for name, value in inputs.items()})
-                .logits.float()
-                .cpu()
-            )
+            logits = judge(**inputs).logits.float().cpu()
         asked = verdicts >= 0  # (B, L), row by row in the order of the steps
         scores += (logits[asked][:, yes] - logits[asked][:, no]).sigmoid().tolist()
         labels += (verdicts[asked] == yes).tolist()
@@ -341,105 +343,107 @@ def judge_figures(judge, tokenizer, policy, limit: int | None = None, seed: int 
 # --- the build ---
 
 
-def finish(model, tokenizer, folder: Path) -> None:
+def finish(model: Any, tokenizer: Any, folder: Path) -> None:
     """Save in half precision, whole or not at all."""
-    working = folder.with_name(folder.name + ".tmp")
-    model.cpu().half().save_pretrained(working)
-    tokenizer.save_pretrained(working)
-    working.rename(folder)
+    from lm.loading import replacing_folder
+
+    with replacing_folder(folder) as temporary:
+        model.cpu().half().save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
-def card(folder: Path, title: str, text: str, figures: dict) -> None:
-    from common.files import write_text
-
+def card(folder: Path, text: str, figures: dict) -> None:
     rows = "".join(
         f"| {name} | {metric} | {metric.n} |\n" for name, metric in figures.items() if metric
     )
     table = f"| on validation problems | value and 95 % interval | n |\n|---|---|---|\n{rows}"
-    write_text(folder / "README.md", [f"# {title}\n\n{text}\n\n{table}"])
+    write_text(folder / "README.md", [f"# {folder.name}\n\n{text}\n\n{table}"])
     print(table, flush=True)
 
 
-def sample_train(policy, count: int, path: Path, job: dict, seed: int) -> list[tuple]:
-    """One policy sample (temperature 1) a train problem, kept while the build lasts."""
-    from common.files import ResumableRows
-    from reasoning.problems import problems
+def sample_train(policy: Any, count: int, path: Path, job: dict, seed: int) -> list[tuple]:
+    """(problem, steps) of one policy sample (temperature 1) for each train problem.
 
+    The samples are kept in `path` until the build ends."""
     unit = 1024
-    tasks = list(itertools.islice(problems("train"), count))
+    train_problems = list(itertools.islice(problems("train"), count))
     rows = ResumableRows(path, job, unit)
-    for start in range(len(rows.rows), len(tasks), unit):
-        chunk = tasks[start : start + unit]
-        name = f"sampling for the judge, {start}/{len(tasks)}"
-        answers = policy.generate(
-            [task.prompt for task in chunk], temperature=1.0, seed=seed + start, progress=name
-        )
-        for (answer,) in answers:
-            rows.append({"steps": answer.steps})
-    return [
-        (task, row["steps"]) for task, row in zip(tasks, rows.rows, strict=True) if row["steps"]
-    ]
+    for start in range(len(rows.rows), len(train_problems), unit):
+        prompts = [problem.prompt for problem in train_problems[start : start + unit]]
+        progress = f"sampling for the judge, {start}/{len(train_problems)}"
+        samples = policy.generate(prompts, temperature=1.0, seed=seed + start, progress=progress)
+        for (sample,) in samples:
+            rows.append({"steps": sample.steps})
+    pairs = zip(train_problems, rows.rows, strict=True)
+    return [(problem, row["steps"]) for problem, row in pairs if row["steps"]]
 
 
-def make_policy(args: BuildArguments, tokenizer, work: Path, job: dict) -> None:
-    """`work/policy-SIZE`, with a card; before, a trial of each learning rate if there are several."""
-    from evaluation.metrics import mean_metric
+def make_policy(args: BuildArguments, tokenizer: Any, work: Path, job: dict) -> None:
+    """Make `work/policy-SIZE` with its card, after trials if there are several learning rates."""
     from lm.policy import Policy
-    from reasoning.problems import problems
 
     examples: list[dict] = []
 
     def trained(name: str, rate: float, count: int) -> Policy:
         if not (work / name).exists():
-            print(
-                f"{name}: learning from {count} pretraining texts, learning rate {rate:g}",
-                flush=True,
-            )
-            examples.extend(
-                [] if examples else policy_data(tokenizer, args.policy_examples, args.seed)
-            )
+            settings = f"{count} pretraining texts, learning rate {rate:g}"
+            print(f"{name}: learning from {settings}", flush=True)
+            if not examples:
+                examples.extend(policy_data(tokenizer, args.policy_examples, args.seed))
             model = new_policy(tokenizer, args.seed, args.size)
-            finish(
-                train(
-                    model,
-                    examples[:count],
-                    collate_text,
-                    work / f"{name}.training",
-                    rate,
-                    args.seed,
-                ),
-                tokenizer,
-                work / name,
-            )
+            checkpoints = work / f"{name}.training"
+            model = train(model, examples[:count], collate_text, checkpoints, rate, args.seed)
+            finish(model, tokenizer, work / name)
         return Policy.load(str(work / name))
 
-    tasks = [
-        (task.prompt, [], task.steps)
-        for task in itertools.islice(problems("validation"), args.validation)
-    ]
+    validation = itertools.islice(problems("validation"), args.validation)
+    solutions = [(problem.prompt, [], problem.steps) for problem in validation]
     trials = {}
     for rate in args.learning_rate if len(args.learning_rate) > 1 else []:
         policy = trained(f"trial-{rate:g}", rate, args.trial_examples)
-        trials[rate] = mean_metric(
-            policy.logps(tasks, progress=f"solutions under learning rate {rate:g}")
-        )
+        progress = f"solutions under learning rate {rate:g}"
+        trials[rate] = mean_metric(policy.logps(solutions, progress=progress))
     best = max(trials, key=lambda rate: trials[rate].value, default=args.learning_rate[0])
     name = f"policy-{args.size}"
     policy = trained(name, best, args.policy_examples)
     hidden, _, layers, _, _ = SHAPES[args.size]
-    parameters = f"{policy.model.num_parameters() / 1e6:.1f}M"
     values = job | {
         "learning_rate": f"{best:g}",
         "hidden": hidden,
         "layers": layers,
-        "parameters": parameters,
+        "parameters": f"{policy.model.num_parameters() / 1e6:.1f}M",
     }
     text = POLICY_CARD.format(**values) + (TRIALS_CARD.format(**values) if trials else "")
-    of_trials = {
-        f"log-prob of reference solutions, nats a token, trial with {rate:g}": trials[rate]
-        for rate in trials
+    trial_figures = {
+        f"log-prob of reference solutions, nats a token, trial with {rate:g}": metric
+        for rate, metric in trials.items()
     }
-    card(work / name, name, text, policy_figures(policy, limit=args.validation) | of_trials)
+    card(work / name, text, policy_figures(policy, args.validation) | trial_figures)
+
+
+def make_judge(args: BuildArguments, tokenizer: Any, work: Path, job: dict) -> None:
+    """Make `work/judge-mini` with its GGUF file and its card, from `work/policy-mini`."""
+    from lm.gguf_export import export_gguf
+    from lm.loading import load_model
+    from lm.policy import Policy
+
+    policy, folder = Policy.load(str(work / "policy-mini")), work / "judge-mini"
+    if not folder.exists():
+        print("samples of policy-mini for the judge", flush=True)
+        samples = sample_train(policy, args.judge_samples, work / "samples.jsonl", job, args.seed)
+        print("judge-mini: learning to judge steps", flush=True)
+        question, yes, no = judge_question(tokenizer)
+        solutions = [*judge_solutions(args.judge_examples, args.seed), *samples]
+        examples = list(judge_data(tokenizer, solutions))
+        random.Random(args.seed).shuffle(examples)
+        start, _ = load_model(str(work / "policy-mini"), "float32")
+        collate = partial(collate_judge, question=question, yes=yes, no=no)
+        model = train(start, examples, collate, work / "judge", args.judge_learning_rate, args.seed)
+        finish(model, tokenizer, folder)
+    judge, _ = load_model(str(folder), "float32")
+    export_gguf(folder, folder / JUDGE_FILE)
+    figures = judge_figures(judge.to(policy.device), tokenizer, policy, args.validation)
+    card(folder, JUDGE_CARD.format(**job), figures)
 
 
 def main() -> None:
@@ -448,19 +452,19 @@ def main() -> None:
         description="Make policy-mini and judge-mini, or policy-large, from nothing.",
     )
     output = Path(args.output)
-    policy_dir, judge_dir = output / f"policy-{args.size}", output / "judge-mini"
-    folders = [policy_dir, judge_dir] if args.size == "mini" else [policy_dir]
+    folders = [output / f"policy-{args.size}"]
+    if args.size == "mini":
+        folders.append(output / "judge-mini")
     work = output / (".build" if args.size == "mini" else f".build-{args.size}")
     for folder in folders:
         check_output(str(folder), args.overwrite)
     job = {name: value for name, value in vars(args).items() if name not in ("output", "overwrite")}
-    if work.exists() and not (
-        (work / "job.json").is_file() and json.loads((work / "job.json").read_text()) == job
-    ):
-        shutil.rmtree(work)  # another job's half-built models
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "job.json").write_text(json.dumps(job))
+    job_file = work / "job.json"
+    if work.exists() and not (job_file.is_file() and json.loads(job_file.read_text()) == job):
+        shutil.rmtree(work)  # the half-built models of another job
+    write_text(job_file, [json.dumps(job)])
 
+    from lm.loading import replacing_folder
     from lm.miniature_tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer()
@@ -468,65 +472,13 @@ def main() -> None:
     if args.size == "mini":
         make_judge(args, tokenizer, work, job)
 
-    for folder in folders:  # copied, so that a build killed here still has what it made
-        arriving = work / "arriving"
-        shutil.rmtree(arriving, ignore_errors=True)
-        shutil.copytree(work / folder.name, arriving)
-        shutil.rmtree(folder, ignore_errors=True)
-        arriving.rename(folder)
+    for folder in folders:  # copied, so that a build that is killed here keeps what it made
+        with replacing_folder(folder) as temporary:
+            shutil.copytree(work / folder.name, temporary, dirs_exist_ok=True)
     shutil.rmtree(work)
-    print(
-        f"wrote {policy_dir}"
-        + (f" and {judge_dir} (with {JUDGE_FILE})" if judge_dir in folders else "")
-    )
+    models = " and ".join(map(str, folders))
+    print(f"wrote {models}" + (f" (with {JUDGE_FILE})" if args.size == "mini" else ""))
 
-
-def make_judge(args: BuildArguments, tokenizer, work: Path, job: dict) -> None:
-    """`work/judge-mini`, with its GGUF file and a card, from `work/policy-mini`."""
-    from transformers import AutoModelForCausalLM
-
-    from lm.policy import Policy
-
-    policy = Policy.load(str(work / "policy-mini"))
-    if not (work / "judge-mini").exists():
-        print("samples of policy-mini for the judge", flush=True)
-        samples = sample_train(policy, args.judge_samples, work / "samples.jsonl", job, args.seed)
-        print("judge-mini: learning to judge steps", flush=True)
-        question, yes, no = judge_question(tokenizer)
-        examples = list(
-            judge_data(tokenizer, [*judge_solutions(args.judge_examples, args.seed), *samples])
-        )
-        random.Random(args.seed).shuffle(examples)
-        start = AutoModelForCausalLM.from_pretrained(work / "policy-mini", dtype="float32")
-        collate = partial(collate_judge, question=question, yes=yes, no=no)
-        model = train(start, examples, collate, work / "judge", args.judge_learning_rate, args.seed)
-        finish(model, tokenizer, work / "judge-mini")
-    judge = AutoModelForCausalLM.from_pretrained(work / "judge-mini", dtype="float32").to(
-        policy.device
-    )
-    from lm.gguf_export import export_gguf
-
-    export_gguf(str(work / "judge-mini"), str(work / "judge-mini" / JUDGE_FILE))
-    figures = judge_figures(judge, tokenizer, policy, limit=args.validation)
-    card(work / "judge-mini", "judge-mini", JUDGE_CARD.format(**job), figures)
-
-
-POLICY_CARD = """A LLaMA of {parameters} parameters (hidden {hidden}, {layers} layers) made by
-`python utils/build_embedded_models.py --size {size}` from random weights: {policy_examples} solved word problems of
-`reasoning/problems.py`, each once, about 2,000 tokens a step, AdamW, peak learning rate {learning_rate} decayed linearly to 0, seed
-{seed}. Its text has mistakes, as human text has: at stated traps the writer is wrong 60 % of the time, elsewhere 3 %. So it is
-greedily wrong at traps, by design. Weights in half precision. Licence: as the repository."""
-
-TRIALS_CARD = """
-
-The learning rate is the best of several, each tried on the first {trial_examples} texts: the one under which the reference
-solutions of validation problems were likeliest."""
-
-JUDGE_CARD = """Answers "Right?" with Yes or No after every step of a solution, made by `python utils/build_embedded_models.py`. It
-starts from policy-mini's weights and learns, with exact labels, from {judge_examples} solutions of pretraining problems (a quarter
-right, the others with mistakes) and {judge_samples} policy-mini samples of train problems; AdamW, peak learning rate
-{judge_learning_rate} decayed linearly to 0, seed {seed}. It stands in for a pretrained model that can do arithmetic. Weights in
-half precision; `judge-mini.Q8_0.gguf` is the same model for llama.cpp and ctransformers. Licence: as the repository."""
 
 if __name__ == "__main__":
     run(main)
