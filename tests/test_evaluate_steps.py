@@ -223,8 +223,8 @@ def test_a_judge_that_dies_keeps_what_was_scored(evaluate, tmp_path, monkeypatch
 
 
 def test_a_judge_that_scores_in_chunks_dies_and_resumes(evaluate, tmp_path, monkeypatch):
-    """64 solutions in a call, so 32 rows; the control permutes within a call, so that resuming gives
-    the same rows."""
+    """32 rows (64 solutions) in a call; the control permutes within a call, so that a resumed run
+    gives the same rows."""
     rows = [{**ROWS[k % 3], "prompt": f"{ROWS[k % 3]['prompt']} {k}"} for k in range(70)]
     path, score = write(tmp_path / "pairs.jsonl", rows), TinyLlamaRewardScorer._score
     assert evaluate("--input", path, "--judge", "shuffled")[0] == 0

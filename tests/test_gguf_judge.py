@@ -1,4 +1,4 @@
-"""The GGUF step judge against transformers, and everything that would kill its library."""
+"""The GGUF step judge against transformers, and all input that would crash its library."""
 
 import os
 import random
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM
 
-from common.errors import ModelError
+from common.errors import JudgeError, ModelError
 from lm.gguf_file import GGUFFile, read_gguf
 from reward_model.templates import NO, PLAIN, TEMPLATES, YES, JudgeTemplate
 from reward_model.tinyllama_reward_model import (
@@ -18,22 +20,12 @@ from reward_model.tinyllama_reward_model import (
     _Text,
     choose_template,
 )
+from tests.helpers.solutions import PROMPT, STEPS
 
-PROMPT = "Mia has 12 apples. She buys 3 times as many. How many apples does Mia have now?"
-STEPS = ["Step 1: 12 * 3 = 36", "Step 2: 12 + 36 = 48", "Answer: 48"]
-STRANGE = [
-    "🙂🙂 a🙂b",
-    "e\u0301 x\u0301",
-    "كم تفاحة؟ 12",
-    "\ufffd",
-    "\0",
-    "a\0\0b",
-    "</s>",
-    "<s><unk><0x0A>",
-    "\U0010ffff",
-    "▁",
-    "\u200b",
-]
+pytestmark = pytest.mark.process  # the judge has a process of its own
+
+STRANGE = ["🙂🙂 a🙂b", "e\u0301 x\u0301", "كم تفاحة؟ 12", "\ufffd", "\0", "a\0\0b", "\U0010ffff"]
+STRANGE += ["</s>", "<s><unk><0x0A>", "▁", "\u200b"]
 
 
 @pytest.fixture(scope="module")
@@ -50,32 +42,22 @@ def native(judge):
 
 @pytest.fixture(scope="module")
 def parent(tiny_model_dir):
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
 
 
 def parent_score(parent, tokenizer, prompt, steps, template=PLAIN):
-    """P(yes) / (P(yes) + P(no)) of the last step, written out on the whole text."""
-    text = (
-        template.before.format(prompt=prompt)
-        + "".join(step + "\n" for step in steps)
-        + template.question
-    )
+    """P(yes) / (P(yes) + P(no)) of the last step, from a plain forward pass over the whole text."""
+    lines = "".join(step + "\n" for step in steps)
+    text = template.before.format(prompt=prompt) + lines + template.question
     with torch.no_grad():
         logits = parent(**tokenizer(text, return_tensors="pt")).logits[0, -1].double()
-    probability = logits.softmax(-1)
-    vocabulary = tokenizer.get_vocab()
-    yes, no = (
-        sum(
-            probability[vocabulary[piece]]
-            for word in words
-            for piece in (word, "▁" + word)
-            if piece in vocabulary
-        )
-        for words in (YES, NO)
-    )
-    return float(yes / (yes + no))
+    probability, vocabulary = logits.softmax(-1), tokenizer.get_vocab()
+
+    def total(words):
+        pieces = [piece for word in words for piece in (word, "▁" + word)]
+        return sum(probability[vocabulary[piece]] for piece in pieces if piece in vocabulary)
+
+    return float(total(YES) / (total(YES) + total(NO)))
 
 
 def score_step(judge, prompt, step, previous=()):
@@ -86,43 +68,37 @@ def score_step(judge, prompt, step, previous=()):
 
 
 @pytest.mark.parametrize("text", [PROMPT, *STRANGE, " two  spaces ", "tab\t, \r\n and \n\n lines"])
-def test_ids_are_those_of_the_tokenizer(judge, native, tokenizer, text):
+def test_ids_equal_those_of_the_tokenizer(judge, native, tokenizer, text):
     ours = native._ids(judge._text.control("{prompt}", text, is_start=True))
     assert ours == tokenizer(text, split_special_tokens=True)["input_ids"]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_solution_in_pieces_has_the_ids_of_the_whole_text(judge, native, tokenizer, name):
-    template = TEMPLATES[name]
-    pieces = [
-        judge._text.control(template.before, PROMPT, is_start=True),
-        *[judge._text.plain(step + "\n") for step in STEPS],
-        judge._text.control(template.question),
-    ]
-    text = template.before.format(prompt=PROMPT) + "\n".join(STEPS) + "\n" + template.question
-    assert [index for piece in pieces for index in native._ids(piece)] == tokenizer(text)[
-        "input_ids"
-    ]
+    template, text = TEMPLATES[name], judge._text
+    before = text.control(template.before, PROMPT, is_start=True)
+    lines = [text.plain(step + "\n") for step in STEPS]
+    pieces = [before, *lines, text.control(template.question)]
+    ids = [index for piece in pieces for index in native._ids(piece)]
+    whole = template.before.format(prompt=PROMPT) + "\n".join(STEPS) + "\n" + template.question
+    assert ids == tokenizer(whole)["input_ids"]
 
 
 def test_control_tokens_are_ids_in_a_template_and_text_in_a_users_text(judge):
     assert judge._text.control("x</s>y {prompt}", "z</s>") == ["x", 2, " y z<", "/s>"]
 
 
-def test_template_is_what_the_file_says():
+def test_the_template_fits_the_file():
     def chosen(**metadata):
-        return choose_template(
-            GGUFFile("x", {key.replace("_", ".", 1): value for key, value in metadata.items()})
-        )
+        metadata = {key.replace("_", ".", 1): value for key, value in metadata.items()}
+        return choose_template(GGUFFile("x", metadata))
 
     assert chosen(general_name="judge-mini") == "plain"
     assert chosen(general_name="tinyllama_tinyllama-1.1b-chat-v1.0") == "zephyr"
     assert chosen(tokenizer_chat_template="{{'<|user|>\n' + message + eos_token}}") == "zephyr"
     assert chosen(general_name="Llama-2-7b-chat-hf") == "llama-2"
-    assert (
-        chosen(tokenizer_chat_template="{{'<|im_start|>' + role}}", general_name="tinyllama-chat")
-        == "chatml"
-    )
+    chatml = "{{'<|im_start|>' + role}}"
+    assert chosen(tokenizer_chat_template=chatml, general_name="tinyllama-chat") == "chatml"
 
 
 # --- scores
@@ -140,19 +116,17 @@ def test_logits_agree_with_transformers(native, parent, tokenizer):
 
 @pytest.mark.parametrize("template", ["plain", "zephyr"])
 def test_scores_agree_with_transformers(tiny_gguf, parent, tokenizer, template):
+    other = ("🙂 How many?", ["Step 1: é", "Answer: 3"])
     with TinyLlamaRewardScorer(tiny_gguf, template, threads=1) as judge:
-        scores = judge.score_steps([(PROMPT, STEPS), ("🙂 How many?", ["Step 1: é", "Answer: 3"])])
-    expected = [
-        parent_score(parent, tokenizer, PROMPT, STEPS[: k + 1], TEMPLATES[template])
-        for k in range(3)
-    ]
-    assert scores[0] == pytest.approx(expected, abs=2e-3)
-    assert scores[1][1] == pytest.approx(
-        parent_score(
-            parent, tokenizer, "🙂 How many?", ["Step 1: é", "Answer: 3"], TEMPLATES[template]
-        ),
-        abs=2e-3,
+        scores = judge.score_steps([(PROMPT, STEPS), other])
+
+    def expected(prompt, steps):
+        return parent_score(parent, tokenizer, prompt, steps, TEMPLATES[template])
+
+    assert scores[0] == pytest.approx(
+        [expected(PROMPT, STEPS[: k + 1]) for k in range(3)], abs=2e-3
     )
+    assert scores[1][1] == pytest.approx(expected(*other), abs=2e-3)
     assert all(score == round(score, 6) for score in scores[0])
 
 
@@ -166,16 +140,10 @@ def test_a_score_depends_on_nothing_but_its_solution(judge, tiny_gguf):
         ]
     )
     assert judge.score_steps([(PROMPT, STEPS), (PROMPT, STEPS)]) == [alone, alone]
-    assert [score_step(judge, PROMPT, STEPS[k], STEPS[:k]) for k in (2, 0, 1)] == [
-        alone[2],
-        alone[0],
-        alone[1],
-    ]
-    assert judge.score_steps([(PROMPT, STEPS), (PROMPT, []), (PROMPT, STEPS)], skip=[1, 0, 3]) == [
-        alone[1:],
-        [],
-        [],
-    ]
+    steps = [score_step(judge, PROMPT, STEPS[k], STEPS[:k]) for k in (2, 0, 1)]
+    assert steps == [alone[2], alone[0], alone[1]]
+    solutions = [(PROMPT, STEPS), (PROMPT, []), (PROMPT, STEPS)]
+    assert judge.score_steps(solutions, skip=[1, 0, 3]) == [alone[1:], [], []]
     with TinyLlamaRewardScorer(tiny_gguf, threads=2) as other:
         assert score_step(other, PROMPT, STEPS[2], STEPS[:2]) == alone[2]
     assert len(set(alone)) == 3
@@ -232,9 +200,8 @@ def test_a_dead_worker_is_one_error_that_names_the_input(tiny_gguf):
     with TinyLlamaRewardScorer(tiny_gguf, threads=1) as judge:
         scores = judge.score_steps([(PROMPT, STEPS)])
         os.kill(judge._process.pid, signal.SIGKILL)
-        with pytest.raises(
-            ModelError, match=r"SIGKILL.*step 1 'Step 1: boom' of prompt 'The deadly problem.'"
-        ) as error:
+        place = r"SIGKILL.*step 1 'Step 1: boom' of prompt 'The deadly problem.'"
+        with pytest.raises(JudgeError, match=place) as error:
             judge.score_steps([("The deadly problem.", ["Step 1: boom"])])
         assert "\n" not in str(error.value)
         assert judge.score_steps([(PROMPT, STEPS)]) == scores  # a new worker, the same scores
@@ -246,14 +213,11 @@ def test_the_worker_stays_light(judge):
 
 
 def test_weights_that_are_not_finite(tiny_gguf, tmp_path):
-    from gguf import GGUFReader
-
     path = tmp_path / "nan.gguf"
     path.write_bytes(Path(tiny_gguf).read_bytes())
     reader = GGUFReader(path, "r+")
-    next(tensor for tensor in reader.tensors if tensor.name == "output_norm.weight").data[:] = (
-        float("nan")
-    )
+    norm = next(tensor for tensor in reader.tensors if tensor.name == "output_norm.weight")
+    norm.data[:] = float("nan")
     reader.data.flush()
     with (
         TinyLlamaRewardScorer(path, threads=1) as judge,
@@ -321,11 +285,8 @@ def test_a_bad_file_is_one_line_that_names_it(tiny_gguf, tmp_path):
         path.write_bytes(content)
         with pytest.raises(ModelError) as error:
             TinyLlamaRewardScorer(path)
-        assert (
-            str(path) in str(error.value)
-            and expected in str(error.value)
-            and "\n" not in str(error.value)
-        ), name
+        message = str(error.value)
+        assert str(path) in message and expected in message and "\n" not in message, name
 
 
 def test_a_file_that_only_the_library_finds_wrong(tiny_gguf, tmp_path):
@@ -353,12 +314,8 @@ def test_a_damaged_header_never_hangs_or_crashes(tiny_gguf, tmp_path):
 
 
 def test_a_vocabulary_without_the_words(judge):
-    text = _Text(
-        GGUFFile(
-            "x.gguf",
-            judge.file.metadata | {"tokenizer.ggml.tokens": ["a"] * len(judge.file.tokens)},
-        )
-    )
+    tokens = {"tokenizer.ggml.tokens": ["a"] * len(judge.file.tokens)}
+    text = _Text(GGUFFile("x.gguf", judge.file.metadata | tokens))
     with pytest.raises(ModelError, match=r"x\.gguf .* no token Yes or yes"):
         text.spellings(YES)
 

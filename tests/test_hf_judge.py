@@ -1,4 +1,4 @@
-"""The transformers judge against the GGUF judge, and against each text read on its own."""
+"""The transformers judge against the GGUF judge, and against a forward pass for each text alone."""
 
 import itertools
 import json
@@ -6,18 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as t
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import ModelError
 from common.files import read_records
+from lm.gguf_export import export_gguf
 from reasoning.records import PreferencePair
 from reward_model.judges.hf import HFJudge
 from reward_model.templates import CHAT, NO, PLAIN, TEMPLATES, YES, JudgeTemplate
 from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer, _Model
+from tests.helpers.reward_models import TINY_SHAPE
+from tests.helpers.scripts import ROOT
+from tests.helpers.solutions import PROMPT, STEPS
 
-ROOT = Path(__file__).resolve().parents[1]
 JUDGE = ROOT / "models/judge-mini"
-PROMPT = "Mia has 12 apples. She buys 3 times as many. How many apples does Mia have now?"
-STEPS = ["Step 1: 12 * 3 = 36", "Step 2: 12 + 36 = 48", "Answer: 48"]
 SOLUTIONS = [
     (PROMPT, STEPS),
     ("🙂 How many?", ["Step 1: é", "Answer: 3"]),
@@ -28,44 +33,32 @@ SOLUTIONS = [
 
 
 def alone(judge: HFJudge, prompt: str, steps: list[str]) -> float:
-    """The score of the last step, written out on the whole text, with all logits of a plain forward pass."""
-    text = (
-        judge.template.before.replace("{prompt}", prompt)
-        + "".join(step + "\n" for step in steps)
-        + judge.template.question
-    )
-    ids = judge.tokenizer(
-        text, return_tensors="pt", add_special_tokens=judge.template_name != "chat"
-    )["input_ids"]
+    """The score of the last step, from all logits of a plain forward pass over the whole text."""
+    lines = "".join(step + "\n" for step in steps)
+    text = judge.template.before.replace("{prompt}", prompt) + lines + judge.template.question
+    special = judge.template_name != "chat"
+    ids = judge.tokenizer(text, return_tensors="pt", add_special_tokens=special)["input_ids"]
     with torch.no_grad():
         probability = judge.model(ids).logits[0, -1].double().softmax(-1)
     vocabulary = judge.tokenizer.get_vocab()
-    yes, no = (
-        sum(
-            probability[vocabulary[mark + word]]
-            for word in words
-            for mark in ("", "▁", "Ġ")
-            if mark + word in vocabulary
-        )
-        for words in (YES, NO)
-    )
-    return float(yes / (yes + no))
+
+    def total(words):
+        pieces = [mark + word for word in words for mark in ("", "▁", "Ġ")]
+        return sum(probability[vocabulary[piece]] for piece in pieces if piece in vocabulary)
+
+    return float(total(YES) / (total(YES) + total(NO)))
 
 
 def agrees(judge: HFJudge, solutions=SOLUTIONS, tolerance: float = 1e-4) -> None:
     for (prompt, steps), scores in zip(solutions, judge.score_steps(solutions), strict=True):
-        assert scores == pytest.approx(
-            [alone(judge, prompt, steps[: k + 1]) for k in range(len(steps))], abs=tolerance
-        )
+        expected = [alone(judge, prompt, steps[: k + 1]) for k in range(len(steps))]
+        assert scores == pytest.approx(expected, abs=tolerance)
         assert all(score == round(score, 6) for score in scores)
 
 
 def differences(first: list[list[float]], second: list[list[float]]) -> list[float]:
-    return [
-        abs(a - b)
-        for ours, theirs in zip(first, second, strict=True)
-        for a, b in zip(ours, theirs, strict=True)
-    ]
+    both = zip(first, second, strict=True)
+    return [abs(a - b) for ours, theirs in both for a, b in zip(ours, theirs, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -78,21 +71,18 @@ def judge(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def real() -> list[tuple[str, list[str]]]:
-    """52 solutions that the policy wrote."""
-    pairs = itertools.islice(
-        read_records(ROOT / "data/synthetic_dataset.jsonl", PreferencePair), 26
-    )
+    """36 solutions that the policy wrote."""
+    pairs = read_records(ROOT / "data/synthetic_dataset.jsonl", PreferencePair)
     return [
         (pair.prompt, [*pair.prefix, *steps])
-        for pair in pairs
+        for pair in itertools.islice(pairs, 18)
         for steps in (pair.chosen, pair.rejected)
     ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("quantization", ["F32", "Q8_0"])
-def test_scores_are_those_of_the_gguf_judge_on_the_same_file(quantization, real, tmp_path):
-    from lm.gguf_export import export_gguf
-
+def test_scores_equal_those_of_the_gguf_judge_on_the_same_file(quantization, real, tmp_path):
     path = tmp_path / f"judge.{quantization}.gguf"
     export_gguf(JUDGE, path, quantization)
     with TinyLlamaRewardScorer(path, threads=1) as gguf:
@@ -101,42 +91,32 @@ def test_scores_are_those_of_the_gguf_judge_on_the_same_file(quantization, real,
     scores = judge.score_steps(real)
     assert judge.packed and judge.template_name == "plain" and judge.context_length == 512
     apart = differences(scores, expected)
-    assert len(apart) > 150
+    assert len(apart) > 100
     if quantization == "F32":
         assert max(apart) < 5e-3
-        # the directory it was made from
+        # the directory that the file was made from
         assert max(differences(scores, HFJudge(JUDGE, device="cpu").score_steps(real))) < 1e-5
-    else:  # the library of the GGUF judge rounds the activations to 8 bits as well, transformers the weights alone
+    else:
+        # the library of the GGUF judge also rounds the activations to 8 bits
         assert max(apart) < 0.1 and sum(apart) / len(apart) < 5e-3
 
 
-STRANGE = [
-    "🙂🙂 a🙂b",
-    "e\u0301 x\u0301",
-    "كم تفاحة؟ 12",
-    "\ufffd",
-    "\0",
-    "</s>",
-    "a</s> b<s></s>",
-    "<unk>",
-    "\U0010ffff",
-    "▁",
-]
-STRANGE += [" two  spaces ", "\t\r\n\n"]
+STRANGE = ["🙂🙂 a🙂b", "e\u0301 x\u0301", "كم تفاحة؟ 12", "\ufffd", "\0", "\U0010ffff", "▁"]
+STRANGE += ["</s>", "a</s> b<s></s>", "<unk>", " two  spaces ", "\t\r\n\n"]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_ids_are_those_of_the_gguf_judge(template, tiny_gguf):
-    with TinyLlamaRewardScorer(tiny_gguf, template, threads=1) as gguf:
+@pytest.mark.process
+def test_ids_equal_those_of_the_gguf_judge(tiny_gguf):
+    with TinyLlamaRewardScorer(tiny_gguf, threads=1) as gguf:
         native, text = _Model(gguf._settings), gguf._text
-    judge = HFJudge(tiny_gguf, template, device="cpu")
-    for strange in [PROMPT, *STRANGE]:
-        items = [
-            *text.control(judge.template.before, strange, is_start=True),
-            *text.plain(strange + "\n"),
-        ]
-        items = [*items, *text.plain("Answer: 1\n"), *text.control(judge.template.question)]
-        assert judge._texts(strange, [strange, "Answer: 1"], 1) == [native._ids(items)], strange
+    judge = HFJudge(tiny_gguf, "plain", device="cpu")
+    for name, template in TEMPLATES.items():
+        judge.template = template
+        for strange in [PROMPT, *STRANGE]:
+            before = text.control(template.before, strange, is_start=True)
+            steps = [*text.plain(strange + "\n"), *text.plain("Answer: 1\n")]
+            ids = native._ids([*before, *steps, *text.control(template.question)])
+            assert judge._texts(strange, [strange, "Answer: 1"], 1) == [ids], (name, strange)
 
 
 # --- rows against texts
@@ -152,9 +132,8 @@ def test_every_score_is_that_of_its_text_alone(tiny_model_dir, template):
 def test_a_score_does_not_depend_on_what_is_scored_with_it(judge, tiny_model_dir):
     many = [(PROMPT[k:], STEPS[: 1 + k % 3]) for k in range(20)] + SOLUTIONS
     together = judge.score_steps(many)
-    assert (
-        max(differences(together, [judge.score_steps([solution])[0] for solution in many])) < 1e-5
-    )
+    one_by_one = [judge.score_steps([solution])[0] for solution in many]
+    assert max(differences(together, one_by_one)) < 1e-5
     small = HFJudge(tiny_model_dir, batch_tokens=1, device="cpu")
     assert max(differences(together, small.score_steps(many))) < 1e-5
     assert len({score for scores in together for score in scores}) > 40
@@ -176,19 +155,17 @@ def test_what_steps_share_is_read_once(judge):
     judge.score_steps([(PROMPT, STEPS)])
     handle.remove()
     texts = judge._texts(PROMPT, STEPS, 0)
-    question = len(judge.tokenizer("\n" + PLAIN.question)["input_ids"]) - len(
-        judge.tokenizer("\n")["input_ids"]
-    )
+    lengths = [len(judge.tokenizer(text)["input_ids"]) for text in ("\n" + PLAIN.question, "\n")]
+    question = lengths[0] - lengths[1]
     assert read == [len(texts[-1]) + 2 * question] and read[0] < 0.6 * sum(map(len, texts))
 
 
-def test_a_solution_that_outgrows_the_context_gets_none(judge):
+def test_a_solution_longer_than_the_context_gets_none(judge):
     long = list(STEPS)
     while len(judge._texts(PROMPT, long, len(long) - 1)[0]) <= 512:
         fits, long = long, [*long, "Step 3: 1 + 1 = 2"]
-    scores = judge.score_steps(
-        [(PROMPT, STEPS), (PROMPT, long), (PROMPT, fits)], skip=[0, len(long) - 1, len(fits) - 1]
-    )
+    solutions = [(PROMPT, STEPS), (PROMPT, long), (PROMPT, fits)]
+    scores = judge.score_steps(solutions, skip=[0, len(long) - 1, len(fits) - 1])
     assert scores[1] is None and len(scores[0]) == 3 and len(scores[2]) == 1
 
 
@@ -197,13 +174,9 @@ def test_a_solution_that_outgrows_the_context_gets_none(judge):
 
 def configs() -> dict:
     """Name -> (config of a tiny model, whether it can read rows)."""
-    import transformers as t
-
-    llama = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 512, "initializer_range": 0.3,
-    }  # fmt: skip
+    llama = TINY_SHAPE
     small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.3}
+    few = {"hidden_size": 32, "initializer_range": 0.3}
     return {
         "qwen2": (t.Qwen2Config(**llama), True),
         "gpt2": (t.GPT2Config(**small), True),
@@ -213,21 +186,13 @@ def configs() -> dict:
             False,
         ),
         "granite, scaled logits": (t.GraniteConfig(**llama, logits_scaling=4.0), False),
-        "bloom, no positions": (
-            t.BloomConfig(hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
-            False,
-        ),
-        "mamba, no attention": (
-            t.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=8, initializer_range=0.3),
-            False,
-        ),
+        "bloom, no positions": (t.BloomConfig(**few, n_layer=2, n_head=4), False),
+        "mamba, no attention": (t.MambaConfig(**few, num_hidden_layers=2, state_size=8), False),
     }
 
 
 @pytest.mark.parametrize("name", configs())
 def test_any_architecture_is_scored_right_or_not_in_rows(name, tokenizer, tmp_path, capsys):
-    from transformers import AutoModelForCausalLM
-
     config, packed = configs()[name]
     config.vocab_size = len(tokenizer)
     torch.manual_seed(0)
@@ -241,95 +206,71 @@ def test_any_architecture_is_scored_right_or_not_in_rows(name, tokenizer, tmp_pa
 
 @pytest.fixture(scope="module")
 def merging_dir(tiny_model_dir, tmp_path_factory) -> str:
-    """A byte-level tokenizer without a word boundary: a step's end and the question's beginning become one token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
+    """A byte-level tokenizer without word boundaries: the end of a step and the start of the
+    question become one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    words = [
-        f"{STEPS[2]}\n{CHAT.question}",
-        *STEPS,
-        "Yes",
-        "No",
-        " Yes",
-        "Step 1: 5\nStep 2: 6\n",
-    ] * 3
+    words = [f"{STEPS[2]}\n{CHAT.question}", *STEPS, "Yes", "No", " Yes"]
+    words = [*words, "Step 1: 5\nStep 2: 6\n"] * 3
     special = ["<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        words,
-        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet),
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
+    tokenizer.train_from_iterator(words, trainer)
     folder = tmp_path_factory.mktemp("merging")
-    wrapped = PreTrainedTokenizerFast(
+    wrapped = t.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", additional_special_tokens=special
     )
     wrapped.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     wrapped.save_pretrained(folder)
-    config = LlamaConfig.from_pretrained(tiny_model_dir, vocab_size=len(wrapped))
+    config = t.LlamaConfig.from_pretrained(tiny_model_dir, vocab_size=len(wrapped))
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    t.LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
 
 
 def test_a_tokenizer_that_merges_across_the_boundary(merging_dir):
     judge = HFJudge(merging_dir, "chatml", device="cpu")
     first, last = judge._texts(PROMPT, [STEPS[2], "Step 2: 1"], 0)
-    assert (
-        judge._plain._ids(f"{STEPS[2]}\n")
-        != judge._plain._ids(f"{STEPS[2]}\n{CHAT.question}")[
-            : len(judge._plain._ids(f"{STEPS[2]}\n"))
-        ]
-    )
+    step = judge._plain._ids(f"{STEPS[2]}\n")
+    assert step != judge._plain._ids(f"{STEPS[2]}\n{CHAT.question}")[: len(step)]
     assert first[: len(last)] != last and judge.packed
     agrees(judge)
     users = judge._texts("<|im_end|>", ["<|im_start|>", "<|im_end|"], 1)[0]
     ours = judge._texts("x", ["x", "x"], 1)[0]
     control = judge.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    assert (
-        [users.count(index) for index in control]
-        == [ours.count(index) for index in control]
-        == [2, 1]
-    )
+    counts = [[ids.count(index) for index in control] for ids in (users, ours)]
+    assert counts == [[2, 1], [2, 1]]
 
 
-def test_a_chat_model_is_asked_in_its_own_words(merging_dir):
+def test_a_chat_model_is_asked_in_its_own_template(merging_dir):
     judge = HFJudge(merging_dir, device="cpu")
     assert judge.template_name == "chat"
-    content = (
-        CHAT.before.format(prompt=PROMPT) + "".join(step + "\n" for step in STEPS) + CHAT.question
-    )
+    lines = "".join(step + "\n" for step in STEPS)
+    content = CHAT.before.format(prompt=PROMPT) + lines + CHAT.question
     message = [{"role": "user", "content": content}]
-    expected = judge.tokenizer.apply_chat_template(
-        message, add_generation_prompt=True, return_dict=True
-    )["input_ids"]
+    options = {"add_generation_prompt": True, "return_dict": True}
+    expected = judge.tokenizer.apply_chat_template(message, **options)["input_ids"]
     assert judge._texts(PROMPT, STEPS, 2) == [expected]
     agrees(judge)
 
 
 def test_an_adapter_is_scored_on_its_base(tiny_model_dir, tokenizer, judge, tmp_path):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(1)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_model_dir),
-        LoraConfig(init_lora_weights=False, target_modules=["q_proj"], lora_alpha=64),
-    )
+    lora = LoraConfig(init_lora_weights=False, target_modules=["q_proj"], lora_alpha=64)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), lora)
     model.save_pretrained(tmp_path / "adapter")
     adapter = HFJudge(tmp_path / "adapter", device="cpu")  # its tokenizer is the base's
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     tokenizer.save_pretrained(tmp_path / "merged")
     scores = adapter.score_steps(SOLUTIONS)
-    assert (
-        max(differences(scores, HFJudge(tmp_path / "merged", device="cpu").score_steps(SOLUTIONS)))
-        < 1e-4
-    )
+    merged = HFJudge(tmp_path / "merged", device="cpu").score_steps(SOLUTIONS)
+    assert max(differences(scores, merged)) < 1e-4
     assert max(differences(scores, judge.score_steps(SOLUTIONS))) > 1e-2
 
 
@@ -337,21 +278,22 @@ def test_an_adapter_is_scored_on_its_base(tiny_model_dir, tokenizer, judge, tmp_
 
 
 def test_what_cannot_be_used_is_an_error_of_one_line(tiny_model_dir, tiny_gguf, tmp_path):
-    from transformers import AutoTokenizer
-
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.gguf").write_bytes(Path(tiny_gguf).read_bytes()[:-64])
     (tmp_path / "text.gguf").write_text("hello")
     (tmp_path / "weightless").mkdir()
-    (tmp_path / "weightless/config.json").write_bytes(
-        (Path(tiny_model_dir) / "config.json").read_bytes()
-    )
+    config = (Path(tiny_model_dir) / "config.json").read_bytes()
+    (tmp_path / "weightless/config.json").write_bytes(config)
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "weightless")
-    for path, reason in {
-        "empty": "can(?:not)? be loaded", "cut.gguf": "cut off", "text.gguf": "no GGUF file", "none.gguf": "cannot be read",
-        "weightless": "can(?:not)? be loaded", "nobody/nothing": "can(?:not)? be loaded",
-    }.items():  # fmt: skip
-        path = path if "/" in path else tmp_path / path
+    cases = {
+        tmp_path / "empty": "can(?:not)? be loaded",
+        tmp_path / "cut.gguf": "cut off",
+        tmp_path / "text.gguf": "no GGUF file",
+        tmp_path / "none.gguf": "cannot be read",
+        tmp_path / "weightless": "can(?:not)? be loaded",
+        "nobody/nothing": "can(?:not)? be loaded",
+    }
+    for path, reason in cases.items():
         with pytest.raises(ModelError, match=reason) as error:
             HFJudge(path, device="cpu")
         assert str(path) in str(error.value) and "\n" not in str(error.value)
@@ -361,15 +303,12 @@ def test_what_cannot_be_used_is_an_error_of_one_line(tiny_model_dir, tiny_gguf, 
 
 
 def test_a_vocabulary_without_the_words(tiny_model_dir, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     AutoModelForCausalLM.from_pretrained(tiny_model_dir).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path)
     tokens = tmp_path / "tokenizer.json"
     spec = json.loads(tokens.read_text())
-    spec["model"]["vocab"] = {
-        piece: k for k, piece in enumerate(["<unk>", "<s>", "</s>", "▁", "a", "Yes"])
-    }
+    pieces = ["<unk>", "<s>", "</s>", "▁", "a", "Yes"]
+    spec["model"]["vocab"] = {piece: k for k, piece in enumerate(pieces)}
     spec["model"] |= {"merges": [], "byte_fallback": False}
     tokens.write_text(json.dumps(spec))
     with pytest.raises(ModelError, match="no token No or no"):
@@ -381,9 +320,8 @@ def test_what_cannot_be_scored_is_named(judge, tiny_model_dir, tmp_path):
         judge.score_steps([("\ud800", ["Answer: 1"])])
     broken = HFJudge(tiny_model_dir, device="cpu")
     broken.model.model.norm.weight.data[:] = float("nan")
-    with pytest.raises(
-        ModelError, match=r"not finite at step 2 'Step 2: 12 \+ 36 = 48' of prompt 'Mia has"
-    ):
+    place = r"not finite at step 2 'Step 2: 12 \+ 36 = 48' of prompt 'Mia has"
+    with pytest.raises(ModelError, match=place):
         broken.score_steps([(PROMPT, STEPS)], skip=[1])
 
 

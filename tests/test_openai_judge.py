@@ -1,16 +1,17 @@
-"""The judge on a server: against a server of recorded answers on loopback, and against a real one."""
+"""The judge on a server: against recorded answers on loopback, and against a real server."""
 
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from common.errors import ModelError, UserError
+from common.errors import JudgeError, ServerError, UserError
+from reward_model.judges.hf import HFJudge
 from reward_model.judges.openai import OpenAIJudge
 from reward_model.templates import CHAT, PLAIN
+from tests.helpers.scripts import ROOT
 from tests.helpers.servers import (
     FAILURES,
     SURE,
@@ -22,17 +23,14 @@ from tests.helpers.servers import (
 )
 from tests.helpers.solutions import PROMPT, STEPS
 
-ROOT = Path(__file__).resolve().parents[1]
 FOUR = [(f"Problem {k}", ["Answer: 1"]) for k in range(4)]
 
 
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    server = Server()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
+    with Server() as server:
+        yield server
 
 
 def judge(server: Server, **arguments) -> OpenAIJudge:
@@ -47,48 +45,44 @@ def test_probabilities_over_all_spellings(server):
     server.answer = lambda number, body: chat("Yes", places)
     assert judge(server).score_steps([(PROMPT, STEPS[:1])]) == [[0.75]]
     (request,) = server.requests
-    assert (
-        request["path"] == "/v1/chat/completions"
-        and request["model"] == "some-model"
-        and request["key"] == "Bearer none"
-    )
+    assert request.pop("max_tokens") < 10
     content = f"Problem: {PROMPT}\nSolution:\n{STEPS[0]}\n{CHAT.question}"
-    assert request["messages"] == [{"role": "user", "content": content}]
-    assert (request["temperature"], request["logprobs"], request["top_logprobs"]) == (
-        0,
-        True,
-        20,
-    ) and request["max_tokens"] < 10
+    assert request == {
+        "path": "/v1/chat/completions",
+        "model": "some-model",
+        "key": "Bearer none",
+        "messages": [{"role": "user", "content": content}],
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 20,
+    }
 
 
 def test_a_base_model_completes_the_plain_text(server):
     server.answer = lambda number, body: completion(" Yes", {" Yes": 0.6, " No": 0.2})
     assert judge(server, template="plain").score_steps([(PROMPT, STEPS)]) == [[0.75, 0.75, 0.75]]
-    texts = {
-        PLAIN.before.format(prompt=PROMPT)
-        + "".join(f"{step}\n" for step in STEPS[: k + 1])
-        + "Right?"
-        for k in range(3)
-    }
+    before = PLAIN.before.format(prompt=PROMPT)
+    lines = ["".join(f"{step}\n" for step in STEPS[: k + 1]) for k in range(3)]
+    texts = {f"{before}{text}Right?" for text in lines}
     assert {request["prompt"] for request in server.requests} == texts
     assert {request["path"] for request in server.requests} == {"/v1/completions"}
 
 
 def test_the_answer_may_begin_with_something_else(server):
-    server.answer = lambda number, body: chat(
-        '"No"', {'"': 0.9, "`": 0.1}, {"No": 0.8, "Yes": 0.2}, {'"': 1.0}
-    )
+    places = {'"': 0.9, "`": 0.1}, {"No": 0.8, "Yes": 0.2}, {'"': 1.0}
+    server.answer = lambda number, body: chat('"No"', *places)
     assert judge(server).score_steps([(PROMPT, STEPS[:1])]) == [[0.2]]
 
 
-def test_skipped_steps_are_not_asked_about_and_equal_beginnings_once(server):
-    server.answer = lambda number, body: chat(
-        "Yes", {"Yes": 0.6, "No": 0.4 if "48" in body["messages"][0]["content"] else 0.2}
-    )
+def test_skipped_steps_are_not_asked_about_and_shared_prefixes_once(server):
+    def answer(number, body):
+        no = 0.4 if "48" in body["messages"][0]["content"] else 0.2
+        return chat("Yes", {"Yes": 0.6, "No": no})
+
+    server.answer = answer
     other = [*STEPS[:2], "Answer: 47"]
-    scores = judge(server).score_steps(
-        [(PROMPT, STEPS), (PROMPT, other), (PROMPT, []), (PROMPT, STEPS)], skip=[0, 1, 0, 3]
-    )
+    solutions = [(PROMPT, STEPS), (PROMPT, other), (PROMPT, []), (PROMPT, STEPS)]
+    scores = judge(server).score_steps(solutions, skip=[0, 1, 0, 3])
     assert scores == [[0.75, 0.6, 0.6], [0.6, 0.6], [], []]
     assert len(server.requests) == 4
 
@@ -98,14 +92,12 @@ def test_skipped_steps_are_not_asked_about_and_equal_beginnings_once(server):
 
 @pytest.mark.parametrize("refused", [False, True])
 def test_without_logprobs_verdicts_are_sampled(server, refused, capsys):
-    said = ["Yes.", "**No**", "I think", "yes, it is", "\nYES", "", None]
+    verdicts = ["Yes.", "**No**", "I think", "yes, it is", "\nYES", "", None]
 
     def answer(number, body):
-        if "logprobs" in body:
-            return (
-                error(400, "logprobs are not supported by this model") if refused else chat("Yes")
-            )
-        return chat(said[body["seed"]])
+        if "logprobs" not in body:
+            return chat(verdicts[body["seed"]])
+        return error(400, "logprobs are not supported by this model") if refused else chat("Yes")
 
     server.answer = answer
     assert judge(server, samples=7).score_steps([(PROMPT, STEPS[:2])]) == [[0.75, 0.75]]
@@ -125,10 +117,8 @@ def test_an_answer_without_the_words_among_its_logprobs_is_sampled(server):
 
 def test_no_verdict_at_all_is_an_error_that_says_what_came(server):
     server.answer = lambda number, body: chat("There is no way to tell")
-    with pytest.raises(
-        ModelError,
-        match="asked for Yes or No 3 times and answered neither, but 'There is no way to tell'",
-    ):
+    reason = "asked for Yes or No 3 times and answered neither, but 'There is no way to tell'"
+    with pytest.raises(JudgeError, match=reason):
         judge(server, samples=3).score_steps([(PROMPT, STEPS[:1])])
     assert len(server.requests) == 4
 
@@ -149,7 +139,7 @@ def test_a_failing_server_is_one_line_and_costs_no_answer(server, name, tmp_path
     failure, expected = FAILURES[name]
     server.answer = lambda number, body: SURE if number < 2 else failure
     with judge(server, in_flight=1, cache=tmp_path / "cache.jsonl") as first:
-        with pytest.raises(ModelError, match=expected) as raised:
+        with pytest.raises(ServerError, match=expected) as raised:
             first.score_steps(FOUR)
         assert server.url in str(raised.value) and "\n" not in str(raised.value)
         assert len(server.requests) == 3  # nothing is begun after a failure
@@ -161,7 +151,7 @@ def test_a_failing_server_is_one_line_and_costs_no_answer(server, name, tmp_path
 
 def test_a_slow_server(server):
     server.answer = lambda number, body: time.sleep(1) or SURE
-    with pytest.raises(ModelError, match=r"127.0.0.1.* did not answer within 0\.1 s, 2 times"):
+    with pytest.raises(ServerError, match=r"127.0.0.1.* did not answer within 0\.1 s, 2 times"):
         judge(server, timeout=0.1, max_retries=1).score_steps([(PROMPT, STEPS[:1])])
     assert len(server.requests) == 2
 
@@ -170,9 +160,8 @@ def test_a_server_that_is_down():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with pytest.raises(
-        ModelError, match=f"judge {url} cannot be reached .*is the server running"
-    ) as raised:
+    reason = f"judge {url} cannot be reached .*is the server running"
+    with pytest.raises(ServerError, match=reason) as raised:
         OpenAIJudge(url, "m", max_retries=0).score_steps(FOUR)
     assert "\n" not in str(raised.value)
 
@@ -185,7 +174,7 @@ def test_a_server_that_is_down():
         "prompt is too long: 9000 tokens > 8192 maximum",
     ],
 )
-def test_a_solution_that_outgrows_the_context_gets_none(server, message):
+def test_a_solution_longer_than_the_context_gets_none(server, message):
     server.answer = lambda number, body: (
         error(400, message) if "long" in body["messages"][0]["content"] else SURE
     )
@@ -202,11 +191,15 @@ def test_requests_in_flight_are_many_and_bounded(server):
     assert server.most == 4 and len(server.requests) == 17
 
 
+@pytest.mark.process
 def test_a_killed_run_asks_for_nothing_twice(server, tmp_path):
     cache = tmp_path / "new/cache.jsonl"
-    server.answer = lambda number, body: chat(
-        "Yes", {"Yes": 0.5 + 0.01 * len(body["messages"][0]["content"]) % 0.4, "No": 0.1}
-    )
+
+    def answer(number, body):
+        yes = 0.5 + 0.01 * len(body["messages"][0]["content"]) % 0.4
+        return chat("Yes", {"Yes": yes, "No": 0.1})
+
+    server.answer = answer
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from reward_model.judges.openai import OpenAIJudge\n"
@@ -249,13 +242,10 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(
         ours.score_steps(FOUR[:1])
     assert server.requests[0]["key"] == "Bearer sk-secret"
     server.answer = lambda number, body: error(401, "bad key")
-    with pytest.raises(ModelError) as raised:
+    with pytest.raises(ServerError) as raised:
         judge(server).score_steps(FOUR[:1])
-    printed = capfd.readouterr()
-    assert (
-        "secret"
-        not in f"{raised.value}{ours}{printed.out}{printed.err}{(tmp_path / 'cache').read_text()}"
-    )
+    written = [str(raised.value), str(ours), *capfd.readouterr(), (tmp_path / "cache").read_text()]
+    assert "secret" not in "".join(written)
 
 
 def test_bad_arguments_are_one_line(monkeypatch, tmp_path):
@@ -270,7 +260,7 @@ def test_bad_arguments_are_one_line(monkeypatch, tmp_path):
     ]:
         with pytest.raises(UserError, match=expected):
             OpenAIJudge(**{"base_url": "http://localhost:1/v1", "model": "m", **arguments})
-    with pytest.raises(ModelError, match="surrogate"):
+    with pytest.raises(ServerError, match="surrogate"):
         OpenAIJudge("http://localhost:1/v1", "m").score_steps([("\ud800", ["Answer: 1"])])
 
 
@@ -279,30 +269,26 @@ def test_bad_arguments_are_one_line(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_transformers_serve(tmp_path):
-    """It ignores `logprobs`, so verdicts are sampled; where the judge is sure they are those of the same model read here."""
-    from reward_model.judges.hf import HFJudge
-
+    """This server ignores `logprobs`, so verdicts are sampled; where the judge is sure they agree
+    with the transformers judge on the same model."""
     model = str(ROOT / "models/judge-mini")
     with transformers_serve(model, tmp_path) as (url, process):
         wrong = [STEPS[0], "Step 2: 12 + 36 = 49", "Answer: 49"]
         solutions = [(PROMPT, STEPS), (PROMPT, wrong)]
-        with OpenAIJudge(url, model, "plain", samples=5, cache=tmp_path / "cache") as judge:
+        options = {"template": "plain", "samples": 5, "cache": tmp_path / "cache"}
+        with OpenAIJudge(url, model, **options) as judge:
             scores = judge.score_steps(solutions)
             assert judge._gives_logprobs is False
         expected = HFJudge(model, device="cpu").score_steps(solutions)
         for ours, theirs in zip(scores, expected, strict=True):
-            assert all(
-                0 <= score <= 1 and score * 5 == pytest.approx(round(score * 5)) for score in ours
-            )
             for a, b in zip(ours, theirs, strict=True):
+                assert 0 <= a <= 1 and a * 5 == pytest.approx(round(a * 5))
                 assert abs(a - b) < 0.75, (scores, expected)  # 5 samples
                 assert 0.02 < b < 0.98 or abs(a - b) < 0.25, (scores, expected)
         process.kill()
         process.wait()
-        with OpenAIJudge(
-            url, model, "plain", samples=5, cache=tmp_path / "cache", max_retries=0
-        ) as judge:
+        with OpenAIJudge(url, model, **options, max_retries=0) as judge:
             # every answer is kept: the server is not needed
             assert judge.score_steps(solutions) == scores
-            with pytest.raises(ModelError, match="cannot be reached"):
+            with pytest.raises(ServerError, match="cannot be reached"):
                 judge.score_steps([("Another problem", ["Answer: 1"])])

@@ -2,6 +2,12 @@
 
 from pathlib import Path
 
+# arguments of the config of a tiny model with LLaMA's argument names
+TINY_SHAPE = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3,
+}  # fmt: skip
+
 
 def make_llama(
     model_dir: str, folder: Path, question: str = "Right?", context: int | None = None
