@@ -1,6 +1,6 @@
-// The browser side of rank_responses.py, for both pages: a row of items, each with a mark that keys, buttons or (for answers)
-// dragging set. The server sends all text escaped (`turn`) and gets marks back in the order of the items that it sent.
-// Gradio calls this script with `element` and `server`.
+// The browser side of rank_responses.py, for both pages: a row of items, each with a mark that keys, buttons
+// or (for answers) dragging set. The server sends all text escaped (`turn`) and gets marks back in the order
+// of the items that it sent. Gradio calls this script with `element` and `server`.
 const root = element.querySelector(".work");
 const given = root.dataset.name; // --ranker
 const items = () => [...root.querySelectorAll(".item")];
@@ -41,7 +41,8 @@ function show() {
   if (items().length) say(left && left < items().length ? `${left} to go` : "");
 }
 
-// Mark one item, then focus the next item without a mark. If all have one, focus the next item, so that all can be typed again.
+// Mark one item, then focus the next item without a mark. If all have one, focus the next item, so that all
+// marks can be typed again.
 function mark(item, value) {
   item.dataset.mark = value;
   show();
@@ -79,8 +80,9 @@ function click(event) {
   else if (pressed?.matches("button[data-mark]")) mark(pressed.closest(".item"), pressed.dataset.mark);
 }
 
-// Dragging an item by its grip moves it to the pointer; after the drop the order is the ranking. Two items change places only when
-// the pointer has passed the other's middle, so that a small item does not flicker over a large one.
+// Dragging an item by its grip moves it to the pointer; after the drop the order is the ranking. Two items
+// change places only when the pointer has passed the other's middle, so that a small item does not flicker
+// over a large one.
 function drag(event) {
   const item = event.target.closest(".grip")?.closest(".item"), ends = new AbortController();
   if (!item) return;
