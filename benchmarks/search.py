@@ -1,9 +1,10 @@
-"""Beam search over many problems together, against one problem at a time with all kept caches thrown away at every step.
+"""Speed of beam search: many problems together, against one at a time without kept caches.
 
     python benchmarks/search.py          # a few minutes on 2 cores
 
-Both find the same answers: the policy seeds its samples by state, the judge's scores differ by rounding at most. They take turns;
-the ratio is that of the medians of the rounds, for these machines are noisy.
+One at a time, all caches are emptied before every step. Both ways find the same answers: the seed
+of a sample depends on its state only, and the judge's scores differ by rounding at most. The two
+ways take turns, and the ratio is that of their medians, because timings vary between runs.
 """
 
 import statistics
@@ -13,12 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root
+from evaluation.metrics import print_table
+from reasoning.problems import problems
+from reward_model.protocols import StepJudge
 from reward_model.registry import JudgeArgs, check_judge, open_judge
 from search.strategies import SearchBudget, SearchResult, beam
 
@@ -31,89 +36,82 @@ class SearchBenchmarkArguments(JudgeArgs):
     model_name_or_path: str = field(
         default=at_root("models/policy-mini"), metadata={"help": "the policy"}
     )
-    limit: int = field(default=64, metadata={"help": "problems"})
-    n: int = field(default=4, metadata={"help": "next steps proposed for each beam"})
-    beams: int = field(default=4, metadata={"help": "beams"})
-    rounds: int = field(default=3, metadata={"help": "how often each takes its turn"})
+    limit: int = field(default=64, metadata={"help": "number of problems"})
+    n: int = field(default=4, metadata={"help": "proposals for each beam and step"})
+    beams: int = field(default=4, metadata={"help": "number of beams"})
+    rounds: int = field(default=3, metadata={"help": "timings of each way"})
 
-    def __post_init__(self):
-        SearchBudget(self.n, self.beams)
+    def __post_init__(self) -> None:
+        SearchBudget(self.n, self.beams)  # checks both
         for name in ("limit", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"argument --{name}: expected 1 or more, got {getattr(self, name)}"
-                )
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"argument --{name}: expected 1 or more, got {value}")
 
 
 def main() -> None:
     (args,) = parse_args(SearchBenchmarkArguments, description=__doc__.split("\n\n")[0])
     check_model(args.model_name_or_path)
     check_judge(args)
+    # heavy
     from tqdm import trange
 
-    from evaluation.metrics import print_table
     from lm.policy import Policy
-    from reasoning.problems import problems
 
-    def forget(policy: Policy, judge) -> None:
+    def empty_caches(policy: Policy, judge: StepJudge) -> None:
         policy.decoder._kept.clear()
         policy.decoder._kept_bytes = 0
         if hasattr(judge, "_kept"):  # a PRM
             judge._kept.clear()
 
-    class Forgetful(Policy):
-        """Reads every beginning from its first token on, each time, and makes the judge do the same."""
+    class CachelessPolicy(Policy):
+        """Reads every prefix from its first token at every step, as its judge then does."""
 
-        def next_steps(self, *rest, **named):
-            forget(self, judge)
-            return super().next_steps(*rest, **named)
+        def next_steps(self, *args: Any, **kwargs: Any) -> Any:
+            empty_caches(self, judge)
+            return super().next_steps(*args, **kwargs)
 
     budget = SearchBudget(args.n, args.beams)
-    prompts = [task.prompt for task in islice(problems("validation"), args.limit)]
-    kept, forgetful = Policy.load(args.model_name_or_path), Forgetful.load(args.model_name_or_path)
+    prompts = [problem.prompt for problem in islice(problems("validation"), args.limit)]
+    policy = Policy.load(args.model_name_or_path)
+    cacheless = CachelessPolicy.load(args.model_name_or_path)
     with open_judge(args) as judge:
         ways: dict[str, Callable[[int], list[SearchResult]]] = {
-            "together": lambda seed: beam(prompts, kept, judge, budget, seed),
+            "together": lambda seed: beam(prompts, policy, judge, budget, seed),
             "one at a time": lambda seed: [
-                beam([prompt], forgetful, judge, budget, seed)[0] for prompt in prompts
+                beam([prompt], cacheless, judge, budget, seed)[0] for prompt in prompts
             ],
         }
-        beam(prompts[:2], kept, judge, budget, args.rounds)  # whatever the first call has to set up
+        beam(prompts[:2], policy, judge, budget, args.rounds)  # warm-up
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         tokens: dict[str, int] = {}
         for seed in trange(args.rounds, desc="rounds"):
             found = {}
             for name, search in ways.items():
-                forget(kept, judge)
+                empty_caches(policy, judge)
                 start = time.perf_counter()
                 found[name] = search(seed)
                 seconds[name].append(time.perf_counter() - start)
                 tokens[name] = sum(answer.tokens for answer in found[name])
-            differ = [
-                prompt
-                for prompt, one, other in zip(prompts, *found.values(), strict=True)
-                if one.steps != other.steps
-            ]
+            pairs = zip(*found.values(), strict=True)
+            differ = [first.prompt for first, second in pairs if first.steps != second.steps]
             if differ:
                 raise UserError(
-                    f"seed {seed}: {len(differ)} of {len(prompts)} answers differ, the first for {differ[0]!r}"
+                    f"seed {seed}: {len(differ)} of {len(prompts)} answers differ, the first for "
+                    f"{differ[0]!r}"
                 )
-    median = {name: statistics.median(of_rounds) for name, of_rounds in seconds.items()}
+    median = {name: statistics.median(times) for name, times in seconds.items()}
     rows = [
-        (
-            name,
-            f"{median[name]:.2f}",
-            f"{args.limit / median[name]:.1f}",
-            f"{tokens[name] / median[name]:,.0f}",
-        )
-        for name in ways
+        (name, f"{took:.2f}", f"{args.limit / took:.1f}", f"{tokens[name] / took:,.0f}")
+        for name, took in median.items()
     ]
-    title = f"beam, {args.limit} problems, n {args.n}, {args.beams} beams, judge {judge}, median of {args.rounds} rounds"
-    print_table(title, ["problems", "seconds", "a second", "tokens a second"], rows)
-    ratio = median["one at a time"] / median["together"]
-    print(
-        f"together: {ratio:.1f} times as fast; all {args.limit} answers are the same in every round"
+    title = (
+        f"beam, {args.limit} problems, n {args.n}, {args.beams} beams, judge {judge}, "
+        f"median of {args.rounds} rounds"
     )
+    print_table(title, ["problems", "seconds", "problems a second", "tokens a second"], rows)
+    ratio = median["one at a time"] / median["together"]
+    print(f"together: {ratio:.1f} times as fast; all answers are the same in every round")
 
 
 if __name__ == "__main__":

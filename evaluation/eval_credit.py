@@ -111,12 +111,14 @@ def read_problems(args: CreditArgs) -> list[Problem]:
 
 def read_pairs(args: CreditArgs) -> list[tuple[PreferencePair, Problem]]:
     """The kept-out pairs of train problems with known traps. Raises RecordError or UserError."""
-    known = {problem.prompt: problem for problem in generate_problems("train")}
-    pairs = [
-        (pair, known[pair.prompt])
-        for pair in read_records(args.pairs, PreferencePair)
-        if is_kept_out(pair.prompt) and pair.prompt in known
-    ]
+    kept = [pair for pair in read_records(args.pairs, PreferencePair) if is_kept_out(pair.prompt)]
+    prompts, known = {pair.prompt for pair in kept}, {}
+    for problem in generate_problems("train"):
+        if problem.prompt in prompts:
+            known[problem.prompt] = problem
+        if len(known) == len(prompts):
+            break
+    pairs = [(pair, known[pair.prompt]) for pair in kept if pair.prompt in known]
     if not pairs:
         raise UserError(
             f"{args.pairs}: none of its pairs was kept out of training and belongs to a train "
