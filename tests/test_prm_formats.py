@@ -1,4 +1,4 @@
-"""PRMs in the formats of others: tiny random models of their shapes, their values against a few lines of their own."""
+"""PRMs in published formats: tiny random models, their values against a separate computation."""
 
 import copy
 import json
@@ -13,37 +13,36 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from common.errors import ModelError
 from reward_model.prm_formats import PUBLISHED, MathShepherd, QwenMath, RLHFlow
 from reward_model.process_reward_model import ProcessRewardModel
+from tests.helpers.reward_models import TINY_SHAPE
 from tests.helpers.solutions import PROMPT, STEPS
 
-SHAPE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 512, "initializer_range": 0.3,
-}  # fmt: skip
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAMA3 = (
-    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
-    "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+    "Today Date: 26 Jul 2024\n\n<|eot_id|>"
+    "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
 )
 
 
 def bytes_tokenizer():
-    """One token a byte, as Qwen's tokenizer would be without a merge."""
+    """One token for each byte, as Qwen's tokenizer without merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({character: k for k, character in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 @pytest.fixture(scope="module", params=PUBLISHED)
 def prm(request, tokenizer, tmp_path_factory):
-    """(folder, its tokenizer, a function (prompt, steps) -> values of all steps, computed as the publishers' examples do)"""
-    folder = tmp_path_factory.mktemp("foreign") / request.param
+    """(folder, tokenizer, function (prompt, steps) -> values of all steps).
+
+    The function computes the values as the publishers' examples do."""
+    folder = tmp_path_factory.mktemp("published") / request.param
     torch.manual_seed(0)
     make = {
         "Qwen2.5-Math-PRM": qwen,
@@ -57,15 +56,12 @@ def prm(request, tokenizer, tmp_path_factory):
 
 
 def qwen(folder, tokenizer):
-    """Weights and config.json as they are published: a class that only the publisher's code knows."""
+    """Weights and config.json as published; the class exists only in the publisher's code."""
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<extra_0>"], special_tokens=True)
     tokenizer.chat_template = CHATML
-    config = transformers.Qwen2Config(**SHAPE, vocab_size=len(tokenizer))
-    backbone, first, second = (
-        transformers.Qwen2Model(config),
-        torch.nn.Linear(32, 32),
-        torch.nn.Linear(32, 2),
-    )
+    config = transformers.Qwen2Config(**TINY_SHAPE, vocab_size=len(tokenizer))
+    backbone = transformers.Qwen2Model(config)
+    first, second = torch.nn.Linear(32, 32), torch.nn.Linear(32, 2)
     folder.mkdir()
     weights = {f"model.{name}": weight for name, weight in backbone.state_dict().items()}
     weights |= {
@@ -83,14 +79,14 @@ def qwen(folder, tokenizer):
 
     def values(prompt, steps):
         text = (
-            "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+            "<|im_start|>system\n"
+            "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
             f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
             f"{'<extra_0>'.join(steps)}<extra_0><|im_end|>\n"
         )
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        hidden = backbone(ids).last_hidden_state[
-            ids == tokenizer.convert_tokens_to_ids("<extra_0>")
-        ]
+        at_tags = ids == tokenizer.convert_tokens_to_ids("<extra_0>")
+        hidden = backbone(ids).last_hidden_state[at_tags]
         return second(first(hidden).relu()).softmax(-1)[:, 1].tolist()
 
     return values
@@ -98,23 +94,17 @@ def qwen(folder, tokenizer):
 
 def shepherd(folder, tokenizer):
     tokenizer.add_tokens(["ки"])
-    model = transformers.MistralForCausalLM(
-        transformers.MistralConfig(**SHAPE, vocab_size=len(tokenizer))
-    ).eval()
+    config = transformers.MistralConfig(**TINY_SHAPE, vocab_size=len(tokenizer))
+    model = transformers.MistralForCausalLM(config).eval()
     model.save_pretrained(folder)
 
     def values(prompt, steps):
-        ids = tokenizer(
-            f"{prompt} " + "\n".join(f"{step} ки" for step in steps), return_tensors="pt"
-        )["input_ids"]
+        text = f"{prompt} " + "\n".join(f"{step} ки" for step in steps)
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
         assert ids[0, 0] == tokenizer.bos_token_id
         signs = tokenizer.convert_tokens_to_ids(["▁+", "▁-"])
-        return (
-            model(ids)
-            .logits[:, :, signs]
-            .softmax(-1)[:, :, 0][ids == tokenizer.convert_tokens_to_ids("ки")]
-            .tolist()
-        )
+        at_tags = ids == tokenizer.convert_tokens_to_ids("ки")
+        return model(ids).logits[:, :, signs].softmax(-1)[:, :, 0][at_tags].tolist()
 
     return values
 
@@ -123,13 +113,12 @@ def rlhflow(folder, tokenizer):
     special = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     tokenizer.add_tokens(special, special_tokens=True)
     tokenizer.chat_template = LLAMA3
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**SHAPE, vocab_size=len(tokenizer))
-    ).eval()
+    config = transformers.LlamaConfig(**TINY_SHAPE, vocab_size=len(tokenizer))
+    model = transformers.LlamaForCausalLM(config).eval()
     model.save_pretrained(folder)
 
     def values(prompt, steps):
-        """Step by step, each conversation read on its own."""
+        """Step by step, with a forward pass for each conversation."""
         turns, found = [], []
         signs = tokenizer.convert_tokens_to_ids(["+", "-"])
         for k, step in enumerate(steps):
@@ -137,9 +126,8 @@ def rlhflow(folder, tokenizer):
                 {"role": "user", "content": f"{prompt} {step}" if k == 0 else step},
                 {"role": "assistant", "content": "+"},
             ]
-            ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)[
-                "input_ids"
-            ]
+            options = {"return_tensors": "pt", "return_dict": True}
+            ids = tokenizer.apply_chat_template(turns, **options)["input_ids"]
             assert ids[0, -2] == signs[0]
             found.append(float(model(ids).logits[0, -3, signs].softmax(-1)[0]))
         return found
@@ -147,7 +135,7 @@ def rlhflow(folder, tokenizer):
     return values
 
 
-def test_values_are_the_publishers(prm):
+def test_values_equal_the_publishers(prm):
     folder, _, values = prm
     judge = ProcessRewardModel(folder, device="cpu")
     assert type(judge.format) is PUBLISHED[Path(folder).name]
@@ -191,18 +179,15 @@ def test_what_reads_like_a_tag_stays_text(prm):
     ],
 )
 def test_a_family_matches_its_name_or_architecture(name, config, family):
-    assert [found for found in PUBLISHED.values() if found.matches(name, config)] == (
-        [family] if family else []
-    )
+    found = [known for known in PUBLISHED.values() if known.matches(name, config)]
+    assert found == ([family] if family else [])
 
 
 def test_a_tokenizer_that_lacks_the_tag(tokenizer, tmp_path):
     folder = tmp_path / "math-shepherd-mistral-7b-prm"
-    transformers.MistralForCausalLM(
-        transformers.MistralConfig(**SHAPE, vocab_size=len(tokenizer))
-    ).save_pretrained(folder)
+    config = transformers.MistralConfig(**TINY_SHAPE, vocab_size=len(tokenizer))
+    transformers.MistralForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    with pytest.raises(
-        ModelError, match=r"math-shepherd-mistral-7b-prm: the tokenizer does not know 'ки'"
-    ):
+    reason = r"math-shepherd-mistral-7b-prm: the tokenizer does not know 'ки'"
+    with pytest.raises(ModelError, match=reason):
         ProcessRewardModel(folder, device="cpu")
