@@ -1,17 +1,22 @@
+"""The policy: its samples, states and log-probs."""
+
 import itertools
+import json
+import shutil
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from scipy.stats import chisquare
 
 from common.errors import ModelError, PromptTooLong
+from common.files import ROOT
 from lm.policy import Policy
 from lm.text_encoding import encode_prompt, encode_steps, format_prompt
 from reasoning.problems import problems
 from reasoning.steps import split_steps
 
-ROOT = Path(__file__).parents[1]
 PROMPTS = [
     "Mia has 3 apples.",
     "Tom has 14 books. He buys 3 more books. How many books does Tom have now?",
@@ -25,19 +30,21 @@ def policy(tiny_model_dir):
     return Policy.load(tiny_model_dir)
 
 
+@pytest.fixture
+def mini():
+    return Policy.load(str(ROOT / "models/policy-mini"))
+
+
 def test_greedy_equals_transformers_generate(policy):
-    """One prompt at a time through `generate` without padding: batching, padding and the compacted cache change nothing."""
+    """One prompt at a time through `generate`: batching, padding and the cache change nothing."""
     batched = policy.generate(PROMPTS, max_new_tokens=40)
     for prompt, (response,) in zip(PROMPTS, batched, strict=True):
         ids = policy.tokenizer(format_prompt(prompt), return_tensors="pt")["input_ids"]
         written = policy.model.generate(ids, do_sample=False, max_new_tokens=40)[0, ids.shape[1] :]
         text = policy.tokenizer.decode(written, skip_special_tokens=True)
-        assert response.steps == [
-            " ".join(line.split()) for line in text.split("\n") if line.strip()
-        ]
-        assert response.tokens == len(written) and response.finished == (
-            written[-1].item() == policy.tokenizer.eos_token_id
-        )
+        lines = [" ".join(line.split()) for line in text.split("\n") if line.strip()]
+        assert (response.steps, response.tokens) == (lines, len(written))
+        assert response.finished == (written[-1].item() == policy.tokenizer.eos_token_id)
         if "�" not in text:  # random weights write half characters
             assert "".join(policy.stream(prompt, max_new_tokens=40)) == text
 
@@ -50,7 +57,7 @@ def test_sampling_is_repeatable_and_varies(policy):
 
 
 def test_rows_that_end_leave_and_others_enter(policy, monkeypatch):
-    """Where other rows end early, are taken out of the cache and make room for new ones, a row goes on as if it were alone."""
+    """A row is the same alone and where other rows end early and are replaced in the cache."""
     alone = [policy.generate([prompt], max_new_tokens=30)[0] for prompt in PROMPTS]
     (first,) = next(policy.decoder.decode([policy.start(PROMPTS[0]).ids], 1, 0.0, 1, 0))[0].ids
     monkeypatch.setattr(policy.decoder, "eos_ids", policy.decoder.eos_ids | {first})
@@ -60,122 +67,115 @@ def test_rows_that_end_leave_and_others_enter(policy, monkeypatch):
     assert [group for group in together if not group[0].finished] == alone[1:]
 
 
-@pytest.mark.parametrize("how", ["next_steps", "rollouts"])
-def test_a_state_alone_and_among_many_has_the_same_samples(how):
-    policy = Policy.load(str(ROOT / "models/policy-mini"))
-    tasks = list(itertools.islice(problems("validation"), 40))
-    states = [policy.start(task.prompt, task.steps[: k % 3]) for k, task in enumerate(tasks)]
-    together = getattr(policy, how)(states, n=7, seed=3)  # 280 rows: more than are decoded at once
-    assert (
-        all(len(group) == 7 for group in together)
-        and len({state.steps for group in together for state in group}) > 50
-    )
-    for k in (0, 1, 2, 39):
-        assert getattr(policy, how)([states[k]], n=7, seed=3) == [together[k]]
-    assert getattr(policy, how)(states[:1], n=2, seed=3) == [together[0][:2]]
-    assert getattr(policy, how)(states[:1], n=7, seed=4) != [together[0]]
+@pytest.mark.parametrize("method", ["next_steps", "rollouts"])
+def test_a_state_alone_and_among_many_has_the_same_samples(mini, monkeypatch, method):
+    monkeypatch.setattr("lm.decoding.MAX_ROWS", 40)
+    sample = getattr(mini, method)
+    states = [
+        mini.start(problem.prompt, problem.steps[: k % 3])
+        for k, problem in enumerate(itertools.islice(problems("validation"), 16))
+    ]
+    together = sample(states, n=7, seed=3)  # 112 samples
+    assert all(len(group) == 7 for group in together)
+    assert len({state.steps for group in together for state in group}) > 20
+    for k in (0, 1, 2, 15):
+        assert sample([states[k]], n=7, seed=3) == [together[k]]
+    assert sample(states[:1], n=2, seed=3) == [together[0][:2]]
+    assert sample(states[:1], n=7, seed=4) != [together[0]]
 
 
-def test_steps_add_up_to_what_transformers_writes(policy):
-    """Greedy step by step, each going on from the kept cache, gives the ids of one greedy `generate`; steps end at newlines."""
-    policy = Policy.load(str(ROOT / "models/policy-mini"))
-    states = [policy.start(task.prompt) for task in itertools.islice(problems("validation"), 5)]
-    whole = [state for (state,) in policy.rollouts(states, temperature=0)]
-    reached, read = states, []
-    read_before = policy.decoder._read
-    policy.decoder._read = lambda cache, lengths, ids: (
-        read.append(ids.shape) or read_before(cache, lengths, ids)
-    )
+@pytest.fixture
+def shapes_read(mini, monkeypatch) -> list[torch.Size]:
+    """The shapes (rows, tokens) of all ids that `mini` reads."""
+    shapes, read = [], mini.decoder._read
+
+    def recording(cache, lengths, ids):
+        shapes.append(ids.shape)
+        return read(cache, lengths, ids)
+
+    monkeypatch.setattr(mini.decoder, "_read", recording)
+    return shapes
+
+
+@pytest.mark.process
+def test_steps_add_up_to_what_transformers_writes(mini, shapes_read):
+    """Greedy steps, each continued from the kept cache, are the ids of one greedy `generate`."""
+    states = [mini.start(problem.prompt) for problem in itertools.islice(problems("validation"), 5)]
+    whole = [state for (state,) in mini.rollouts(states, temperature=0)]
+    reached = states
+    shapes_read.clear()
     for _ in range(12):
-        going = [state for state in reached if state.status == "open"]
-        longer = iter(policy.next_steps(going, temperature=0) if going else [])
+        is_open = [state for state in reached if state.status == "open"]
+        longer = iter(mini.next_steps(is_open, temperature=0) if is_open else [])
         reached = [next(longer)[0] if state.status == "open" else state for state in reached]
     assert reached == whole and {state.status for state in whole} == {"finished"}
-    # the prompts are read, once; all else is one token at a time
-    assert sum(columns > 1 for _, columns in read) == 1
+    # the prompts are read once; all else is one token at a time
+    assert sum(columns > 1 for _, columns in shapes_read) == 1
     for state in whole:
-        ids = torch.tensor([policy.start(state.prompt).ids])
-        assert state.ids == tuple(
-            policy.model.generate(ids, do_sample=False, max_new_tokens=256)[0].tolist()
-        )
-        assert list(state.steps) == split_steps(
-            policy.tokenizer.decode(state.ids[state.ends[0] :], skip_special_tokens=True)
-        )
+        ids = torch.tensor([mini.start(state.prompt).ids])
+        generated = mini.model.generate(ids, do_sample=False, max_new_tokens=256)
+        assert state.ids == tuple(generated[0].tolist())
+        text = mini.tokenizer.decode(state.ids[state.ends[0] :], skip_special_tokens=True)
+        assert list(state.steps) == split_steps(text)
         part = state.first(2)
-        assert (
-            part.steps == state.steps[:2]
-            and part.status == "open"
-            and part.ids == policy.start(state.prompt, part.steps).ids
-        )
-        assert policy.start(state.prompt, state.steps) == state == state.first(len(state.steps))
+        assert (part.steps, part.status) == (state.steps[:2], "open")
+        assert part.ids == mini.start(state.prompt, part.steps).ids
+        assert mini.start(state.prompt, state.steps) == state == state.first(len(state.steps))
 
 
-def test_samples_are_one_row_until_they_part(monkeypatch):
-    """Rows are read as long as their samples agree, and split where they part, into room that is there, into more, or, past
-    MAX_ROWS, into the queue: the samples stay the same."""
-    policy = Policy.load(str(ROOT / "models/policy-mini"))
-    states = [policy.start(task.prompt) for task in itertools.islice(problems("validation"), 6)]
-    read, read_before = [], policy.decoder._read
-    monkeypatch.setattr(
-        policy.decoder,
-        "_read",
-        lambda cache, lengths, ids: read.append(ids.shape) or read_before(cache, lengths, ids),
-    )
-    together = policy.rollouts(states, n=64, seed=3)
+@pytest.mark.process
+def test_samples_share_a_row_until_they_differ(mini, shapes_read, monkeypatch):
+    """A row is read while its samples agree. Where they differ it is split, into free places, into
+    new places or, above MAX_ROWS, into the queue; the samples stay the same."""
+    states = [mini.start(problem.prompt) for problem in itertools.islice(problems("validation"), 3)]
+    together = mini.rollouts(states, n=32, seed=3)
     distinct = [{state.ids for state in group} for group in together]
-    assert min(map(len, distinct)) > 1 and sum(map(len, distinct)) < 64 * 6 / 2
+    assert min(map(len, distinct)) > 1 and sum(map(len, distinct)) < 32 * 3 / 2
     written = {
         (k, ids[:end])
         for k, group in enumerate(distinct)
         for ids in group
         for end in range(len(states[k].ids), len(ids))
     }
-    # the rest are rows that ended and have not left yet
-    assert len(written) <= sum(rows for rows, _ in read) < 1.34 * len(written)
-    for most in (1, 4, 9):
+    # the others are rows that have ended and not left yet
+    assert len(written) <= sum(rows for rows, _ in shapes_read) < 1.34 * len(written)
+    for most, count in ((1, 1), (4, 2), (9, 3)):
         monkeypatch.setattr("lm.decoding.MAX_ROWS", most)
-        read.clear()
-        assert policy.rollouts(states, n=64, seed=3) == together
-        assert (
-            max(rows for rows, _ in read) <= most
-            and not policy.decoder._kept
-            and not policy.decoder._kept_bytes
-        )
-    monkeypatch.setattr("lm.decoding.KEPT_BYTES", 0)  # those that wait are read anew
-    assert policy.rollouts(states[:2], n=64, seed=3) == together[:2]
+        shapes_read.clear()
+        assert mini.rollouts(states[:count], n=32, seed=3) == together[:count]
+        assert max(rows for rows, _ in shapes_read) <= most
+        assert not mini.decoder._kept and not mini.decoder._kept_bytes
+    monkeypatch.setattr("lm.decoding.KEPT_BYTES", 0)  # waiting rows are read again
+    assert mini.rollouts(states[:2], n=32, seed=3) == together[:2]
 
 
-def test_kept_caches_do_not_outgrow_their_room(policy, monkeypatch):
+def test_kept_caches_have_a_limit(mini, monkeypatch):
     monkeypatch.setattr("lm.decoding.KEPT_BYTES", 400_000)
-    policy = Policy.load(str(ROOT / "models/policy-mini"))
-    states = policy.next_steps([policy.start(PROMPTS[1])], n=8)[0]
-    assert 0 < policy.decoder._kept_bytes <= 400_000 and len(policy.decoder._kept) < 8
-    again = Policy(policy.model, policy.tokenizer)
+    states = mini.next_steps([mini.start(PROMPTS[1])], n=8)[0]
+    assert 0 < mini.decoder._kept_bytes <= 400_000 and len(mini.decoder._kept) < 8
+    again = Policy(mini.model, mini.tokenizer)
     states = [state for state in states if state.status == "open"]
-    assert policy.next_steps(states, n=2) == again.next_steps(states, n=2)
+    assert mini.next_steps(states, n=2) == again.next_steps(states, n=2)
 
 
 def test_where_sampling_stops(policy):
     (state,) = policy.next_steps([policy.start(PROMPTS[0])], max_new_tokens=3)[0]
     assert state.status == "cut" and len(state.ids) == state.ends[0] + 3
-    for how in (policy.next_steps, policy.rollouts):
+    for method in (policy.next_steps, policy.rollouts):
         with pytest.raises(ValueError, match="cut cannot be continued"):
-            how([state])
+            method([state])
     near_the_end = policy.start("apple " * 120)
     room = policy.context - len(near_the_end.ids)
-    assert {len(state.ids) for state in policy.rollouts([near_the_end], 4, 1.0, room + 50)[0]} == {
-        policy.context
-    }
+    (group,) = policy.rollouts([near_the_end], 4, 1.0, room + 50)
+    assert {len(state.ids) for state in group} == {policy.context}
 
 
 def test_blank_lines_end_no_step(policy):
     """A model may write an empty line between steps, or blanks after the last."""
     ids = policy.tokenizer("Step 1: a\n\n \nStep 2: b\n\n", add_special_tokens=False)["input_ids"]
     ends = policy.decoder.step_ends(ids)
-    assert [policy.decoder.text(ids[a:b]) for a, b in zip([0, *ends], ends, strict=False)] == [
-        "Step 1: a",
-        "Step 2: b",
-    ]
+    steps = [policy.decoder.text(ids[a:b]) for a, b in itertools.pairwise([0, *ends])]
+    assert steps == ["Step 1: a", "Step 2: b"]
     assert ends[-1] == len(ids) and policy.decoder.step_ends(ids[:0]) == []
 
 
@@ -188,9 +188,8 @@ def first_tokens(policy, ids, **more) -> Counter:
 
 
 def test_sampled_frequencies_are_the_models(policy):
-    """The first token of 2,000 samples against the model's probabilities (chi-square over tokens expected more than 20 times)."""
-    from scipy.stats import chisquare
-
+    """The first token of 2,000 samples has the model's probabilities: a chi-square test over tokens
+    that are expected more than 20 times."""
     prompt_ids = policy.start(PROMPTS[0]).ids
     with torch.inference_mode():
         expected = policy.model(torch.tensor([prompt_ids])).logits[0, -1].softmax(-1) * 2000
@@ -202,10 +201,8 @@ def test_sampled_frequencies_are_the_models(policy):
 
 
 def test_top_p_draws_the_nucleus_alone(policy):
-    """The first token of 2,000 samples: the likeliest ones that together reach 0.6, as often as their share of them; below the
-    likeliest's own probability it is the greedy one."""
-    from scipy.stats import chisquare
-
+    """The first token of 2,000 samples is one of the likeliest that together reach 0.6, with its
+    share of their probability. With a top_p below the likeliest's it is the greedy one."""
     ids = policy.start(PROMPTS[0]).ids
     with torch.inference_mode():
         expected = policy.model(torch.tensor([ids])).logits[0, -1].softmax(-1).tolist()
@@ -238,24 +235,22 @@ def test_texts_are_the_responses_and_do_not_depend_on_each_other(policy):
         (split_steps(" ".join(response.steps)), response.finished) for response in responses
     ]
     narrow = policy.texts(PROMPTS, top_p=0.7, **arguments)
-    assert (
-        narrow != texts
-        and [policy.texts([prompt], top_p=0.7, **arguments)[0] for prompt in PROMPTS] == narrow
-    )
+    alone = [policy.texts([prompt], top_p=0.7, **arguments)[0] for prompt in PROMPTS]
+    assert narrow == alone != texts
     with pytest.raises(PromptTooLong, match="512"):
         policy.texts(["apple " * 600])
 
 
 def test_a_chat_is_the_prompt_in_the_models_template(tiny_model_dir):
     policy = Policy.load(tiny_model_dir)
-    policy.tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}:{% endif %}"
-    assert (
-        policy.tokenizer.decode(encode_prompt(policy.tokenizer, "Tell a story", chat=True))
-        == "[Tell a story]:"
+    policy.tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+        "{% if add_generation_prompt %}:{% endif %}"
     )
-    assert policy.texts(["Tell a story"], max_new_tokens=5, chat=True) != policy.texts(
-        ["Tell a story"], max_new_tokens=5
-    )
+    ids = encode_prompt(policy.tokenizer, "Tell a story", chat=True)
+    assert policy.tokenizer.decode(ids) == "[Tell a story]:"
+    with_instruction = policy.texts(["Tell a story"], max_new_tokens=5)
+    assert policy.texts(["Tell a story"], max_new_tokens=5, chat=True) != with_instruction
 
 
 def test_logps_by_hand(policy):
@@ -279,11 +274,7 @@ def test_what_cannot_be_done_is_one_line(policy, tmp_path):
 
 
 def test_missing_or_unfitting_weights_are_no_model(tiny_model_dir, tmp_path):
-    """transformers would fill what is missing with random numbers, and go on."""
-    import json
-    import shutil
-
-    from safetensors.torch import load_file, save_file
+    """transformers would initialize missing weights at random."""
 
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
@@ -298,16 +289,14 @@ def test_missing_or_unfitting_weights_are_no_model(tiny_model_dir, tmp_path):
         Policy.load(str(folder))
 
 
-def test_step_logps_tell_what_greedy_decoding_writes():
+def test_step_logps_recognize_greedy_steps(mini):
     """A greedy answer is greedy at every step; a step changed by hand is not."""
-    policy = Policy.load(str(ROOT / "models/policy-mini"))
     prompt = next(iter(problems("validation"))).prompt
-    steps = policy.generate([prompt])[0][0].steps
+    steps = mini.generate([prompt])[0][0].steps
     wrong = [*steps[1:-1], "Answer: 999"]
-    first, second = policy.step_logps([(prompt, [], steps), (prompt, steps[:1], wrong)])
-    assert [step.greedy for step in first] == [True] * len(steps) and min(
-        step.tokens for step in first
-    ) > 1
+    first, second = mini.step_logps([(prompt, [], steps), (prompt, steps[:1], wrong)])
+    assert [step.greedy for step in first] == [True] * len(steps)
+    assert min(step.tokens for step in first) > 1
     assert [step.greedy for step in second] == [True] * (len(steps) - 2) + [False]
     total = sum(step.logp for step in second) / sum(step.tokens for step in second)
-    assert policy.logps([(prompt, steps[:1], wrong)]) == [pytest.approx(total)]
+    assert mini.logps([(prompt, steps[:1], wrong)]) == [pytest.approx(total)]

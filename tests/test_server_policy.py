@@ -1,14 +1,15 @@
 """The policy on a server: against recorded answers on loopback, and against a real one."""
 
+import copy
 import itertools
 import json
 import shutil
 import time
+from functools import partial
 
 import pytest
 
 import inference
-from common.cli import run
 from common.errors import ModelError, PromptTooLong, UserError
 from common.files import read_records, write_records
 from lm.policy import Policy, State
@@ -16,6 +17,7 @@ from lm.registry import PolicyArgs, check_policy
 from lm.server_policy import ServerPolicy
 from lm.text_encoding import PLAIN_TEMPLATE, format_prompt
 from reasoning.records import PreferencePair, Problem
+from tests.helpers.mains import call_main
 from tests.helpers.scripts import ROOT
 from tests.helpers.servers import FAILURES, Server, error, transformers_serve
 from tests.helpers.solutions import PROMPT, STEPS
@@ -44,39 +46,34 @@ def completion(text: str, reason: str = "stop", tokens: int | None = 7, **more) 
     }
 
 
-def remote(server: Server, model: str = "./some-model", **arguments) -> ServerPolicy:
+def policy_on(server: Server, model: str = "./some-model", **arguments) -> ServerPolicy:
     return ServerPolicy(server.url, model, **{"max_retries": 0, "timeout": 10.0, **arguments})
 
 
 def test_what_is_asked(server, capsys):
-    policy = remote(server)
+    policy = policy_on(server)
     state = policy.start(PROMPT, STEPS[:1])
     assert state == State(PROMPT, (), (), (STEPS[0],)) and not server.requests
     ((child,),) = policy.next_steps([state], temperature=0.7, max_new_tokens=40)
     (request,) = server.requests
-    assert (
-        request["path"] == "/v1/completions"
-        and request["model"] == "./some-model"
-        and request["key"] == "Bearer none"
-    )
-    assert request["prompt"] == f"{PLAIN}{STEPS[0]}\n" and request["stop"] == ["\n"]
-    assert (request["temperature"], request["top_p"], request["max_tokens"]) == (
-        0.7,
-        1,
-        40,
-    ) and 0 <= request["seed"] < 2**31
+    assert 0 <= request.pop("seed") < 2**31
+    assert request == {
+        "path": "/v1/completions",
+        "key": "Bearer none",
+        "model": "./some-model",
+        "prompt": f"{PLAIN}{STEPS[0]}\n",
+        "stop": ["\n"],
+        "temperature": 0.7,
+        "top_p": 1,
+        "max_tokens": 40,
+    }
     assert child == State(PROMPT, (), (), (STEPS[0], STEPS[0])) and child.sampled == 7
-    assert (
-        child.first(1) == state
-        and child.first(2) is child
-        and child.first(0) == policy.start(PROMPT)
-    )
+    assert child.first(1) == state and child.first(2) is child
+    assert child.first(0) == policy.start(PROMPT)
     ((whole,),) = policy.rollouts([state])
-    assert (
-        "stop" not in server.requests[1]
-        and whole.steps == (STEPS[0], *STEPS)
-        and whole.status == "finished"
-    )
+    assert "stop" not in server.requests[1]
+    assert (whole.steps, whole.status) == ((STEPS[0], *STEPS), "finished")
+
     with pytest.raises(ValueError, match="finished cannot be continued"):
         policy.rollouts([whole])
     assert capsys.readouterr().err.count("the plain template: no tokenizer of ./some-model") == 1
@@ -104,11 +101,10 @@ ANSWERS = [  # what the server says to a request for one step -> steps, status
 @pytest.mark.parametrize(("answer", "steps", "status"), ANSWERS)
 def test_one_step(server, answer, steps, status):
     server.answer = lambda number, body: answer
-    policy = remote(server)
+    policy = policy_on(server)
     ((child,),) = policy.next_steps([policy.start(PROMPT)])
-    assert (list(child.steps), child.status, child.sampled) == (steps, status, 7) and len(
-        server.requests
-    ) == 1
+    assert (list(child.steps), child.status, child.sampled) == (steps, status, 7)
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -118,24 +114,21 @@ def test_an_empty_line_is_no_end(server, behind, steps, status):
     server.answer = lambda number, body: completion(
         behind if body["prompt"].endswith("\n\n") else "", tokens=3
     )
-    policy = remote(server)
+    policy = policy_on(server)
     ((child,),) = policy.next_steps([policy.start(PROMPT, STEPS[:1])], max_new_tokens=20)
     assert (list(child.steps), child.status, child.sampled) == (steps, status, 6)
-    assert [
-        (request["prompt"][len(PLAIN) :], request["max_tokens"]) for request in server.requests
-    ] == [(f"{STEPS[0]}\n", 20), (f"{STEPS[0]}\n\n", 17)]
+    asked = [(request["prompt"], request["max_tokens"]) for request in server.requests]
+    assert asked == [(f"{PLAIN}{STEPS[0]}\n", 20), (f"{PLAIN}{STEPS[0]}\n\n", 17)]
 
 
 def test_samples_are_seeded_by_their_state(server):
     server.answer = lambda number, body: completion(f"Step 1: 1 + {body['seed']}")
-    policy = remote(server)
+    policy = policy_on(server)
     states = [policy.start(f"Problem {k}", STEPS[:k]) for k in range(3)]
     children = policy.next_steps([*states, states[1]], n=4)
-    assert (
-        len({child.steps[-1] for group in children[:3] for child in group})
-        == 12
-        == len(server.requests)
-    )
+    last_steps = {child.steps[-1] for group in children[:3] for child in group}
+    assert len(last_steps) == 12 == len(server.requests)
+
     assert children[3] == children[1] == policy.next_steps(states[1:2], n=4)[0]
     assert policy.next_steps(states[1:2], n=4, seed=1)[0] != children[1]
     server.requests.clear()
@@ -145,7 +138,7 @@ def test_samples_are_seeded_by_their_state(server):
 
 def test_requests_in_flight_are_many_and_bounded(server):
     server.answer = lambda number, body: time.sleep(0.05) or completion("Answer: 1")
-    (answers,) = remote(server, in_flight=4).generate([PROMPT], 17, temperature=1.0)
+    (answers,) = policy_on(server, in_flight=4).generate([PROMPT], 17, temperature=1.0)
     assert server.most == 4 and len(server.requests) == 17
     assert all(
         (answer.steps, answer.finished, answer.tokens) == (["Answer: 1"], True, 7)
@@ -154,60 +147,46 @@ def test_requests_in_flight_are_many_and_bounded(server):
 
 
 def test_the_chat_template_of_the_model_and_one_bos(server, tokenizer, tmp_path, capsys):
-    """The server adds BOS as the tokenizer does, so the template's own is left out."""
-    tokenizer = type(tokenizer).from_pretrained(
-        shutil.copytree(save(tokenizer, tmp_path / "saved"), tmp_path / "chat")
+    """The server adds BOS as the tokenizer does, so the template's own is not sent."""
+    tokenizer.save_pretrained(tmp_path / "plain")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
+        "{% if add_generation_prompt %}:{% endif %}"
     )
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}:{% endif %}"
-    model = save(tokenizer, tmp_path / "chat")
-    policy = remote(server, model)
+    tokenizer.save_pretrained(tmp_path / "chat")
+    policy = policy_on(server, str(tmp_path / "chat"))
     policy.next_steps([policy.start(PROMPT, STEPS[:1])])
-    text = format_prompt(PROMPT, tokenizer)
-    assert (
-        text.startswith("<s>[")
-        and server.requests[0]["prompt"] == f"{text.removeprefix('<s>')}{STEPS[0]}\n"
-    )
-    ids = tokenizer(server.requests[0]["prompt"])["input_ids"]
-    assert (
-        ids.count(tokenizer.bos_token_id) == 1
-        and ids == tokenizer(f"{text}{STEPS[0]}\n", add_special_tokens=False)["input_ids"]
-    )
-    assert f"the chat template of {model}" in capsys.readouterr().err
-    remote(server, str(tmp_path / "saved"))
+    text = f"{format_prompt(PROMPT, tokenizer)}{STEPS[0]}\n"
+    sent = server.requests[0]["prompt"]
+    assert text.startswith("<s>[") and sent == text.removeprefix("<s>")
+    ids = tokenizer(sent)["input_ids"]
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert f"the chat template of {tmp_path / 'chat'}" in capsys.readouterr().err
+    policy_on(server, str(tmp_path / "plain"))
     assert "has no chat template" in capsys.readouterr().err
-
-
-def save(tokenizer, folder) -> str:
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def test_the_context_bounds_what_is_written(server):
     def answer(number, body):  # a context of 300 characters, where a token is one
         if len(body["prompt"]) + body["max_tokens"] > 300:
-            return error(
-                400,
-                f"This model's maximum context length is 300 tokens. However, you requested {body['max_tokens']}",
-            )
+            return error(400, "This model's maximum context length is 300 tokens.")
         return completion("Step 1: 1 + 1 = 2", "length")
 
     server.answer = answer
-    policy = remote(server)
+    policy = policy_on(server)
     ((child,),) = policy.rollouts([policy.start(PROMPT)], max_new_tokens=256)
-    assert (
-        [request["max_tokens"] for request in server.requests] == [256, 128]
-        and child.status == "cut"
-        and child.steps
-    )
+    assert [request["max_tokens"] for request in server.requests] == [256, 128]
+    assert child.status == "cut" and child.steps
     long = "long " * 60
-    (full,), (fits,) = policy.rollouts(
-        [policy.start(long), policy.start(PROMPT)], max_new_tokens=64
-    )
+    states = [policy.start(long), policy.start(PROMPT)]
+    (full,), (fits,) = policy.rollouts(states, max_new_tokens=64)
     assert (full.steps, full.status, full.sampled) == ((), "cut", 0) and fits.steps
-    with pytest.raises(
-        PromptTooLong, match=r"no room in the model's context behind 'long long"
-    ) as raised:
+    expected = "no room in the model's context behind 'long long"
+    with pytest.raises(PromptTooLong, match=expected) as raised:
         policy.generate([PROMPT, long])
+
     assert "\n" not in str(raised.value)
     assert policy.generate([PROMPT])
 
@@ -220,50 +199,48 @@ def test_a_failing_server_is_one_line(server, name):
     failure, expected = FAILURES[name]
     server.answer = lambda number, body: failure
     with pytest.raises(ModelError, match=expected) as raised:
-        remote(server).generate([PROMPT], n=4, temperature=1.0)
+        policy_on(server).generate([PROMPT], n=4, temperature=1.0)
     assert str(raised.value).startswith(f"policy {server.url}") and "\n" not in str(raised.value)
 
 
 def test_a_slow_server_and_one_that_recovers(server):
     server.answer = lambda number, body: time.sleep(1) or completion("")
     with pytest.raises(ModelError, match=r"policy .* did not answer within 0\.1 s, 2 times"):
-        remote(server, timeout=0.1, max_retries=1).generate([PROMPT])
+        policy_on(server, timeout=0.1, max_retries=1).generate([PROMPT])
     server.requests.clear()
     server.answer = lambda number, body: (
         completion("Answer: 1") if number else error(503, "busy", **{"Retry-After": "0.01"})
     )
-    assert remote(server, max_retries=1).generate([PROMPT])[0][0].steps == ["Answer: 1"]
+    assert policy_on(server, max_retries=1).generate([PROMPT])[0][0].steps == ["Answer: 1"]
 
 
 def test_what_needs_ids_is_refused_in_one_line(server):
-    for refused in (ServerPolicy.logps, ServerPolicy.step_logps):
-        with pytest.raises(
-            ModelError, match="need token ids, a server gives text: take a model without"
-        ) as raised:
-            refused(remote(server), [(PROMPT, [], STEPS)])
+    expected = "need token ids, a server gives text: take a model without"
+    for method in (ServerPolicy.logps, ServerPolicy.step_logps):
+        with pytest.raises(ModelError, match=expected) as raised:
+            method(policy_on(server), [(PROMPT, [], STEPS)])
+
         assert "\n" not in str(raised.value) and not server.requests
     with pytest.raises(ModelError, match="surrogate"):
-        remote(server).generate(["\ud800"])
+        policy_on(server).generate(["\ud800"])
 
 
-def test_odd_servers_are_said_once(server, capsys):
+def test_notes_on_a_server_are_printed_once(server, capsys):
     server.answer = lambda number, body: completion("Step 1: 1 + 1 = 2", tokens=None)
-    policy = remote(server)
+    policy = policy_on(server)
     states = [policy.start(PROMPT), policy.start(PROMPT, STEPS[:1])]
     for _ in range(2):
         children = policy.next_steps(states, n=8)
     assert {child.sampled for group in children for child in group} == {7}  # words
     printed = capsys.readouterr().err
-    assert (
-        printed.count("does not count tokens") == 1
-        and printed.count("does the server sample?") == 1
-    )
+    assert printed.count("does not count tokens") == 1
+    assert printed.count("does the server sample?") == 1
 
 
 def test_arguments():
     check_policy(PolicyArgs("served-name", "http://localhost:8000/v1", 4))
     for args, expected in [
-        (PolicyArgs(policy_requests=4), "goes with --policy_base_url"),
+        (PolicyArgs(policy_requests=4), "needs --policy_base_url"),
         (PolicyArgs("served-name", "http://localhost:8000/v1", 0), "expected 1 or more"),
         (PolicyArgs("no/such/model"), "not found"),
     ]:
@@ -274,92 +251,63 @@ def test_arguments():
 
 
 def test_inference_from_a_server(server, monkeypatch, capsys):
-    arguments = [
-        "inference.py",
-        "--prompt",
-        PROMPT,
-        "--model_name_or_path",
-        "./some-model",
-        "--policy_base_url",
-        server.url,
-    ]
-    monkeypatch.setattr("sys.argv", arguments)
-    run(inference.main)
-    assert capsys.readouterr().out == "\n".join([*STEPS, ""])
+    arguments = ["--prompt", PROMPT, "--model_name_or_path", "./some-model"]
+    call = partial(call_main, inference.main, *arguments, "--policy_base_url", server.url)
+    assert call(monkeypatch=monkeypatch, capsys=capsys)[:2] == (0, "\n".join([*STEPS, ""]))
     server.answer = lambda number, body: error(404, "no such model")
-    with pytest.raises(SystemExit, match="2"):
-        run(inference.main)
-    printed = capsys.readouterr()
-    assert not printed.out and "./some-model a model of this server" in printed.err.splitlines()[-1]
+    code, out, err = call(monkeypatch=monkeypatch, capsys=capsys)
+    assert (code, out) == (2, "")
+    assert "./some-model a model of this server" in err.splitlines()[-1]
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_transformers_serve(tmp_path, run_script):
-    """Greedily it writes what the same model writes here, step by step and as a whole; its samples make pairs."""
+    """Greedily it writes what the same model writes here, in steps and as a whole; its samples make
+    pairs."""
     model = str(tmp_path / "policy")
     shutil.copytree(ROOT / "models/policy-mini", model)
-    config = json.loads((tmp_path / "policy/generation_config.json").read_text())
-    # else it is always greedy
-    (tmp_path / "policy/generation_config.json").write_text(
-        json.dumps({**config, "do_sample": True})
-    )
-    problems = list(
-        itertools.islice(read_records(ROOT / "data/problems_validation.jsonl", Problem), 6)
-    )
+    config_file = tmp_path / "policy/generation_config.json"
+    config = json.loads(config_file.read_text())
+    # without do_sample the server is always greedy
+    config_file.write_text(json.dumps({**config, "do_sample": True}))
+    rows = read_records(ROOT / "data/problems_validation.jsonl", Problem)
+    problems = list(itertools.islice(rows, 6))
     prompts = [problem.prompt for problem in problems]
     with transformers_serve(model, tmp_path) as (url, _):
         ours, theirs = Policy.load(model), ServerPolicy(url, model, in_flight=1)
         assert theirs.generate(prompts) == ours.generate(prompts)
-        states = [(ours.start(prompt), theirs.start(prompt)) for prompt in prompts]
-        while states:
-            ended = []
-            for side, policy in enumerate((ours, theirs)):
-                ended.append(
-                    [
-                        child
-                        for (child,) in policy.next_steps(
-                            [pair[side] for pair in states], temperature=0
-                        )
-                    ]
-                )
-            for our, their in zip(*ended, strict=True):
+        pairs = [(ours.start(prompt), theirs.start(prompt)) for prompt in prompts]
+        while pairs:
+            our_states, their_states = (
+                [child for (child,) in policy.next_steps(states, temperature=0)]
+                for policy, states in zip((ours, theirs), zip(*pairs, strict=True), strict=True)
+            )
+            pairs = list(zip(our_states, their_states, strict=True))
+            for our, their in pairs:
                 assert (our.steps, our.sampled) == (their.steps, their.sampled)
-            # a step that states the answer ends a solution there; here EOS does, which this model always writes behind it
-            assert [our.status for our in ended[0]] == [their.status for their in ended[1]]
-            states = [pair for pair in zip(*ended, strict=True) if pair[0].status == "open"]
-        samples = theirs.next_steps([theirs.start(prompt) for prompt in prompts], n=4)
-        assert samples == theirs.next_steps([theirs.start(prompt) for prompt in prompts], n=4)
-        assert any(len({child.steps for child in of_state}) > 1 for of_state in samples)
+                # the server's state ends with a step that states the answer, ours with EOS, which
+                # this model always writes behind that step
+                assert our.status == their.status
+            pairs = [pair for pair in pairs if pair[0].status == "open"]
+        starts = [theirs.start(prompt) for prompt in prompts]
+        samples = theirs.next_steps(starts, n=4)
+        assert samples == theirs.next_steps(starts, n=4)
+        assert any(len({child.steps for child in group}) > 1 for group in samples)
 
-        write_records(
-            tmp_path / "problems.jsonl",
-            [{"prompt": p.prompt.replace("?", " ?"), "answer": p.answer} for p in problems],
-        )
-        script = [
-            "utils/build_synthetic_dataset.py",
-            "--input",
-            tmp_path / "problems.jsonl",
-            "--output",
-            tmp_path / "pairs.jsonl",
-        ]
-        script += ["--samples", "4", "--model_name_or_path", model, "--policy_base_url"]
-        done = run_script(*script, url)
+        rows = [{"prompt": p.prompt.replace("?", " ?"), "answer": p.answer} for p in problems]
+        write_records(tmp_path / "problems.jsonl", rows)
+        here = ["--model_name_or_path", model]
+        there = [*here, "--policy_base_url", url]
+        script = ["utils/build_synthetic_dataset.py", "--input", tmp_path / "problems.jsonl"]
+        script += ["--output", tmp_path / "pairs.jsonl", "--samples", "4", *there]
+        done = run_script(*script)
         assert done.returncode == 0, done.stderr
         assert list(read_records(tmp_path / "pairs.jsonl", PreferencePair))
-        shown = run_script(
-            "inference.py",
-            "--prompt",
-            prompts[0],
-            "--model_name_or_path",
-            model,
-            "--policy_base_url",
-            url,
-        )
-        assert (
-            shown.stdout
-            == run_script(
-                "inference.py", "--prompt", prompts[0], "--model_name_or_path", model
-            ).stdout
-        )
-    down = run_script(*script, url, "--overwrite")
+        answers = [
+            run_script("inference.py", "--prompt", prompts[0], *arguments).stdout
+            for arguments in (here, there)
+        ]
+        assert answers[0] == answers[1]
+    down = run_script(*script, "--overwrite")
     assert down.returncode == 2 and "cannot be reached" in down.stderr.splitlines()[-1]
