@@ -1,6 +1,7 @@
-"""The builder of step values: its rows, its files, what it refuses, and that a killed run ends like an undisturbed one."""
+"""utils/build_mcts_dataset.py: its rows and files, its refusals, and a killed run that resumes."""
 
 import csv
+import gzip
 import json
 import signal
 import subprocess
@@ -11,14 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from common.files import read_records, write_records
+from common.files import open_bytes, read_records, write_records
 from reasoning.datasets.loading import load_step_values
 from reasoning.problems import problems
 from reasoning.records import Problem, StepValue
-from reasoning.steps import ends_solution
 from search.tree_search import DROPPED, Tree
+from tests.helpers import scripts
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.process
 SCRIPT = "utils/build_mcts_dataset.py"
 UNANSWERED, TOO_LONG = "Mia has 2 apples. How many?", "Mia has 2 apples. " * 200
 SMALL = ("--rollouts_per_state", 4, "--budget", 16, "--max_new_tokens", 90)
@@ -26,46 +28,32 @@ SMALL = ("--rollouts_per_state", 4, "--budget", 16, "--max_new_tokens", 90)
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> dict:
-    """policy-mini on nine problems, one more that is said to have another answer, one that is too long, and one that was there."""
+    """policy-mini on nine problems, one whose answer is never right, one that is too long, and a
+    duplicate; table and trees are compressed."""
     folder = tmp_path_factory.mktemp("built")
-    tasks = list(islice(problems("train"), 9))
-    write_records(
-        folder / "problems.jsonl",
-        [*tasks, Problem(UNANSWERED, "none"), Problem(TOO_LONG, "3"), tasks[3]],
-    )
-    command = [
-        sys.executable,
-        str(ROOT / SCRIPT),
-        *map(str, SMALL),
-        "--input",
-        "problems.jsonl",
-        "--output",
-        "out/steps.jsonl",
-    ]
-    command += ["--csv", "out/steps.csv", "--trees", "out/trees.jsonl"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    first = list(islice(problems("train"), 9))
+    others = [Problem(UNANSWERED, "none"), Problem(TOO_LONG, "3"), first[3]]
+    write_records(folder / "problems.jsonl", [*first, *others])
+    args = [*map(str, SMALL), "--input", "problems.jsonl", "--output", "out/steps.jsonl"]
+    args += ["--csv", "out/steps.csv.gz", "--trees", "out/trees.jsonl.gz"]
+    done = scripts.run_script(SCRIPT, *args, cwd=folder)
     assert done.returncode == 0, done.stderr
-    return {"folder": folder, "tasks": tasks, "printed": done.stdout, "command": command}
+    return {"folder": folder, "problems": first, "printed": done.stdout, "args": args}
 
 
 def test_every_row_is_what_the_trees_say(built):
     folder = built["folder"]
-    assert sorted(path.name for path in (folder / "out").iterdir()) == [
-        "steps.csv",
-        "steps.jsonl",
-        "trees.jsonl",
-    ]
+    names = ["steps.csv.gz", "steps.jsonl", "trees.jsonl.gz"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == names
     rows = list(read_records(folder / "out/steps.jsonl", StepValue))
-    trees = list(read_records(folder / "out/trees.jsonl", Tree))
-    assert [tree.prompt for tree in trees] == [task.prompt for task in built["tasks"]] + [
-        UNANSWERED,
-        TOO_LONG,
-    ]
+    trees = list(read_records(folder / "out/trees.jsonl.gz", Tree))
+    prompts = [problem.prompt for problem in built["problems"]]
+    assert [tree.prompt for tree in trees] == [*prompts, UNANSWERED, TOO_LONG]
     assert rows == [row for tree in trees if tree.ended not in DROPPED for row in tree.values()[0]]
     assert [tree.ended for tree in trees[-2:]] == ["never right", "prompt too long"] and all(
         len(tree.rollouts) <= 16 for tree in trees
     )
-    answers = {task.prompt: f"Answer: {task.answer}" for task in built["tasks"]}
+    answers = {problem.prompt: f"Answer: {problem.answer}" for problem in built["problems"]}
     closing = [row for row in rows if row.step.startswith("Answer:")]
     assert closing and all(row.score == (row.step == answers[row.prompt]) for row in closing)
     searched = [tree for tree in trees if tree.ended not in DROPPED]
@@ -78,44 +66,39 @@ def test_every_row_is_what_the_trees_say(built):
         f"{sum(rollout.outcome == 'cut' for rollout in rollouts)} cut at the token limit",
         f"{sum(rollout.tokens for rollout in rollouts)} tokens",
         f"{len(rows)} rows",
-        f"wrote {len(rows)} step values to out/steps.jsonl, out/steps.csv, out/trees.jsonl",
+        f"wrote {len(rows)} step values to out/steps.jsonl, out/steps.csv.gz, out/trees.jsonl.gz",
     ):
         assert part in built["printed"], (part, built["printed"])
 
 
 def test_the_table_has_three_columns_and_reads_back(built):
-    with open(built["folder"] / "out/steps.csv", encoding="utf-8", newline="") as file:
+    path = built["folder"] / "out/steps.csv.gz"
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
         table = csv.DictReader(file)
         assert list(table.fieldnames) == ["question", "next_step", "score"]
     rows = list(read_records(built["folder"] / "out/steps.jsonl", StepValue))
-    back = list(load_step_values(str(built["folder"] / "out/steps.csv")))
+    back = list(load_step_values(str(path)))
     assert [(row.prompt, row.prefix, row.step, row.score) for row in back] == [
         (row.prompt, row.prefix, row.step, row.score) for row in rows
     ]
 
 
 def test_other_labels_of_the_same_trees(built, run_script, tmp_path):
-    args = ("--from_trees", built["folder"] / "out/trees.jsonl")
-    again = run_script(SCRIPT, *args, "--output", "again.jsonl")
-    assert (
-        again.returncode == 0
-        and (tmp_path / "again.jsonl").read_bytes()
-        == (built["folder"] / "out/steps.jsonl").read_bytes()
-    )
-    rows = list(read_records(tmp_path / "again.jsonl", StepValue))
+    args = ("--from_trees", built["folder"] / "out/trees.jsonl.gz")
+    again = run_script(SCRIPT, *args, "--output", "again.jsonl.gz")
+    assert again.returncode == 0, again.stderr
+    with open_bytes(tmp_path / "again.jsonl.gz") as file:
+        assert file.read() == (built["folder"] / "out/steps.jsonl").read_bytes()
+    rows = list(read_records(tmp_path / "again.jsonl.gz", StepValue))
 
-    done = run_script(
-        SCRIPT, *args, "--output", "relative.jsonl", "--labels", "relative", "--min_rollouts", 3
-    )
+    done = run_script(SCRIPT, *args, "--output", "relative.jsonl", "--labels", "relative")
     relative = list(read_records(tmp_path / "relative.jsonl", StepValue))
     assert done.returncode == 0 and 0 < len(relative) < len(rows)
     values = {(row.prompt, *row.prefix, row.step): row.score for row in rows}
     for row in relative:
         before = values.get((row.prompt, *row.prefix))
-        assert (row.rollouts >= 3 or ends_solution([row.step])) and (
-            before is None
-            or row.score == min(1, values[(row.prompt, *row.prefix, row.step)] / before)
-        )
+        value = values[(row.prompt, *row.prefix, row.step)]
+        assert before is None or row.score == min(1, value / before)
     assert (
         f"wrote {len(relative)} step values" in done.stdout
         and "have no label and are left out" in done.stdout
@@ -126,17 +109,14 @@ def test_other_labels_of_the_same_trees(built, run_script, tmp_path):
     assert kept.returncode == 0 and len(prompts) == 10 > len({row.prompt for row in rows})
 
 
-def test_killed_and_started_again_it_ends_with_the_same_files(built):
-    """Killed when a few problems are done, three in flight; a torn row is added; other ones are in flight when it goes on."""
+def test_a_killed_run_resumes_and_writes_the_same_files(built):
+    """Killed after a few problems, with a torn row; resumed with fewer problems in flight."""
     folder = built["folder"]
-    command = [part.replace("out/", "killed/") for part in built["command"]]
+    args = [part.replace("out/", "killed/") for part in built["args"]]
     partial = folder / "killed/steps.jsonl.partial"
-    process = subprocess.Popen(
-        [*command, "--in_flight", "3"],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    command = [sys.executable, str(ROOT / SCRIPT), *args, "--in_flight", "3"]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=folder, **silent)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (
         partial.exists() and partial.read_bytes().count(b"\n") > 2
@@ -147,11 +127,9 @@ def test_killed_and_started_again_it_ends_with_the_same_files(built):
     assert [path.name for path in partial.parent.iterdir()] == [partial.name]
     with open(partial, "ab") as file:
         file.write(b'{"problem": 9, "tr')
-    resumed = subprocess.run(
-        [*command, "--in_flight", "2"], cwd=folder, capture_output=True, text=True
-    )
+    resumed = scripts.run_script(SCRIPT, *args, "--in_flight", 2, cwd=folder)
     assert resumed.returncode == 0 and "resuming: " in resumed.stdout, resumed.stderr
-    for name in ("steps.jsonl", "steps.csv", "trees.jsonl"):
+    for name in ("steps.jsonl", "steps.csv.gz", "trees.jsonl.gz"):
         assert (folder / "killed" / name).read_bytes() == (folder / "out" / name).read_bytes()
     assert not partial.exists()
 

@@ -1,5 +1,6 @@
-"""utils/build_problems.py: the held-out files are the committed ones; part of the train split, on request."""
+"""utils/build_problems.py: held-out files equal the committed ones; parts of the train split."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -7,52 +8,37 @@ import pytest
 
 from common.cli import run
 from common.files import ROOT, read_records
-from reasoning.problems import problems
+from reasoning.problems import SPLITS, problems
 from reasoning.records import Problem
 from reasoning.splits import HELD_OUT
 from utils import build_problems
 
 
-def build(folder: Path, monkeypatch, *args: str) -> None:
+def build(folder: Path, monkeypatch, *args: object) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["build_problems.py", *args])
+    monkeypatch.setattr(sys, "argv", ["build_problems.py", *map(str, args)])
     build_problems.main()
 
 
+@pytest.mark.process
 def test_held_out_files_are_the_committed_bytes(tmp_path, monkeypatch):
     build(tmp_path, monkeypatch, "--output", "new")
-    names = sorted(f"problems_{split}.jsonl" for split in HELD_OUT)
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
-    for name in names:
-        assert (tmp_path / "new" / name).read_bytes() == (ROOT / "data" / name).read_bytes()
+    files = {split: tmp_path / "new" / f"problems_{split}.jsonl" for split in HELD_OUT}
+    assert sorted((tmp_path / "new").iterdir()) == sorted(files.values())
+    for split, file in files.items():
+        assert file.read_bytes() == (ROOT / "data" / file.name).read_bytes()
+        assert sum(1 for _ in read_records(file, Problem)) == SPLITS[split][2]
 
 
 def test_a_part_of_train(tmp_path, monkeypatch, capsys):
-    build(
-        tmp_path,
-        monkeypatch,
-        "--split",
-        "train",
-        "--skip",
-        "10",
-        "--limit",
-        "20",
-        "--max_events",
-        "3",
-        "--output",
-        "some.jsonl",
-    )
-    assert capsys.readouterr().out == "wrote 20 problems to some.jsonl\n"
-    some = list(read_records(tmp_path / "some.jsonl", Problem))
-    whole = problems("train")
-    skipped = [next(whole) for _ in range(10)]
-    # start, events, question
-    expected = [task for task in (next(whole) for _ in range(60)) if task.prompt.count(". ") <= 4][
-        :20
-    ]
-    assert some == expected and not {task.prompt for task in some} & {
-        task.prompt for task in skipped
-    }
+    selected = ("--split", "train", "--skip", 10, "--limit", 20, "--max_events", 3)
+    for name in ("some.jsonl", "some.jsonl.gz"):
+        build(tmp_path, monkeypatch, *selected, "--output", name)
+        assert capsys.readouterr().out == f"wrote 20 problems to {name}\n"
+        first = list(itertools.islice(problems("train"), 70))
+        # sentences: the start, the events and the question
+        short = [problem for problem in first[10:] if problem.prompt.count(". ") <= 4]
+        assert list(read_records(tmp_path / name, Problem)) == short[:20]
 
 
 @pytest.mark.parametrize(

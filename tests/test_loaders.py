@@ -1,5 +1,6 @@
-"""Public data sets -> records, on a few rows of each shape (tests/data)."""
+"""Public data sets become records: rows of each shape (tests/data), and files of each type."""
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from common.errors import RecordError
 from common.files import read_rows, write_records
 from lm.text_encoding import encode_steps, response_pieces
-from reasoning.datasets.files import load_rows
+from reasoning.datasets.files import is_local, load_rows
 from reasoning.datasets.loading import (
     find_shape,
     load_pairs,
@@ -22,6 +23,7 @@ from reasoning.records import LabelledSolution, PreferencePair, Problem, StepVal
 from reasoning.steps import split_steps, split_text
 
 DATA = Path(__file__).parent / "data"
+MIA = "Mia has 12 apples. She buys 14 more. Soon there are 2 times as many. How many has she now?"
 LOAD = {
     "problems": load_problems,
     "pairs": load_pairs,
@@ -72,7 +74,7 @@ def steps_of(record) -> list[list[str]]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_shape(name, tokenizer, tmp_path):
-    """What comes out, how much, and that it survives a file and a tokenizer: K steps go in, K come back."""
+    """The number of records; and K steps stay K steps in a file and in a tokenizer."""
     shape, kinds = FILES[name]
     assert find_shape(str(DATA / name)).name == shape
     for kind, (count, drops) in kinds.items():
@@ -97,8 +99,8 @@ def load(kind: str, name: str) -> list:
 
 def test_gsm8k():
     question = (
-        "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips did "
-        "Natalia sell altogether in April and May?"
+        "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "
+        "May. How many clips did Natalia sell altogether in April and May?"
     )
     steps = [
         "Step 1: Natalia sold 48/2 = 24 clips in May.",
@@ -124,7 +126,7 @@ def test_math():
 
 
 def test_prm800k():
-    """The solution with its human step, then the alternatives; every rating of the file once."""
+    """The solution with its human step, then the alternatives; each rating is used once."""
     solutions = load("step_labels", "prm800k.jsonl")
     assert (
         solutions[0].steps[1] == "We have $3p+e=1.24$ and $5p+e=1.82$."
@@ -156,7 +158,7 @@ def test_prm800k():
 def test_math_shepherd():
     right, wrong, latex = load("step_labels", "math_shepherd.jsonl")
     assert wrong == LabelledSolution(
-        "Mia has 12 apples. She buys 14 more. Soon there are 2 times as many. How many has she now?",
+        MIA,
         [
             "Step 1: Mia has 12 + 14 = 26 apples.",
             "Step 2: She then has 26 + 2 = 28 apples. The answer is: 28",
@@ -183,7 +185,7 @@ def test_processbench_and_trl_stepwise():
 
 
 def test_step_dpo():
-    """The number of the step to come moves from the beginning to both sides."""
+    """The number of the next step moves from the prefix to both sides."""
     first, second = load("pairs", "step_dpo.jsonl")
     assert first == PreferencePair(
         "Tom has 20 coins. He loses 6 coins and finds 9. How many has he now?",
@@ -237,20 +239,17 @@ def test_omegaprm():
 
 
 def test_three_columns():
-    """The problem ends where the first line begins with `Step 1:`; what is written comes back."""
+    """The problem ends before the first line that begins with `Step 1:`; a row reads back."""
     values = load("step_values", "three_columns.csv")
-    mia = (
-        "Mia has 12 apples. She buys 14 more. Soon there are 2 times as many. How many has she now?"
-    )
-    assert values[0] == StepValue(mia, "Step 1: 12 + 14 = 26", 0.875)
+    assert values[0] == StepValue(MIA, "Step 1: 12 + 14 = 26", 0.875)
     assert values[2] == StepValue(
-        mia, "Answer: 28", 0, prefix=["Step 1: 12 + 14 = 26", "Step 2: 26 + 2 = 28"]
+        MIA, "Answer: 28", 0, prefix=["Step 1: 12 + 14 = 26", "Step 2: 26 + 2 = 28"]
     )
     assert values[4] == StepValue(
         "Which is the smallest?\n(a) 3\n(b) 2", "Answer: (b)", 0.5, prefix=['Step 1: "2 < 3"']
     )
     assert (
-        three_columns(values[2])["question"] == f"{mia}\nStep 1: 12 + 14 = 26\nStep 2: 26 + 2 = 28"
+        three_columns(values[2])["question"] == f"{MIA}\nStep 1: 12 + 14 = 26\nStep 2: 26 + 2 = 28"
     )
     for value in values:
         (back,) = next(shape for shape in SHAPES if shape.name == "three columns").gives[
@@ -262,7 +261,7 @@ def test_three_columns():
 @pytest.mark.parametrize(
     ("prompt", "prefix"), [("x", ["So 2"]), ("x\nStep 1: add", []), ("Step 1: add", [])]
 )
-def test_three_columns_refuse_what_would_come_back_as_another_value(prompt, prefix):
+def test_three_columns_refuse_a_value_that_would_read_back_differently(prompt, prefix):
     with pytest.raises(
         RecordError, match=r"expected a first step that begins with 'Step 1:'|field 'prompt'"
     ):
@@ -366,6 +365,15 @@ def test_files_of_every_type(tmp_path):
         "/lines.json:2",
     ]
     assert wheres[-1].endswith("test.csv:3")  # the row's last line: its answer has two
+    # compressed files give the same rows as plain ones
+    for name in ("rows.json", "lines.json", "set/test.csv"):
+        packed = tmp_path / f"{name}.gz"
+        packed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+        assert list(load_problems(str(packed))) == list(load_problems(str(tmp_path / name)))
+    assert list(load_problems(str(tmp_path / "set"), split="test")) == expected[2:] * 2
+    (tmp_path / "set/test.csv").unlink()
+    assert list(load_problems(str(tmp_path / "set"), split="test")) == expected[2:]
+    assert is_local("rows.jsonl.gz") and is_local("rows.csv.gz") and not is_local("org/rows")
     values = tmp_path / "values.csv"
     values.write_text('prompt,prefix,step,score\nx,"[""a""]",b,0.5\n')
     assert list(load_step_values(str(values))) == [StepValue("x", "b", 0.5, prefix=["a"])]
@@ -434,7 +442,8 @@ BAD = {
     "label": (
         {"prompt": "x", "completions": ["a"], "labels": [True]},
         {"prompt": "x", "completions": ["a"], "labels": ["+"]},
-        "rows.jsonl:2: field 'labels': expected true, false, null or a number from 0 to 1, got \"+\"",
+        "rows.jsonl:2: field 'labels': expected true, false, null or a number from 0 to 1, got "
+        '"+"',
     ),
     "messages": (
         {"prompt": "x", "chosen": "a", "rejected": "b"},
@@ -444,7 +453,8 @@ BAD = {
     "another question": (
         {"question": "x", "reasoning_steps": [{"solution_prefix": "x\n\na", "mc_value": 1}]},
         {"question": "x", "reasoning_steps": [{"solution_prefix": "y\n\na", "mc_value": 1}]},
-        "rows.jsonl:2: field 'reasoning_steps', item 1: its solution_prefix does not begin with the question",
+        "rows.jsonl:2: field 'reasoning_steps', item 1: its solution_prefix does not begin with "
+        "the question",
     ),
     "three columns": (
         {"question": "x", "next_step": "a", "score": "0.5"},
@@ -482,8 +492,14 @@ def test_a_bad_row_is_one_line_with_file_and_line(tmp_path, monkeypatch, name):
         ("list.json", b"[]", "list.json: no rows"),
         ("torn.json", b'[{"question": ', "torn.json: not JSON"),
         ("torn.jsonl", b'{"question": ', "torn.jsonl:1: not JSON"),
-        ("cells.csv", b"question,answer\na,b\nc\n", "cells.csv:3: expected 2 cells, as in the first line"),
+        (
+            "cells.csv",
+            b"question,answer\na,b\nc\n",
+            "cells.csv:3: expected 2 cells, as in the first line",
+        ),
         ("latin.csv", b"question,answer\na,\xe9\n", "not CSV in UTF-8"),
+        ("torn.csv.gz", b"question", "torn.csv.gz: not a complete gzip file"),
+        ("torn.json.gz", gzip.compress(b"[]")[:9], "torn.json.gz: not a complete gzip file"),
         ("torn.parquet", b"PAR1", "torn.parquet: cannot be read as Parquet"),
         ("rows.xlsx", b"x", "rows.xlsx: expected one of .jsonl"),
         ("folder/notes.txt", b"x", "folder: no .jsonl, .json, .csv, .parquet file in this folder"),

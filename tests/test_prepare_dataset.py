@@ -1,5 +1,6 @@
-"""utils/prepare_dataset.py: every shape becomes records, no problem is on both sides, and what comes out trains."""
+"""utils/prepare_dataset.py: all shapes become records, and no problem is on both sides."""
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ DATA = Path(__file__).parent / "data"
 
 @pytest.fixture
 def prepare(tmp_path, monkeypatch, capsys):
-    """Run the script's main in this process; returns what it said, or its one line of error."""
+    """Run the script's main in this process; returns its output, or its one line of error."""
     monkeypatch.chdir(tmp_path)
 
     def main(*args: object) -> str:
@@ -69,17 +70,17 @@ SHAPES = [  # file, --to, kind of record that comes out, how many in train and t
 
 @pytest.mark.parametrize(("name", "to", "kind", "counts"), SHAPES)
 def test_every_shape(prepare, name, to, kind, counts):
-    said = prepare(
+    printed = prepare(
         "--dataset_name", DATA / name, "--output", "out.jsonl", *(["--to", to] if to else [])
     )
     train, test = both_sides(kind)
-    assert train and f"wrote {len(train)} {kind} of " in said
+    assert train and f"wrote {len(train)} {kind} of " in printed
     assert counts in (None, (len(train), len(test)))
 
 
 def test_labelled_steps_become_scored_pairs(prepare):
-    """PRM800K: after each beginning, every right step against a wrong one; what is left over is counted."""
-    said = prepare(
+    """PRM800K: after each prefix, all right steps with a wrong one; the other steps are counted."""
+    printed = prepare(
         "--dataset_name", DATA / "prm800k.jsonl", "--output", "out.jsonl", "--test_size", 0
     )
     pairs, _ = both_sides("pairs")
@@ -91,7 +92,7 @@ def test_labelled_steps_become_scored_pairs(prepare):
     assert all((pair.chosen_scores, pair.rejected_scores) == ([1.0], [0.0]) for pair in pairs)
     # one wrong step against each of three right ones
     assert len(pairs) == 8 and len({pair.chosen[0] for pair in pairs[5:]}) == 3
-    rows = [" ".join(line.split()) for line in said.splitlines()]
+    rows = [" ".join(line.split()) for line in printed.splitlines()]
     assert (
         "labelled steps read 25" in rows
         and "steps without a wrong one after the same prefix 15" in rows
@@ -107,10 +108,10 @@ def test_duplicates_and_contradictions(prepare):
     write_records(
         "values.jsonl", values(("a", 1), ("a", 0.5), ("b", 0), ("c", 1), ("c", 0), ("c", 0))
     )
-    said = prepare(
+    printed = prepare(
         "--dataset_name", "values.jsonl", "--to", "pairs", "--output", "out.jsonl", "--test_size", 0
     )
-    assert "step seen before" in said and "called right and wrong, dropped" in said
+    assert "step seen before" in printed and "called right and wrong, dropped" in printed
     (pair,), _ = both_sides("pairs")
     assert (pair.chosen, pair.rejected, pair.chosen_scores) == (["a"], ["b"], [0.75])
     prepare(
@@ -133,21 +134,31 @@ def test_duplicates_and_contradictions(prepare):
     write_records(
         "problems.jsonl", [{"prompt": prompt, "answer": answer} for prompt, answer in problems]
     )
-    said = prepare(
+    printed = prepare(
         "--dataset_name", "problems.jsonl", "--output", "out.jsonl", "--test_size", 0, "--overwrite"
     )
     assert {problem.prompt for problem in both_sides("problems")[0]} == {"x?", "X  ?", "z?"}
-    assert "problem seen before" in said and "problem that contradicts another" in said
+    assert "problem seen before" in printed and "problem that contradicts another" in printed
 
     pair = {"prompt": "x", "chosen": ["a"], "rejected": ["b"]}
     other = {"prompt": "x", "chosen": ["a"], "rejected": ["c"]}
     write_records("pairs.jsonl", [pair, other, other, {**pair, "chosen": ["b"], "rejected": ["a"]}])
-    said = prepare(
+    printed = prepare(
         "--dataset_name", "pairs.jsonl", "--output", "out.jsonl", "--test_size", 0, "--overwrite"
     )
     assert [pair.rejected for pair in both_sides("pairs")[0]] == [["c"]]
     # these have no scores yet
-    assert "next: python reward_model/evaluate_steps.py --input out.jsonl" in said
+    assert "next: python reward_model/evaluate_steps.py --input out.jsonl" in printed
+
+
+def test_compressed_files(prepare):
+    """The test file of out.jsonl.gz is out_test.jsonl.gz; compressed input gives the same rows."""
+    Path("in.jsonl.gz").write_bytes(gzip.compress((DATA / "gsm8k.jsonl").read_bytes()))
+    prepare("--dataset_name", DATA / "gsm8k.jsonl", "--output", "out.jsonl")
+    printed = prepare("--dataset_name", "in.jsonl.gz", "--output", "out.jsonl.gz")
+    assert "1 problem to out_test.jsonl.gz" in printed
+    for name in ("out.jsonl", "out_test.jsonl"):
+        assert gzip.decompress(Path(f"{name}.gz").read_bytes()) == Path(name).read_bytes()
 
 
 def test_split_by_problem(prepare):
@@ -173,7 +184,7 @@ def test_split_by_problem(prepare):
 
 
 def test_a_folder_keeps_its_sides(prepare):
-    """A user's own train.jsonl and test.jsonl: a problem of both stays in test only."""
+    """A user's own train.jsonl and test.jsonl: a problem in both stays only in test."""
     Path("own").mkdir()
     write_records(
         "own/train.jsonl", [{"question": f"{k} + 1?", "answer": f"{k + 1}"} for k in range(5)]
@@ -181,12 +192,12 @@ def test_a_folder_keeps_its_sides(prepare):
     write_records(
         "own/test.jsonl", [{"question": f"{k} + 1?", "answer": f"{k + 1}"} for k in range(4, 6)]
     )
-    said = prepare("--dataset_name", "own", "--output", "out.jsonl")
+    printed = prepare("--dataset_name", "own", "--output", "out.jsonl")
     train, test = both_sides("problems")
     assert (len(train), len(test)) == (
         4,
         2,
-    ) and "dropped from train, problem is on the test side" in said
+    ) and "dropped from train, problem is on the test side" in printed
     prepare(
         "--dataset_name", "own", "--dataset_split", "test", "--output", "out.jsonl", "--overwrite"
     )
@@ -235,41 +246,21 @@ def test_refusals(prepare, args, message):
         Path(name).write_text("mine")
     write_records("odd.jsonl", [{"a": 1, "b": 2}])
     write_records("torn.jsonl", [{"question": "1?", "answer": "1"}, {"question": "2?"}])
-    assert (
-        message in prepare("--output", "out.jsonl", *args)
-        if "--output" not in args
-        else message in prepare(*args)
-    )
+    assert message in prepare(*args, *([] if "--output" in args else ["--output", "out.jsonl"]))
 
 
-def test_straight_into_training(run_script, tmp_path):
-    """Real rows of PRM800K -> scored pairs -> one optimizer step of the miniature."""
-    done = run_script(
-        "utils/prepare_dataset.py",
-        "--dataset_name",
-        DATA / "prm800k.jsonl",
-        "--output",
-        "pairs.jsonl",
-        "--test_size",
-        0,
-    )
+@pytest.mark.process
+def test_prepared_pairs_train(run_script, tmp_path):
+    """Real rows of PRM800K become scored pairs in a compressed file, for one optimizer step."""
+    source = ("--dataset_name", DATA / "prm800k.jsonl", "--test_size", 0)
+    done = run_script("utils/prepare_dataset.py", *source, "--output", "pairs.jsonl.gz")
     assert done.returncode == 0, done.stderr
-    pairs = list(read_records(tmp_path / "pairs.jsonl", ScoredPair))
+    pairs = list(read_records(tmp_path / "pairs.jsonl.gz", ScoredPair))
     done = run_script(
         "train.py",
-        *(
-            "--dataset_name",
-            "pairs.jsonl",
-            "--output_dir",
-            "tuned",
-            "--logs_dir",
-            "logs",
-            "--max_steps",
-            1,
-            "--max_length",
-            512,
-        ),
-        *("--per_device_train_batch_size", 2, "--save_strategy", "no", "--report_to", "none"),
+        *("--dataset_name", "pairs.jsonl.gz", "--output_dir", "tuned", "--logs_dir", "logs"),
+        *("--max_steps", 1, "--max_length", 512, "--per_device_train_batch_size", 2),
+        *("--save_strategy", "no", "--report_to", "none"),
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "tuned/model.safetensors").exists()

@@ -1,6 +1,7 @@
-"""Tables of ranked responses: what a spreadsheet makes of them reads back, and mistakes are named with file and line."""
+"""Tables of ranked responses: tables of spreadsheets are read, mistakes have file and line."""
 
 import dataclasses
+import gzip
 
 import pytest
 
@@ -45,8 +46,9 @@ def test_what_is_written_reads_back(tmp_path):
     assert read_answers(tmp_path / "answers.csv") == ROWS
     data = (tmp_path / "answers.csv").read_bytes()
     assert data.startswith(",".join(COLUMNS).encode() + b"\n") and b"\r\n" not in data
-    write_answers(tmp_path / "again.csv", read_answers(tmp_path / "answers.csv"))
-    assert (tmp_path / "again.csv").read_bytes() == data
+    write_answers(tmp_path / "again.csv.gz", read_answers(tmp_path / "answers.csv"))
+    assert gzip.decompress((tmp_path / "again.csv.gz").read_bytes()) == data
+    assert read_answers(tmp_path / "again.csv.gz") == ROWS
 
 
 def test_nothing_is_written_if_something_cannot_be(tmp_path):
@@ -73,7 +75,8 @@ def test_the_published_three_columns(tmp_path):
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 @pytest.mark.parametrize("quote", ["", '"'])
 def test_as_spreadsheets_write_it(tmp_path, delimiter, quote):
-    """A byte-order mark, Windows line ends, whole numbers with .0, a decimal comma, empty rows, columns in another order."""
+    """A byte-order mark, Windows line ends, 1.0 for 1, a decimal comma, empty rows, another order
+    of columns."""
     table = [
         ["Rank", "answer", "prompt", "temperature"],
         ["1.0", "yes", "p", '"0,7"'],
@@ -184,7 +187,7 @@ def test_mistakes_of_a_group(rows, message):
     assert str(error.value).startswith("answers.csv: prompt 'p': ") and message in str(error.value)
 
 
-def test_two_rankers_and_what_nobody_ranked_yet():
+def test_two_rankers_and_unranked_answers():
     first, second, open_ = (
         ranked(1, 2, 3),
         ranked(3, 2, 1, ranker="Bob"),

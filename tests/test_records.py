@@ -1,10 +1,12 @@
+"""Records: what is written reads back, and a wrong row is named with file, line and field."""
+
 import json
 from pathlib import Path
 
 import pytest
 
 from common.errors import RecordError
-from common.files import ResumableRows, read_records, to_line, write_records, write_text
+from common.files import read_records, to_line, write_records
 from reasoning.records import LabelledSolution, PreferencePair, Problem, ScoredPair, StepValue
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,21 +83,6 @@ def test_a_broken_row_says_file_line_field_and_what_was_expected(tmp_path, name)
     )
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "no rows"),
-        (b"\n \n", "no rows"),
-        (b'{"prompt": ', ":1: not JSON"),
-        (b'{"prompt": "\xff"}', ":1: not UTF-8"),
-    ],
-)
-def test_a_broken_file(tmp_path, content, message):
-    (tmp_path / "rows.jsonl").write_bytes(content)
-    with pytest.raises(RecordError, match=message):
-        list(read_records(tmp_path / "rows.jsonl", PreferencePair))
-
-
 def test_problem_rows():
     row = {
         "prompt": "x",
@@ -154,35 +141,3 @@ def test_step_values_and_labelled_solutions():
     ]:
         with pytest.raises(RecordError, match=message):
             kind.from_row(row)
-
-
-def test_written_whole_or_not_at_all(tmp_path):
-    def chunks():
-        yield "half"
-        raise RuntimeError
-
-    (tmp_path / "file").write_text("old")
-    with pytest.raises(RuntimeError):
-        write_text(tmp_path / "file", chunks())
-    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (
-        tmp_path / "file"
-    ).read_text() == "old"
-
-
-def test_resumable_rows_lose_and_repeat_nothing(tmp_path):
-    output, job = tmp_path / "out.jsonl", {"seed": 0}
-    rows = ResumableRows(output, job, unit=2)
-    for i in range(3):
-        rows.append({"i": i})
-    with open(rows.path, "ab") as file:
-        file.write(b'{"i": 3')  # killed in the middle of a row
-    assert ResumableRows.pending(output, job) and not ResumableRows.pending(output, {"seed": 1})
-    with pytest.raises(RecordError, match="another job"):
-        ResumableRows(output, {"seed": 1})
-    again = ResumableRows(output, job, unit=2)
-    assert again.rows == [{"i": 0}, {"i": 1}]  # row 2 was half of a unit
-    again.append({"i": 2})
-    again.append({"i": 3})
-    assert ResumableRows(output, job, unit=2).rows == [{"i": i} for i in range(4)]
-    ResumableRows(output, {"seed": 1}, overwrite=True).finish()
-    assert not again.path.exists()

@@ -1,5 +1,6 @@
-"""A tree by eye: the lines, the first errors, and a page that shows what a model wrote and runs none of it."""
+"""utils/show_tree.py: the lines, the first errors, and a page that escapes the text of a model."""
 
+import gzip
 from html.parser import HTMLParser
 
 import pytest
@@ -14,7 +15,7 @@ EVIL = "Step 2: <script>alert(1)</script> & more"
 
 @pytest.fixture
 def tree() -> Tree:
-    """The search came by `Step 1: good` and found `Step 2: bad` to be the first error of the rollout that begins so."""
+    """`Step 2: bad` is the first error of the first rollout."""
     good, bad = ("Step 1: good",), ("Step 1: good", "Step 2: bad")
     nodes = [
         TreeNode(
@@ -42,7 +43,8 @@ value   right/all  visits  step
  0.00         0/2       -        Answer: 0
  0.00         0/1       -        Answer: 3
  1.00         2/2       -      Answer: 1
- 0.00         0/1       -      Step 2: <script>alert(1)</script> & more   <-- first error, here or below
+ 0.00         0/1       -      Step 2: <script>alert(1)</script> & more   <-- first error, \
+here or below
  0.00         0/1       -        Answer: 2"""
 
 
@@ -65,7 +67,7 @@ def test_a_closing_step_can_be_the_first_error():
 
 
 class Outline(HTMLParser):
-    """Which tags stand in a page, how deep they are nested, and its text."""
+    """The tags of a page, their depth, and its text."""
 
     def __init__(self):
         super().__init__()
@@ -87,7 +89,7 @@ class Outline(HTMLParser):
         self.text += data
 
 
-def test_page_is_self_contained_and_runs_nothing_of_the_model(tree):
+def test_page_is_self_contained_and_runs_no_text_of_the_model(tree):
     page = Outline()
     page.feed(as_page(tree))
     assert "script" not in page.tags and not {"link", "img", "iframe"} & set(page.tags)
@@ -100,6 +102,7 @@ def test_page_is_self_contained_and_runs_nothing_of_the_model(tree):
     assert "hsl(120 " in as_page(tree) and "hsl(0 " in as_page(tree) and "hsl(60 " in as_page(tree)
 
 
+@pytest.mark.process
 def test_the_script(tree, run_script, tmp_path):
     other = Tree(
         "What is left?",
@@ -111,11 +114,13 @@ def test_the_script(tree, run_script, tmp_path):
         tmp_path / "trees.jsonl",
         [row.to_row() for row in (other, tree, Tree("Long?", "omegaprm", "prompt too long"))],
     )
-    done = run_script(
-        SCRIPT, "--trees", "trees.jsonl", "--prompt", "apples", "--html", "out/tree.html"
-    )
-    assert done.returncode == 0 and done.stdout == TEXT + "\n\nwrote out/tree.html\n"
-    assert (tmp_path / "out/tree.html").read_text() == as_page(tree)
+    packed = tmp_path / "trees.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "trees.jsonl").read_bytes()))
+    for name in ("trees.jsonl", "trees.jsonl.gz"):
+        select = ("--trees", name, "--prompt", "apples")
+        done = run_script(SCRIPT, *select, "--html", "out/tree.html", "--overwrite")
+        assert done.returncode == 0 and done.stdout == TEXT + "\n\nwrote out/tree.html\n"
+        assert (tmp_path / "out/tree.html").read_text() == as_page(tree)
     assert run_script(SCRIPT, "--trees", "trees.jsonl", "--index", 1).stdout == TEXT + "\n"
     assert "What is left?" in run_script(SCRIPT, "--trees", "trees.jsonl").stdout
 

@@ -12,9 +12,10 @@ PROBLEM = Problem("?", "52", ["Step 1: 12 + 14 = 26", "Step 2: 26 * 2 = 52", "An
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("Answer: 52", "52"), ("The answer is 52.", "52"), ("so\nFinal answer: $1,200", "1,200"), ("#### 72", "72"),
-        (r"Thus \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), ("Step 1: 2 + 2 = 4", None), ("", None), ("Answer:", None),
-        ("Answer: 1\nAnswer: 2", "2"), ("answer = x", "x"),
+        ("Answer: 52", "52"), ("The answer is 52.", "52"), ("so\nFinal answer: $1,200", "1,200"),
+        ("#### 72", "72"), (r"Thus \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        ("Step 1: 2 + 2 = 4", None), ("", None), ("Answer:", None), ("Answer: 1\nAnswer: 2", "2"),
+        ("answer = x", "x"),
     ],
 )  # fmt: skip
 def test_extract_answer(text, answer):
@@ -24,8 +25,9 @@ def test_extract_answer(text, answer):
 @pytest.mark.parametrize(
     ("first", "second", "same"),
     [
-        ("52", "52", True), ("52.0", "52", True), ("1,200", "1200", True), ("52", "53", False), (None, "52", False),
-        ("3/8", "0.375", True), (r"\frac{1}{2}", "0.5", True), ("yes", "yes", True), ("yes", "no", False), ("nan", "52", False),
+        ("52", "52", True), ("52.0", "52", True), ("1,200", "1200", True), ("52", "53", False),
+        (None, "52", False), ("3/8", "0.375", True), (r"\frac{1}{2}", "0.5", True),
+        ("yes", "yes", True), ("yes", "no", False), ("nan", "52", False),
     ],
 )  # fmt: skip
 def test_same_answer(first, second, same):
@@ -35,8 +37,9 @@ def test_same_answer(first, second, same):
 @pytest.mark.parametrize(
     ("step", "value", "true"),
     [
-        ("Step 1: 12 + 14 = 26", 26, True), ("42 - 17 = 35", 35, False), ("3 * 4 = 12, 26 + 12 = 38", 38, True),
-        ("3 + 4 * 2 = 11", 11, True), ("7 / 2 = 3.5", 3.5, True), ("1 / 0 = 0", 0, False), ("5 - 9 = -4", -4, True),
+        ("Step 1: 12 + 14 = 26", 26, True), ("42 - 17 = 35", 35, False),
+        ("3 * 4 = 12, 26 + 12 = 38", 38, True), ("3 + 4 * 2 = 11", 11, True),
+        ("7 / 2 = 3.5", 3.5, True), ("1 / 0 = 0", 0, False), ("5 - 9 = -4", -4, True),
         ("no", None, True), ("3 * 4 = 13, 26 + 12 = 38", 38, False),
     ],
 )  # fmt: skip
@@ -49,9 +52,9 @@ def test_step_value(step, value, true):
     [
         (PROBLEM.steps, [1, 1, 1]),
         (["Step 1: 14 + 12 = 26", "Step 2: 2 * 26 = 52", "The answer is 52."], [1, 1, 1]),
-        # what comes after an error is 0
+        # steps after an error are 0
         (["Step 1: 12 + 14 = 25", "Step 2: 26 * 2 = 52", "Answer: 52"], [0, 0, 0]),
-        # true, and not what was asked
+        # a true equation, but not the right one
         (["Step 1: 12 + 14 = 26", "Step 2: 26 + 2 = 28", "Answer: 28"], [1, 0, 0]),
         (["Step 1: 12 + 14 = 26", "Answer: 52"], [1, 0]),  # a step left out
         # one too many

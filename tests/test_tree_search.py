@@ -1,4 +1,4 @@
-"""The searches against values computed by hand, in worlds of a few lines that say how every beginning goes on."""
+"""The searches against values computed by hand, in small worlds that define every rollout."""
 
 import json
 
@@ -24,7 +24,7 @@ PROMPT_TOKENS, STEP_TOKENS = 5, 10
 
 
 def state(steps: tuple[str, ...], status: str = "open", sampled: int = 0) -> State:
-    """Ids do not matter to a search, their number does."""
+    """A state with the right number of token ids; a search does not use their values."""
     ends = tuple(PROMPT_TOKENS + STEP_TOKENS * k for k in range(len(steps) + 1))
     return State("How many?", tuple(range(ends[-1])), ends, steps, status, sampled)
 
@@ -34,7 +34,9 @@ def is_right(steps: tuple[str, ...]) -> bool:
 
 
 def drive(search, world, k: int) -> tuple[Tree, list[tuple[str, ...]]]:
-    """(tree, the states it asked for): world(steps) says how the k rollouts from there go on; one that ends in `...` was cut."""
+    """(tree, the states that the search requested).
+
+    world(steps): the steps of the k rollouts from a state; one that ends with `...` is cut."""
     asked, request = [], next(search)
     try:
         while True:
@@ -61,7 +63,7 @@ def steps_of(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# --- the first error -------------------------------------------------------------------------------------------------------------
+# --- the first error ---
 
 WRONG = (*steps_of("w1 w2 w3 w4 w5 w6 w7"), "Answer: 0")  # its fifth step is the error
 
@@ -71,7 +73,7 @@ def with_an_error(error: int):
 
     def world(steps):
         assert steps == WRONG[: len(steps)], (
-            "the search asked for a state that is on no wrong rollout"
+            "the search requested a state that is on no wrong rollout"
         )
         rest = WRONG[len(steps) :]
         return [("detour", "Answer: 1"), rest] if len(steps) < error else [rest, rest]
@@ -92,7 +94,7 @@ def with_an_error(error: int):
     ],
 )
 def test_binary_search_finds_the_first_error_in_log2_evaluations(error, asked):
-    """8 steps, 3 evaluations. The other wrong rollouts share the beginning, so nothing more has to be asked for them."""
+    """8 steps, 3 evaluations. The other wrong rollouts share the prefix and need no evaluation."""
     tree, states = drive(
         omegaprm(state(()), is_right, TreeBudget(100, rollouts_per_state=2)),
         with_an_error(error),
@@ -147,7 +149,7 @@ def test_a_rollout_that_was_cut_is_not_right_whatever_it_says():
     ].value == 0.5
 
 
-# --- selection -------------------------------------------------------------------------------------------------------------------
+# --- selection ---
 
 
 def test_selection_score_by_hand():
@@ -165,9 +167,10 @@ def test_selection_score_by_hand():
 
 
 def test_selection_is_from_the_pool_of_the_whole_tree():
-    """The root (value 1/4) has three wrong rollouts. The search for the error of the shortest comes by `a1 a2` (value 3/4), whose
-    wrong rollout is more surprising than theirs: 0.5^.25 * .9^(30/500) + .125, theirs 0.5^.75 * .9^(50/500) + .0625.
-    Then come those of the root, the shorter one first."""
+    """The root (value 1/4) has three wrong rollouts. The search for the error of the shortest one
+    evaluates `a1 a2` (value 3/4). The wrong rollout from there has the higher score,
+    0.5^.25 * .9^(30/500) + .125 against 0.5^.75 * .9^(50/500) + .0625, so it is selected before the
+    other two of the root, the shorter one of these first."""
     c, b = steps_of("c1 c2 c3 c4 c5 Answer:0"), steps_of("b1 b2 b3 b4 Answer:0")
     goes_on = {
         (): [("r", "Answer: 1"), c, b, steps_of("a1 a2 a3 Answer:0")],
@@ -187,7 +190,7 @@ def test_selection_is_from_the_pool_of_the_whole_tree():
 
 
 def test_per_step_values_every_step_of_every_solution_once():
-    """Right and wrong solutions alike, in the order in which they were sampled; the last step of each closes it."""
+    """Right and wrong solutions in the order of sampling, without the last step of each."""
     goes_on = {
         (): [steps_of("a b Answer:1"), steps_of("a c Answer:0"), ("a", "..."), ("d", "Answer: 1")]
     }
@@ -206,12 +209,12 @@ def test_per_step_values_every_step_of_every_solution_once():
     assert asked == [(), ("a",), ("a", "b")] and tree.ended == "budget" and len(tree.rollouts) == 12
 
 
-# --- what a tree says ------------------------------------------------------------------------------------------------------------
+# --- values of a tree ---
 
 
 @pytest.fixture
 def tree() -> Tree:
-    """The root and the state `a`, two rollouts from each; one was cut in the middle of its step `half`."""
+    """The root and the state `a`, two rollouts from each; one was cut within its step `half`."""
     root = TreeNode(
         (),
         [Rollout(("a", "b", "Answer: 0"), "wrong", 30), Rollout(("c", "Answer: 1"), "right", 20)],
@@ -223,10 +226,10 @@ def tree() -> Tree:
     return Tree("How many?", "omegaprm", "nothing left", {node.steps: node for node in (root, a)})
 
 
-def test_a_rollout_counts_wherever_it_comes_through(tree):
+def test_a_rollout_counts_for_every_state_on_its_way(tree):
     assert tree.counts() == {
         (): (1, 2),
-        ("a",): (1, 3),  # one came through, two began here
+        ("a",): (1, 3),  # one rollout passes through, two start here
         ("a", "b"): (1, 3),
         ("a", "b", "Answer: 0"): (0, 1),
         ("c",): (1, 1),
@@ -247,12 +250,12 @@ def test_labels(tree):
     ]
     assert left_out == 0
     rows, left_out = tree.values("relative")
-    # (1/3) / (1/2), then its like, then at most 1
+    # (1/3) / (1/2), then (1/3) / (1/3), then at most 1
     assert [row.score for row in rows] == pytest.approx([2 / 3, 1, 0, 1, 1, 1])
     assert left_out == 0
 
 
-def test_relative_labels_leave_out_what_follows_a_state_of_value_0():
+def test_relative_labels_leave_out_steps_after_a_state_of_value_0():
     root = TreeNode(
         (),
         [Rollout(("a", "b", "Answer: 0"), "wrong", 30), Rollout(("c", "Answer: 1"), "right", 20)],
@@ -277,12 +280,12 @@ def test_a_tree_comes_back_from_its_file(tree, tmp_path):
         (lambda row: row.pop("nodes"), "no search tree"),
         (lambda row: row["nodes"][0].pop("rollouts"), "no search tree"),
         (lambda row: row["nodes"].pop(0), "search tree is not complete"),
-        # the root's rollouts still come by: sound
+        # a rollout of the root passes through this state: valid
         (lambda row: row["nodes"][1].update(rollouts=[]), None),
         (lambda row: row["nodes"][0].update(rollouts=[]), "search tree is not complete"),
     ],
 )
-def test_what_is_no_tree_is_refused_with_its_line(tree, tmp_path, change, message):
+def test_a_row_that_is_not_a_tree_is_refused_with_its_line(tree, tmp_path, change, message):
     row = json.loads(json.dumps(tree.to_row()))
     change(row)
     write_records(tmp_path / "trees.jsonl", [row])
@@ -293,30 +296,30 @@ def test_what_is_no_tree_is_refused_with_its_line(tree, tmp_path, change, messag
             next(read_records(tmp_path / "trees.jsonl", Tree))
 
 
-# --- many at once ----------------------------------------------------------------------------------------------------------------
+# --- many at once ---
 
 
 class WrittenPolicy:
-    """Goes on as `with_an_error` says, the error at a place that depends on the prompt; keeps how many states it was asked for."""
+    """Rollouts of `with_an_error`, with the error at the step that the prompt names."""
 
     def __init__(self):
-        self.asked = []
+        self.requests = []
 
     def rollouts(self, states, n, temperature, max_new_tokens, seed):
         assert (temperature, max_new_tokens, seed) == (0.7, 99, 3)
-        self.asked.append((len(states), n))
-        worlds = [with_an_error(int(at.prompt)) for at in states]
+        self.requests.append((len(states), n))
         return [
-            [
-                State(at.prompt, (*at.ids, *range(len(more))), (*at.ends, *(len(at.ids) + k + 1 for k in range(len(more)))),
-                      (*at.steps, *more), "finished", len(more))
-                for more in world(at.steps)
-            ]
-            for at, world in zip(states, worlds, strict=True)
-        ]  # fmt: skip
+            [self._rollout(at, more) for more in with_an_error(int(at.prompt))(at.steps)]
+            for at in states
+        ]
+
+    def _rollout(self, at: State, more: tuple[str, ...]) -> State:
+        ids = (*at.ids, *range(len(more)))
+        ends = (*at.ends, *range(len(at.ids) + 1, len(ids) + 1))
+        return State(at.prompt, ids, ends, (*at.steps, *more), "finished", len(more))
 
 
-def test_many_searches_ask_together_and_find_what_each_finds_alone():
+def test_many_searches_sample_together_and_find_the_same_as_alone():
     def searches():
         for error in range(1, 9):
             for k in (1, 2):
@@ -330,7 +333,7 @@ def test_many_searches_ask_together_and_find_what_each_finds_alone():
         found[in_flight] = dict(
             run_searches(searches(), policy, in_flight, **options, sampled=counted.append)
         )
-        asked[in_flight] = [count for count, _ in policy.asked]
+        asked[in_flight] = [count for count, _ in policy.requests]
         assert counted == [2 * count for count in asked[in_flight]]
     assert found[1] == found[3] == found[64] and len(found[1]) == 16
     assert asked[1] == [1] * 64 and asked[64] == [16] * 4  # the root and three states of each
