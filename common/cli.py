@@ -73,17 +73,21 @@ def parse_args(
     parser.usage += "[--config FILE.yaml] [arguments]"
     parser.epilog = "Flags override the arguments in a --config file."
     _group_inherited(parser, dataclasses, {"help", *(defaults or {})})
-    args = [part for arg in (sys.argv[1:] if args is None else args) for part in _split_config(arg)]
+    flags: list[str] = []
+    for arg in sys.argv[1:] if args is None else args:
+        flags += arg.split("=", 1) if arg.startswith("--config=") else [arg]
+    checked = flags
     try:
-        if "--config" in args:
-            position = args.index("--config") + 1
-            if position == len(args) or args[position].startswith("--"):
+        if "--config" in flags:
+            place = flags.index("--config")
+            if place + 1 == len(flags) or flags[place + 1].startswith("--"):
                 fail("argument --config: expected a YAML file")
-            _check_config(parser, args[position], yaml)
-        _, unknown = parser.parse_known_args(_without_config(args))
+            from_file = _config_flags(parser, flags[place + 1], yaml)
+            checked = [*from_file, *flags[:place], *flags[place + 2 :]]
+        _, unknown = parser.parse_known_args(checked)
         if unknown:
             fail(f"unknown argument {' '.join(unknown)} (see --help)")
-        return parser.parse_args_and_config(args)
+        return parser.parse_args_and_config(flags)
     except (ValueError, TypeError, OSError, yaml.YAMLError, UserError) as error:
         fail(error)
 
@@ -126,19 +130,8 @@ def _group_inherited(parser: Any, dataclasses: Sequence[type], own: set[str]) ->
         options[:] = [action for action in options if action not in inherited]
 
 
-def _split_config(arg: str) -> list[str]:
-    return arg.split("=", 1) if arg.startswith("--config=") else [arg]
-
-
-def _without_config(args: list[str]) -> list[str]:
-    if "--config" not in args:
-        return args
-    position = args.index("--config")
-    return args[:position] + args[position + 2 :]
-
-
-def _check_config(parser: Any, path: str, yaml: Any) -> None:
-    """Parse each key of the file as a flag, to find unknown keys and values of the wrong type."""
+def _config_flags(parser: Any, path: str, yaml: Any) -> list[str]:
+    """The keys of the file as flags, so that argparse checks their values too."""
     if not Path(path).is_file():
         fail(f"config file {path} not found")
     try:
@@ -147,7 +140,7 @@ def _check_config(parser: Any, path: str, yaml: Any) -> None:
         fail(f"config file {path} is not YAML: {error}")
     if not isinstance(config, dict):
         fail(f"config file {path} must hold `key: value` lines")
-    actions = {action.dest: action for action in parser._actions}
+    actions, flags = {action.dest: action for action in parser._actions}, list[str]()
     for key, value in config.items():
         if key == "env" or value is None:
             continue
@@ -158,7 +151,8 @@ def _check_config(parser: Any, path: str, yaml: Any) -> None:
         if isinstance(value, dict):
             value = json.dumps(value)
         values = value if isinstance(value, list) else [value]
-        parser.parse_known_args([f"--{key}", *map(str, values)])
+        flags += [f"--{key}", *map(str, values)]
+    return flags
 
 
 # --- paths ---
