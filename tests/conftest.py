@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny LLaMA with random weights and the miniatures' tokenizer, made once a run."""
+"""Shared fixtures, made once a run: the miniatures' tokenizer, and a tiny LLaMA of random weights."""
 
 import os
 import subprocess
@@ -26,14 +26,15 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tokenizer, tmp_path_factory) -> str:
-    """A model directory like any other: LLaMA, hidden 64, 2 layers, GQA 4/2, random weights (seed 0), fp32."""
+    """A model directory: LLaMA, hidden 64, 2 layers, GQA 4/2, random weights (seed 0), fp32."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.2,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("tiny") / "tiny-model"
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -59,7 +60,9 @@ def run_script(tmp_path):
 
 @pytest.fixture(scope="session")
 def smollm2() -> str:
-    """The model's directory; made by `make smollm2` if it is not there, and if that cannot be, the test is skipped."""
+    """The directory of SmolLM2, made by `make smollm2` if it is not there.
+
+    The test is skipped if it cannot be made."""
     folder = ROOT / "models/smollm2-135m-instruct"
     if not (folder / "config.json").is_file():
         command = ["make", "-o", ".venv/.installed", f"BIN={sys.executable}", "smollm2"]

@@ -26,8 +26,9 @@ def run_script(
     env: Mapping[str, str] | None = None,
     timeout: float = 300,
 ) -> subprocess.CompletedProcess:
-    """Run a script by its path from the root of the repository. Returns what subprocess.run would, the
-    output as text. Raises subprocess.TimeoutExpired."""
+    """Run a script, given by its path from the root of the repository.
+
+    Returns what subprocess.run would, the output as text. Raises subprocess.TimeoutExpired."""
     argv = [str(ROOT / script), *map(str, args)]
     environment = dict(os.environ if env is None else env)
     with tempfile.TemporaryDirectory() as folder:
