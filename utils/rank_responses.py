@@ -253,8 +253,8 @@ def build_page(ranking: AnswerRanking, labelling: StepLabelling | None, ranker: 
     return page
 
 
-def serve(args: RankArguments, page: Any, wait: Callable[[], object]) -> None:
-    """Serve the page until `wait` returns.
+def serve(args: RankArguments, page: Any) -> None:
+    """Serve the page until Ctrl-C.
 
     Raises UserError if the port is in use or if Gradio gives no public address."""
     import gradio as gr  # heavy
@@ -281,7 +281,7 @@ def serve(args: RankArguments, page: Any, wait: Callable[[], object]) -> None:
     labels = f", labels of steps in {args.labels}" if args.steps else ""
     print(f"ranks are saved in {args.output or args.input}{labels}")
     print(f"{public or local} (Ctrl-C ends)", flush=True)
-    wait()
+    threading.Event().wait()
 
 
 def print_agreement(path: str) -> None:
@@ -308,7 +308,7 @@ def main() -> None:
     locks = [hold(path) for path in written]
     ranking = AnswerRanking(args.input, args.output)
     labelling = StepLabelling(solutions, args.labels) if solutions else None
-    serve(args, build_page(ranking, labelling, args.ranker), threading.Event().wait)
+    serve(args, build_page(ranking, labelling, args.ranker))
     for lock in locks:
         lock.close()
 
