@@ -1,4 +1,4 @@
-"""Shared fixtures, made once a run: the miniatures' tokenizer, and a tiny LLaMA of random weights."""
+"""Shared fixtures, made once: the tokenizer of the miniatures, a tiny LLaMA of random weights."""
 
 import os
 import subprocess

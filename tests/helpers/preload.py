@@ -1,4 +1,4 @@
-"""Imports the libraries that take seconds, and nothing of this project (tests/helpers/scripts.py)."""
+"""Imports of the libraries that take seconds, and of nothing here (tests/helpers/scripts.py)."""
 
 import accelerate  # noqa: F401
 import datasets  # noqa: F401
