@@ -1,4 +1,4 @@
-"""The exact, the random and the shuffled judge."""
+"""Judges for comparison: exact, random and shuffled."""
 
 from itertools import chain
 
@@ -13,58 +13,46 @@ MIA = Problem("Mia has 2 apples.", "10", ["Step 1: 2 + 3 = 5", "Step 2: 5 * 2 = 
 WRONG = ["Step 1: 2 + 3 = 5", "Step 2: 5 + 2 = 7", "Answer: 10"]
 
 
-def test_the_exact_judge_grades_and_reads_no_further_than_it_must():
+def test_the_exact_judge_grades_and_reads_no_more_problems_than_needed():
     def problems():
         yield MIA
         yield Problem("Ann?", "1")
         raise AssertionError("read too far")
 
     judge = ExactJudge(problems())
-    assert judge.score_steps([(MIA.prompt, MIA.steps), (MIA.prompt, WRONG), (MIA.prompt, [])]) == [
-        [1, 1, 1],
-        [1, 0, 0],
-        [],
-    ]
+    solutions = [(MIA.prompt, steps) for steps in (MIA.steps, WRONG, [])]
+    assert judge.score_steps(solutions) == [[1, 1, 1], [1, 0, 0], []]
     assert judge.score_steps([(MIA.prompt, WRONG)] * 3, skip=[1, 2, 3]) == [[0, 0], [0], []]
     with pytest.raises(JudgeError, match=r"'Ann[?]' ... has no reference steps"):
         judge.score_steps([("Ann?", ["Answer: 1"])])
-    with pytest.raises(
-        JudgeError, match=r"no reference for the problem 'Bob[?]'.*--judge_problems"
-    ):
+    reason = r"no reference for the problem 'Bob[?]'.*--judge_problems"
+    with pytest.raises(JudgeError, match=reason):
         ExactJudge([MIA]).score_steps([("Bob?", ["Answer: 1"])])
 
 
-def test_the_random_judge_scores_a_step_alike_whatever_else_it_is_asked():
+def test_a_random_score_depends_only_on_seed_prompt_and_steps():
     solutions = [(f"p {k}", [f"{k}.{j}" for j in range(3)]) for k in range(200)]
     scores = RandomJudge(1).score_steps(solutions)
     assert RandomJudge(1).score_steps(solutions[7:8], skip=[1]) == [scores[7][1:]]
-    assert (
-        RandomJudge(1).score_steps([("p 7", ["7.0", "another", "7.2"])])[0][0]
-        == scores[7][0]
-        != scores[8][0]
-    )
+    ((first, *_),) = RandomJudge(1).score_steps([("p 7", ["7.0", "another", "7.2"])])
+    assert first == scores[7][0] != scores[8][0]
     assert RandomJudge(2).score_steps(solutions) != scores
     drawn = sorted(chain(*scores))
     assert len({*drawn}) > 590 and all(abs(drawn[k] - k / 600) < 0.08 for k in range(600))
 
 
-def test_the_shuffled_judge_gives_the_same_scores_elsewhere():
-    solutions = [(f"p {k}", [f"{k}.{j}" for j in range(k % 4)]) for k in range(40)] + [
-        ("long", ["long"])
-    ]
+def test_the_shuffled_judge_gives_the_same_scores_to_other_steps():
+    solutions = [(f"p {k}", [f"{k}.{j}" for j in range(k % 4)]) for k in range(40)]
+    solutions.append(("long", ["long"]))
     inner = FixedJudge(lambda prompt, step, previous: None if step == "long" else float(step) / 100)
     scores = inner.score_steps(solutions)
     shuffled = ShuffledJudge(inner, seed=1).score_steps(solutions)
-    assert [of and len(of) for of in shuffled] == [of and len(of) for of in scores] and shuffled[
-        -1
-    ] is None
+    assert scores[-1] is None and shuffled[-1] is None
+    assert [len(found) for found in shuffled[:-1]] == [len(found) for found in scores[:-1]]
     assert sorted(chain(*shuffled[:-1])) == sorted(chain(*scores[:-1])) and shuffled != scores
     again = ShuffledJudge(inner, seed=1)
-    again.score_steps(solutions[:5])  # what was scored before does not matter
-    assert (
-        again.score_steps(solutions)
-        == shuffled
-        != ShuffledJudge(inner, seed=2).score_steps(solutions)
-    )
+    again.score_steps(solutions[:5])  # earlier calls do not matter
+    assert again.score_steps(solutions) == shuffled
+    assert ShuffledJudge(inner, seed=2).score_steps(solutions) != shuffled
     skipped = again.score_steps([("p", ["1", "2", "3"])], skip=[1])[0]
     assert sorted(skipped) == [0.02, 0.03]

@@ -1,4 +1,4 @@
-"""The response reward model: what it reads, the same score alone and among others, what it refuses."""
+"""The response reward model: the text it reads, the same score alone and in a batch, its errors."""
 
 import json
 import math
@@ -31,10 +31,8 @@ RESPONSES = [
     "Answer: 15 </s> [SEP]",
     "é 🙂\n\n" * 20,
 ]
-PAIRS = [(PROMPT, response) for response in RESPONSES] + [
-    ("Short?", "Yes."),
-    ("Short?", "No. " * 60),
-]
+PAIRS = [(PROMPT, response) for response in RESPONSES]
+PAIRS += [("Short?", "Yes."), ("Short?", "No. " * 60)]
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -47,63 +45,52 @@ def folders(tiny_model_dir, tmp_path_factory) -> dict[str, str]:
     made = {
         "question": make_llama(tiny_model_dir, folder / "question"),
         "eos": make_llama(tiny_model_dir, folder / "eos", ""),
-    }
-    shutil.copytree(made["eos"], folder / "no_pad")  # a tokenizer without a padding token: EOS pads
-    for name, key in (("config.json", "pad_token_id"), ("tokenizer_config.json", "pad_token")):
-        content = json.loads((folder / "no_pad" / name).read_text())
-        (folder / "no_pad" / name).write_text(json.dumps(content | {key: None}))
-    return made | {
         "no_pad": str(folder / "no_pad"),
         "distilbert": make_distilbert(folder / "distilbert"),
     }
+    shutil.copytree(made["eos"], made["no_pad"])  # a tokenizer without a padding token: EOS pads
+    for name, key in (("config.json", "pad_token_id"), ("tokenizer_config.json", "pad_token")):
+        content = json.loads((folder / "no_pad" / name).read_text())
+        (folder / "no_pad" / name).write_text(json.dumps(content | {key: None}))
+    return made
 
 
 @pytest.mark.parametrize("name", ["question", "eos", "no_pad", "distilbert"])
 def test_the_same_score_alone_in_a_batch_and_beside_longer_ones(folders, name):
     scorer = ResponseRewardModel(folders[name], device="cpu")
     together = scorer.score(PAIRS)
-    assert len({round(score, 4) for score in together}) == len(PAIRS)  # it reads them
+    assert len({round(score, 4) for score in together}) == len(PAIRS)  # it reads the texts
     assert [scorer.score_response(*pair) for pair in PAIRS] == pytest.approx(together, abs=1e-5)
     assert scorer.score(PAIRS[::-1])[::-1] == pytest.approx(together, abs=1e-5)
-    assert ResponseRewardModel(folders[name], batch_tokens=100, device="cpu").score(
-        PAIRS
-    ) == pytest.approx(together, abs=1e-5)
+    small = ResponseRewardModel(folders[name], batch_tokens=100, device="cpu")
+    assert small.score(PAIRS) == pytest.approx(together, abs=1e-5)
     assert scorer.score([]) == []
 
 
-def test_as_a_judge_of_steps_it_gives_each_the_score_of_the_whole(folders):
+def test_as_a_step_judge_it_gives_each_step_the_score_of_the_whole(folders):
     with ResponseJudge(ResponseRewardModel(folders["question"], device="cpu")) as judge:
         whole = 1 / (1 + math.exp(-judge.scorer.score_response(PROMPT, RESPONSES[0])))
-        begun = 1 / (1 + math.exp(-judge.scorer.score_response(PROMPT, "Step 1: 12 + 3 = 15")))
+        prefix = 1 / (1 + math.exp(-judge.scorer.score_response(PROMPT, "Step 1: 12 + 3 = 15")))
         steps = RESPONSES[0].split("\n")
-        solutions = [
-            (PROMPT, steps),
-            (PROMPT, steps[:1]),
-            (PROMPT, []),
-            (PROMPT, steps),
-            (PROMPT, steps),
-        ]
+        solutions = [(PROMPT, part) for part in (steps, steps[:1], [], steps, steps)]
         scores = judge.score_steps(solutions, skip=[0, 0, 0, 1, 2])
-        assert begun != pytest.approx(whole, abs=1e-3)
-        for of, expected in zip(scores, [[whole, whole], [begun], [], [whole], []], strict=True):
-            assert of == pytest.approx(expected, abs=1e-6)
-        assert judge.score_steps(solutions[1:2])[0] == pytest.approx([begun], abs=1e-6)
+        assert prefix != pytest.approx(whole, abs=1e-3)
+        expected = [[whole, whole], [prefix], [], [whole], []]
+        for ours, theirs in zip(scores, expected, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-6)
+        assert judge.score_steps(solutions[1:2])[0] == pytest.approx([prefix], abs=1e-6)
 
 
-def test_a_score_is_the_plain_forward_pass(folders):
-    for name, text in (("question", "\nRight?"), ("eos", "</s>")):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folders[name], dtype=torch.float32
-        ).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folders[name])
-        inputs = tokenizer(
-            PLAIN_TEMPLATE.format(prompt=PROMPT) + RESPONSES[0] + text, return_tensors="pt"
-        )
+def test_a_score_is_that_of_a_plain_forward_pass(folders):
+    for name, end in (("question", "\nRight?"), ("eos", "</s>")):
+        path = folders[name]
+        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+        text = PLAIN_TEMPLATE.format(prompt=PROMPT) + RESPONSES[0] + end
+        ids = AutoTokenizer.from_pretrained(path)(text, return_tensors="pt")["input_ids"]
         with torch.inference_mode():
-            expected = model(input_ids=inputs["input_ids"]).logits.item()
-        assert ResponseRewardModel(folders[name], device="cpu").score_response(
-            PROMPT, RESPONSES[0]
-        ) == pytest.approx(expected, abs=1e-5)
+            expected = model(input_ids=ids).logits.item()
+        score = ResponseRewardModel(path, device="cpu").score_response(PROMPT, RESPONSES[0])
+        assert score == pytest.approx(expected, abs=1e-5)
 
 
 def test_what_each_kind_of_model_reads(tokenizer, folders):
@@ -116,58 +103,50 @@ def test_what_each_kind_of_model_reads(tokenizer, folders):
     bert = AutoTokenizer.from_pretrained(folders["distilbert"])
     (ids, _), *_ = ResponseTokens(bert).encode([("1 + 1?", "2 [SEP]")])
     assert ids[: len(bert("1 + 1?", "2")["input_ids"]) - 1] == bert("1 + 1?", "2")["input_ids"][:-1]
-    assert ids.count(bert.sep_token_id) == 2  # the one that was written is text
+    assert ids.count(bert.sep_token_id) == 2  # the one in the response is plain text
     assert ResponseTokens(bert).encode([("1 + 1?", "2")])[0][0] == bert("1 + 1?", "2")["input_ids"]
 
     chat = AutoTokenizer.from_pretrained(folders["eos"])
     chat.chat_template = CHAT
-    (ids, _), (written, _) = ResponseTokens(chat, question="Right?").encode(
-        [("Hi", "Ho"), ("Hi", "Ho</s>")]
-    )
-    text = chat.apply_chat_template(
-        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], tokenize=False
-    )
-    assert ids == chat(text, add_special_tokens=False)["input_ids"] and "Right?" not in chat.decode(
-        ids
-    )
+    tokens = ResponseTokens(chat, question="Right?")
+    (ids, _), (written, _) = tokens.encode([("Hi", "Ho"), ("Hi", "Ho</s>")])
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    text = chat.apply_chat_template(messages, tokenize=False)
+    assert ids == chat(text, add_special_tokens=False)["input_ids"]
+    assert "Right?" not in chat.decode(ids)
     assert written.count(chat.eos_token_id) == ids.count(chat.eos_token_id) == 2
 
 
 @pytest.mark.parametrize("name", ["question", "eos", "distilbert"])
-def test_what_is_too_long_loses_the_beginning_of_its_prompt(folders, name):
+def test_a_text_that_is_too_long_loses_the_start_of_its_prompt(folders, name):
     tokenizer = AutoTokenizer.from_pretrained(folders[name])
     question = "Right?" if name == "question" else None
-    (whole, none) = ResponseTokens(tokenizer, None, question).encode(
-        [("word " * 30 + "end?", "Yes.")]
-    )[0]
-    (ids, over) = ResponseTokens(tokenizer, 24, question).encode([("word " * 30 + "end?", "Yes.")])[
-        0
-    ]
+
+    def encode(max_length):
+        tokens = ResponseTokens(tokenizer, max_length, question)
+        return tokens.encode([("word " * 30 + "end?", "Yes.")])[0]
+
+    (whole, none), (ids, over) = encode(None), encode(24)
     assert none == 0 and over == len(whole) - 24 and len(ids) == 24
     assert ids[:1] == whole[:1] and ids[1:] == whole[-23:]
-    (exact, over) = ResponseTokens(tokenizer, len(whole), question).encode(
-        [("word " * 30 + "end?", "Yes.")]
-    )[0]
-    assert exact == whole and over == 0
+    assert encode(len(whole)) == (whole, 0)
 
 
 def test_a_model_cuts_at_its_own_context_and_counts(tiny_model_dir, tmp_path):
-    scorer = ResponseRewardModel(
-        make_llama(tiny_model_dir, tmp_path / "short", context=48), device="cpu"
-    )
+    short = make_llama(tiny_model_dir, tmp_path / "short", context=48)
+    scorer = ResponseRewardModel(short, device="cpu")
     assert scorer.format.max_length == 48
-    a, b = scorer.score(
-        [("One. " * 40 + "End?", "Yes."), ("Two. " * 30 + "One. " * 30 + "End?", "Yes.")]
-    )
-    assert a == pytest.approx(b, abs=1e-5) and scorer.cut == 2  # only what was cut off is different
+    prompts = ("One. " * 40 + "End?", "Two. " * 30 + "One. " * 30 + "End?")
+    a, b = scorer.score([(prompt, "Yes.") for prompt in prompts])
+    # they differ only in the part that was cut off
+    assert a == pytest.approx(b, abs=1e-5) and scorer.cut == 2
 
 
-def test_the_head_begins_as_the_models_own_yes_and_no(tiny_model_dir):
+def test_the_head_starts_as_the_logits_of_yes_and_no(tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     lm = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
-    ids = tokenizer(
-        PLAIN_TEMPLATE.format(prompt=PROMPT) + RESPONSES[0] + "\nRight?", return_tensors="pt"
-    )["input_ids"]
+    text = PLAIN_TEMPLATE.format(prompt=PROMPT) + RESPONSES[0] + "\nRight?"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
     yes, no = (tokenizer(f"Right? {word}")["input_ids"][-1] for word in ("Yes", "No"))
     with torch.inference_mode():
         logits = lm(input_ids=ids).logits[0, -1]
@@ -187,15 +166,11 @@ def test_what_is_no_reward_model_is_refused_in_one_line(folders, tiny_model_dir,
     two = changed("two", id2label={"0": "NO", "1": "YES"}, label2id={"NO": 0, "YES": 1})
     lost = changed("lost")
     AutoModelForCausalLM.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "headless")
-    shutil.copy(
-        tmp_path / "headless" / "model.safetensors", tmp_path / "lost" / "model.safetensors"
-    )
+    shutil.copy(tmp_path / "headless/model.safetensors", tmp_path / "lost/model.safetensors")
     (tmp_path / "empty").mkdir()
+    command = "`python train.py reward --model_name_or_path"
     for path, message in (
-        (
-            tiny_model_dir,
-            "is no reward model but LlamaForCausalLM; `python train.py reward --model_name_or_path",
-        ),
+        (tiny_model_dir, f"is no reward model but LlamaForCausalLM; {command}"),
         (two, "2 labels; a reward model has one"),
         (lost, "weights are missing, for example score.weight"),
         (str(tmp_path / "empty"), "empty"),
@@ -206,7 +181,7 @@ def test_what_is_no_reward_model_is_refused_in_one_line(folders, tiny_model_dir,
     assert AutoConfig.from_pretrained(folders["eos"]).num_labels == 1
 
 
-def test_text_that_is_no_unicode_and_scores_that_are_no_numbers(folders):
+def test_text_that_is_not_unicode_and_scores_that_are_not_numbers(folders):
     scorer = ResponseRewardModel(folders["eos"], device="cpu")
     with pytest.raises(ModelError, match="surrogate"):
         scorer.score([(PROMPT, "\ud83d")])

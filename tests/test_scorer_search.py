@@ -1,12 +1,11 @@
 """Best of n by a response reward model: in the search, and as --scorer of inference.py."""
 
-import json
 import sys
 
 import pytest
 
 import inference
-from common.files import write_records
+from common.files import read_rows, write_records
 from lm.policy import Policy
 from reward_model.protocols import ResponseScorer
 from reward_model.response_reward_model import ResponseRewardModel
@@ -17,7 +16,7 @@ PROMPTS = ["Mia has 12 apples. She buys 3 more.", "1 + 1?"]
 
 
 class ByLength(ResponseScorer):
-    """Likes long answers; scores below 0 and above 1, as rewards are."""
+    """A longer answer has a higher score; scores are below 0 and above 1, as rewards are."""
 
     def __init__(self):
         self.asked = []
@@ -33,14 +32,11 @@ def test_the_answer_with_the_highest_score_wins(tiny_model_dir):
     answers = STRATEGIES["best_of_n"](PROMPTS, policy, scorer, budget, 0)
     for answer in answers:
         (candidates,) = answer.rounds
-        scores = [candidate.scores for candidate, _ in candidates]
-        assert scores == [
-            [len("\n".join(candidate.state.steps)) - 40.0] for candidate, _ in candidates
-        ]
-        fit = [candidate for candidate, _ in candidates if not candidate.note] or [
-            candidate for candidate, _ in candidates
-        ]
-        assert answer.scores[0] == max(candidate.scores[0] for candidate in fit)
+        found = [candidate for candidate, _ in candidates]
+        scores = [candidate.scores for candidate in found]
+        assert scores == [[len("\n".join(candidate.state.steps)) - 40.0] for candidate in found]
+        finished = [candidate for candidate in found if not candidate.note] or found
+        assert answer.scores[0] == max(candidate.scores[0] for candidate in finished)
         assert len({*scores[0]} | {s for (s,) in scores}) > 1
     assert len(scorer.asked) == len(set(scorer.asked))  # the same text is asked once
 
@@ -52,27 +48,17 @@ def run_here(monkeypatch, *args: object) -> None:
 
 def test_inference_with_a_scorer(tiny_model_dir, tmp_path, monkeypatch, capsys):
     scorer = make_llama(tiny_model_dir, tmp_path / "scorer")
-    options = [
-        "--model_name_or_path",
-        tiny_model_dir,
-        "--search",
-        "best_of_n",
-        "--n",
-        4,
-        "--max_new_tokens",
-        12,
-    ]
-    options += ["--scorer", scorer, "--show_scores"]
+    options = ["--model_name_or_path", tiny_model_dir, "--search", "best_of_n"]
+    options += ["--n", 4, "--max_new_tokens", 12, "--scorer", scorer, "--show_scores"]
     run_here(monkeypatch, *options, "--prompt", PROMPTS[0])
     said = capsys.readouterr()
     assert "by the scorer" in said.out and "score " in said.err
     monkeypatch.chdir(tmp_path)
     write_records(tmp_path / "in.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     run_here(monkeypatch, *options, "--input", "in.jsonl", "--output", "out.jsonl")
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    scores = ResponseRewardModel(scorer, device="cpu").score(
-        [(row["prompt"], "\n".join(row["steps"])) for row in rows]
-    )
+    rows = [row for _, row in read_rows(tmp_path / "out.jsonl")]
+    answers = [(row["prompt"], "\n".join(row["steps"])) for row in rows]
+    scores = ResponseRewardModel(scorer, device="cpu").score(answers)
     assert [row["score"] for row in rows] == pytest.approx(scores, abs=1e-4)
 
 
