@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,7 @@ def test_the_page_has_every_stage():
 
 @pytest.mark.slow
 def test_its_commands_run(tmp_path):
-    path = (
-        f"{ROOT / '.venv/bin'}:{os.environ['PATH']}"
-        if (ROOT / ".venv/bin").is_dir()
-        else os.environ["PATH"]
-    )
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for command in COMMANDS:
         options = {
             "shell": True,
