@@ -231,7 +231,7 @@ def main() -> None:
         known = ", ".join(COMMANDS)
         raise UserError(f"unknown command {command}: expected one of {known} (see --help)")
     function, arguments, what = COMMANDS[command]
-    (args,) = parse_args(arguments, description=f"{command}: {what}", args=argv)
+    (args,) = parse_args(arguments, description=what, args=argv, command=command)
     function(args)
 
 
