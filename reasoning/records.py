@@ -61,7 +61,7 @@ class PreferencePair:
     rejected_scores: list[float] | None = None
 
     @classmethod
-    def of_solutions(cls, prompt: str, better: list[str], worse: list[str]) -> "PreferencePair":
+    def from_solutions(cls, prompt: str, better: list[str], worse: list[str]) -> "PreferencePair":
         """A pair of two whole solutions. Its prefix are the steps that both share at the start,
         except that each side keeps at least one step."""
         k = min(shared_prefix(better, worse), len(better) - 1, len(worse) - 1)

@@ -185,7 +185,7 @@ def write_pairs(args: ScoreArgs) -> None:
         if better == worse or scores[best] == scores[worst]:
             skipped += 1
             continue
-        row = asdict(PreferencePair.of_solutions(prompt, better, worse))
+        row = asdict(PreferencePair.from_solutions(prompt, better, worse))
         probability = round(1 / (1 + math.exp(max(-700.0, scores[worst] - scores[best]))), 6)
         row["chosen_scores"] = [probability] * len(row["chosen"])
         row["rejected_scores"] = [round(1 - probability, 6)] * len(row["rejected"])

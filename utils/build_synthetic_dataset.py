@@ -102,7 +102,7 @@ def pair_by_answer(problem: Problem, samples: list[Steps]) -> tuple[PreferencePa
     wrong = [steps for steps in samples if steps not in right]
     if not right or not wrong:
         return None, "no right sample" if wrong else "no wrong sample"
-    return PreferencePair.of_solutions(problem.prompt, right[0], wrong[0]), ""
+    return PreferencePair.from_solutions(problem.prompt, right[0], wrong[0]), ""
 
 
 def pair_by_judge(
@@ -113,7 +113,7 @@ def pair_by_judge(
     (worse, low), (better, high) = ranked[0], ranked[-1]
     if aggregate(high) == aggregate(low):
         return None, "all scores equal"
-    return PreferencePair.of_solutions(problem.prompt, better, worse), ""
+    return PreferencePair.from_solutions(problem.prompt, better, worse), ""
 
 
 def main() -> None:

@@ -368,7 +368,7 @@ def _trl_pair(row: dict, dropped: Counter) -> Iterator[PreferencePair]:
     elif chosen == rejected:
         dropped["pairs with the same steps on both sides"] += 1
     else:
-        yield PreferencePair.of_solutions(question, chosen, rejected)
+        yield PreferencePair.from_solutions(question, chosen, rejected)
 
 
 def _own_pair(row: dict, dropped: Counter) -> Iterator[PreferencePair]:
