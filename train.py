@@ -2,28 +2,32 @@
 
     python train.py                     stepwise DPO of models/policy-mini on data/rewarded.jsonl
     python train.py prm --help          all arguments of a command, with their defaults
-    python train.py --config my.yaml    arguments from a file; flags beat it
+    python train.py --config my.yaml    arguments from a file; flags override it
 
-A stopped training resumes when the same command is given again.
+If a training is stopped, the same command resumes it.
 """
 
+import os
 import sys
 from importlib import import_module
 
 from common.cli import run
 from common.errors import UserError
 
-# command -> (the module that exports its RECIPE, what it trains)
+# command -> (the module that exports its RECIPE, what the command trains)
 COMMANDS = {
     "dpo": (
         "trainer.stepwise_dpo_trainer",
         "a policy, by stepwise DPO on pairs whose steps a judge has scored (the default)",
     ),
     "sft": ("trainer.sft_trainer", "a policy, supervised on step-by-step solutions"),
-    "prm": ("trainer.prm_trainer", "a process reward model: values every step of a solution"),
+    "prm": (
+        "trainer.prm_trainer",
+        "a process reward model, which gives every step of a solution a value",
+    ),
     "ppo": (
         "trainer.ppo.trainer",
-        "a policy, by step PPO: a judge's score of each step is its reward",
+        "a policy, by step PPO: the reward of a step is its score by a judge",
     ),
     "reward": ("trainer.reward_trainer", "a response reward model, on ranked answers"),
 }
@@ -40,7 +44,8 @@ def main() -> None:
         known = ", ".join(COMMANDS)
         raise UserError(f"unknown command {command}: expected one of {known} (see --help)")
 
-    # imported here: they take seconds, which --help and a mistake above need not wait for
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported
+    # heavy libraries, which --help and an unknown command do not need
     from evaluation.accuracy import greedy_accuracy
     from evaluation.plots import training_plot
     from trainer.session import train

@@ -1,4 +1,4 @@
-"""The reward trainer: pairs of a group, the loss by hand, what is cut and left out, that parameters move."""
+"""The reward trainer: pairs of a group, the loss by hand, what is cut, that parameters move."""
 
 import math
 
@@ -8,11 +8,11 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from common.errors import RecordError
+from reasoning.datasets.ranking import RankedGroup
 from reward_model.response_reward_model import ResponseRewardModel
 from tests.helpers.reward_models import make_distilbert, make_llama
 from trainer.reward_trainer import (
     GroupSampler,
-    RankedGroup,
     ResponseRewardConfig,
     ResponseRewardTrainer,
     pairs_of,
@@ -159,6 +159,7 @@ def test_shuffled_ranks_say_nothing(llama, tmp_path):
     assert again["chosen_ids"] == rows["chosen_ids"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["llama", "distilbert"])
 def test_parameters_move_and_the_pairs_are_learned(llama, tmp_path, kind):
     folder = llama if kind == "llama" else make_distilbert(tmp_path / "bert")
@@ -195,7 +196,7 @@ def test_what_is_too_long_is_cut_and_counted_not_dropped(tmp_path):
         len(row["chosen_ids"]) <= 32 for row in short.train_dataset
     )
     alike = [{"prompt": "p", "answers": ["a " + "b " * 90, "c " + "b " * 90], "ranks": [1, 2]}]
-    assert "1 pairs are alike after that" in make_trainer(folder, tmp_path / "out", alike).balance
+    assert "1 pairs are equal after that" in make_trainer(folder, tmp_path / "out", alike).balance
 
 
 def test_nothing_to_learn_from(llama, tmp_path):

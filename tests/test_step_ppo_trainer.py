@@ -1,4 +1,4 @@
-"""Step PPO: what an episode is, what scores 0, the objective from raw logits, what is learned and what not, settings, resuming."""
+"""Step PPO: episodes, which steps score 0, the objective, learning, settings, resuming."""
 
 import copy
 import json
@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import ModelError, RecordError
+from common.files import ROOT
 from lm.policy import Policy, State
-from lm.text_encoding import encode_steps
 from tests.helpers.judges import FixedJudge
+from tests.helpers.training import taught
 from trainer.ppo.config import StepPPOConfig
-from trainer.ppo.episodes import EpisodeStart, Trajectory, judge_rows, roll_out
+from trainer.ppo.episodes import EpisodeStart, Trajectory, judge_trajectories, roll_out
 from trainer.ppo.trainer import StepPPOTrainer, action_logps
 
 PROMPTS = [f"Pick one, number {k}." for k in range(16)]
@@ -39,30 +40,6 @@ def prefers(arm: str) -> FixedJudge:
     return FixedJudge(lambda prompt, step, earlier: float(step == arm))
 
 
-def taught(model_dir: str, folder: Path, solutions: list[tuple[str, list[str]]]) -> str:
-    """The tiny model, taught to write these solutions; at `folder`."""
-    torch.manual_seed(0)
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(model_dir),
-        AutoTokenizer.from_pretrained(model_dir),
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    encoded = [encode_steps(tokenizer, prompt, [], steps) for prompt, steps in solutions]
-    longest = max(len(ids) for ids, _ in encoded)
-    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in encoded])
-    labels = torch.tensor([
-        [token if step >= 0 else -100 for token, step in zip(*row, strict=True)] + [-100] * (longest - len(row[0]))
-        for row in encoded
-    ])  # fmt: skip
-    for _ in range(60):
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def two_arms(tiny_model_dir, tmp_path_factory) -> str:
     """A model that gives one of two answers, each about half of the time."""
@@ -72,7 +49,7 @@ def two_arms(tiny_model_dir, tmp_path_factory) -> str:
 
 @pytest.fixture
 def make(two_arms, tmp_path):
-    """make(judge, rows=..., model=..., **config) -> a trainer: 16 beginnings and 2 optimizer steps an update."""
+    """make(judge, rows=..., model=..., **config) -> a trainer of 16 prefixes an update."""
 
     def make(judge=None, rows=ROWS, *, model=two_arms, peft=False, **config):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -107,11 +84,11 @@ def make(two_arms, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def weights(trainer, of="policy") -> dict:
+def weights(trainer, part="policy") -> dict:
     return {
         name: p.detach().clone()
         for name, p in trainer.module.named_parameters()
-        if name.startswith(of)
+        if name.startswith(part)
     }
 
 
@@ -141,7 +118,7 @@ def test_a_row_is_a_searched_step_or_a_problem():
             EpisodeStart.from_row(row)
 
 
-BEGUN = State("p", (1, 2, 3), (2, 3), ("Step 1: 2 + 2 = 4",))
+PREFIX = State("p", (1, 2, 3), (2, 3), ("Step 1: 2 + 2 = 4",))
 
 
 @pytest.mark.parametrize(
@@ -158,19 +135,20 @@ BEGUN = State("p", (1, 2, 3), (2, 3), ("Step 1: 2 + 2 = 4",))
     ],
 )
 def test_what_scores_0(steps, status, flaw):
-    row, asked = Trajectory(BEGUN, True), []
-    child = State("p", (1, 2, 3, 4, 5), (2, 3, 5)[: 2 + len(steps)], (*BEGUN.steps, *steps), status)
-    goes_on = row.add(child, max_steps=9)
-    assert row.flaw == flaw and row.ends == [2] and goes_on == (status == "open" and not flaw)
-    judge_rows(
+    row, asked = Trajectory(PREFIX, True), []
+    ends = (2, 3, 5)[: 2 + len(steps)]
+    child = State("p", (1, 2, 3, 4, 5), ends, (*PREFIX.steps, *steps), status)
+    continues = row.add(child, max_steps=9)
+    assert row.flaw == flaw and row.ends == [2] and continues == (status == "open" and not flaw)
+    judge_trajectories(
         FixedJudge(lambda prompt, step, earlier: asked.append((step, earlier)) or 0.75), [row]
     )
     assert row.scores == [0.0 if flaw else 0.75]
     # a step that scores 0 anyway is not paid for
-    assert asked == ([] if flaw else [(steps[0], BEGUN.steps)])
+    assert asked == ([] if flaw else [(steps[0], PREFIX.steps)])
 
 
-def test_a_fresh_row_ends_after_as_many_steps_as_it_may_have():
+def test_a_rollout_ends_after_max_steps():
     def child(k: int) -> State:
         return State(
             "p",
@@ -185,24 +163,24 @@ def test_a_fresh_row_ends_after_as_many_steps_as_it_may_have():
         True,
         False,
     ] and row.ends == [1, 2, 3]
-    # a beginning of the data set: one step
+    # a prefix of the data set: one step
     assert not Trajectory(child(0), False).add(child(1), max_steps=3)
 
 
 def test_a_judge_that_cannot_read_leaves_out():
-    row = Trajectory(BEGUN, False)
-    row.add(State("p", (1, 2, 3, 4), (2, 3, 4), (*BEGUN.steps, "Answer: 4"), "finished"), 9)
-    judge_rows(FixedJudge(lambda *_: None), [row])
+    row = Trajectory(PREFIX, False)
+    row.add(State("p", (1, 2, 3, 4), (2, 3, 4), (*PREFIX.steps, "Answer: 4"), "finished"), 9)
+    judge_trajectories(FixedJudge(lambda *_: None), [row])
     assert row.scores is None
 
 
-def test_rows_depend_on_seed_beginning_and_twin_alone(tiny_model_dir):
+def test_samples_depend_on_seed_prefix_and_duplicate_alone(tiny_model_dir):
     policy = Policy.load(tiny_model_dir)
 
-    def written(prompts, twins, seed=3):
+    def written(prompts, duplicates, seed=3):
         rows = [
-            Trajectory(policy.start(prompt), True, twin)
-            for prompt, twin in zip(prompts, twins, strict=True)
+            Trajectory(policy.start(prompt), True, duplicate)
+            for prompt, duplicate in zip(prompts, duplicates, strict=True)
         ]
         roll_out(policy, rows, 1.0, 6, 3, seed)
         return [row.state.ids for row in rows]
@@ -222,7 +200,7 @@ def by_hand(trainer, row: Trajectory, model, temperature: float) -> list[float]:
     """log pi of a row's actions in float64, one after the other, each from its own text."""
     ids = list(row.state.ids)
     found = []
-    for place in range(row.begin, len(ids)):
+    for place in range(row.first, len(ids)):
         logits = model(input_ids=torch.tensor([ids[:place]])).logits[0, -1] / temperature
         found.append(logits.log_softmax(-1)[ids[place]].item())
     return found
@@ -230,8 +208,9 @@ def by_hand(trainer, row: Trajectory, model, temperature: float) -> list[float]:
 
 @pytest.mark.parametrize("peft", [False, True])
 def test_the_objective_of_three_tokens_from_raw_logits(make, tiny_model_dir, peft):
-    """One row of three tokens, two of them a step of their own; policy, reference and value function all differ. Everything is
-    worked out again, in float64 and plain Python."""
+    """Everything is computed again in float64 and plain Python.
+
+    One trajectory has three tokens, two of them a step; policy, reference and values all differ."""
     options = {
         "temperature": 0.7,
         "kl_coef": 0.3,
@@ -240,7 +219,7 @@ def test_the_objective_of_three_tokens_from_raw_logits(make, tiny_model_dir, pef
         "cliprange": 0.01,
         "cliprange_value": 0.02,
     }
-    trainer = make(model=tiny_model_dir, peft=peft, whiten_advantages=False, **options)
+    trainer = make(model=tiny_model_dir, peft=peft, seed=1, whiten_advantages=False, **options)
     generator = torch.Generator().manual_seed(1)
 
     def shake(module, by):
@@ -258,7 +237,7 @@ def test_the_objective_of_three_tokens_from_raw_logits(make, tiny_model_dir, pef
     other.add(State("p", (*start.ids, 90, 91, 92, 93, 94), (), ("c",)), 9)
     # the other was left out: it has no part in anything
     row.scores, other.scores = ([0.25, 1.0], None)
-    trainer._remember([row, other])
+    trainer._compute_logps([row, other])
     sampler = copy.deepcopy(trainer.module).double()
     shake(trainer.module, 0.1 if peft else 0.02)
     now = copy.deepcopy(trainer.module).double()
@@ -273,7 +252,7 @@ def test_the_objective_of_three_tokens_from_raw_logits(make, tiny_model_dir, pef
             by_hand(trainer, row, now.policy, temperature),
         )
         ref = by_hand(trainer, row, reference, temperature)
-        ids, begins = torch.tensor([row.state.ids]), torch.tensor([row.begin])
+        ids, begins = torch.tensor([row.state.ids]), torch.tensor([row.first])
         old_values, values = (
             module(ids, begins, 3, 1.0)[2][0].tolist() for module in (sampler, now)
         )
@@ -303,8 +282,8 @@ def test_the_objective_of_three_tokens_from_raw_logits(make, tiny_model_dir, pef
     assert abs(policy) > 0.05 and value > 0.05 and clipped and max(map(abs, rewards[:1])) > 1e-3
 
 
-def test_steps_of_a_fresh_row_are_episodes_of_their_own(make):
-    """All steps of a row in one pass give each what it has alone; the values do not reach over the end of a step."""
+def test_steps_of_a_rollout_are_episodes_of_their_own(make):
+    """A step in a rollout gets the same numbers as the step alone: values end with their step."""
     trainer = make()
     start = Policy(trainer.model, trainer.tokenizer).start("q")
     whole = Trajectory(start, True)
@@ -312,15 +291,15 @@ def test_steps_of_a_fresh_row_are_episodes_of_their_own(make):
     for k, end in enumerate((3, 7, 9)):
         whole.add(State("q", (*start.ids, *ids[:end]), (), texts[: k + 1]), 9)
     whole.scores = [1.0, 0.0, 0.5]
-    alone, begin = [], 0
+    alone, first = [], 0
     for k, end in enumerate(whole.ends):
-        row = Trajectory(State("q", (*start.ids, *ids[:begin]), (), texts[:k]), False)
+        row = Trajectory(State("q", (*start.ids, *ids[:first]), (), texts[:k]), False)
         row.add(State("q", (*start.ids, *ids[:end]), (), texts[: k + 1]), 9)
-        row.scores, begin = [whole.scores[k]], end
+        row.scores, first = [whole.scores[k]], end
         alone.append(row)
     with torch.no_grad():
         trainer.module.head.weight += 0.1
-    trainer._remember([whole, *alone])
+    trainer._compute_logps([whole, *alone])
     together, apart = trainer._batch([whole]), trainer._batch(alone)
     assert together.tokens.sum() == apart.tokens.sum() == 9
     trainer.args.whiten_advantages = False
@@ -334,6 +313,7 @@ def test_steps_of_a_fresh_row_are_episodes_of_their_own(make):
 # --- learning
 
 
+@pytest.mark.process
 def test_two_arms_are_learned_within_30_updates(make):
     trainer = make(prefers(ARMS[0]), total_episodes=30 * 16)
     assert 0.25 < chance(trainer) < 0.75
@@ -354,9 +334,11 @@ def test_two_arms_are_learned_within_30_updates(make):
     assert log[-1]["objective/kl"] > 0.1 and log[-1]["val/explained"] > -1
 
 
+@pytest.mark.process
 def test_an_adapter_learns_and_the_base_stays(make, two_arms):
     trainer = make(prefers(ARMS[1]), peft=True, total_episodes=15 * 16, learning_rate=1e-2)
     before = weights(trainer)
+    assert distance(before, weights(make(peft=True))) == 0  # its first weights come from the seed
     trainer.train()
     after = weights(trainer)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -372,14 +354,17 @@ def test_an_adapter_learns_and_the_base_stays(make, two_arms):
 
 @pytest.mark.parametrize("score", [1.0, 0.3])
 def test_a_reward_that_all_have_teaches_nothing(make, monkeypatch, score):
-    """The very settings under which the toy is learned. What holds it is a value that begins as the mean score: no advantage is
-    left. (From a value of 0 the end of a step has a larger one than its beginning, and whitening makes a signal of that.)"""
+    """With the settings under which the arms are learned.
+
+    The values start as the mean score, so that no advantage is left. From a value of 0, the last
+    token of a step would have a larger one than the first, and whitening would make a signal of
+    that."""
 
     def all_alike(judge, rows):  # flawed steps as well
         for row in rows:
             row.scores = [score] * len(row.ends)
 
-    monkeypatch.setattr("trainer.ppo.trainer.judge_rows", all_alike)
+    monkeypatch.setattr("trainer.ppo.trainer.judge_trajectories", all_alike)
     trainer = make(total_episodes=10 * 16)
     before = chance(trainer)
     trainer.train()
@@ -395,50 +380,35 @@ def test_a_reward_that_all_have_teaches_nothing(make, monkeypatch, score):
 
 def test_states(make, tiny_model_dir):
     rows = [
-        {"prompt": "p", "prefix": []},
-        {"prompt": "p", "prefix": ["a"]},
-        {"prompt": "p", "prefix": ["a"]},
-    ]
-    rows += [
+        *({"prompt": "p", "prefix": prefix} for prefix in ([], ["a"], ["a"])),
         {"prompt": "q", "prefix": ["a", "b"]},
         {"prompt": "r" * 600, "prefix": []},
         {"prompt": "q", "prefix": ["Answer: 2"]},
     ]
-    begun = [("p", ()), ("p", ("a",)), ("q", ("a", "b"))]
-    counts = {"rows": (0, 8), "fresh": (8, 0), "both": (4, 4)}
-    for states, (fresh, from_rows) in counts.items():
-        trainer = make(
-            rows=rows,
-            model=tiny_model_dir,
-            states=states,
-            per_device_train_batch_size=8,
-            total_episodes=8,
-        )
-        drawn = trainer._new_rows(0)
-        assert (sum(row.is_fresh for row in drawn), sum(not row.is_fresh for row in drawn)) == (
-            fresh,
-            from_rows,
-        )
-        assert {(row.state.prompt, row.state.steps) for row in drawn if row.is_fresh} <= {
-            ("p", ()),
-            ("q", ()),
-        }
-        assert {(row.state.prompt, row.state.steps) for row in drawn if not row.is_fresh} == set(
-            begun if from_rows else ()
-        )
-        # the same beginning again is another sample
-        assert len({(row.state.ids, row.twin) for row in drawn}) == 8
+    prompts = {("p", ()), ("q", ())}
+    prefixes = {("p", ()), ("p", ("a",)), ("q", ("a", "b"))}
+    sizes = {"per_device_train_batch_size": 8, "total_episodes": 8}
+    for states, rollouts in (("rows", 0), ("fresh", 8), ("both", 4)):
+        trainer = make(rows=rows, model=tiny_model_dir, states=states, **sizes)
+        drawn = trainer._start_trajectories(0)
+        assert [row.is_rollout for row in drawn] == [True] * rollouts + [False] * (8 - rollouts)
+        starts = [(row.state.prompt, row.state.steps) for row in drawn]
+        assert set(starts[:rollouts]) <= prompts
+        assert set(starts[rollouts:]) == (prefixes if rollouts < 8 else set())
+        # the same prefix again gives another sample
+        assert len({(row.state.ids, row.duplicate) for row in drawn}) == 8
         assert trainer.update()["steps/number"] >= 8
-    with pytest.raises(ValueError, match="no beginning is left"):
+    with pytest.raises(ValueError, match="no prefix is left"):
         make(rows=rows[4:5], model=tiny_model_dir)
 
 
-def test_every_beginning_comes_once_in_a_pass(make):
+def test_every_prefix_comes_once_in_a_pass(make):
     trainer = make(per_device_train_batch_size=4, num_mini_batches=2, total_episodes=32)
-    drawn = [row.state.prompt for update in range(4) for row in trainer._new_rows(update)]
+    drawn = [row.state.prompt for update in range(4) for row in trainer._start_trajectories(update)]
     assert sorted(drawn[:16]) == sorted(drawn[16:]) == sorted(PROMPTS) and drawn[:16] != drawn[16:]
     assert drawn[:8] != [
-        row.state.prompt for row in make(per_device_train_batch_size=8, seed=1)._new_rows(0)
+        row.state.prompt
+        for row in make(per_device_train_batch_size=8, seed=1)._start_trajectories(0)
     ]
 
 
@@ -452,7 +422,10 @@ def test_how_many_updates_and_optimizer_steps(make):
     trainer = make(total_episodes=25, target_kl=None, **counts)
     trainer.train()
     # 36: no fewer than asked
-    assert trainer.rows_per_update == 12 and trainer.updates == len(trainer.state.log_history) == 3
+    assert (
+        trainer.trajectories_per_update == 12
+        and trainer.updates == len(trainer.state.log_history) == 3
+    )
     taken = {state["step"].item() for state in trainer.optimizer.state.values()}
     assert taken == {3 * 2 * 3} and trainer.state.log_history[-1]["episode"] == 36
 
@@ -486,6 +459,7 @@ def moved(trainer) -> tuple[float, float]:
     )
 
 
+@pytest.mark.process
 def test_learning_rates(make):
     assert moved(make(learning_rate=0.0, value_learning_rate=1e-3))[0] == 0
     policy, value = moved(make(learning_rate=1e-5, value_learning_rate=1e-3))
@@ -510,7 +484,7 @@ def test_kl_coef_is_taken_off_the_reward(make):
             trainer.model.lm_head.weight *= 1.1
         batch, logs = trainer._experience()
         returns.append(batch.returns[:, 0])
-    kl = torch.stack([(row.logps - row.ref_logps).sum() for row in batch.rows])
+    kl = torch.stack([(row.logps - row.ref_logps).sum() for row in batch.trajectories])
     torch.testing.assert_close(returns[0] - returns[1], 0.5 * kl, rtol=0, atol=1e-5)
     assert kl.abs().max() > 0.01 and logs["objective/kl"] == pytest.approx(
         kl.mean().item(), abs=1e-5
@@ -544,7 +518,7 @@ def test_gamma_lam_and_whitening(make):
         make(whiten_advantages=False, **given) for given in ({}, {"gamma": 0.5}, {"lam": 0.0})
     )
     batches = [trainer._experience()[0] for trainer in (base, discounted, short)]
-    row = batches[0].rows[0]
+    row = batches[0].trajectories[0]
     count, score = row.ends[-1], row.scores[0]
     value = batches[0].values[0, 0].item()  # the same everywhere at first
     for batch, decay, step in (
@@ -587,7 +561,7 @@ def test_lengths_are_limited(make, tiny_model_dir):
     batch, _ = make(
         model=tiny_model_dir, states="fresh", max_new_tokens=64, max_solution_steps=2
     )._experience()
-    assert max(len(row.ends) for row in batch.rows) == 2
+    assert max(len(row.ends) for row in batch.trajectories) == 2
 
 
 def test_what_a_judge_cannot_read_teaches_nothing(make):
@@ -608,7 +582,10 @@ def test_bf16_and_trackers(make, tmp_path, monkeypatch):
     assert {p.dtype for p in trainer.module.parameters()} == {torch.float32} and list(
         (tmp_path / "logs").rglob("events.*")
     )
-    exact, rounded = make()._experience()[0].rows[0].logps, trainer._experience()[0].rows[0].logps
+    exact, rounded = (
+        make()._experience()[0].trajectories[0].logps,
+        trainer._experience()[0].trajectories[0].logps,
+    )
     assert len(exact) and not torch.equal(exact, rounded)
 
 
@@ -633,7 +610,8 @@ def test_settings_that_make_no_sense(given, message):
 # --- watching, resuming, several processes
 
 
-def test_kept_out_beginnings_and_a_callback_are_watched(make):
+@pytest.mark.process
+def test_evaluation_on_kept_out_prefixes_and_by_a_callback(make):
     asked = []
 
     def evaluate(policy):
@@ -656,6 +634,7 @@ def test_kept_out_beginnings_and_a_callback_are_watched(make):
     assert quiet.state.log_history == trained  # to watch changes nothing
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("peft", [False, True])
 def test_resumed_is_uninterrupted_bit_by_bit(make, tmp_path, peft):
     settings = {
@@ -688,52 +667,17 @@ def test_resumed_is_uninterrupted_bit_by_bit(make, tmp_path, peft):
         make(peft=not peft).train(resume_from_checkpoint=str(checkpoint))
 
 
-TWO = """
-import sys, torch
-sys.path[:0] = [{root!r}, {tests!r}]
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from reward_model.protocols import FixedJudge
-from safetensors.torch import save_file
-from trainer.ppo.config import StepPPOConfig
-from trainer.ppo.trainer import StepPPOTrainer
-
-torch.optim.AdamW = lambda groups, **_: torch.optim.SGD(groups)  # AdamW makes a step of rounding errors
-model, out, batch, accumulated = sys.argv[1:]
-sizes = {{"per_device_train_batch_size": int(batch), "gradient_accumulation_steps": int(accumulated), "num_mini_batches": 2}}
-rest = {{"states": "both", "total_episodes": 16, "learning_rate": 1e-2, "max_new_tokens": 8, "use_cpu": True, "disable_tqdm": True}}
-args = StepPPOConfig(out, eval_strategy="no", target_kl=None, max_grad_norm=0.5, max_solution_steps=2, **sizes, **rest)
-judge = FixedJudge(lambda prompt, step, earlier: float(step == 'Answer: 1'))
-rows = [{{"prompt": f"Pick one, number {{k}}.", "prefix": []}} for k in range(6)]
-policy, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
-trainer = StepPPOTrainer(policy, args, tokenizer, judge, rows)
-trainer.train()
-if trainer.is_world_process_zero():
-    save_file({{name: p.detach().clone() for name, p in trainer.module.named_parameters()}}, out + ".safetensors")
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_train_as_one(two_arms, tmp_path):
-    """Two updates of four optimizer steps; rows, gradients and checkpoints are those of one process with all rows."""
-    root = Path(__file__).resolve().parents[1]
-    (tmp_path / "two.py").write_text(TWO.format(root=str(root), tests=str(root / "tests")))
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "29514",
-    ]
-    for name, launcher, batch, accumulated in (
-        ("one", [sys.executable], 4, 1),
-        ("two", torchrun, 1, 2),
-    ):
-        done = subprocess.run(
-            [*launcher, str(tmp_path / "two.py"), two_arms, str(tmp_path / name), str(batch), str(accumulated)],
-            cwd=tmp_path, capture_output=True, text=True, timeout=900, env={**os.environ, "ACCELERATE_USE_CPU": "1"},
-        )  # fmt: skip
+    """Trajectories, gradients and checkpoints are those of one process with all rows.
+
+    There are two updates of four optimizer steps."""
+    script = str(ROOT / "tests/helpers/train_step_ppo.py")
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29514"]
+    options = {"cwd": tmp_path, "env": {**os.environ, "ACCELERATE_USE_CPU": "1"}, "timeout": 900}
+    for name, launcher, sizes in (("one", [], ["4", "1"]), ("two", torchrun, ["1", "2"])):
+        command = [sys.executable, *launcher, script, two_arms, str(tmp_path / name), *sizes]
+        done = subprocess.run(command, capture_output=True, text=True, **options)
         assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
     before = load_file(Path(two_arms) / "model.safetensors")

@@ -1,9 +1,8 @@
-"""StepwiseDPOTrainer against TRL's DPOTrainer and against itself in every mode, on a tiny model with random weights."""
+"""StepwiseDPOTrainer against TRL's DPOTrainer and in every mode, on a tiny random model."""
 
 import copy
 import itertools
 import math
-import random
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 from common.errors import RecordError
 from lm.text_encoding import format_prompt, response_pieces
-from reasoning.problems import pretraining_texts
+from tests.helpers.training import make_pairs
 from trainer.stepwise_dpo_trainer import (
     STEP_LOSSES,
     DataCollatorForSteps,
@@ -28,28 +27,7 @@ PLAIN_DPO = {"credit": "uniform", "step_agg": "sum", "margin_gamma": 0.0, "ancho
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
 
-def make_rows(count: int) -> list[dict]:
-    """Pairs of a reference solution and a human one, with random scores; every third shares its first step as prefix."""
-    rng, rows = random.Random(0), []
-    for problem, human in pretraining_texts():
-        shared = int(len(rows) % 3 == 2 and human[0] == problem.steps[0])
-        if human != problem.steps:
-            pair = {
-                "prompt": problem.prompt,
-                "prefix": human[:shared],
-                "chosen": problem.steps[shared:],
-                "rejected": human[shared:],
-            }
-            scores = {
-                f"{side}_scores": [round(rng.random(), 3) for _ in pair[side]]
-                for side in ("chosen", "rejected")
-            }
-            rows.append({**pair, **scores})
-        if len(rows) == count:
-            return rows
-
-
-ROWS = make_rows(8)
+ROWS = make_pairs(8)
 ROW = {
     "prompt": "How many?",
     "prefix": ["Step 1: 1 + 2 = 3"],
@@ -71,7 +49,7 @@ REJECTED_IDS = [*STEP, 371, 353, 278, 355, 353, 281, 13]
 
 @pytest.fixture
 def make(tiny_model_dir, tmp_path):
-    """make(rows, peft=..., model=..., trl=True, ...config) -> a trainer with small, exact defaults."""
+    """make(rows, peft=..., trl=..., **config) -> a trainer with small, exact defaults."""
 
     def make(
         rows=ROWS,
@@ -130,7 +108,7 @@ def batch_of(trainer) -> dict:
 
 
 def perturb(model) -> None:
-    """The same small change in every weight that trains, every time: a policy that is not its reference."""
+    """Change every trainable weight a little, each time alike: the policy leaves its reference."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -225,7 +203,9 @@ def test_truncation_keeps_steps_and_ids_together(tokenizer, max_length, mode, le
 
 
 def test_a_straddling_token_belongs_to_the_earlier_step(tokenizer):
-    """The end of the prompt and the beginning of a response in one token: no step's, so in no loss, and each side keeps its own."""
+    """A token with the end of the prompt and the start of a response belongs to no step.
+
+    It has no loss, and each side keeps its own such token."""
     straddling = copy.deepcopy(tokenizer)
     straddling.add_tokens([AddedToken(text, normalized=False) for text in ("\nStep 2", "\nAns")])
     pair = encode_pair({**ROW, "rejected": ["Answer: 7"]}, straddling, None, "keep_start")
@@ -244,7 +224,7 @@ def test_a_straddling_token_belongs_to_the_earlier_step(tokenizer):
 
 
 def test_offsets_that_leave_white_space_out():
-    """Byte-level tokenizers with trim_offsets: the newline's offsets are empty, and it still closes its step."""
+    """With trim_offsets a newline has empty offsets, and still ends its step (byte-level)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -263,7 +243,10 @@ def test_offsets_that_leave_white_space_out():
 
 def test_chat_template_gets_no_second_bos(tokenizer, make):
     chat = copy.deepcopy(tokenizer)
-    chat.chat_template = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}<|assistant|>"
+    chat.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+        "<|assistant|>"
+    )
     pair = encode_pair(ROW, chat, None, "keep_start")
     assert (
         pair["prompt_ids"].count(chat.bos_token_id) == 1
@@ -278,7 +261,7 @@ def test_chat_template_gets_no_second_bos(tokenizer, make):
     assert loss_of(trainer, moved=False) == pytest.approx(0.693147, abs=1e-5)
 
 
-def test_rows_without_room_are_dropped_and_said(make, caplog):
+def test_rows_without_room_are_dropped_and_counted(make, caplog):
     long = {**ROWS[0], "prompt": "Mia has 2 apples. " * 40}
     with caplog.at_level("WARNING"):
         trainer = make([*ROWS, long], max_length=100)
@@ -308,7 +291,7 @@ def test_bad_rows_and_tokenizers_are_one_line_errors(make):
 
 @pytest.mark.parametrize("peft", [False, True])
 def test_uniform_sum_equals_trl(make, tiny_model_dir, peft):
-    """Without credit, margin and anchor, the loss and the metrics of a batch are TRL's, EOS included."""
+    """Without credit, margin and anchor, loss and metrics are TRL's, EOS included."""
     ours = make(peft=peft, **PLAIN_DPO)
     texts = [as_text(row, ours.processing_class) for row in ROWS]
     theirs = make(texts, peft=peft, trl=True, gradient_checkpointing=False)
@@ -376,7 +359,7 @@ def test_the_loss_uses_scores_credit_margin_and_anchor(make):
 
 
 def test_step_dpo_is_dpo_on_the_first_step(make, tiny_model_dir):
-    """TRL's loss on pairs of one step each: what follows the first step of a side changes nothing."""
+    """It is TRL's loss on pairs of one step each: later steps change nothing."""
     ours = make(loss_type=["step_dpo"], anchor_lambda=0.0)
     first = [{**row, **{side: row[side][:1] for side in ("chosen", "rejected")}} for row in ROWS]
     cut = [
@@ -387,7 +370,7 @@ def test_step_dpo_is_dpo_on_the_first_step(make, tiny_model_dir):
 
 
 def test_what_is_logged_per_position(make):
-    """Means over the pairs that have the step; of a moved policy, computed again from the logged tensors' definition."""
+    """The means over the pairs that have the step, of a moved policy, computed again here."""
     trainer = make()
     perturb(trainer.model)
     batch = batch_of(trainer)
@@ -463,6 +446,7 @@ def test_settings_that_make_no_sense(settings, message):
 # --- every mode ---
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", STEP_LOSSES)
 def test_training_moves_the_policy_and_not_the_reference(make, name):
     trainer = make(max_steps=3, loss_type=[name])
@@ -484,8 +468,9 @@ def test_training_moves_the_policy_and_not_the_reference(make, name):
     } <= set(first)
 
 
+@pytest.mark.process
 def test_peft_moves_the_adapter_alone(make):
-    """The same loss as full training at the start, a reference that is the model without adapter, and a base that stays."""
+    """The loss starts as in full training; the reference is the model without adapter."""
     trainer = make(peft=True, max_steps=2, learning_rate=1e-2)
     assert trainer.ref_model is None and loss_of(trainer, moved=False) == pytest.approx(
         0.693147, abs=1e-5
@@ -497,6 +482,7 @@ def test_peft_moves_the_adapter_alone(make):
     assert loss_of(trainer, moved=False) != pytest.approx(0.693147, abs=1e-4)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("peft", [False, True])
 def test_precomputed_reference_is_the_same(make, peft):
     live = make(peft=peft)
@@ -506,13 +492,15 @@ def test_precomputed_reference_is_the_same(make, peft):
     stored.train()
 
 
+@pytest.mark.process
 def test_precomputed_reference_is_not_mixed_up_between_losses(make):
-    """Per response for TRL's losses, per step for ours: neither may be read from the other's cache."""
+    """The caches differ: per response for TRL's losses, per step for ours."""
     for loss_type in (["sigmoid"], ["stepwise"], ["sigmoid"]):
         trainer = make(loss_type=loss_type, precompute_ref_log_probs=True)
         assert loss_of(trainer) == pytest.approx(loss_of(make(loss_type=loss_type)), abs=1e-5)
 
 
+@pytest.mark.process
 def test_gradient_accumulation_and_checkpointing_change_nothing(make):
     settings = {
         "max_steps": 1,
@@ -541,6 +529,7 @@ def test_gradient_accumulation_and_checkpointing_change_nothing(make):
             torch.testing.assert_close(other[name], once[name], rtol=0, atol=2e-6)
 
 
+@pytest.mark.process
 def test_eval_dataset(make):
     trainer = make(
         eval_rows=ROWS[:4],
@@ -562,6 +551,7 @@ def test_eval_dataset(make):
     )
 
 
+@pytest.mark.process
 def test_a_model_in_memory_and_streamed_rows(tiny_model_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     config = StepwiseDPOConfig(

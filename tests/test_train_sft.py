@@ -1,11 +1,10 @@
-"""python train.py sft: what is learned from (ids and labels, the loss by hand), what it writes, how it resumes, what it refuses."""
+"""python train.py sft: ids and labels, the loss by hand, outputs, resuming, mistakes."""
 
+import copy
 import itertools
 import json
 import logging
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,15 +14,16 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import train
-from common.cli import run
 from common.errors import RecordError
 from common.files import ROOT, write_records
 from reasoning.problems import problems
 from reasoning.records import Problem
 from reasoning.splits import is_kept_out
+from tests.helpers.scripts import run_script
+from tests.helpers.training import as_if_killed, flags, refused, train_here
 from trainer.sft_trainer import Solution, StepSFTConfig, StepSFTTrainer, encode_solution
 
+pytestmark = pytest.mark.process
 PROBLEMS = list(itertools.islice(problems("train"), 20, 47))
 PAIR = {
     "prompt": "2 + 3 + 4 = ?",
@@ -32,31 +32,6 @@ PAIR = {
     "rejected": ["Answer: 8"],
 }
 SMALL = {"bf16": "false", "seed": 1, "logging_steps": 1, "logs_dir": "logs"}
-
-
-def flags(**options) -> list[str]:
-    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
-
-
-def train_here(folder: Path, monkeypatch, *args: object) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["train.py", "sft", *map(str, args)])
-    train.main()
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_model_dir, tmp_path_factory) -> Path:
-    """Problems, a copy of the model, and one finished training of three epochs, all solutions in each optimizer step: `out`."""
-    folder = tmp_path_factory.mktemp("sft")
-    write_records(folder / "problems.jsonl", PROBLEMS)
-    shutil.copytree(tiny_model_dir, folder / "model")
-    command = [sys.executable, str(ROOT / "train.py"), "sft", *ARGS, *flags(output_dir="out")]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL
-    )
-    assert done.returncode == 0, done.stderr
-    (folder / "stdout").write_text(done.stdout)
-    return folder
 
 
 ACCUMULATED = {
@@ -72,6 +47,18 @@ ARGS = flags(
     **ACCUMULATED,
     **SMALL,
 )
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model_dir, tmp_path_factory) -> Path:
+    """Problems, a copy of the model, and a training of three updates on all solutions: `out`."""
+    folder = tmp_path_factory.mktemp("sft")
+    write_records(folder / "problems.jsonl", PROBLEMS)
+    shutil.copytree(tiny_model_dir, folder / "model")
+    done = run_script("train.py", "sft", *ARGS, "--output_dir", "out", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder
 
 
 # --- what is learned from ---
@@ -109,10 +96,11 @@ def test_a_pair_teaches_its_chosen_side_without_the_shared_prefix(tokenizer):
 
 
 def test_a_chat_model_reads_its_own_template(tokenizer):
-    import copy
-
     chat = copy.deepcopy(tokenizer)
-    chat.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    chat.chat_template = (
+        "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+        "{% if add_generation_prompt %}>{% endif %}"
+    )
     encoded = encode_solution({"prompt": "1 + 1?", "prefix": [], "steps": ["Answer: 2"]}, chat)
     text = chat.decode(encoded["input_ids"])
     assert text.startswith("[Solve the problem step by step.") and text.endswith(
@@ -121,13 +109,13 @@ def test_a_chat_model_reads_its_own_template(tokenizer):
     assert chat.decode([token for token in encoded["labels"] if token != -100]) == "Answer: 2</s>"
 
 
-def nll_by_hand(model_dir: Path, tokenizer, tasks: list[Problem]) -> float:
+def nll_by_hand(model_dir: Path, tokenizer, solved: list[Problem]) -> float:
     """Mean negative log-likelihood of all tokens of all solutions, by an own few lines."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     total, count = 0.0, 0
-    for task in tasks:
-        question = f"Problem: {task.prompt}\nSolution:\n"
-        encoded = tokenizer(question + "\n".join(task.steps), return_offsets_mapping=True)
+    for problem in solved:
+        question = f"Problem: {problem.prompt}\nSolution:\n"
+        encoded = tokenizer(question + "\n".join(problem.steps), return_offsets_mapping=True)
         first = next(
             i for i, (start, _) in enumerate(encoded["offset_mapping"]) if start >= len(question)
         )
@@ -141,7 +129,7 @@ def nll_by_hand(model_dir: Path, tokenizer, tasks: list[Problem]) -> float:
 
 def test_the_loss_is_the_one_computed_by_hand(folder, tokenizer):
     """The mean over the tokens of the global batch, however it is cut into smaller ones."""
-    training = [task for task in PROBLEMS if not is_kept_out(task.prompt)]
+    training = [problem for problem in PROBLEMS if not is_kept_out(problem.prompt)]
     # some are kept out, and the batches differ in size
     assert len(training) < len(PROBLEMS) and len(training) % 4
     history = json.loads((folder / "logs/out/log.json").read_text())["history"]
@@ -160,27 +148,23 @@ def test_a_training_writes_a_model_that_moved(folder):
         not torch.equal(before[name], after[name]) for name in before
     )
     log = json.loads((folder / "logs/out/log.json").read_text())
-    kept_out = sum(is_kept_out(task.prompt) for task in PROBLEMS)
+    kept_out = sum(is_kept_out(problem.prompt) for problem in PROBLEMS)
     assert (
         log["job"]["command"] == "sft"
         and log["job"]["solutions"] == len(PROBLEMS) - kept_out
         and log["steps"] == 3
     )
-    said = (folder / "stdout").read_text()
-    assert (
-        f"{len(PROBLEMS) - kept_out} solutions of problems.jsonl; {kept_out} more are kept out of all training"
-        in said
-    )
-    assert "tokens told right" in said and "tokens a second" in said
-    assert (
-        said.splitlines()[-1]
-        == "wrote the tuned model to out, the log to logs/out/log.json, its picture to logs/out/training.png"
+    printed = (folder / "stdout").read_text()
+    trained = len(PROBLEMS) - kept_out
+    assert f"{trained} solutions of problems.jsonl; {kept_out} more are kept out" in printed
+    assert "accuracy of the greedy token" in printed and "tokens a second" in printed
+    assert printed.splitlines()[-1] == (
+        "wrote the tuned model to out, the log to logs/out/log.json, its picture to "
+        "logs/out/training.png"
     )
     card = (folder / "out/README.md").read_text()
-    assert (
-        f"model after supervised training (SFT) on {len(PROBLEMS) - kept_out} solutions of problems.jsonl."
-        in card
-    )
+    title = f"supervised training (SFT) on {trained} solutions of problems.jsonl."
+    assert f"model after {title}" in card
     # no pickle
     assert {path.suffix for path in (folder / "out").iterdir() if path.is_file()} == {
         ".safetensors",
@@ -190,16 +174,9 @@ def test_a_training_writes_a_model_that_moved(folder):
 
 
 def test_stopped_in_the_middle_it_ends_with_the_same_weights(folder, monkeypatch, capsys):
-    shutil.copytree(folder / "out", folder / "killed")
-    for left in (
-        "config.json",
-        "model.safetensors",
-        "checkpoint-2/trainer_state.json",
-        "checkpoint-3/trainer_state.json",
-    ):
-        (folder / "killed" / left).unlink()
-    train_here(folder, monkeypatch, *ARGS, *flags(output_dir="killed"))
-    assert "going on from killed/checkpoint-1" in capsys.readouterr().out
+    as_if_killed(folder / "out", folder / "killed")
+    train_here(folder, monkeypatch, "sft", *ARGS, "--output_dir", "killed")
+    assert "resuming from killed/checkpoint-1" in capsys.readouterr().out
     once, again = (load_file(folder / name / "model.safetensors") for name in ("out", "killed"))
     assert all(torch.equal(once[name], again[name]) for name in once)
 
@@ -208,7 +185,8 @@ def test_an_adapter_on_pairs_with_evaluation(folder, monkeypatch, capsys):
     rows = [{**PAIR, "prompt": f"2 + 3 + 4 = ? ({k})"} for k in range(30)]
     write_records(folder / "pairs.jsonl", rows)
     (folder / "lora.yaml").write_text(
-        "use_peft: true\nlora_r: 4\nlora_target_modules: all-linear\neval_strategy: steps\neval_steps: 1\n"
+        "use_peft: true\nlora_r: 4\nlora_target_modules: all-linear\n"
+        "eval_strategy: steps\neval_steps: 1\n"
     )
     given = flags(
         dataset_name="pairs.jsonl",
@@ -218,7 +196,8 @@ def test_an_adapter_on_pairs_with_evaluation(folder, monkeypatch, capsys):
         max_steps=2,
         **SMALL,
     )
-    train_here(folder, monkeypatch, *given, "--config", "lora.yaml", "--save_strategy", "no")
+    options = flags(config="lora.yaml", save_strategy="no")
+    train_here(folder, monkeypatch, "sft", *given, *options)
     assert "wrote the tuned adapter to adapter" in capsys.readouterr().out
     assert json.loads((folder / "adapter/adapter_config.json").read_text())["r"] == 4
     moved = load_file(folder / "adapter/adapter_model.safetensors")
@@ -229,7 +208,7 @@ def test_an_adapter_on_pairs_with_evaluation(folder, monkeypatch, capsys):
     assert [entry["step"] for entry in log["history"] if "eval_loss" in entry] == [1, 2]
 
 
-def test_what_is_cut_or_never_ends_is_said(folder, tmp_path, caplog):
+def test_what_is_cut_or_has_no_answer_is_counted(folder, tmp_path, caplog):
     row = {"prompt": "1 + 1?", "prefix": [], "steps": ["Step 1: 1 + 1 = 2"]}
     rows = [
         row,
@@ -249,10 +228,8 @@ def test_what_is_cut_or_never_ends_is_said(folder, tmp_path, caplog):
         kept = trainer(40).train_dataset
     assert [len(ids) for ids in kept["input_ids"]] == [26, 40]
     assert "2 of 3 solutions state no final answer" in caplog.text
-    assert (
-        "2 of 3 solutions are longer than max_length 40 and lose their end, 1 of them all they had"
-        in caplog.text
-    )
+    assert "2 of 3 solutions are longer than max_length 40 and lose their end" in caplog.text
+    assert "1 of them all their steps" in caplog.text
     with pytest.raises(ValueError, match="none of 3 solutions fits into max_length 5"):
         trainer(5)
 
@@ -284,8 +261,8 @@ def test_rows_that_are_no_solutions(row, message):
         (["--dataset_name", "none.jsonl"], "none.jsonl not found"),
         (["--dataset_name", "bare.jsonl"], "bare.jsonl:2: field 'steps' is missing"),
         (["--dataset_name", "test.jsonl"], ":2: a held-out problem (problems_test.jsonl)"),
-        (["--completion_only_loss", "false"], "the loss is on the steps' tokens, always"),
-        (["--assistant_only_loss", "true"], "the loss is on the steps' tokens, always"),
+        (["--completion_only_loss", "false"], "the loss is always on the steps' tokens"),
+        (["--assistant_only_loss", "true"], "the loss is always on the steps' tokens"),
         (["--num_train_epochs", "0"], "num_train_epochs: expected a number above 0"),
         (["--learning_rate", "-1"], "learning_rate: expected a number of 0 or more"),
         (["--beta", "0.1"], "unknown argument --beta"),
@@ -299,17 +276,7 @@ def test_mistakes_are_one_line(folder, monkeypatch, capsys, args, message):
     write_records(folder / "bare.jsonl", [PROBLEMS[0], Problem("1 + 1?", "2")])
     with open(ROOT / "data/problems_test.jsonl", encoding="utf-8") as file:
         write_records(folder / "test.jsonl", [PROBLEMS[0], json.loads(file.readline())])
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     given = flags(
         dataset_name="problems.jsonl", model_name_or_path="model", output_dir="new", **SMALL
     )
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["train.py", "sft", *given, *args])
-    with pytest.raises(SystemExit) as stopped:
-        run(train.main)
-    assert (
-        stopped.value.code == 2
-        and {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-    )
-    line = capsys.readouterr().err
-    assert message in line and line.startswith("train.py: error: ") and line.count("\n") == 1
+    assert message in refused(folder, monkeypatch, capsys, "sft", *given, *args)

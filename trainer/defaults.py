@@ -1,58 +1,63 @@
-"""What the trainers of this project take for granted, in place of TRL's defaults."""
+"""Defaults of the trainers' settings, in place of TRL's."""
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
+
+
+def check_numbers(config: Any, *names: str, least: str = "above 0") -> None:
+    """Raises ValueError unless each of these settings is None, or finite and large enough.
+
+    least: "above 0" or "of 0 or more"."""
+    for name in names:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        is_large_enough = value > 0 if least == "above 0" else value >= 0
+        if not (math.isfinite(value) and is_large_enough):
+            raise ValueError(f"{name}: expected a number {least}, got {value}")
 
 
 @dataclass
 class MiniatureDefaults:
-    """Fields that a config of TRL's has as well, with the defaults of the embedded miniature: stand in front of it among the bases.
-    Raises ValueError for values that make no sense."""
+    """Defaults for the embedded miniature models, of settings that TRL's configs have too.
+
+    The first base class of a config, in front of TRL's. Raises ValueError for impossible values."""
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     warmup_steps: float = field(
-        default=0.1, metadata={"help": "Warm-up: optimizer steps, or below 1 a share of all steps."}
+        default=0.1, metadata={"help": "Warm-up in optimizer steps; below 1: a share of all steps."}
     )
     num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the data."})
     per_device_train_batch_size: int = field(
-        default=16, metadata={"help": "Rows a device sees at once in training."}
+        default=16, metadata={"help": "Rows in a training batch of a device."}
     )
     per_device_eval_batch_size: int = field(
-        default=16, metadata={"help": "Rows a device sees at once in evaluation."}
+        default=16, metadata={"help": "Rows in an evaluation batch of a device."}
     )
     max_length: int | None = field(
-        default=512, metadata={"help": "Longest prompt + response, in tokens; the rest is cut."}
+        default=512, metadata={"help": "Most tokens of prompt + response; the rest is cut."}
     )
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Trade compute for memory: for large models."}
+        default=False, metadata={"help": "Save memory at the cost of compute, for large models."}
     )
     bf16: bool | None = field(
-        default=False, metadata={"help": "bf16 autocast; weights stay as --dtype says."}
+        default=False, metadata={"help": "bf16 autocast; the weights keep the dtype of --dtype."}
     )
-    logging_steps: float = field(default=5, metadata={"help": "Log every so many optimizer steps."})
+    logging_steps: float = field(default=5, metadata={"help": "Optimizer steps between two logs."})
     save_steps: float = field(
         default=0.1,
-        metadata={"help": "A checkpoint every so many steps, or below 1 a share of all."},
+        metadata={"help": "Steps between two checkpoints; below 1: a share of all steps."},
     )
     save_total_limit: int | None = field(
-        default=1, metadata={"help": "Checkpoints kept; older ones are deleted."}
+        default=1, metadata={"help": "Checkpoints to keep; older ones are deleted."}
     )
 
-    def __post_init__(self):
-        self.check_numbers("learning_rate", least="0 or more")
-        self.check_numbers(
+    def __post_init__(self) -> None:
+        check_numbers(self, "learning_rate", least="of 0 or more")
+        check_numbers(
+            self,
             *("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
             *("gradient_accumulation_steps", "max_length"),
         )
-        super().__post_init__()
-
-    def check_numbers(self, *names: str, least: str = "above 0") -> None:
-        """Raises ValueError for a value that is no finite number, or below 0, or 0 where it has to be above; None passes."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not (
-                math.isfinite(value) and (value > 0 or (value == 0 and least == "0 or more"))
-            ):
-                raise ValueError(
-                    f"{name}: expected a number {'of ' * (least == '0 or more')}{least}, got {value}"
-                )
+        super().__post_init__()  # type: ignore[misc]  # the next base class has it

@@ -1,11 +1,12 @@
-"""Losses of the trainers: pure functions of tensors, no model, no config.
+"""Losses of the trainers: pure functions of tensors, without a model and without a config.
 
-First step-level preference losses, at the end those of step PPO.
+The step-level preference losses come first, the losses of step PPO after them.
 
-Shapes: B pairs; K steps of the longest response of the batch, padded; L tokens. A mask (B, K) of bools says which steps are there:
-padding and steps lost to truncation are not, and count nowhere.
-Symbols: a, b the judge's scores (0 wrong .. 1 right) of the steps of chosen and rejected; u, v the weights made of them;
-D the log-ratio log pi - log pi_ref of a step, in nats, summed over its tokens.
+Shapes: B pairs; K steps of the longest response of the batch, padded; L tokens. A boolean mask
+(B, K) is False for padding and for steps that truncation removed; these steps count nowhere.
+Symbols: a, b are the judge's scores (0 wrong .. 1 right) of the steps of chosen and rejected;
+u, v are the weights computed from them; D is the log-ratio log pi - log pi_ref of a step, in nats,
+summed over the tokens of the step.
 """
 
 from collections.abc import Callable
@@ -17,32 +18,35 @@ from torch import Tensor
 
 
 def sum_per_step(per_token: Tensor, step_ids: Tensor, steps: int) -> Tensor:
-    """Sum token values over each step. per_token (N, L) floats; step_ids (N, L), 0 .. steps - 1, or -1 for a token of no step.
-    Returns (N, steps); 0 for a step without tokens."""
-    # the extra column takes the tokens of no step
+    """Sum token values over each step: (N, steps), 0 for a step without tokens.
+
+    per_token (N, L) floats; step_ids (N, L), 0 .. steps - 1, or -1 for a token outside all
+    steps."""
+    # an extra column collects the tokens outside all steps
     sums = per_token.new_zeros(per_token.size(0), steps + 1)
     return sums.scatter_add(1, step_ids.masked_fill(step_ids < 0, steps), per_token)[:, :steps]
 
 
-def _first_error(a: Tensor, b: Tensor, *_) -> tuple[Tensor, Tensor]:
-    """u_k = prod_{j<=k} a_j, all is right so far; v_k = (1 - b_k) prod_{j<k} b_j, step k is the first error. What comes after an
-    error is neither praised nor blamed."""
+def _first_error(a: Tensor, b: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    """u_k = prod_{j<=k} a_j and v_k = (1 - b_k) prod_{j<k} b_j.
+
+    u_k is the probability that all steps up to k are right, v_k that step k is the first error.
+    Steps after an error get no weight on either side."""
     right_before = F.pad(b.cumprod(1), (1, -1), value=1.0)
     return a.cumprod(1), (1 - b) * right_before
 
 
 def _normalized(a: Tensor, b: Tensor, a_mask: Tensor, b_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """u_k = K (a_k + .1) / sum(a + .1), and v_k likewise from 1 - b: the weights of a response have mean 1."""
+    """u_k = K (a_k + .1) / sum(a + .1), v_k alike from 1 - b: the weights have mean 1."""
 
-    def normalize(scores, mask):
-        return (scores + 0.1) * (
-            mask.sum(1, keepdim=True) / ((scores + 0.1) * mask).sum(1, keepdim=True).clamp(min=0.1)
-        )
+    def normalize(scores: Tensor, mask: Tensor) -> Tensor:
+        total = ((scores + 0.1) * mask).sum(1, keepdim=True).clamp(min=0.1)
+        return (scores + 0.1) * (mask.sum(1, keepdim=True) / total)
 
     return normalize(a, a_mask), normalize(1 - b, b_mask)
 
 
-# credit -> function of (a, b, a_mask, b_mask), each (B, K), that returns the weights (u, v), each (B, K)
+# credit -> function of (a, b, a_mask, b_mask) that returns the weights (u, v); all are (B, K)
 CREDITS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "first_error": _first_error,
     "score": lambda a, b, *_: (a, 1 - b),
@@ -50,7 +54,7 @@ CREDITS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tens
     "uniform": lambda a, b, *_: (torch.ones_like(a), torch.ones_like(b)),
 }
 
-# how the weighted steps of a response become one number: (values, mask), each (B, K) -> (B,)
+# combines the weighted steps of a response into one number: (values, mask), each (B, K) -> (B,)
 AGGREGATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": lambda values, mask: (values * mask).sum(1),
     "mean": lambda values, mask: (values * mask).sum(1) / mask.sum(1).clamp(min=1),
@@ -64,16 +68,14 @@ def step_weights(
     chosen_mask: Tensor | None = None,
     rejected_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(u, v), each (B, K): how much every step is praised in chosen and blamed in rejected. Scores (B, K) in 0..1; masks (B, K),
-    all steps if not given; `credit` is a key of CREDITS, which holds the equations."""
-    chosen_mask = (
-        torch.ones_like(chosen_scores, dtype=torch.bool) if chosen_mask is None else chosen_mask
-    )
-    rejected_mask = (
-        torch.ones_like(rejected_scores, dtype=torch.bool)
-        if rejected_mask is None
-        else rejected_mask
-    )
+    """(u, v), each (B, K): the weights of the steps of chosen and of rejected.
+
+    Scores (B, K) in 0..1; masks (B, K), by default all True; `credit` is a key of CREDITS, which
+    holds the equations."""
+    if chosen_mask is None:
+        chosen_mask = torch.ones_like(chosen_scores, dtype=torch.bool)
+    if rejected_mask is None:
+        rejected_mask = torch.ones_like(rejected_scores, dtype=torch.bool)
     u, v = CREDITS[credit](chosen_scores, rejected_scores, chosen_mask, rejected_mask)
     return u * chosen_mask, v * rejected_mask
 
@@ -81,20 +83,19 @@ def step_weights(
 def good_step_losses(
     chosen_logratios: Tensor, chosen_scores: Tensor, mask: Tensor, agg: str = "sum"
 ) -> Tensor:
-    """agg_k(a_k relu(-D_k)), (B,): how much less likely the good steps of chosen are than under the reference. Inputs (B, K)."""
+    """agg_k(a_k relu(-D_k)), (B,): the log-prob that good steps of chosen lost. Inputs (B, K)."""
     return AGGREGATIONS[agg](chosen_scores * F.relu(-chosen_logratios), mask)
 
 
 class StepLoss(NamedTuple):
-    """What a step loss returns. (B,): the loss, R_w without the anchor, R_l, and what the anchor takes from R_w. (B, K): the
-    weights u and v with which the log-ratios of the steps of chosen and rejected enter the loss."""
+    """The result of a step loss."""
 
-    loss: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-    anchor: Tensor
-    chosen_weights: Tensor
-    rejected_weights: Tensor
+    loss: Tensor  # (B,)
+    chosen_rewards: Tensor  # (B,) R_w, without the anchor
+    rejected_rewards: Tensor  # (B,) R_l
+    anchor: Tensor  # (B,) what the anchor subtracts from R_w
+    chosen_weights: Tensor  # (B, K) u, the weights of the log-ratios in the loss
+    rejected_weights: Tensor  # (B, K) v
 
 
 def stepwise_loss(
@@ -110,24 +111,25 @@ def stepwise_loss(
     margin_gamma: float = 0.0,
     anchor_lambda: float = 0.0,
 ) -> StepLoss:
-    """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) on steps weighted by their scores. All inputs (B, K).
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) on steps weighted by their scores.
 
-        R_w = beta agg_k(u_k D_k) - lambda beta agg_k(a_k relu(-D_k))        R_l = beta agg_k(v_k D_k)
-        m = gamma (mean(a) - mean(b))                                        loss = -log sigmoid(R_w - R_l - m)
+        R_w = beta agg_k(u_k D_k) - lambda beta agg_k(a_k relu(-D_k))
+        R_l = beta agg_k(v_k D_k)
+        m = gamma (mean(a) - mean(b))
+        loss = -log sigmoid(R_w - R_l - m)
 
-    agg is the sum or the mean over the steps that are there. The second term of R_w is the anchor of DPO-Positive (Pal et al. 2024,
-    arXiv 2402.13228), here per step: good steps are pulled back when they become less likely than under the reference.
-    With `uniform`, sum, gamma 0 and lambda 0 this is DPO; at pi = pi_ref it is -log sigmoid(-m)."""
+    All inputs (B, K). agg is the sum or the mean over the steps in the mask. The second term of R_w
+    is the anchor of DPO-Positive (Pal et al. 2024, arXiv 2402.13228), here per step: it pulls a
+    good step back when the step becomes less likely than under the reference. With `uniform`, sum,
+    gamma 0 and lambda 0 this is DPO; at pi = pi_ref it is -log sigmoid(-m)."""
     aggregate, mean = AGGREGATIONS[agg], AGGREGATIONS["mean"]
     u, v = step_weights(chosen_scores, rejected_scores, credit, chosen_mask, rejected_mask)
     chosen_rewards = beta * aggregate(u * chosen_logratios, chosen_mask)
     rejected_rewards = beta * aggregate(v * rejected_logratios, rejected_mask)
-    anchor = (
-        anchor_lambda * beta * good_step_losses(chosen_logratios, chosen_scores, chosen_mask, agg)
-    )
-    margin = margin_gamma * (
-        mean(chosen_scores, chosen_mask) - mean(rejected_scores, rejected_mask)
-    )
+    drift = good_step_losses(chosen_logratios, chosen_scores, chosen_mask, agg)
+    anchor = anchor_lambda * beta * drift
+    gap = mean(chosen_scores, chosen_mask) - mean(rejected_scores, rejected_mask)
+    margin = margin_gamma * gap
     loss = -F.logsigmoid(chosen_rewards - anchor - rejected_rewards - margin)
     return StepLoss(loss, chosen_rewards, rejected_rewards, anchor, u, v)
 
@@ -142,11 +144,12 @@ def step_dpo_loss(
     beta: float = 0.1,
     anchor_lambda: float = 0.0,
 ) -> StepLoss:
-    """Step-DPO (Lai et al. 2024, arXiv 2406.18629, eq. 3): after the shared prefix only the first step of each side counts.
+    """Step-DPO (Lai et al. 2024, arXiv 2406.18629, eq. 3): DPO on the first step after the prefix.
 
         loss = -log sigmoid(beta D_1(chosen) - beta D_1(rejected))
 
-    All inputs (B, K). The scores serve the anchor alone, which is that of stepwise_loss with agg sum; the paper has none."""
+    All inputs (B, K). Only the anchor uses the scores. It is the anchor of stepwise_loss with agg
+    sum; the paper has none."""
     first = torch.zeros_like(chosen_logratios)
     first[:, 0] = 1
     u, v = first * chosen_mask, first * rejected_mask
@@ -168,74 +171,81 @@ def full_step_dpo_loss(
     anchor_lambda: float = 0.0,
     tau: float = 0.5,
 ) -> StepLoss:
-    """Full-Step-DPO (Xu et al. 2025, arXiv 2502.14356; weights as in the authors' code). All inputs (B, K).
+    """Full-Step-DPO (Xu et al. 2025, arXiv 2502.14356; weights as in the authors' code).
 
         u_k = sigmoid(-D_k) softmax_k(tau a_k)        v_k = sigmoid(D_k) softmax_k(-tau b_k)
-        loss = -sigmoid(-(R_w - R_l)) (sum_k u_k D_k - sum_k v_k D_k),        R = beta sum_k D_k
+        R = beta sum_k D_k
+        loss = -sigmoid(-(R_w - R_l)) (sum_k u_k D_k - sum_k v_k D_k)
 
-    where neither u, v nor the first factor pass a gradient: this is the gradient of DPO with its two sides weighted step by step,
-    and the value of the loss means nothing (0 at pi = pi_ref). The authors write log pi for the D outside of the factors: the same
-    gradient. beta stands in the first factor only. The anchor is that of stepwise_loss with agg sum, taken from R_w (with beta)
-    and from sum u D (without); the paper has none."""
+    All inputs (B, K). No gradient flows through u, v and the first factor: the gradient is that of
+    DPO with both sides weighted step by step, and the value of the loss has no meaning (it is 0 at
+    pi = pi_ref). The authors write log pi instead of D in the second factor, which gives the same
+    gradient. beta occurs in the first factor only. The anchor is that of stepwise_loss with agg
+    sum; it is subtracted from R_w (with beta) and from sum u D (without beta). The paper has
+    none."""
 
-    def softmax(values, mask):  # over the steps that are there; a response without any gives 0
+    def softmax(values: Tensor, mask: Tensor) -> Tensor:
+        """Over the steps in the mask; 0 for a response without any."""
         return torch.softmax(values.masked_fill(~mask, torch.finfo(values.dtype).min), 1) * mask
 
     with torch.no_grad():
         u = torch.sigmoid(-chosen_logratios) * softmax(tau * chosen_scores, chosen_mask)
         v = torch.sigmoid(rejected_logratios) * softmax(-tau * rejected_scores, rejected_mask)
     total = AGGREGATIONS["sum"]
-    chosen_rewards, rejected_rewards = (
-        beta * total(chosen_logratios, chosen_mask),
-        beta * total(rejected_logratios, rejected_mask),
-    )
+    chosen_rewards = beta * total(chosen_logratios, chosen_mask)
+    rejected_rewards = beta * total(rejected_logratios, rejected_mask)
     pull = anchor_lambda * good_step_losses(chosen_logratios, chosen_scores, chosen_mask)
     gate = torch.sigmoid(rejected_rewards - chosen_rewards + beta * pull).detach()
-    loss = -gate * (
-        total(u * chosen_logratios, chosen_mask)
-        - total(v * rejected_logratios, rejected_mask)
-        - pull
-    )
+    weighted_chosen = total(u * chosen_logratios, chosen_mask)
+    weighted_rejected = total(v * rejected_logratios, rejected_mask)
+    loss = -gate * (weighted_chosen - weighted_rejected - pull)
     return StepLoss(loss, chosen_rewards, rejected_rewards, beta * pull, u, v)
 
 
-# --- step PPO. Shapes: B rows; T action tokens of the longest row, padded; a mask (B, T) of bools says which are there. ---
+# --- step PPO. Shapes: B trajectories; T tokens of the longest one; a mask is False for padding ---
 
 
 def gae(
     rewards: Tensor, values: Tensor, last: Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16) for episodes of one step each.
+    """Generalized advantage estimation (Schulman et al. 2016, arXiv 1506.02438, eq. 16) per step.
 
-        delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}        return_t = A_t + V_t
+        delta_t = r_t + gamma V_{t+1} - V_t
+        A_t = delta_t + gamma lam A_{t+1}
+        return_t = A_t + V_t
 
-    where at the last token of a step there is neither V_{t+1} nor A_{t+1}: nothing flows back from what follows a step. rewards,
-    values (B, T): r_t of token t, and what the text before it promises; last (B, T) bools: the last token of each step, so that a
-    row may hold several steps. Returns (advantages, returns), each (B, T); padding has numbers without meaning."""
+    An episode is one step: at its last token V_{t+1} and A_{t+1} are 0, so later steps do not
+    change its advantages. rewards, values (B, T): r_t of token t, and V_t of the text before token
+    t; last (B, T) bools: True at the last token of each step (a trajectory may hold several steps).
+    Returns (advantages, returns), each (B, T); the numbers at padding have no meaning."""
     advantages, later = torch.zeros_like(values), torch.zeros_like(values[:, 0])
     for t in reversed(range(values.size(1))):
-        goes_on = (~last[:, t]).to(values.dtype)
+        inside = (~last[:, t]).to(values.dtype)  # 0 at the end of a step
         next_value = values[:, t + 1] if t + 1 < values.size(1) else torch.zeros_like(later)
-        delta = rewards[:, t] + gamma * goes_on * next_value - values[:, t]
-        advantages[:, t] = later = delta + gamma * lam * goes_on * later
+        delta = rewards[:, t] + gamma * inside * next_value - values[:, t]
+        advantages[:, t] = later = delta + gamma * lam * inside * later
     return advantages, advantages + values
 
 
 def whiten(advantages: Tensor, mask: Tensor, least_std: float = 0.1) -> Tensor:
-    """(A - mean) / max(std, least_std) over all tokens that are there, (B, T). Rewards lie in 0..1: differences far below least_std
-    are noise, and are not blown up to the size of a signal."""
-    there = advantages[mask]
-    return (advantages - there.mean()) / there.std(correction=0).clamp(min=least_std)
+    """(A - mean) / max(std, least_std) over all tokens in the mask, (B, T).
+
+    Rewards are in 0..1: differences far below least_std are noise, and the floor keeps them
+    small."""
+    known = advantages[mask]
+    return (advantages - known.mean()) / known.std(correction=0).clamp(min=least_std)
 
 
 def ppo_policy_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, cliprange: float = 0.2
 ) -> tuple[Tensor, Tensor]:
-    """The clipped objective of PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7), to be minimized. All (B, T), log-probs in nats.
+    """The clipped objective of PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7), minimized.
 
-        ratio = exp(log pi - log pi_old)        loss = max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps))
+        ratio = exp(log pi - log pi_old)
+        loss = max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps))
 
-    Returns (loss of every token, whether it is clipped, which means that it has no gradient)."""
+    All (B, T), log-probs in nats. Returns (loss of every token, whether it is clipped); a clipped
+    token has no gradient."""
     ratio = torch.exp(logps - old_logps)
     free, bound = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     return torch.maximum(free, bound), bound > free
@@ -244,18 +254,20 @@ def ppo_policy_loss(
 def ppo_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float = 0.2
 ) -> tuple[Tensor, Tensor]:
-    """The clipped value loss that PPO's authors use in code (openai/baselines, ppo2). All (B, T), in units of reward.
+    """The clipped value loss in the code of PPO's authors (openai/baselines, ppo2).
 
         loss = 1/2 max((V - return)^2, (clip(V, V_old - eps, V_old + eps) - return)^2)
 
-    Returns (loss of every token, whether it is clipped, which means that it has no gradient)."""
+    All (B, T), in units of reward. Returns (loss of every token, whether it is clipped); a clipped
+    token has no gradient."""
     near = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     free, bound = (values - returns) ** 2, (near - returns) ** 2
     return 0.5 * torch.maximum(free, bound), bound > free
 
 
 def approximate_kl(logps: Tensor, old_logps: Tensor) -> Tensor:
-    """KL(pi_old || pi) of every sampled token, (B, T), in nats: ratio - 1 - log ratio, unbiased and never negative (Schulman 2020,
-    joschu.net/blog/kl-approx.html)."""
+    """KL(pi_old || pi) of every sampled token, (B, T), in nats: ratio - 1 - log ratio.
+
+    Unbiased and never negative (Schulman 2020, joschu.net/blog/kl-approx.html)."""
     log_ratio = logps - old_logps
     return torch.expm1(log_ratio) - log_ratio

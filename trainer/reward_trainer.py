@@ -1,16 +1,20 @@
-"""Training of a response reward model on ranked groups: TRL's RewardTrainer on all pairs of a group.
+"""Training of a response reward model: TRL's RewardTrainer on all pairs of a ranked group.
 
-    model = from_causal_lm(model, tokenizer, question="Right?")          # reward_model/response_reward_model.py
+    model = from_causal_lm(model, tokenizer, question="Right?")  # response_reward_model.py
     config = ResponseRewardConfig("saved_model/mine", num_train_epochs=1)
-    ResponseRewardTrainer(model=model, args=config, train_dataset=Dataset.from_list(groups), processing_class=tokenizer).train()
+    rows = Dataset.from_list(groups)  # RankedGroup of reasoning/datasets/ranking.py, as dicts
+    ResponseRewardTrainer(model, config, tokenizer, train_dataset=rows).train()
 
-loss = -mean over the pairs of a batch of log sigmoid(r_better - r_worse - m), m = rank_margin * (rank_worse - rank_better), and
-center_rewards_coefficient * mean of (r_better + r_worse)^2, if it is given. All pairs of a group: Ouyang et al. 2022 (arXiv
-2203.02155, equation 1); the margin: Touvron et al. 2023 (arXiv 2307.09288, equation 2); centering: Eisenstein et al. 2023 (arXiv
-2312.09244, equation 2). Responses become ids in reward_model/response_reward_model.py, for training as for scoring.
+loss = -mean over the pairs of a batch of log sigmoid(r_better - r_worse - m)
+       + center_rewards_coefficient * mean of (r_better + r_worse)^2
+m = rank_margin * (rank_worse - rank_better)
 
-The pairs of a group come one after the other, so that most of its answers are in one batch, and there each is read once (Ouyang et
-al., section 3.5: a forward pass an answer, not two a pair).
+All pairs of a group: Ouyang et al. 2022 (arXiv 2203.02155, equation 1); the margin: Touvron et al.
+2023 (arXiv 2307.09288, equation 2); centering: Eisenstein et al. 2023 (arXiv 2312.09244, equation
+2). Training and scoring use the same ids (reward_model/response_reward_model.py).
+
+The pairs of a group follow each other, so most of a group is in one batch, and the model reads each
+answer of a batch once (Ouyang et al., section 3.5: one forward pass an answer, not two a pair).
 """
 
 import itertools
@@ -24,6 +28,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import RewardConfig, RewardTrainer, get_peft_config
@@ -45,7 +50,7 @@ from reward_model.response_reward_model import (
     load_reward_model,
     longest,
 )
-from trainer.defaults import MiniatureDefaults
+from trainer.defaults import MiniatureDefaults, check_numbers
 from trainer.session import DataArgs, Recipe, Training
 
 logger = get_logger(__name__)
@@ -53,50 +58,50 @@ logger = get_logger(__name__)
 
 @dataclass
 class ResponseRewardConfig(MiniatureDefaults, RewardConfig):
-    """RewardConfig of a response reward model. Raises ValueError for values that make no sense."""
+    """RewardConfig of a response reward model. Raises ValueError for impossible values."""
 
     learning_rate: float = field(default=1.5e-4, metadata={"help": "Peak learning rate of AdamW."})
     num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the data."})
     per_device_train_batch_size: int = field(
-        default=24, metadata={"help": "Pairs a device sees at once: six of a group of four."}
+        default=24,
+        metadata={"help": "Pairs in a training batch of a device; a group of four gives six."},
     )
     rank_margin: float = field(
         default=0.0,
-        metadata={
-            "help": "Margin in the loss, for each rank that the two of a pair are apart; 0: none."
-        },
+        metadata={"help": "Margin in the loss for a rank difference of 1, in reward; 0: none."},
     )
     question: str = field(
         default=PLAIN_QUESTION,
         metadata={
-            "help": "Stands after the response where training starts from a causal LM, whose 'Yes' and 'No' the head begins "
-            "with; '': the end-of-text token. Chat models, encoders and PRMs have formats of their own, a reward model goes on "
-            "with its."
+            "help": "Question after the response, if training starts from a causal LM: the head "
+            "starts as the logit of 'Yes' minus that of 'No'. '': the end-of-text token instead. "
+            "Chat models, encoders and PRMs use their own formats, a reward model keeps its format."
         },
     )
     shuffle_ranks: bool = field(
         default=False,
-        metadata={
-            "help": "The control: each training group's ranks are dealt out to its answers by chance."
-        },
+        metadata={"help": "A control: permute the ranks of each training group at random."},
     )
 
-    def __post_init__(self):
-        self.check_numbers("rank_margin", "center_rewards_coefficient", least="0 or more")
+    def __post_init__(self) -> None:
+        check_numbers(self, "rank_margin", "center_rewards_coefficient", least="of 0 or more")
         if self.max_length is not None and self.max_length < 16:
             raise ValueError(f"max_length: expected 16 tokens or more, got {self.max_length}")
         super().__post_init__()
 
 
 def pairs_of(ranks: list[int]) -> list[tuple[int, int]]:
-    """(better, worse) of all answers that do not share a rank, by their places."""
-    places = itertools.combinations(range(len(ranks)), 2)
-    return [(i, j) if ranks[i] < ranks[j] else (j, i) for i, j in places if ranks[i] != ranks[j]]
+    """(index of the better, index of the worse) of all answers with different ranks."""
+    indices = itertools.combinations(range(len(ranks)), 2)
+    return [(i, j) if ranks[i] < ranks[j] else (j, i) for i, j in indices if ranks[i] != ranks[j]]
 
 
 class GroupSampler(torch.utils.data.Sampler):
-    """All rows, the groups of `sizes` rows in random order, another one every epoch; groups whose `lengths` are alike are near each
-    other, so that batches need little padding (a fifth less to compute for data/answers.csv)."""
+    """All pairs, group by group, in another random order every epoch.
+
+    sizes: the number of pairs of each group; lengths: of its longest answer, in tokens. Groups of
+    similar length come close to each other, so that batches need little padding (a fifth less
+    compute on data/answers.csv)."""
 
     def __init__(self, sizes: list[int], lengths: list[int], seed: int):
         ends = itertools.accumulate(sizes)
@@ -116,33 +121,39 @@ class GroupSampler(torch.utils.data.Sampler):
 
 
 class ResponseRewardTrainer(RewardTrainer):
-    """RewardTrainer on rows of RankedGroup; takes the same arguments, with a ResponseRewardConfig, a model that is loaded, and its
-    tokenizer. peft_config: an adapter is trained, and the head with it.
+    """RewardTrainer on rows of RankedGroup; same arguments, with a ResponseRewardConfig.
 
-    `balance` says how many pairs there are, of what. Raises ValueError if there are none."""
+    model: a loaded reward model; processing_class: its tokenizer; peft_config: trains an adapter,
+    together with the head. `balance` describes the pairs. Raises ValueError if there are none."""
 
     _tag_names: list[str] = ["trl", "reward-trainer", "reasoning"]  # noqa: RUF012 (as in TRL)
 
     def __init__(
-        self, model, args: ResponseRewardConfig, processing_class=None, peft_config=None, **kwargs
+        self,
+        model: Any,
+        args: ResponseRewardConfig,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        **kwargs: Any,
     ):
         limits = args.max_length, longest(model, processing_class)
-        self.format = ResponseTokens(
-            processing_class, min(filter(None, limits), default=None), *format_of(model)
-        )
-        self.balance, self.sizes, self.lengths = "", [], []
+        max_length = min(filter(None, limits), default=None)
+        self.format = ResponseTokens(processing_class, max_length, *format_of(model))
+        self.balance = ""
+        self.sizes: list[int] = []  # of the training groups, in pairs
+        self.lengths: list[int] = []  # the longest answer of each, in tokens
         if peft_config is not None:
-            head = head_names(model)
             peft_config.task_type = "SEQ_CLS"
-            peft_config.exclude_modules = peft_config.modules_to_save = (
-                head  # trained and saved whole
-            )
+            # the head is trained and saved whole
+            peft_config.exclude_modules = peft_config.modules_to_save = head_names(model)
         super().__init__(
             model, args, processing_class=processing_class, peft_config=peft_config, **kwargs
         )
 
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        """Groups to pairs of ids. What is cut is said."""
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: ResponseRewardConfig, dataset_name: str
+    ) -> Any:
+        """Groups to pairs of ids; count ties, cut answers and pairs that are then equal."""
         if "chosen_ids" in dataset.column_names:
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         groups = [RankedGroup.from_row(row) for row in dataset]
@@ -154,7 +165,7 @@ class ResponseRewardTrainer(RewardTrainer):
         encoded = self.format.encode(
             [(group.prompt, answer) for group in groups for answer in group.answers]
         )
-        rows, sizes, lengths, ties, alike, rest = [], [], [], 0, 0, iter(encoded)
+        rows, sizes, lengths, ties, equal, rest = [], [], [], 0, 0, iter(encoded)
         for group in groups:
             ids = [next(rest)[0] for _ in group.answers]
             pairs = pairs_of(group.ranks)
@@ -162,8 +173,8 @@ class ResponseRewardTrainer(RewardTrainer):
             lengths.append(max(map(len, ids)))
             ties += math.comb(len(ids), 2) - len(pairs)
             for better, worse in pairs:
-                alike += ids[better] == ids[worse]
-                row = {"chosen_ids": ids[better], "rejected_ids": ids[worse]}
+                equal += ids[better] == ids[worse]
+                row: dict[str, Any] = {"chosen_ids": ids[better], "rejected_ids": ids[worse]}
                 if args.rank_margin:
                     row["margin"] = args.rank_margin * (group.ranks[worse] - group.ranks[better])
                 rows.append(row)
@@ -172,42 +183,44 @@ class ResponseRewardTrainer(RewardTrainer):
                 f"{dataset_name}: none of {len(groups)} groups gives a pair: all ranks are ties"
             )
         cut = sum(over > 0 for _, over in encoded)
-        said = f"{len(rows)} pairs of {len(encoded)} answers" + (
-            f", {ties} ties left out" if ties else ""
-        )
+        balance = f"{len(rows)} pairs of {len(encoded)} answers"
+        if ties:
+            balance += f", {ties} ties left out"
         if cut:
-            said += f"; {cut} answers are over {self.format.max_length} tokens with their prompt and lose its beginning"
-        if alike:
-            said += f"; {alike} pairs are alike after that"
+            balance += (
+                f"; {cut} answers are over {self.format.max_length} tokens with their prompt and "
+                "lose tokens at its start"
+            )
+        if equal:
+            balance += f"; {equal} pairs are equal after that"
         if dataset_name == "train":
-            self.balance, self.sizes, self.lengths = said, sizes, lengths
+            self.balance, self.sizes, self.lengths = balance, sizes, lengths
         elif cut:
-            logger.warning(f"{dataset_name}: {said}")
+            logger.warning(f"{dataset_name}: {balance}")
         return Dataset.from_list(rows)
 
-    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.sizes and self.args.train_sampling_strategy == "random":
             return GroupSampler(self.sizes, self.lengths, self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        """RewardTrainer's, of a model that reads what stands in the batch several times once."""
+    def compute_loss(self, model: Any, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+        """RewardTrainer's loss; the model reads equal texts of a batch only once."""
 
-        def each_once(input_ids, attention_mask, **rest):
-            texts, place = torch.unique(
-                torch.cat([input_ids, attention_mask], 1), dim=0, return_inverse=True
-            )
+        def read_once(input_ids: Tensor, attention_mask: Tensor, **rest: Any) -> Any:
+            both = torch.cat([input_ids, attention_mask], 1)
+            texts, index = torch.unique(both, dim=0, return_inverse=True)
             ids, mask = texts.chunk(2, dim=1)
             outputs = model(input_ids=ids, attention_mask=mask, **rest)
-            outputs.logits = outputs.logits[place]
+            outputs.logits = outputs.logits[index]
             return outputs
 
-        return super().compute_loss(each_once, inputs, *args, **kwargs)
+        return super().compute_loss(read_once, inputs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save and is_peft_model(self.model):
-            # it names the question
+            # the config has the question
             self.model.config.save_pretrained(output_dir or self.args.output_dir)
 
 
@@ -215,9 +228,9 @@ class ResponseRewardTrainer(RewardTrainer):
 
 
 def read_ranked(recipe: Recipe, args: DataArgs) -> list[RankedGroup]:
-    """The training groups of a table of ranked answers, or preference pairs of texts as groups of two.
+    """The training groups of a table of ranked answers; pairs of texts become groups of two.
 
-    Raises RecordError or UserError, also for a held-out problem."""
+    Raises RecordError, or UserError for a held-out problem."""
     name = args.dataset_name
     records = _groups_of_table(name) if file_type(name) == ".csv" else _groups_of_pairs(args)
     refuse_held_out(name, records)
@@ -231,10 +244,10 @@ def _groups_of_table(name: str) -> list[RankedGroup]:
     kept = [row for row in rows if row.split in ("", "train")]
     if len(kept) < len(rows):
         print(f"{len(rows) - len(kept)} rows of {name} left out: not of the split train")
-    records = [
-        RankedGroup(prompt, [row.answer for row in ranked], [row.rank for row in ranked])
-        for (prompt, _), ranked in groups(kept).items()
-    ]
+    records = []
+    for (prompt, _), ranked in groups(kept).items():
+        ranks = [row.rank for row in ranked if row.rank is not None]  # all have one
+        records.append(RankedGroup(prompt, [row.answer for row in ranked], ranks))
     if not records:
         raise UserError(f"{name}: none of its {len(rows)} rows is ranked and of the split train")
     return records
@@ -256,16 +269,18 @@ def _make_trainer(training: Training) -> ResponseRewardTrainer:
 
 
 def _start(training: Training) -> dict[str, Any]:
-    """What to start from: a reward model that is trained further, an encoder, or a causal LM made into
-    a reward model. An adapter is merged into its base; with --use_peft that of a reward model is trained
-    further. Raises ValueError or ModelError."""
+    """The model to start from: a reward model, an encoder, or a causal LM with a new head.
+
+    With --use_peft the adapter of a reward model is trained further; any other adapter is merged
+    into its base. Raises ValueError or ModelError."""
     name, model_args = training.model, training.model_args
     dtype, revision = training.weights_dtype("a reward model"), model_args.model_revision
     peft_config = get_peft_config(model_args)
     base, is_adapter = base_of(name, revision)
-    (kind, *_) = PreTrainedConfig.get_config_dict(base)[0].get("architectures") or [""]
-    is_causal_lm = kind.endswith(("ForCausalLM", "LMHeadModel"))
-    is_causal_lm = is_causal_lm and not (is_adapter and is_reward_adapter(name))
+    (architecture, *_) = PreTrainedConfig.get_config_dict(base)[0].get("architectures") or [""]
+    is_causal_lm = architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    if is_adapter and is_reward_adapter(name):
+        is_causal_lm = False  # its base is one
     if is_causal_lm:
         model, tokenizer = load_model(name, dtype, revision=revision)
     else:
@@ -274,8 +289,8 @@ def _start(training: Training) -> dict[str, Any]:
     if is_peft_model(model) and model_args.use_peft:
         if is_causal_lm:
             raise ValueError(
-                "it is an adapter, and a reward model's adapter needs a base that is on disk: leave "
-                "out --use_peft"
+                "it is an adapter, and the new adapter needs a base that is on disk: leave out "
+                "--use_peft"
             )
         peft_config = None
     else:
@@ -307,6 +322,7 @@ RECIPE = Recipe(
     },
     bar={"loss": "loss", "accuracy": "pairwise accuracy"},
     model="models/prm-mini",
-    use="It scores whole responses: `python reward_model/score_responses.py score --scorer FOLDER`.",
+    use="It scores whole responses: "
+    "`python reward_model/score_responses.py score --scorer FOLDER`.",
     read=read_ranked,
 )

@@ -1,12 +1,13 @@
-"""What all trainings share: arguments, data, resuming, writing the model, its card and its log.
+"""What all trainings share: arguments, data, resuming, and writing the model, its card and its log.
 
-Each trainer module exports one `Recipe`; `train` runs it. The training script hands in what lies in
-higher layers: a function that plots a log, and one that measures accuracy.
+Each trainer module exports one `Recipe`, and `train` runs it. The training script passes two
+functions from a higher layer: one plots the log, one measures accuracy.
 """
 
 import copy
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -18,27 +19,38 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
+import torch
+import transformers
+from datasets import Dataset
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, ProgressCallback
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
 from common.cli import check_input, check_model, check_output, parse_args
 from common.errors import RecordError, UserError
 from common.files import Readable, at_root, to_line, write_text
+from lm.loading import base_of, load_model, load_weights, merge_adapter, pick_device
 from reasoning.datasets.loading import load_records
 from reasoning.splits import held_out_prompts, is_kept_out
 
-# in the output folder: what this training is, so that the same command resumes it
+# in the output folder: describes the training, so that the same command resumes it
 JOB = "training_job.json"
-FINISHED = ("config.json", "adapter_config.json")  # one of them is written last of all
+# the last file of a finished training
+FINISHED = ("config.json", "adapter_config.json")
+# all files of a training, for `clear`
 WRITTEN = (
     *("checkpoint-*", "*.safetensors", "*.safetensors.index.json", "*.bin", "tokenizer*"),
     *("chat_template.jinja", "generation_config.json", JOB, "README.md", *FINISHED),
 )
+# beginnings of the names of settings that do not change the weights
 NOT_THE_JOB = (
     *("logging", "log_", "hub_", "push_", "save_", "report_to", "run_name", "disable_tqdm"),
     *("output_dir", "resume", "eval"),
-    *("threads", "judge_requests", "judge_cache"),  # of a judge: they change no score
+    *("threads", "judge_requests", "judge_cache"),
 )
 ANSWERS = (
-    "The model answers the prompt template of `lm/text_encoding.py`, one step a line, "
-    "`Answer: ` last."
+    "It answers the prompt template of `lm/text_encoding.py`: one step a line, then `Answer: ...`."
 )
 CARD = """---
 library_name: {library}
@@ -63,10 +75,10 @@ class DataArgs:
     dataset_name: str = field(
         default=at_root("data/rewarded.jsonl"),
         metadata={
-            "help": "dpo: scored pairs; sft: problems with steps, or pairs; prm: values or labels of "
-            "steps; ppo: values of steps, or problems; reward: ranked answers, or pairs. A file, a "
-            "folder, or the name of a data set on the hub, of any shape that "
-            "reasoning/datasets/shapes.py knows"
+            "help": "a file, a folder, or the name of a data set on the hub, in any shape that "
+            "reasoning/datasets/shapes.py reads. dpo: scored pairs; sft: problems with steps, or "
+            "pairs; prm: step values or step labels; ppo: step values, or problems; reward: ranked "
+            "answers, or pairs"
         },
     )
     dataset_config: str | None = field(
@@ -78,24 +90,23 @@ class DataArgs:
     )
     logs_dir: str = field(
         default=at_root("logs"),
-        metadata={"help": "folder of the logs; a run writes <its name>/log.json and training.png"},
+        metadata={"help": "folder of the logs; a run writes <run name>/log.json and training.png"},
     )
     overwrite: bool = field(
-        default=False,
-        metadata={"help": "replace what a finished or another training left in output_dir"},
+        default=False, metadata={"help": "replace a finished or a different training in output_dir"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"argument --limit: expected 1 or more, got {self.limit}")
 
 
 def read_dataset(recipe: "Recipe", args: DataArgs) -> list:
-    """All rows of the data set as records of the recipe, each checked.
+    """All rows of the data set as checked records of the recipe's class.
 
-    Raises RecordError or UserError, also for a row of a held-out problem."""
-    name, dropped = args.dataset_name, Counter()
-    held_out, records = held_out_prompts(), []
+    Raises RecordError for a bad row, UserError for a held-out problem."""
+    name, held_out, records = args.dataset_name, held_out_prompts(), []
+    dropped: Counter[str] = Counter()  # reason -> number of rows
     source = (name, args.dataset_config, args.dataset_train_split)
     for where, record in load_records(recipe.kinds, *source, dropped):
         try:
@@ -114,24 +125,24 @@ def read_dataset(recipe: "Recipe", args: DataArgs) -> list:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that one command of train.py is."""
+    """Everything that distinguishes one command of train.py from the others."""
 
     command: str
-    description: str  # of --help
-    config: type  # the dataclass of its arguments
-    record: type[Readable]  # a row of the data
-    noun: str  # what rows are called: pairs, solutions
-    kinds: tuple[str, ...]  # of records that the data may hold (reasoning/datasets), best first
-    data: str  # the default data set, and the command that makes it
-    made_by: str
+    description: str  # the first line of --help
+    config: type  # the dataclass of the command's own arguments
+    record: type[Readable]  # the class of a row of the data
+    noun: str  # the plural name of the rows: pairs, solutions
+    kinds: tuple[str, ...]  # of records (reasoning/datasets/shapes.py), the preferred kind first
+    data: str  # the default data set
+    made_by: str  # the command that makes the default data set
     output_dir: str
     make_trainer: Callable[["Training"], Any]
-    title: Callable[[Any], str]  # config -> what this training is, up to "on 512 pairs"
+    title: Callable[[Any], str]  # config -> the start of a title that ends in "512 pairs of ..."
     tags: str  # of the model card
-    columns: dict[str, str]  # the closing table: name in the trainer's log -> words
-    bar: dict[str, str] = field(default_factory=dict)  # the same, beside the progress bar
+    columns: dict[str, str]  # log key -> words, of the closing table
+    bar: dict[str, str] = field(default_factory=dict)  # log key -> word, beside the progress bar
     model: str = "models/policy-mini"  # the default model to start from
-    use: str = ANSWERS  # what the trained model is for
+    use: str = ANSWERS  # the sentence of the card about how to use the model
     read: Callable[["Recipe", DataArgs], list] = read_dataset
 
 
@@ -142,18 +153,12 @@ def train(
     accuracy: Callable[[str, int], Callable] | None = None,
     callbacks: Sequence[Any] = (),
 ) -> None:
-    """Train as the recipe and the arguments say, and write model, card and log.
+    """Train by a recipe and arguments from a command line; write the model, its card and the log.
 
-    plot(log history, path, title): draws the log, returns whether there was anything to draw.
-    accuracy(file of problems, limit): a function of a policy that measures its greedy accuracy.
-    callbacks: of transformers' trainers. Raises UserError."""
-    # remarks of libraries to each other, before they can be silenced by name
+    plot(log history, path, title): draws the log, returns False if there is nothing to draw.
+    accuracy(file of problems, limit): returns a function that measures a policy's greedy accuracy.
+    callbacks: for transformers' trainers. Raises UserError."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from trl import ModelConfig  # seconds: after the checks of the command
-
-    from lm.loading import pick_device
-
     device, bf16 = pick_device()
     defaults = {
         "dataset_name": at_root(recipe.data),
@@ -163,9 +168,8 @@ def train(
         "bf16": bf16,
     }
     classes = (DataArgs, recipe.config, ModelConfig)
-    args, config, model_args = parse_args(
-        *classes, description=recipe.description, args=argv, defaults=defaults
-    )
+    shown = {"description": recipe.description, "command": recipe.command}
+    args, config, model_args = parse_args(*classes, **shown, args=argv, defaults=defaults)
     if args.dataset_name == defaults["dataset_name"]:
         check_input(args.dataset_name, recipe.made_by)
     rows = recipe.read(recipe, args)
@@ -175,10 +179,11 @@ def train(
 
 
 class Training:
-    """One training, from parsed arguments to a written model. config: of the recipe's class;
-    model_args: TRL's ModelConfig; rows: what `recipe.read` gave; stack: closes what a trainer opens.
+    """One training, from parsed arguments to a written model.
 
-    All mistakes of a user are found here, before anything is loaded or written: raises UserError."""
+    config: an instance of recipe.config; model_args: TRL's ModelConfig; rows: the result of
+    recipe.read; stack: closes what a trainer opens. The constructor checks the arguments before
+    anything is loaded or written: it raises UserError."""
 
     def __init__(
         self,
@@ -204,7 +209,7 @@ class Training:
                 f"{args.dataset_name}: its {len(rows)} {recipe.noun} leave none for {missing}"
             )
         if Path(self.model).is_dir():
-            # an adapter names its base: by a path that is valid everywhere on this machine
+            # absolute, because an adapter stores the path of its base
             self.model = str(Path(self.model).resolve())
             if self.folder.resolve() == Path(self.model):
                 raise UserError(
@@ -212,13 +217,12 @@ class Training:
                     "give another one"
                 )
         self.job = self._job()
-        self.checkpoint = where_to_begin(
-            self.folder, self.job, args.overwrite, config.resume_from_checkpoint
-        )
+        resume = config.resume_from_checkpoint
+        self.checkpoint = checkpoint_to_resume(self.folder, self.job, args.overwrite, resume)
         check_output(str(self.log_file), overwrite=True)
 
     def _job(self) -> dict:
-        """All that decides what comes out of the training."""
+        """The command, the data and all settings that change the trained weights."""
         noun, settings = self.recipe.noun, self.config.to_dict()
         job = {
             "command": self.recipe.command,
@@ -234,11 +238,8 @@ class Training:
     # --- the trainer ---
 
     def build(self) -> Any:
-        """The recipe's trainer. Raises UserError if the model cannot be loaded, or cannot be trained
-        as the arguments say."""
+        """Make the trainer. Raises UserError if the model cannot be loaded or trained this way."""
         silence_libraries()
-        from safetensors import SafetensorError
-
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(self.log_file.parent))
         try:
             return self.recipe.make_trainer(self)
@@ -246,25 +247,25 @@ class Training:
             raise
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             name = self.model_args.model_name_or_path
-            raise UserError(f"{name}: cannot be trained so: {error}") from None
+            raise UserError(f"{name}: cannot be trained this way: {error}") from None
 
     def datasets(self) -> dict[str, Any]:
-        """`train_dataset` and `eval_dataset`."""
-        from datasets import Dataset
+        """`train_dataset`, and `eval_dataset` of the kept-out rows (None without evaluation)."""
+
+        def as_dataset(rows: list) -> Dataset:
+            return Dataset.from_list(list(map(asdict, rows)))
 
         evaluates = self.config.eval_strategy != "no"
         return {
-            "train_dataset": Dataset.from_list(list(map(asdict, self.rows))),
-            "eval_dataset": Dataset.from_list(list(map(asdict, self.kept_out)))
-            if evaluates
-            else None,
+            "train_dataset": as_dataset(self.rows),
+            "eval_dataset": as_dataset(self.kept_out) if evaluates else None,
         }
 
     def weights_dtype(self, kind: str) -> Any:
-        """The torch.dtype of the weights that training starts from. Raises ValueError if they are to be
-        quantized, which a model of this kind cannot be."""
-        import torch
+        """The torch.dtype in which the model to start from is loaded.
 
+        kind: the kind of model, for the message. Raises ValueError for --load_in_4bit and
+        --load_in_8bit."""
         args = self.model_args
         if args.load_in_4bit or args.load_in_8bit:
             raise ValueError(
@@ -274,26 +275,23 @@ class Training:
         return getattr(torch, "float32" if args.dtype in (None, "auto") else args.dtype)
 
     def set_attention(self, model: Any) -> None:
-        """Use the attention that --attn_implementation names."""
+        """Apply --attn_implementation to a loaded model."""
         if self.model_args.attn_implementation:
             model.set_attn_implementation(self.model_args.attn_implementation)
 
     def start_policy(self, needs_reference: bool = False) -> dict[str, Any]:
-        """The arguments of TRL's trainers that say what to start from: the name of a model that has all
-        its weights, or a loaded adapter."""
-        from transformers import AutoModelForCausalLM
-        from trl import get_peft_config, get_quantization_config
+        """The model to start from, as arguments of TRL's trainers: a name, or a loaded adapter.
 
-        from lm.loading import base_of, load_weights
-
+        needs_reference: the trainer compares the policy with a reference. Raises ValueError if
+        weights are missing."""
         config, args = self.config, self.model_args
         hub = {"revision": args.model_revision, "trust_remote_code": config.trust_remote_code}
-        start = {
+        start: dict[str, Any] = {
             "peft_config": get_peft_config(args),
             "quantization_config": get_quantization_config(args),
         }
         if base_of(self.model, args.model_revision)[1]:
-            config.model_init_kwargs = None  # TRL's, for a model that it loads by name
+            config.model_init_kwargs = None  # TRL refuses it for a loaded model
             return start | self._adapter(needs_reference, hub)
         config.model_init_kwargs = {
             "revision": args.model_revision,
@@ -301,18 +299,17 @@ class Training:
             "dtype": args.dtype,
             **(config.model_init_kwargs or {}),
         }
-        # on the meta device: only whether all weights are there
+        # on the meta device: this only checks that no weight is missing
         load_weights(AutoModelForCausalLM, self.model, device_map="meta", **hub)
         return start | {"model": self.model}
 
     def _adapter(self, needs_reference: bool, hub: dict) -> dict[str, Any]:
-        """With --use_peft the adapter itself is trained, and TRL keeps a copy of it as the reference.
-        Else it is merged into its base (in float32: 16 bits would round much of it away); the reference
-        is a copy too, for TRL would load one from disk, which is the base without the adapter."""
-        import torch
+        """The arguments of TRL's trainers to start from an adapter.
 
-        from lm.loading import load_model, merge_adapter
-
+        With --use_peft the adapter itself is trained, and TRL keeps a copy of it as the reference.
+        Without it the adapter is merged into its base, in float32, because 16 bits would round much
+        of it away. The reference is then a copy of the merged model, because TRL would load it from
+        disk: the base without the adapter."""
         args = self.model_args
         dtype = "float32" if args.dtype in (None, "auto") else args.dtype
         if args.use_peft:
@@ -341,9 +338,10 @@ class Training:
         self._announce(trainer, note, say)
         for callback in callbacks:
             trainer.add_callback(callback)
-        # a trainer that is not transformers' has a progress bar of its own
+        # step PPO shows a progress bar of its own
         if recipe.bar and not config.disable_tqdm:
-            replace_progress_bar(trainer, recipe.bar)
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(ProgressBar(recipe.bar))
 
         started = time.monotonic()
         checkpoint = None if self.checkpoint is None else str(self.checkpoint)
@@ -352,11 +350,11 @@ class Training:
 
         state = trainer.state
         history = [log for log in state.log_history if "loss" in log]
-        rows = [
-            (word, history[0][name], history[-1][name])
-            for name, word in recipe.columns.items()
-            if history and name in history[0]
-        ]
+        rows = []
+        for name, word in recipe.columns.items():
+            values = [log[name] for log in history if name in log]
+            if values:
+                rows.append((word, values[0], values[-1]))
         dataset = Path(self.args.dataset_name).name
         title = f"{recipe.title(config)} {len(self.rows)} {recipe.noun} of {dataset}"
         write_model(trainer, self.folder, self._card(title, rows, state, seconds, note))
@@ -379,7 +377,7 @@ class Training:
         say(wrote + (f", its picture to {picture}" if drawn else ""))
 
     def _announce(self, trainer: Any, note: str, say: Callable) -> None:
-        """Say what is about to be trained, on what."""
+        """Print the data, the precision, and how the training can be resumed."""
         config = self.config
         say(
             f"{len(self.rows)} {self.recipe.noun} of {self.args.dataset_name}; "
@@ -392,10 +390,7 @@ class Training:
             precision = f"{'bf16' if config.bf16 else 'fp16'} autocast"
         say(f"{config.device.type}, {precision}")
         if "ref" in getattr(trainer.model, "peft_config", {}):
-            say(
-                f"training the adapter {self.model} further, at its own rank and matrices: "
-                "--lora_* are not used"
-            )
+            say(f"training the adapter {self.model} further: --lora_* are not used")
         if self.checkpoint is not None:
             say(f"resuming from {self.checkpoint}")
         elif config.save_strategy != "no":
@@ -424,7 +419,7 @@ class Training:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written whole (its state file is written last)."""
+    """The last checkpoint that is complete: its state file, which is written last, can be read."""
 
     def number(path: Path) -> int:
         return int(path.name.removeprefix("checkpoint-"))
@@ -439,10 +434,13 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(filter(is_whole, found), key=number, default=None)
 
 
-def where_to_begin(folder: Path, job: dict, overwrite: bool, resume: str | None) -> Path | None:
-    """The checkpoint to resume from, or None to begin at the beginning.
+def checkpoint_to_resume(
+    folder: Path, job: dict, overwrite: bool, resume: str | None
+) -> Path | None:
+    """The checkpoint to resume from, or None for a training from the start.
 
-    Raises UserError if the folder holds what must not be lost."""
+    resume: the value of --resume_from_checkpoint. Raises UserError if the folder holds files that
+    must not be lost, or if there is no whole checkpoint."""
     try:
         same = json.loads((folder / JOB).read_text(encoding="utf-8")) == job
     except (OSError, ValueError):
@@ -465,27 +463,28 @@ def where_to_begin(folder: Path, job: dict, overwrite: bool, resume: str | None)
         check_output(str(folder), overwrite=True)
         return None
     if same and not finished:
-        return last_checkpoint(folder)  # the same command again, after it was killed
+        return last_checkpoint(folder)  # the same command was stopped before
     check_output(str(folder))
     return None
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier training wrote, and nothing else."""
+    """Remove the files of an earlier training, and no others."""
     for pattern in WRITTEN:
         for path in folder.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_model(trainer: Any, folder: Path, card: str) -> None:
-    """Write model, tokenizer and card beside the checkpoints, then move them in; the file that marks
-    the model as finished comes last."""
+    """Write model, tokenizer and card into a temporary folder, then move them into place.
+
+    The file that marks the model as finished is moved last."""
     staging = folder / ".finished.tmp"
     shutil.rmtree(staging, ignore_errors=True)
     trainer.save_model(str(staging))
     if trainer.is_world_process_zero():
         (staging / "README.md").write_text(card, encoding="utf-8")
-        (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; JOB says the same
+        (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle of what JOB holds
         shutil.rmtree(staging / "ref", ignore_errors=True)  # TRL's copy of the starting adapter
         for path in sorted(staging.iterdir(), key=lambda path: path.name in FINISHED):
             os.replace(path, folder / path.name)
@@ -496,12 +495,7 @@ def write_model(trainer: Any, folder: Path, card: str) -> None:
 
 
 def silence_libraries() -> None:
-    """Turn off what the libraries print and a user does not need."""
-    import logging
-
-    import datasets
-    import transformers
-
+    """Turn off progress bars and warnings of the libraries."""
     warnings.simplefilter("ignore")
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
@@ -509,16 +503,15 @@ def silence_libraries() -> None:
     logging.getLogger("trl").setLevel(logging.ERROR)
 
 
-def replace_progress_bar(trainer: Any, shown: dict[str, str]) -> None:
-    """Give the trainer a progress bar with a few numbers beside it (name in the log -> word), in place
-    of one that prints a long line at every log."""
-    from transformers import ProgressCallback
+class ProgressBar(ProgressCallback):
+    """A progress bar with a few numbers beside it (log key -> word), not the whole log as a
+    line."""
 
-    class Progress(ProgressCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if self.training_bar is not None and "loss" in logs:
-                numbers = {word: logs[name] for name, word in shown.items() if name in logs}
-                self.training_bar.set_postfix({w: f"{value:.3f}" for w, value in numbers.items()})
+    def __init__(self, shown: dict[str, str]):
+        super().__init__()
+        self.shown = shown
 
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress())
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and "loss" in logs:
+            numbers = {word: logs[name] for name, word in self.shown.items() if name in logs}
+            self.training_bar.set_postfix({w: f"{value:.3f}" for w, value in numbers.items()})

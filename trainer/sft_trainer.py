@@ -1,10 +1,12 @@
-"""Supervised training on step-by-step solutions: TRL's SFTTrainer, with the loss on the tokens of the steps alone.
+"""Supervised training on step-by-step solutions: TRL's SFTTrainer with the loss on the steps only.
 
     config = StepSFTConfig("saved_model/mine", num_train_epochs=1)
-    StepSFTTrainer(model="models/policy-mini", args=config, train_dataset=Dataset.from_list(rows)).train()
+    rows = Dataset.from_list(solutions)  # Solution, as dicts
+    StepSFTTrainer(model="models/policy-mini", args=config, train_dataset=rows).train()
 
-loss = -mean log pi(t) over the tokens of all steps of the global batch, EOS included where a solution is finished; the template,
-the prompt and a pair's shared prefix are context. Rows become ids in reasoning/steps.py, as for all training and sampling.
+loss = -mean log pi(t) over the tokens of all steps of the global batch, including the EOS of a
+finished solution. The template, the prompt and a pair's shared prefix are context without loss. The
+rows become ids in lm/text_encoding.py, as for sampling and all other trainings.
 """
 
 from dataclasses import dataclass, field
@@ -27,8 +29,8 @@ logger = get_logger(__name__)
 IGNORED = -100  # the label of a token without loss
 
 
-# A row is a problem with its reference solution (`prompt`, `answer`, `steps`), or a preference pair, whose `chosen` is the solution
-# (its scores and `rejected` are not read):
+# A row is a problem with its reference solution (`prompt`, `answer`, `steps`), or a preference
+# pair, whose `chosen` is the solution (its scores and `rejected` are not used):
 @dataclass(frozen=True)
 class Solution:
     prompt: str
@@ -44,52 +46,61 @@ class Solution:
         problem = Problem.from_row(row)
         if not problem.steps:
             raise RecordError(
-                "field 'steps' is missing: expected a solution to learn from (or a pair, with 'chosen')"
+                "field 'steps' is missing: expected a solution to learn from (or a pair, with "
+                "'chosen')"
             )
         return cls(problem.prompt, problem.steps)
 
 
 @dataclass
 class StepSFTConfig(MiniatureDefaults, SFTConfig):
-    """SFTConfig with the loss on the steps. Raises ValueError for values that make no sense."""
+    """SFTConfig with the loss on the steps. Raises ValueError for impossible values."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.assistant_only_loss or self.completion_only_loss is False:
             raise ValueError(
-                "assistant_only_loss, completion_only_loss: the loss is on the steps' tokens, always; leave them out"
+                "assistant_only_loss, completion_only_loss: the loss is always on the steps' "
+                "tokens; leave them out"
             )
         super().__post_init__()
 
 
-def encode_solution(row: dict, tokenizer) -> dict[str, list[int]]:
-    """A solution as `input_ids` and `labels`: the ids of the steps and of the EOS that ends them, IGNORED (-100) elsewhere."""
+def encode_solution(row: dict, tokenizer: Any) -> dict[str, list[int]]:
+    """A solution as `input_ids` and `labels`.
+
+    The labels are the ids of the steps and of the EOS behind them, and IGNORED (-100) elsewhere."""
     ids, step_of = encode_steps(tokenizer, row["prompt"], row["prefix"], row["steps"])
-    return {
-        "input_ids": ids,
-        "labels": [
-            token if step >= 0 else IGNORED for token, step in zip(ids, step_of, strict=True)
-        ],
-    }
+    steps = zip(ids, step_of, strict=True)
+    return {"input_ids": ids, "labels": [id_ if step >= 0 else IGNORED for id_, step in steps]}
 
 
 class StepSFTTrainer(SFTTrainer):
-    """SFTTrainer on rows of Solution; takes the same arguments, with a StepSFTConfig. Ids and labels of one's own pass through.
+    """SFTTrainer on rows of Solution; its arguments are the same, with a StepSFTConfig.
 
-    Raises ValueError for a tokenizer without offsets, or if no solution fits into max_length."""
+    A dataset that has `input_ids` and `labels` is used as it is. Raises ValueError for a tokenizer
+    without character offsets, or if no solution fits into max_length."""
 
     _tag_names: list[str] = ["trl", "sft", "reasoning"]  # noqa: RUF012 (as in TRL)
 
     def _prepare_dataset(
-        self, dataset, processing_class, args, packing, formatting_func, dataset_name
-    ):
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: StepSFTConfig,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> Any:
+        """Encode the rows; count the solutions without an answer and those that are cut."""
+        prepare = super()._prepare_dataset
+        settings = (processing_class, args, packing)
         first = next(iter(dataset))
         if "input_ids" in first:
-            return super()._prepare_dataset(
-                dataset, processing_class, args, packing, formatting_func, dataset_name
-            )
+            return prepare(dataset, *settings, formatting_func, dataset_name)
         if not getattr(processing_class, "is_fast", False):
             raise ValueError(
-                "the tokenizer gives no character offsets, which steps are cut by: use a fast one (tokenizer.json)"
+                "the tokenizer gives no character offsets, which are needed to find the steps: use "
+                "a fast one (tokenizer.json)"
             )
         streaming = isinstance(dataset, IterableDataset)
         options = {} if streaming else {"num_proc": args.dataset_num_proc}
@@ -97,25 +108,26 @@ class StepSFTTrainer(SFTTrainer):
         with global_then_local_main_first():
             encode = {"fn_kwargs": {"tokenizer": processing_class}, "remove_columns": list(first)}
             dataset = dataset.map(encode_solution, **encode, **options)
-        prepared = super()._prepare_dataset(
-            dataset, processing_class, args, packing, None, dataset_name
-        )
+        prepared = prepare(dataset, *settings, None, dataset_name)
         if unfinished:
             logger.warning(
-                f"{dataset_name}: {unfinished} of {len(dataset)} solutions state no final answer ('Answer: ...'): "
-                "they get no end-of-text token, and teach the model not to stop"
+                f"{dataset_name}: {unfinished} of {len(dataset)} solutions state no final answer "
+                "('Answer: ...'): they get no end-of-text token, so the model cannot learn to stop"
             )
-        if not streaming and not packing:  # packing cuts nothing
-            if not len(prepared):
-                raise ValueError(
-                    f"{dataset_name}: none of {len(dataset)} solutions fits into max_length {args.max_length}"
-                )
-            cut = sum(len(ids) > (args.max_length or len(ids)) for ids in dataset["input_ids"])
-            if cut:
-                logger.warning(
-                    f"{dataset_name}: {cut} of {len(dataset)} solutions are longer than max_length {args.max_length} and lose "
-                    f"their end, {len(dataset) - len(prepared)} of them all they had; a larger --max_length keeps them"
-                )
+        if streaming or packing:  # packing cuts nothing
+            return prepared
+        if not len(prepared):
+            raise ValueError(
+                f"{dataset_name}: none of {len(dataset)} solutions fits into max_length "
+                f"{args.max_length}"
+            )
+        cut = sum(len(ids) > (args.max_length or len(ids)) for ids in dataset["input_ids"])
+        if cut:
+            logger.warning(
+                f"{dataset_name}: {cut} of {len(dataset)} solutions are longer than max_length "
+                f"{args.max_length} and lose their end, {len(dataset) - len(prepared)} of them all "
+                "their steps; a larger --max_length keeps them"
+            )
         return prepared
 
 
@@ -139,6 +151,6 @@ RECIPE = Recipe(
     make_trainer=_make_trainer,
     title=lambda config: "supervised training (SFT) on",
     tags="trl, sft, reasoning",
-    columns={"loss": "loss", "mean_token_accuracy": "greedy tokens that are right"},
+    columns={"loss": "loss", "mean_token_accuracy": "accuracy of the greedy token"},
     bar={"loss": "loss", "mean_token_accuracy": "token accuracy"},
 )

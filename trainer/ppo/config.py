@@ -1,59 +1,67 @@
 """The arguments of step PPO."""
 
-import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
 from common.files import at_root
 from reward_model.registry import JudgeArgs
+from trainer.defaults import check_numbers
 
 
 @dataclass
 class StepPPOConfig:
-    """What a run of step PPO may be told; names as in TRL's last PPOConfig where it has them. Raises ValueError for values that
-    make no sense."""
+    """Settings of step PPO, with the names of TRL's last PPOConfig.
+
+    Raises ValueError for impossible values."""
 
     output_dir: str = field(
-        default="saved_model/step_ppo", metadata={"help": "Where the tuned policy goes."}
+        default="saved_model/step_ppo", metadata={"help": "Folder of the tuned policy."}
     )
     run_name: str | None = field(
         default=None,
-        metadata={"help": "Folder of its log in --logs_dir (default: output_dir's name)."},
+        metadata={"help": "Folder of the log in --logs_dir (default: the name of output_dir)."},
     )
     states: str = field(
         default="both",
         metadata={
-            "help": "Where episodes begin: rows: at the beginnings of the data set, one step each; fresh: at every step of "
-            "solutions that the policy itself writes to the questions; both: half of each.",
+            "help": "Where the episodes start. rows: at the prefixes of the data set, one step "
+            "each; fresh: at every step of whole solutions that the policy writes to the prompts; "
+            "both: half of each.",
             "choices": ["rows", "fresh", "both"],
         },
     )
     total_episodes: int = field(
         default=2560,
         metadata={
-            "help": "Beginnings that the policy goes on from in all, by one step, or from a fresh one to the end. An update takes "
-            "per_device_train_batch_size * gradient_accumulation_steps * num_mini_batches of them on every device."
+            "help": "Prefixes to sample from, in all. Each gives one step, or a whole solution if "
+            "it is a prompt of `fresh`. An update uses per_device_train_batch_size * "
+            "gradient_accumulation_steps * num_mini_batches of them on every device."
         },
     )
     per_device_train_batch_size: int = field(
-        default=32, metadata={"help": "Rows a device sees at once."}
+        default=32, metadata={"help": "Trajectories in a batch of a device."}
     )
     gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Such batches on every device to an optimizer step."}
+        default=1, metadata={"help": "Batches of every device in an optimizer step."}
     )
     num_mini_batches: int = field(
         default=4,
-        metadata={"help": "Optimizer steps an update and epoch, each on rows of its own."},
+        metadata={"help": "Optimizer steps of a pass over the trajectories of an update."},
     )
-    num_ppo_epochs: int = field(default=2, metadata={"help": "Passes over the rows of an update."})
+    num_ppo_epochs: int = field(
+        default=2, metadata={"help": "Passes over the trajectories of an update."}
+    )
     learning_rate: float = field(
         default=5e-5, metadata={"help": "Peak learning rate of the policy, AdamW."}
     )
     value_learning_rate: float = field(
         default=1e-3,
         metadata={
-            "help": "That of the value function's own weights; with --use_peft these are its head."
+            "help": "Peak learning rate of the weights that only the value function has: a "
+            "backbone and a head; with --use_peft only a head."
         },
     )
     lr_scheduler_type: str = field(
@@ -66,141 +74,123 @@ class StepPPOConfig:
     max_grad_norm: float = field(
         default=1.0,
         metadata={
-            "help": "Longest gradient, of the policy's and of the value function's own weights each; 0: any."
+            "help": "Largest gradient norm, of the policy's weights and of the value function's "
+            "own weights separately; 0: no limit."
         },
     )
-    # with less, noise in the rewards moved the policy (shuffled rewards, docs/LOG.md)
+    # with a smaller one, noise in the rewards changed the policy (shuffled rewards, docs/LOG.md)
     kl_coef: float = field(
         default=0.2,
-        metadata={"help": "Reward taken off for a nat of log pi - log pi_ref, 0 or more."},
+        metadata={"help": "Reward subtracted for each nat of log pi - log pi_ref, 0 or more."},
     )
     cliprange: float = field(
-        default=0.2, metadata={"help": "How far from 1 a ratio pi / pi_old is still followed."}
+        default=0.2,
+        metadata={"help": "Distance of the ratio pi / pi_old from 1 beyond which it is clipped."},
     )
     cliprange_value: float = field(
-        default=0.2, metadata={"help": "How far from the old value a value is followed, in reward."}
+        default=0.2,
+        metadata={"help": "Distance of a value from the old value beyond which it is clipped."},
     )
     vf_coef: float = field(
         default=0.1,
         metadata={
-            "help": "Weight of the value loss where the value function shares the policy's weights, with --use_peft; elsewhere it "
-            "has weights and a learning rate of its own, and this does nothing."
+            "help": "Weight of the value loss with --use_peft, where the value function shares "
+            "the policy's weights. Without it, the value function has weights of its own, and "
+            "this has no effect."
         },
     )
-    gamma: float = field(default=1.0, metadata={"help": "Discount a token."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount of a token."})
     lam: float = field(
         default=0.95, metadata={"help": "Lambda of generalized advantage estimation."}
     )
     whiten_advantages: bool = field(
         default=True,
         metadata={
-            "help": "Advantages of an update to mean 0, and to deviation 1 if it is more than noise."
+            "help": "Shift the advantages of an update to mean 0, and scale them to standard "
+            "deviation 1 if they are more than noise."
         },
     )
     target_kl: float | None = field(
         default=0.05,
         metadata={
-            "help": "Nats a token from the policy that sampled at which the rest of an update is skipped; empty: never."
+            "help": "The rest of an update is skipped when the policy is this many nats a token "
+            "away from the policy that sampled; empty: never."
         },
     )
     temperature: float = field(
-        default=1.0,
-        metadata={"help": "Of sampling, and of the log-probs of what was sampled; above 0."},
+        default=1.0, metadata={"help": "Temperature of sampling and of the log-probs, above 0."}
     )
     max_new_tokens: int = field(
         default=64,
-        metadata={"help": "Longest step (TRL's response_length); a longer one scores 0."},
+        metadata={"help": "Most tokens of a step (TRL's response_length); a longer one scores 0."},
     )
     max_solution_steps: int = field(
-        default=16, metadata={"help": "Steps after which a fresh solution is left as it is."}
+        default=16, metadata={"help": "Most steps of a whole solution."}
     )
     bf16: bool = field(
-        default=False, metadata={"help": "bf16 autocast; weights stay as --dtype says."}
+        default=False, metadata={"help": "bf16 autocast; the weights keep the dtype of --dtype."}
     )
     use_cpu: bool = field(default=False, metadata={"help": "Use no GPU."})
     seed: int = field(
-        default=0, metadata={"help": "Of the order of beginnings, of sampling, of minibatches."}
+        default=0, metadata={"help": "Seed of the order of prefixes, of sampling, of minibatches."}
     )
     eval_strategy: str = field(
         default="steps",
         metadata={
-            "help": "steps: look at kept-out beginnings and validation problems; no.",
+            "help": "steps: evaluate on kept-out prefixes and on eval_problems; no: never.",
             "choices": ["steps", "no"],
         },
     )
     eval_steps: float = field(
         default=0.2,
-        metadata={"help": "Look every so many updates, or below 1 every such share of all."},
+        metadata={"help": "Updates between two evaluations; below 1: a share of all updates."},
     )
     save_strategy: str = field(
         default="steps",
-        metadata={"help": "steps: write checkpoints; no.", "choices": ["steps", "no"]},
+        metadata={"help": "steps: write checkpoints; no: none.", "choices": ["steps", "no"]},
     )
     save_steps: float = field(
         default=0.1,
-        metadata={"help": "A checkpoint every so many updates, or below 1 a share of all."},
+        metadata={"help": "Updates between two checkpoints; below 1: a share of all updates."},
     )
     save_total_limit: int | None = field(
-        default=1, metadata={"help": "Checkpoints kept; older ones are deleted. Empty: all."}
+        default=1, metadata={"help": "Checkpoints to keep; older ones are deleted. Empty: all."}
     )
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "true: go on from the last checkpoint; or the folder of one."},
+        metadata={"help": "true: resume from the last checkpoint; or the folder of a checkpoint."},
     )
     report_to: str = field(
         default="none",
-        metadata={"help": "A tracker that accelerate knows, as tensorboard or wandb; or none."},
+        metadata={"help": "A tracker of accelerate, for example tensorboard or wandb; or none."},
     )
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
 
-    fp16 = False  # not offered; what is said of a training asks
+    fp16 = False  # no option; trainer/session.py reads it
 
-    def __post_init__(self):
-        whole = (
-            "total_episodes",
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "num_mini_batches",
+    def __post_init__(self) -> None:
+        at_least_1 = (
+            *("total_episodes", "per_device_train_batch_size", "gradient_accumulation_steps"),
+            *("num_mini_batches", "num_ppo_epochs", "max_new_tokens", "max_solution_steps"),
         )
-        for name in (
-            *whole,
-            "num_ppo_epochs",
-            "max_new_tokens",
-            "max_solution_steps",
-            "save_total_limit",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-        for name in ("learning_rate", "value_learning_rate", "max_grad_norm", "kl_coef", "vf_coef"):
-            if getattr(self, name) is not None and not (
-                math.isfinite(getattr(self, name)) and getattr(self, name) >= 0
-            ):
-                raise ValueError(
-                    f"{name}: expected a number of 0 or more, got {getattr(self, name)}"
-                )
-        for name in (
-            "cliprange",
-            "cliprange_value",
-            "target_kl",
-            "temperature",
-            "eval_steps",
-            "save_steps",
-        ):
-            if getattr(self, name) is not None and not (
-                math.isfinite(getattr(self, name)) and getattr(self, name) > 0
-            ):
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"{name}: expected a number from 0 to 1, got {getattr(self, name)}"
-                )
-        for name, of_field in self.__dataclass_fields__.items():
-            choices = of_field.metadata.get("choices")
-            if choices and getattr(self, name) is not None and getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)}"
-                )
+        self._check((*at_least_1, "save_total_limit"), lambda value: value >= 1, "1 or more")
+        rates = ("learning_rate", "value_learning_rate", "max_grad_norm", "kl_coef", "vf_coef")
+        check_numbers(self, *rates, least="of 0 or more")
+        ranges = ("cliprange", "cliprange_value", "target_kl", "temperature")
+        check_numbers(self, *ranges, "eval_steps", "save_steps")
+        self._check(("gamma", "lam"), lambda value: 0 <= value <= 1, "a number from 0 to 1")
+        for name, setting in self.__dataclass_fields__.items():
+            choices = setting.metadata.get("choices")
+            if choices:
+                self._check((name,), choices.__contains__, f"one of {', '.join(choices)}")
+
+    def _check(
+        self, names: tuple[str, ...], is_valid: Callable[[Any], bool], expected: str
+    ) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not is_valid(value):
+                raise ValueError(f"{name}: expected {expected}, got {value}")
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -212,22 +202,24 @@ class StepPPOConfig:
 
 @dataclass
 class PPOArgs(JudgeArgs, StepPPOConfig):
-    """StepPPOConfig, the judge whose scores are the rewards, and the problems that are watched."""
+    """StepPPOConfig, the judge whose scores are the rewards, and the problems of the evaluation."""
 
     judge: str = field(default="prm", metadata=JudgeArgs.__dataclass_fields__["judge"].metadata)
+    # both bases have it
     seed: int = field(default=0, metadata=StepPPOConfig.__dataclass_fields__["seed"].metadata)
     eval_problems: str = field(
         default=at_root("data/problems_hard_validation.jsonl"),
         metadata={
-            "help": "problems whose greedy answers are checked now and then: they are watched, not "
-            "learned from"
+            "help": "problems whose greedy answers are checked during training; they are not "
+            "trained on"
         },
     )
-    eval_limit: int = field(default=200, metadata={"help": "the first so many of them; 0: none"})
+    eval_limit: int = field(
+        default=200, metadata={"help": "use the first EVAL_LIMIT of these problems; 0: none"}
+    )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eval_limit < 0:
-            raise ValueError(f"eval_limit: expected 0 or more, got {self.eval_limit}")
+        self._check(("eval_limit",), lambda value: value >= 0, "0 or more")
         if "response" in (self.judge, self.shuffled_judge) and self.states != "fresh":
             raise ValueError("judge: response scores whole answers: give --states fresh")

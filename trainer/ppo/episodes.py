@@ -1,5 +1,8 @@
-"""The episodes of step PPO: from a question and the beginning of a solution the policy writes a step, or all that are left, and a
-judge scores them. An episode is one step; the steps of a solution that is written to its end are one row."""
+"""The episodes of step PPO: the policy continues a prefix, and a judge scores the new steps.
+
+An episode is one step. A trajectory is a prefix with one new step, or a whole solution to a prompt:
+then each of its steps is an episode, whose prefix is the text before it.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,13 +16,13 @@ from reasoning.records import Problem, StepValue
 from reasoning.steps import STEP_NUMBER, ends_solution
 from reward_model.protocols import StepJudge
 
-# what the last step of a row may be, so that it scores 0 and no step follows it; `unanswered`: the text ends, and it is no answer,
-# which a judge that reads steps cannot see
+# Flaws of the last step of a trajectory: the step scores 0, and no step follows it. `unanswered`:
+# the text ends without an answer, which a judge that reads single steps cannot see.
 FLAWS = ("empty", "too_long", "repeated", "unanswered")
 
 
-# A row is a searched step (`prompt`, `prefix`, `step`, `score`), of which the beginning is kept, or a problem, whose solution
-# has not begun:
+# A row is a searched step (`prompt`, `prefix`, `step`, `score`), of which prompt and prefix are
+# kept, or a problem, whose prefix is empty:
 @dataclass(frozen=True)
 class EpisodeStart:
     prompt: str
@@ -36,32 +39,31 @@ class EpisodeStart:
 
 @dataclass
 class Trajectory:
-    """A beginning and what the policy wrote after it: one episode a step. The actions are `state.ids[begin:]`, T tokens.
+    """A prefix and the steps that the policy wrote after it; T action tokens, `state.ids[first:]`.
 
-    given: steps of the beginning; begin: its tokens. ends[k]: tokens up to the end of the k-th new step, from `begin` on. flaw: one
-    of FLAWS, if that is why the last step scores 0. scores: one a new step, None if the judge could not read them. twin: how many
-    rows before this one have the same beginning, which keeps their samples apart."""
+    is_rollout: the solution is written to its end, not for one step. duplicate: the number of
+    earlier trajectories of the batch with the same prefix; it makes their samples differ."""
 
     state: State
-    is_fresh: bool
-    twin: int = 0
-    ends: list[int] = field(default_factory=list)
-    flaw: str = ""
-    scores: list[float] | None = None
-    logps: Tensor | None = (
-        None  # (T,) each, under the policy that sampled, and of its reference and its value function
-    )
-    ref_logps: Tensor | None = None
-    values: Tensor | None = None
-    entropy: Tensor | None = None
+    is_rollout: bool
+    duplicate: int = 0
+    ends: list[int] = field(default_factory=list)  # action tokens up to the end of each new step
+    flaw: str = ""  # one of FLAWS, of the last step
+    scores: list[float] | None = None  # one a new step; None if the judge could not read them
+    # (T,) each: log-probs of the policy that sampled and of the reference, values, entropies
+    logps: Tensor = field(init=False, repr=False)
+    ref_logps: Tensor = field(init=False, repr=False)
+    values: Tensor = field(init=False, repr=False)
+    entropy: Tensor = field(init=False, repr=False)
 
-    def __post_init__(self):
-        self.given, self.begin = len(self.state.steps), len(self.state.ids)
+    def __post_init__(self) -> None:
+        # steps of the prefix, and the place of the first action token
+        self.prefix_steps, self.first = len(self.state.steps), len(self.state.ids)
 
     def add(self, child: State, max_steps: int) -> bool:
-        """Take the next step; returns whether another one is to follow."""
+        """Add the next step. Returns whether the policy should write another one."""
         before, self.state = self.state, child
-        self.ends.append(len(child.ids) - self.begin)
+        self.ends.append(len(child.ids) - self.first)
         if len(child.steps) == len(before.steps):
             self.flaw = "empty"
         elif child.status == "cut":
@@ -70,59 +72,60 @@ class Trajectory:
             self.flaw = "repeated"
         elif child.status == "finished" and not ends_solution(list(child.steps)):
             self.flaw = "unanswered"
-        return (
-            self.is_fresh
-            and not self.flaw
-            and child.status == "open"
-            and len(self.ends) < max_steps
-        )
+        is_open = child.status == "open" and not self.flaw
+        return self.is_rollout and is_open and len(self.ends) < max_steps
 
     def judged(self) -> tuple[str, tuple[str, ...]]:
-        """The solution as the judge is to see it: without a step that scores 0 in any case."""
-        return self.state.prompt, self.state.steps[: self.given + len(self.ends) - bool(self.flaw)]
+        """The solution for the judge, without a step that scores 0 because of its flaw."""
+        count = self.prefix_steps + len(self.ends) - bool(self.flaw)
+        return self.state.prompt, self.state.steps[:count]
 
 
 def _without_number(step: str) -> str:
-    """`Step 3: 2 + 2 = 4` -> `2 + 2 = 4`: to count on does not make a step new."""
+    """`Step 3: 2 + 2 = 4` -> `2 + 2 = 4`: a step with a new number alone is a repeated step."""
     return STEP_NUMBER.sub("", step, count=1).strip()
 
 
 def roll_out(
     policy: Policy,
-    rows: Sequence[Trajectory],
+    trajectories: Sequence[Trajectory],
     temperature: float,
     max_new_tokens: int,
     max_steps: int,
     seed: int,
 ) -> None:
-    """Let the policy write after every row's beginning: one step, or to the end where the row is fresh. A row's samples come from
-    the seed, its beginning and its `twin` alone."""
-    going = list(rows)
-    while going:
-        further = []
-        for twin in sorted({row.twin for row in going}):
-            group = [row for row in going if row.twin == twin]
-            children = policy.next_steps(
-                [row.state for row in group], 1, temperature, max_new_tokens, (seed << 20) + twin
-            )
-            further += [
-                row
-                for row, (child,) in zip(group, children, strict=True)
-                if row.add(child, max_steps)
+    """Sample the steps of all trajectories: one step each, all steps where `is_rollout`.
+
+    A sample depends only on the seed, the prefix and `duplicate`."""
+    unfinished = list(trajectories)
+    while unfinished:
+        remaining = []
+        for duplicate in sorted({each.duplicate for each in unfinished}):
+            group = [each for each in unfinished if each.duplicate == duplicate]
+            states = [each.state for each in group]
+            group_seed = (seed << 20) + duplicate
+            children = policy.next_steps(states, 1, temperature, max_new_tokens, group_seed)
+            remaining += [
+                each
+                for each, (child,) in zip(group, children, strict=True)
+                if each.add(child, max_steps)
             ]
-        going = further
+        unfinished = remaining
 
 
-def judge_rows(judge: StepJudge, rows: Sequence[Trajectory]) -> None:
-    """The judge's scores of the new steps, in one call; a flawed step scores 0."""
-    scored = judge.score_steps([row.judged() for row in rows], skip=[row.given for row in rows])
-    for row, scores in zip(rows, scored, strict=True):
-        row.scores = None if scores is None else [*scores, *[0.0] * bool(row.flaw)]
+def judge_trajectories(judge: StepJudge, trajectories: Sequence[Trajectory]) -> None:
+    """Set the scores of the new steps in one call of the judge; a step with a flaw scores 0."""
+    solutions = [each.judged() for each in trajectories]
+    scored = judge.score_steps(solutions, skip=[each.prefix_steps for each in trajectories])
+    for trajectory, scores in zip(trajectories, scored, strict=True):
+        flawed = [0.0] if trajectory.flaw else []
+        trajectory.scores = None if scores is None else [*scores, *flawed]
 
 
-def number_twins(rows: list[Trajectory]) -> list[Trajectory]:
+def number_duplicates(trajectories: list[Trajectory]) -> list[Trajectory]:
+    """Set `duplicate` of every trajectory; returns the same list."""
     seen: Counter[tuple[int, ...]] = Counter()
-    for row in rows:
-        row.twin = seen[row.state.ids]
-        seen[row.state.ids] += 1
-    return rows
+    for trajectory in trajectories:
+        trajectory.duplicate = seen[trajectory.state.ids]
+        seen[trajectory.state.ids] += 1
+    return trajectories
