@@ -1,14 +1,18 @@
-"""evaluation/eval_credit.py: which kind every step is, and the whole script on two models."""
+"""evaluation/eval_credit.py: the kind of every step, and the whole script on two models."""
 
+import itertools
 import json
+import shutil
 
 import pytest
 
-from common.files import write_records
+from common.files import at_root, write_records
+from evaluation import eval_credit
 from evaluation.eval_credit import KINDS, kinds_of
 from reasoning.problems import problems
 from reasoning.records import PreferencePair, Problem
 from reasoning.splits import is_kept_out
+from tests.helpers.mains import call_main
 
 PROBLEM = Problem(
     "Mia has 12 apples. ...",
@@ -50,40 +54,23 @@ def test_kinds_of_steps():
 
 @pytest.fixture
 def pairs(tmp_path):
-    kept = [
-        problem
-        for problem in (p for p, _ in zip(problems("train"), range(200), strict=False))
-        if is_kept_out(problem.prompt)
-    ]
+    train = itertools.islice(problems("train"), 100)
     rows = [
         PreferencePair(p.prompt, p.steps, [p.steps[0].rpartition("=")[0] + "= 999", "Answer: 999"])
-        for p in kept
+        for p in train
+        if is_kept_out(p.prompt)
     ]
     assert len(rows) > 5
     write_records(tmp_path / "pairs.jsonl", rows)
     return tmp_path / "pairs.jsonl"
 
 
+@pytest.mark.process
 def test_the_script(run_script, tiny_model_dir, pairs, tmp_path):
-    """The base against itself does not move; another model does. (The base here is the miniature's own directory.)"""
-    import shutil
-
-    from evaluation.eval_credit import at_root
-
-    base = at_root("models/policy-mini")
-    shutil.copytree(base, tmp_path / "same")
-    args = [
-        "--models",
-        tmp_path / "same",
-        tiny_model_dir,
-        "--pairs",
-        pairs,
-        "--limit",
-        20,
-        "--output_dir",
-        tmp_path / "results",
-    ]
-    done = run_script("evaluation/eval_credit.py", *args)
+    """The base and a copy of it have the same log-probs; another model has others."""
+    shutil.copytree(at_root("models/policy-mini"), tmp_path / "same")
+    args = ["--models", tmp_path / "same", tiny_model_dir, "--pairs", pairs, "--limit", 12]
+    done = run_script("evaluation/eval_credit.py", *args, "--output_dir", tmp_path / "results")
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "results/credit.json").read_text())["metrics"]
     changes = {
@@ -94,12 +81,9 @@ def test_the_script(run_script, tiny_model_dir, pairs, tmp_path):
     assert set(changes) <= {f"same/logp_change/{kind}" for kind in KINDS} and len(changes) >= 4
     assert all(abs(value) < 1e-4 for value in changes.values())
     assert metrics["tiny-model/logp_change/chosen_elsewhere"]["value"] < -1
-    for place, sound in (("elsewhere", 0.9), ("trap", 0.0)):
-        assert (
-            metrics[f"base/next_step_accuracy/{place}"]
-            == metrics[f"same/next_step_accuracy/{place}"]
-        )
-        assert metrics[f"base/next_step_accuracy/{place}"]["value"] >= sound
+    for place, least in (("elsewhere", 0.9), ("trap", 0.0)):
+        base, same = (metrics[f"{name}/next_step_accuracy/{place}"] for name in ("base", "same"))
+        assert base == same and base["value"] >= least
     assert (tmp_path / "plots/credit.png").stat().st_size > 10_000
 
 
@@ -110,14 +94,12 @@ def test_the_script(run_script, tiny_model_dir, pairs, tmp_path):
         (["--models", "nowhere"], "model directory nowhere not found"),
         (["--models", "a/x", "b/x"], "two have the same last part"),
         (["--models", "MODEL", "--input", "none.jsonl"], "none.jsonl not found"),
-        (["--models", "MODEL", "--pairs", "foreign.jsonl"], "none of its pairs was kept out"),
+        (["--models", "MODEL", "--pairs", "FOREIGN"], "none of its pairs was kept out"),
     ],
 )
-def test_mistakes_are_one_line(run_script, tiny_model_dir, tmp_path, args, message):
-    write_records(
-        tmp_path / "foreign.jsonl", [PreferencePair("How many?", ["Answer: 1"], ["Answer: 2"])]
-    )
-    done = run_script(
-        "evaluation/eval_credit.py", *[tiny_model_dir if arg == "MODEL" else arg for arg in args]
-    )
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+def test_bad_input_is_one_line(tiny_model_dir, tmp_path, monkeypatch, capsys, args, message):
+    foreign = tmp_path / "foreign.jsonl"
+    write_records(foreign, [PreferencePair("How many?", ["Answer: 1"], ["Answer: 2"])])
+    given = [{"MODEL": tiny_model_dir, "FOREIGN": foreign}.get(arg, arg) for arg in args]
+    code, _, err = call_main(eval_credit.main, *given, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and message in err and len(err.splitlines()) == 1

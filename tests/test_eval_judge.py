@@ -2,16 +2,16 @@
 
 import json
 import math
-import sys
+from pathlib import Path
 
 import pytest
 
-from common.cli import run
 from common.errors import UserError
 from common.files import write_records
 from evaluation import eval_judge
 from evaluation.judge_card import Judged, card
 from reasoning.records import LabelledSolution
+from tests.helpers.mains import call_main
 
 # prompt, labels, the judge's scores, final answer right, the policy's log-prob
 SOLUTIONS = [
@@ -150,25 +150,18 @@ def test_a_sample_without_steps_is_wrong_and_never_picked():
 
 @pytest.fixture
 def evaluate(tmp_path, monkeypatch, capsys):
-    """Run the script's main: (exit code, stdout, stderr). DIR in an argument stands for the test's own folder."""
+    """Run main: (exit code, stdout, stderr). DIR in an argument means the folder of the test."""
 
     def evaluate(*args: object) -> tuple[int, str, str]:
-        args = [
-            str(arg).replace("DIR", str(tmp_path)) for arg in ("--output_dir", "DIR/results", *args)
-        ]
-        monkeypatch.setattr(sys, "argv", ["eval_judge.py", *args])
-        code = 0
-        try:
-            run(eval_judge.main)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        args = ("--output_dir", "DIR/results", *args)
+        given = [str(arg).replace("DIR", str(tmp_path)) for arg in args]
+        return call_main(eval_judge.main, *given, monkeypatch=monkeypatch, capsys=capsys)
 
     return evaluate
 
 
-def labelled(folder, column: int, skip: int = 0):
-    """The solutions of the example with a column of it as labels; steps differ from one solution to the next."""
+def labelled(folder: Path, name: str, column: int, skip: int = 0) -> Path:
+    """The solutions of the example with one of its columns as labels; all steps are different."""
     rows = [
         {
             "prompt": f"Problem {row[0]}",
@@ -179,13 +172,14 @@ def labelled(folder, column: int, skip: int = 0):
         for k, row in enumerate(SOLUTIONS)
     ]
     rows.insert(0, {"prompt": "Problem nobody read", "steps": ["?"], "labels": [1]})
-    write_records(folder / f"{column}.jsonl", rows[skip:])
-    return folder / f"{column}.jsonl"
+    write_records(folder / name, rows[skip:])
+    return folder / name
 
 
+@pytest.mark.process
 def test_any_judge_on_any_labels(evaluate, tmp_path):
-    """The scores of the example come from a judge of the human kind, the labels from a file: the numbers worked out by hand."""
-    truth, scores = labelled(tmp_path, 1), labelled(tmp_path, 2, skip=1)
+    """The scores of the example come from a human judge, the labels from a compressed file."""
+    truth, scores = labelled(tmp_path, "1.jsonl.gz", 1), labelled(tmp_path, "2.jsonl", 2, skip=1)
     code, out, err = evaluate("--judge", "human", "--judge_labels", scores, "--labels", truth)
     assert code == 0, err
     result = json.loads((tmp_path / "results" / "judge_human-2_on_1.json").read_text())
@@ -216,10 +210,11 @@ def shown_value(result: dict, name: str) -> list[str]:
     return [f"{metric['value']:.3f} [{metric['ci95'][0]:.3f}, {metric['ci95'][1]:.3f}]"]
 
 
-def test_the_checker_itself_gets_full_marks(evaluate, tmp_path, tiny_model_dir):
-    """Samples of the embedded policy, judged by what they are labelled by; it ranks that policy, itself again and a random one."""
+@pytest.mark.process
+def test_the_exact_judge_has_the_best_metrics(evaluate, tmp_path, tiny_model_dir):
+    """Samples of the embedded policy, exact scores; ranks a random policy and this policy twice."""
     policies = ["--policies", tiny_model_dir, *[eval_judge.CardArgs.model_name_or_path] * 2]
-    more = ["--limit", 8, "--samples", 3, "--rollouts", 4, "--max_new_tokens", 100]
+    more = ["--limit", 6, "--samples", 3, "--rollouts", 4, "--max_new_tokens", 80]
     code, out, err = evaluate("--judge", "exact", *policies, *more)
     assert code == 0, err
     result = json.loads((tmp_path / "results" / "judge_exact.json").read_text())
@@ -280,12 +275,13 @@ def test_the_checker_itself_gets_full_marks(evaluate, tmp_path, tiny_model_dir):
         (["--judge", "oracle"], "--judge"),
         (["--judge_path", "DIR/none.gguf"], "none.gguf not found"),
         (["--limit", 0], "--limit: expected 1 or more"),
+        (["--samples", 0], "--samples: expected 1 or more"),
         (["--output_dir", "DIR/1.jsonl/results"], "cannot be written"),
         (["--input", "DIR/bare.jsonl"], "without reference steps"),
     ],
 )
 def test_bad_input_is_one_line(evaluate, tmp_path, args, message):
-    labelled(tmp_path, 1)
+    labelled(tmp_path, "1.jsonl", 1)
     problem = {"prompt": "Mia has 2 cups.", "answer": "2"}
     write_records(tmp_path / "problems.jsonl", [problem | {"steps": ["Answer: 2"]}])
     write_records(tmp_path / "bare.jsonl", [problem])

@@ -125,22 +125,23 @@ def evaluate(folder, monkeypatch, scorer: str, *args: object) -> dict:
     return json.loads((folder / "results" / "response_reward.json").read_text())
 
 
+@pytest.mark.process
 def test_a_whole_run(tmp_path, monkeypatch, scorer, tiny_model_dir, capsys):
-    tasks = list(itertools.islice(problems("test"), 6))
-    write_records(tmp_path / "problems.jsonl", tasks)
+    some = list(itertools.islice(problems("test"), 6))
+    write_records(tmp_path / "problems.jsonl", some)
     rows = [
         RankedResponse(
-            task.prompt, text, rank, "rule:exact", category, split="train" if k == 0 else "test"
+            problem.prompt, text, rank, "rule:exact", category, split="train" if k == 0 else "test"
         )
-        for k, task in enumerate(tasks)
+        for k, problem in enumerate(some)
         for rank, (text, category) in enumerate(
-            [("\n".join(task.steps), "right"), ("Answer: 0", "wrong"), ("?", "malformed")], 1
+            [("\n".join(problem.steps), "right"), ("Answer: 0", "wrong"), ("?", "malformed")], 1
         )
     ]
-    write_answers(tmp_path / "answers.csv", rows)
+    write_answers(tmp_path / "answers.csv.gz", rows)
     options = [
         "--data",
-        "answers.csv",
+        "answers.csv.gz",
         "--problems",
         "problems.jsonl",
         "--n",
@@ -165,6 +166,7 @@ def test_a_whole_run(tmp_path, monkeypatch, scorer, tiny_model_dir, capsys):
         evaluate(tmp_path, monkeypatch, scorer, *options, "--data_split", "other")
 
 
+@pytest.mark.process
 def test_pairs_by_subset(tmp_path, monkeypatch, scorer, capsys):
     rows = [
         {
@@ -176,14 +178,16 @@ def test_pairs_by_subset(tmp_path, monkeypatch, scorer, capsys):
         }
         for k in range(6)
     ]
-    write_records(tmp_path / "bench.jsonl", rows)
-    metrics = evaluate(tmp_path, monkeypatch, scorer, "--data", "bench.jsonl", "--n", 0)["metrics"]
+    write_records(tmp_path / "bench.jsonl.gz", rows)
+    metrics = evaluate(tmp_path, monkeypatch, scorer, "--data", "bench.jsonl.gz", "--n", 0)[
+        "metrics"
+    ]
     assert [
         metrics[name]["n"]
         for name in ("pairwise_accuracy", "a/pairwise_accuracy", "b/pairwise_accuracy")
     ] == [6, 3, 3]
     assert not any(name.startswith("best_of") or "_over_" in name for name in metrics)
-    write_records(tmp_path / "bench.jsonl", [{"prompt": "p", "chosen": ["a"], "rejected": "b"}])
+    write_records(tmp_path / "bench.jsonl.gz", [{"prompt": "p", "chosen": ["a"], "rejected": "b"}])
     with pytest.raises(SystemExit) as stopped:
         run(script.main)
-    assert stopped.value.code == 2 and "bench.jsonl:1: field 'chosen'" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "bench.jsonl.gz:1: field 'chosen'" in capsys.readouterr().err

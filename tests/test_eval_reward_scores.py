@@ -1,75 +1,42 @@
-"""Real runs of evaluation/eval_reward_scores.py and eval_judge.py; their numbers are computed again from the answers they keep."""
+"""Runs of evaluation/eval_reward_scores.py and eval_judge.py, checked against the kept answers."""
 
 import itertools
 import json
 import random
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from common.files import write_records
+from evaluation import eval_judge, eval_reward_scores
 from lm.text_encoding import PLAIN_TEMPLATE
 from reasoning.problems import corrupted, stories
 from reasoning.records import PreferencePair, Problem
 from reasoning.splits import is_kept_out
 from reasoning.steps import shared_prefix
+from tests.helpers import scripts
+from tests.helpers.gguf_judges import export_judge
+from tests.helpers.mains import call_main
+from tests.helpers.training import taught
 
 SCRIPT = "evaluation/eval_reward_scores.py"
+NAME = "reward_score_comparison"
 COUNT, WRONG = 8, 4  # short problems, and how many of them the base was taught wrongly
+MEASURES = ("reward", "reward_min", "accuracy", "step_accuracy", "unfinished", "steps")
 
-
-def teach(model_dir: str, folder: Path, solutions: list[tuple[str, list[str]]]) -> str:
-    """A copy of a tiny model that knows these solutions by heart (seconds)."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="right")
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    texts = [
-        PLAIN_TEMPLATE.format(prompt=prompt) + "\n".join(steps) + "</s>"
-        for prompt, steps in solutions
-    ]
-    batch = tokenizer(texts, return_tensors="pt", padding=True)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    for row, (prompt, _) in zip(labels, solutions, strict=True):
-        row[: len(tokenizer(PLAIN_TEMPLATE.format(prompt=prompt))["input_ids"])] = -100
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        loss = model(**batch, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model_dir).save_pretrained(folder)
-    return str(folder)
-
-
-def export_judge(model_dir: str, folder: Path, context: int) -> str:
-    """A GGUF judge with random weights and a context of its own."""
-    from lm.gguf_export import export_gguf
-
-    shutil.copytree(model_dir, folder / "judge")
-    config = json.loads((folder / "judge" / "config.json").read_text())
-    (folder / "judge" / "config.json").write_text(
-        json.dumps(config | {"max_position_embeddings": context})
-    )
-    export_gguf(folder / "judge", folder / "judge.gguf", "Q8_0")
-    return str(folder / "judge.gguf")
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture(scope="module")
 def world(tiny_model_dir, tmp_path_factory) -> dict:
-    """Eight problems that `tuned` solves and `base` half solves, a ninth too long for the judge, pairs, and a judge."""
+    """Eight problems that `tuned` solves and `base` half solves, a ninth too long for the judge."""
     folder = tmp_path_factory.mktemp("world")
     rng = random.Random(0)
-    told = list(
-        itertools.islice((story for story in stories("test") if len(story.events) == 2), COUNT)
-    )
-    problems = [story.problem() for story in told]
-    wrong = [(problems[k].prompt, corrupted(told[k], rng)) for k in range(WRONG)]
+    short = (story for story in stories("test") if len(story.events) == 2)
+    chosen_stories = list(itertools.islice(short, COUNT))
+    problems = [story.problem() for story in chosen_stories]
+    wrong = [(problems[k].prompt, corrupted(chosen_stories[k], rng)) for k in range(WRONG)]
     right = [(problem.prompt, problem.steps) for problem in problems]
     long = Problem(problems[0].prompt + " She waits." * 40, problems[0].answer, problems[0].steps)
     write_records(folder / "problems.jsonl", [*problems, long])
@@ -80,8 +47,8 @@ def world(tiny_model_dir, tmp_path_factory) -> dict:
         pairs.append(PreferencePair(story.prompt(), chosen[k:], rejected[k:], chosen[:k]))
     write_records(folder / "pairs.jsonl", pairs)
     return {
-        "base": teach(tiny_model_dir, folder / "base", wrong + right[WRONG:]),
-        "tuned": teach(tiny_model_dir, folder / "tuned", right),
+        "base": taught(tiny_model_dir, folder / "base", wrong + right[WRONG:]),
+        "tuned": taught(tiny_model_dir, folder / "tuned", right),
         "judge": export_judge(tiny_model_dir, folder, context=200),
         "input": str(folder / "problems.jsonl"),
         "problems": problems,
@@ -90,60 +57,51 @@ def world(tiny_model_dir, tmp_path_factory) -> dict:
     }
 
 
-def flags(world: dict, **changes: object) -> list[str]:
-    given = {name: world[name] for name in ("input", "pairs")}
-    given |= {
-        "base_model": world["base"],
-        "tuned_model": world["tuned"],
-        "judge_path": world["judge"],
-        "output_dir": "results",
-    }
+def flags(world: dict, folder: Path, **changes: object) -> list[str]:
+    given = {"base_model": world["base"], "tuned_model": world["tuned"]}
+    given |= {name: world[name] for name in ("input", "pairs")}
+    given |= {"judge_path": world["judge"], "output_dir": folder / "results"}
     given |= {"max_new_tokens": 80} | changes
-    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    return [
+        part
+        for name, value in given.items()
+        if value is not None
+        for part in (f"--{name}", str(value))
+    ]
+
+
+def read_outputs(folder: Path) -> tuple[dict, list[dict]]:
+    """The result and the rows of a run."""
+    rows = (folder / f"{NAME}.jsonl").read_text().splitlines()
+    return json.loads((folder / f"{NAME}.json").read_text()), [json.loads(row) for row in rows]
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys):
+    """Run the script's main in this process: (exit code, stdout, stderr)."""
+    return lambda *args: call_main(
+        eval_reward_scores.main, *args, monkeypatch=monkeypatch, capsys=capsys
+    )
 
 
 @pytest.fixture(scope="module")
 def comparison(world, tmp_path_factory) -> dict:
     """One run over everything: what it printed and what it wrote."""
-    import os
-    import subprocess
-    import sys
-
-    root = Path(__file__).resolve().parents[1]
     folder = tmp_path_factory.mktemp("comparison")
-    command = [sys.executable, str(root / SCRIPT), *flags(world)]
-    process = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=os.environ | {"COLUMNS": "80"},
-        timeout=600,
-    )
+    arguments = flags(world, folder, output_dir="results")
+    process = scripts.run_script(SCRIPT, *arguments, cwd=folder)
     assert process.returncode == 0, process.stderr
-    results = folder / "results"
-    return {
-        "folder": folder,
-        "stdout": process.stdout,
-        "result": json.loads((results / "reward_score_comparison.json").read_text()),
-        "rows": [
-            json.loads(line)
-            for line in (results / "reward_score_comparison.jsonl").read_text().splitlines()
-        ],
-    }
+    result, rows = read_outputs(folder / "results")
+    return {"folder": folder, "stdout": process.stdout, "result": result, "rows": rows}
 
 
 def test_numbers_are_those_of_the_kept_answers(world, comparison):
     rows, metrics = comparison["rows"], comparison["result"]["metrics"]
-    assert [row["prompt"] for row in rows[:COUNT]] == [
-        problem.prompt for problem in world["problems"]
-    ] and len(rows) == COUNT + 1
+    assert len(rows) == COUNT + 1
+    assert [row["prompt"] for row in rows[:COUNT]] == [p.prompt for p in world["problems"]]
     expected = {}
     for side in ("base", "tuned"):
-        measures = {
-            name: []
-            for name in ("reward", "reward_min", "accuracy", "step_accuracy", "unfinished", "steps")
-        }
+        measures = {name: [] for name in MEASURES}
         for row, problem in zip(rows[:COUNT], world["problems"], strict=True):
             steps, scores = row[f"{side}_steps"], row[f"{side}_scores"]
             assert len(steps) == len(scores) and all(0 <= score <= 1 for score in scores)
@@ -161,7 +119,7 @@ def test_numbers_are_those_of_the_kept_answers(world, comparison):
     for name, value in expected.items():
         assert metrics[name]["value"] == pytest.approx(value, abs=1e-9), name
         assert metrics[name]["n"] == COUNT
-    for name in ("reward", "reward_min", "accuracy", "step_accuracy", "unfinished", "steps"):
+    for name in MEASURES:
         difference = expected[f"tuned_{name}"] - expected[f"base_{name}"]
         assert metrics[f"{name}_improvement"]["value"] == pytest.approx(difference, abs=1e-9)
     assert metrics["tuned_accuracy"]["value"] == metrics["tuned_step_accuracy"]["value"] == 1
@@ -176,18 +134,14 @@ def test_log_prob_margins_are_those_of_the_models(world, comparison):
 
     assert 0 < len(world["kept_out"]) < 60
     for side in ("base", "tuned"):
-        tokenizer, model = (
-            AutoTokenizer.from_pretrained(world[side]),
-            AutoModelForCausalLM.from_pretrained(world[side]),
-        )
+        tokenizer = AutoTokenizer.from_pretrained(world[side])
+        model = AutoModelForCausalLM.from_pretrained(world[side])
 
         def mean_logp(pair, steps, tokenizer=tokenizer, model=model):
-            before = PLAIN_TEMPLATE.format(prompt=pair.prompt) + "".join(
-                step + "\n" for step in pair.prefix
-            )
-            ids = torch.tensor(
-                [[*tokenizer(before + "\n".join(steps))["input_ids"], tokenizer.eos_token_id]]
-            )
+            prefix = "".join(step + "\n" for step in pair.prefix)
+            before = PLAIN_TEMPLATE.format(prompt=pair.prompt) + prefix
+            ids = tokenizer(before + "\n".join(steps))["input_ids"]
+            ids = torch.tensor([[*ids, tokenizer.eos_token_id]])
             start = len(tokenizer(before)["input_ids"])
             with torch.inference_mode():
                 logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
@@ -198,9 +152,8 @@ def test_log_prob_margins_are_those_of_the_models(world, comparison):
             for pair in world["kept_out"]
         ]
         metric = comparison["result"]["metrics"][f"{side}_logp_margin"]
-        assert metric["value"] == pytest.approx(np.mean(margins), abs=1e-4) and metric["n"] == len(
-            margins
-        )
+        assert metric["value"] == pytest.approx(np.mean(margins), abs=1e-4)
+        assert metric["n"] == len(margins)
 
 
 def test_result_file_has_every_key(world, comparison):
@@ -217,89 +170,56 @@ def test_result_file_has_every_key(world, comparison):
         assert metric["ci95"][0] <= metric["value"] <= metric["ci95"][1], name
 
 
-def test_a_problem_too_long_for_the_judge_is_left_out_for_both_and_said(comparison):
-    assert (
-        "base_scores" not in comparison["rows"][COUNT]
-        and "tuned_scores" not in comparison["rows"][COUNT]
-    )
+def test_a_problem_too_long_for_the_judge_is_left_out_for_both_with_a_message(comparison):
+    assert not {"base_scores", "tuned_scores"} & comparison["rows"][COUNT].keys()
     assert "1 of 9 problems left out for both" in comparison["stdout"]
 
 
 def test_table_and_files(comparison):
     lines = comparison["stdout"].splitlines()
-    assert [
-        cell.strip()
-        for cell in next(line for line in lines if "difference" in line).split("|")[1:-1]
-    ] == [*("metric", "base", "tuned", "difference", "n")]
+    header = next(line for line in lines if "difference" in line).split("|")[1:-1]
+    columns = ["metric", "base", "tuned", "difference", "n"]
+    assert [cell.strip() for cell in header] == columns
     assert sum(line.startswith("| ") for line in lines) == 8  # header and seven metrics
-    assert "wrote " in lines[-1] and "reward_score_comparison.json" in lines[-1]
-    names = sorted(
-        path.relative_to(comparison["folder"]).as_posix()
-        for path in comparison["folder"].rglob("*.*")
-    )
-    assert names == [
-        "plots/reward_score_comparison.png",
-        *(f"results/reward_score_comparison.{end}" for end in ("json", "jsonl")),
+    assert "wrote " in lines[-1] and f"{NAME}.json" in lines[-1]
+    folder = comparison["folder"]
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*")) == [
+        f"plots/{NAME}.png",
+        *(f"results/{NAME}.{end}" for end in ("json", "jsonl")),
     ]
 
 
-def test_limit_seed_and_no_references(world, comparison, run_script, tmp_path):
-    """The first three problems without references: their scores are those of the full run, and there is no step_accuracy."""
-    write_records(
-        tmp_path / "bare.jsonl",
-        ({"prompt": p.prompt, "answer": p.answer} for p in world["problems"]),
+def test_limit_seed_and_no_references(world, comparison, evaluate, tmp_path):
+    """The first three problems without references have the same scores, but no step_accuracy."""
+    bare = [{"prompt": p.prompt, "answer": p.answer} for p in world["problems"]]
+    write_records(tmp_path / "bare.jsonl.gz", bare)
+    pairs = [json.loads(line) for line in Path(world["pairs"]).read_text().splitlines()]
+    trained_on = [pair for pair in pairs if not is_kept_out(pair["prompt"])]
+    write_records(tmp_path / "no_kept_out.jsonl", trained_on)
+    changes = {"input": tmp_path / "bare.jsonl.gz", "pairs": tmp_path / "no_kept_out.jsonl"}
+    code, out, err = evaluate(*flags(world, tmp_path, **changes, limit=3, seed=7))
+    assert code == 0, err
+    result, rows = read_outputs(tmp_path / "results")
+    full_rows = comparison["rows"][:3]
+    assert [row["tuned_steps"] for row in rows] == [row["tuned_steps"] for row in full_rows]
+    scores, full_scores = (
+        np.concatenate([row["tuned_scores"] for row in some]) for some in (rows, full_rows)
     )
-    (tmp_path / "no_kept_out.jsonl").write_text(
-        "".join(
-            line
-            for line in Path(world["pairs"]).read_text().splitlines(True)
-            if not is_kept_out(json.loads(line)["prompt"])
-        )
-    )
-    changes = {"input": "bare.jsonl", "pairs": "no_kept_out.jsonl", "limit": 3, "seed": 7}
-    process = run_script(SCRIPT, *flags(world, **changes))
-    assert process.returncode == 0, process.stderr
-    result = json.loads((tmp_path / "results" / "reward_score_comparison.json").read_text())
-    rows = [
-        json.loads(line)
-        for line in (tmp_path / "results" / "reward_score_comparison.jsonl")
-        .read_text()
-        .splitlines()
-    ]
-    assert [row["tuned_steps"] for row in rows] == [
-        row["tuned_steps"] for row in comparison["rows"][:3]
-    ]
-    scores = np.concatenate([row["tuned_scores"] for row in rows])
-    assert scores == pytest.approx(
-        np.concatenate([row["tuned_scores"] for row in comparison["rows"][:3]]), abs=1e-6
-    )
+    assert scores == pytest.approx(full_scores, abs=1e-6)
     assert result["seeds"] == [7] and result["num_examples"] == 3
-    assert (
-        "base_step_accuracy" not in result["metrics"]
-        and "base_logp_margin" not in result["metrics"]
-    )
-    assert "none of the pairs kept out" in process.stdout
+    assert not {"base_step_accuracy", "base_logp_margin"} & result["metrics"].keys()
+    assert "none of the pairs kept out" in out
 
 
-def test_another_judge_and_the_control(world, run_script, tmp_path):
-    """The checker gives tuned full marks and base fewer; with its scores permuted over both, little of the difference is left."""
-    folder = {
-        "input": world["input"],
-        "pairs": world["pairs"],
-        "base_model": world["base"],
-        "tuned_model": world["tuned"],
-    }
-    exact = folder | {"judge_problems": world["input"], "limit": COUNT, "max_new_tokens": 80}
+def test_the_exact_judge_and_its_shuffled_control(world, evaluate, tmp_path):
+    """Exact scores are 1 for tuned and lower for base; shuffled scores hardly differ."""
     found = {}
     for judge in ({"judge": "exact"}, {"judge": "shuffled", "shuffled_judge": "exact"}):
-        changes = exact | judge | {"output_dir": judge["judge"]}
-        process = run_script(
-            SCRIPT, *(part for name, value in changes.items() for part in (f"--{name}", value))
-        )
-        assert process.returncode == 0, process.stderr
-        found[judge["judge"]] = json.loads(
-            (tmp_path / judge["judge"] / "reward_score_comparison.json").read_text()
-        )["metrics"]
+        changes = judge | {"judge_path": None, "judge_problems": world["input"], "limit": COUNT}
+        folder = tmp_path / judge["judge"]
+        code, _, err = evaluate(*flags(world, folder, **changes))
+        assert code == 0, err
+        found[judge["judge"]] = read_outputs(folder / "results")[0]["metrics"]
     assert found["exact"]["tuned_reward"]["value"] == 1 > found["exact"]["base_reward"]["value"]
     improvement = {name: metrics["reward_improvement"]["value"] for name, metrics in found.items()}
     assert abs(improvement["shuffled"]) < improvement["exact"] / 2
@@ -321,55 +241,38 @@ BROKEN = {
     ("change", "message"),
     [
         ({"tuned_model": "none"}, "model directory none not found"),
-        ({"base_model": "."}, "no model directory"),
+        ({"base_model": "DIR"}, "no model directory"),
         ({"judge_path": "none.gguf"}, "none.gguf not found"),
-        ({"judge_path": "json.jsonl"}, "json.jsonl"),
+        ({"judge_path": "DIR/json.jsonl"}, "json.jsonl"),
         ({"input": "none.jsonl"}, "none.jsonl not found"),
-        ({"pairs": "pairs.jsonl"}, "chosen_scores"),
-        ({"output_dir": "json.jsonl/results"}, "cannot be written"),
+        ({"pairs": "DIR/pairs.jsonl"}, "chosen_scores"),
+        ({"output_dir": "DIR/json.jsonl/results"}, "cannot be written"),
         ({"limit": 0}, "--limit: expected 1 or more"),
         ({"limit": "x"}, "--limit"),
         ({"unknown": 1}, "unknown argument --unknown"),
-        *[({"input": name}, message) for name, (_, message) in BROKEN.items()],
+        *[({"input": f"DIR/{name}"}, message) for name, (_, message) in BROKEN.items()],
     ],
 )
-def test_bad_input_is_one_line(world, run_script, tmp_path, change, message):
+def test_bad_input_is_one_line(world, evaluate, tmp_path, change, message):
     for name, (content, _) in BROKEN.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    (tmp_path / "pairs.jsonl").write_text(
-        '{"prompt": "p", "chosen": ["a"], "rejected": ["b"], "chosen_scores": [2], "rejected_scores": [0]}'
-    )
+    pair = {"prompt": "p", "chosen": ["a"], "rejected": ["b"], "chosen_scores": [2]}
+    write_records(tmp_path / "pairs.jsonl", [pair | {"rejected_scores": [0]}])
     before = sorted(path.name for path in tmp_path.iterdir())
-    process = run_script(SCRIPT, *flags(world, **change))
-    assert process.returncode == 2
-    assert len(process.stderr.splitlines()) == 1 and message in process.stderr
+    change = {name: str(value).replace("DIR", str(tmp_path)) for name, value in change.items()}
+    code, _, err = evaluate(*flags(world, tmp_path, **change))
+    assert code == 2 and len(err.splitlines()) == 1 and message in err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_judge_against_exact_labels(world, run_script, tmp_path):
-    arguments = [
-        "--judge_path",
-        world["judge"],
-        "--model_name_or_path",
-        world["base"],
-        "--input",
-        world["input"],
-    ]
-    process = run_script(
-        "evaluation/eval_judge.py",
-        *arguments,
-        "--limit",
-        COUNT,
-        "--output_dir",
-        "results",
-        "--max_new_tokens",
-        80,
-    )
-    assert process.returncode == 0, process.stderr
+def test_judge_against_exact_labels(world, tmp_path, monkeypatch, capsys):
+    arguments = ["--judge_path", world["judge"], "--model_name_or_path", world["base"]]
+    arguments += ["--input", world["input"], "--output_dir", tmp_path / "results"]
+    arguments += ["--limit", COUNT, "--max_new_tokens", 80]
+    code, out, err = call_main(eval_judge.main, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0, err
     result = json.loads((tmp_path / "results" / "judge_judge.json").read_text())
     for name in ("step_auroc", "decision_accuracy"):
         metric = result["metrics"][name]
         assert 0 <= metric["ci95"][0] <= metric["value"] <= metric["ci95"][1] <= 1
-    assert 0 < result["right_steps"] < 1 and "step_auroc" in process.stdout
-    failed = run_script("evaluation/eval_judge.py", *arguments, "--samples", 0)
-    assert failed.returncode == 2 and "--samples: expected 1 or more" in failed.stderr
+    assert 0 < result["right_steps"] < 1 and "step_auroc" in out

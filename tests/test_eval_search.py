@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.files import read_records, write_records
+from evaluation import eval_search
 from evaluation.search_measurement import (
     Outcomes,
     SearchArgs,
@@ -19,81 +20,74 @@ from evaluation.search_report import Report, matched_budget, trend
 from reasoning.records import Problem
 from search.strategies import SearchResult
 from tests.helpers.judges import FixedJudge
+from tests.helpers.mains import call_main
 
 ROOT = Path(__file__).resolve().parents[1]
-POLICY, JUDGE = str(ROOT / "models/policy-mini"), str(ROOT / "models/judge-mini")
+POLICY, JUDGE, PRM = (
+    str(ROOT / f"models/{name}") for name in ("policy-mini", "judge-mini", "prm-mini")
+)
 
 
-def arguments(folder: Path, **more) -> list[str]:
-    values = {
-        "judge": "hf", "judge_path": JUDGE, "splits": "hard", "choose_on": "hard_validation", "limit": 3, "choose_limit": 2,
-        "n": "1 2", "samples": 4, "beams": 2, "aggregates": "min prod", "strategies": "majority_vote best_of_n step_greedy",
-        "output_dir": folder / "results",
-    }  # fmt: skip
+def arguments(folder: Path, **more: object) -> list[str]:
+    values = {"judge": "hf", "judge_path": JUDGE, "splits": "hard", "choose_on": "hard_validation"}
+    values |= {"limit": 2, "choose_limit": 1, "n": "1 2", "samples": 4, "beams": 2}
+    values |= {"aggregates": "min prod", "strategies": "majority_vote best_of_n step_greedy"}
+    values |= {"output_dir": folder / "results"} | more
     return [
         part
-        for name, value in (values | more).items()
+        for name, value in values.items()
+        if value is not None
         for part in (f"--{name}", *str(value).split())
     ]
 
 
-def test_a_run_is_reported_and_done_once(run_script, tmp_path):
-    """Twice: the second run needs no model at all, and what a kill left of a line is measured again."""
-    first = run_script("evaluation/eval_search.py", *arguments(tmp_path, other_model=JUDGE))
+@pytest.mark.process
+def test_a_run_is_reported_and_resumed(run_script, tiny_model_dir, tmp_path):
+    """The second run measures only the row of which a kill left one half, and reports the same."""
+    given = arguments(tmp_path, judge="prm", judge_path=PRM, other_model=tiny_model_dir)
+    first = run_script("evaluation/eval_search.py", *given)
     assert first.returncode == 0, first.stderr
     result = json.loads((tmp_path / "results/search.json").read_text())
     metrics = result["metrics"]
-    for strategy, sizes in {
-        "greedy": [1],
-        "majority_vote": [1, 2, 4],
-        "best_of_n": [1, 2, 4],
-        "step_greedy": [1, 2],
-    }.items():
-        for n in sizes:
+    sizes = {"greedy": [1], "majority_vote": [1, 2, 4], "best_of_n": [1, 2, 4]}
+    for strategy, ns in (sizes | {"step_greedy": [1, 2]}).items():
+        for n in ns:
             name = f"hard/policy-mini/{strategy}/{n}"
-            assert (
-                metrics[f"{name}/accuracy"]["n"] == 3
-                and metrics[f"{name}/tokens"]["value"] > 50 * n
-            )
-            assert strategy == "greedy" or f"{name}/accuracy_improvement" in metrics
-            assert strategy == "greedy" or f"{name}/accuracy_over_judge-mini" in metrics
-    assert (
-        metrics["hard/policy-mini/best_of_n/1/accuracy"]
-        == metrics["hard/policy-mini/majority_vote/1/accuracy"]
-    )
-    headline = result["chosen"]["strategy"]
-    assert (
-        headline in ("best_of_n", "step_greedy")
-        and result["chosen"]["aggregates"]["majority_vote"] is None
-    )
-    assert len(result["chosen"]["accuracies"]) == 5
+            assert metrics[f"{name}/accuracy"]["n"] == 2
+            assert metrics[f"{name}/tokens"]["value"] > 50 * n
+            if strategy != "greedy":
+                assert f"{name}/accuracy_improvement" in metrics
+                assert f"{name}/accuracy_over_tiny-model" in metrics
+    one_sample = [
+        metrics[f"hard/policy-mini/{s}/1/accuracy"] for s in ("best_of_n", "majority_vote")
+    ]
+    assert one_sample[0] == one_sample[1]
+    chosen = result["chosen"]
+    best = chosen["strategy"]
+    assert best in ("best_of_n", "step_greedy") and chosen["aggregates"]["majority_vote"] is None
+    assert len(chosen["accuracies"]) == 5
     for control in ("random", "agreement"):
-        assert f"hard/policy-mini/{headline}-{control}/2/accuracy_improvement" in metrics
-    assert metrics[f"hard/policy-mini/{headline}-agreement/2/judged_steps"]["value"] == 0
-    assert (
-        "hard/policy-mini/best_of_n/trend" in metrics
-        and (tmp_path / "plots/search.png").stat().st_size > 10_000
-    )
+        assert f"hard/policy-mini/{best}-{control}/2/accuracy_improvement" in metrics
+    assert metrics[f"hard/policy-mini/{best}-agreement/2/judged_steps"]["value"] == 0
+    assert "hard/policy-mini/best_of_n/trend" in metrics
+    assert (tmp_path / "plots/search.png").stat().st_size > 10_000
     assert "| greedy " in first.stdout and "over majority vote" in first.stdout
 
-    rows = (tmp_path / "results/search.jsonl").read_text()
+    path = tmp_path / "results/search.jsonl"
+    rows = path.read_text()
     keys = [json.loads(line)["key"] for line in rows.splitlines()]
     assert len(set(keys)) == len(keys)
     last = rows.splitlines()[-1]
-    (tmp_path / "results/search.jsonl").write_text(
-        rows[: rows.rindex(last)] + last[: len(last) // 2]
-    )
-    again = run_script("evaluation/eval_search.py", *arguments(tmp_path, other_model=JUDGE))
+    path.write_text(rows[: rows.rindex(last)] + last[: len(last) // 2])
+    again = run_script("evaluation/eval_search.py", *given)
     assert again.returncode == 0, again.stderr
-    assert json.loads((tmp_path / "results/search.json").read_text())["chosen"] == result["chosen"]
-    without_seconds = [{**json.loads(line), "seconds": 0} for line in rows.splitlines()]
-    repeated = [
-        json.loads(line) for line in (tmp_path / "results/search.jsonl").read_text().splitlines()
-    ]
-    assert [{**row, "seconds": 0} for row in repeated] == without_seconds
+    assert json.loads((tmp_path / "results/search.json").read_text())["chosen"] == chosen
+    repeated = [json.loads(line) | {"seconds": 0} for line in path.read_text().splitlines()]
+    assert repeated == [json.loads(line) | {"seconds": 0} for line in rows.splitlines()]
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_smollm2_step_by_step_on_two_problems(smollm2, run_script, tmp_path):
     """A real pretrained model, which guides itself as a judge."""
     models = {
@@ -135,7 +129,7 @@ def args(tmp_path) -> SearchArgs:
 def fake(
     measurements: SearchMeasurements, accuracy: dict[str, float], calls: list | None = None
 ) -> None:
-    """Instead of a search: of every ten answers so many are right, by strategy or strategy/aggregate."""
+    """Replace the search: the share of right answers by strategy or strategy/aggregate."""
 
     def search(settings, chunk, policy):
         if calls is not None:
@@ -310,7 +304,7 @@ def test_report_compares_the_same_problems(args):
             {"judge": "prm", "judge_path": "saved_model/none"},
             "model directory saved_model/none not found",
         ),
-        ({"judge": "shuffled"}, "the control is random"),
+        ({"judge": "shuffled", "judge_path": None}, "the control is random"),
         ({"splits": "none.jsonl"}, "none.jsonl not found"),
         ({"splits": "hard hard_validation"}, "hard_validation is reported, choose on other splits"),
         ({"other_model": "models/policy-large-none"}, "not found"),
@@ -319,16 +313,25 @@ def test_report_compares_the_same_problems(args):
         ({"output_dir": "rows.jsonl/x"}, "cannot be written"),
     ],
 )
-def test_bad_input_is_one_line(run_script, tmp_path, changes, message):
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, changes, message):
     write_records(tmp_path / "rows.jsonl", [Problem("p", "1")])
+    if "output_dir" in changes:
+        changes = {"output_dir": tmp_path / changes["output_dir"]}
     given = arguments(tmp_path, **changes)
-    if changes.get("judge") == "shuffled":
-        given = [part for part in given if part not in ("--judge_path", JUDGE)]
-    process = run_script("evaluation/eval_search.py", *given)
-    # a bar stands before a judge opens
-    lines = [line for line in process.stderr.splitlines() if line and "problem/s]" not in line]
-    assert process.returncode == 2 and len(lines) == 1 and message in lines[0], process.stderr
+    code, _, err = call_main(eval_search.main, *given, monkeypatch=monkeypatch, capsys=capsys)
+    # a progress bar starts before a judge is opened
+    lines = [line for line in err.splitlines() if line and "problem/s]" not in line]
+    assert code == 2 and len(lines) == 1 and message in lines[0], err
     assert not (tmp_path / "results/search.json").exists()
+
+
+def test_compressed_splits(args, tmp_path):
+    for name in ("one", "two"):
+        write_records(tmp_path / f"problems_{name}.jsonl.gz", [Problem("p", "1")])
+    args.splits = [str(tmp_path / "problems_one.jsonl.gz")]
+    args.choose_on = [str(tmp_path / "problems_two.jsonl.gz")]
+    reported, for_choosing, _ = eval_search.check(args)
+    assert reported == {"one": [Problem("p", "1")]} and list(for_choosing) == ["two"]
 
 
 def test_names():

@@ -61,7 +61,7 @@ def test_degenerate_data():
 
 
 def test_differences_are_paired():
-    """Tuned is base plus 0.01 and a little noise: the difference is known far better than either side."""
+    """Tuned is base plus 0.01 and a little noise: the interval of the difference is narrow."""
     rng = np.random.default_rng(2)
     base = rng.random(200)
     metrics = compare("reward", base, base + 0.01 + rng.normal(0, 0.001, 200))
@@ -105,7 +105,7 @@ def test_repeating_the_steps_of_a_cluster_adds_no_certainty():
 
 
 def test_calibration_on_bins_worked_out_by_hand():
-    """Bin .2-.3: scores .2 and .28, one of two right. Bin .9-1: scores .9, 1, 1, 1, three of four right."""
+    """Bin .2-.3: scores .2, .28, one of two right. Bin .9-1: .9, 1, 1, 1, three of four right."""
     labels, scores, clusters = (
         [0, 1, 1, 1, 0, 1],
         [0.2, 0.28, 0.9, 1.0, 1.0, 1.0],
@@ -163,8 +163,9 @@ def test_first_error_is_as_processbench_writes_it():
 
 
 def test_processbench_with_both_parts_by_hand():
-    """Three with an error: found, reported one early, not reported. Two without: one without, one with a
-    reported error."""
+    """Three solutions with an error: reported exactly, reported one step early, not reported.
+
+    Two without an error: none reported, one reported."""
     labels = [[1, 0, None], [1, 0, 0], [1, 1, 0], [1, 1], [1], [1, None]]
     scores = [[0.9, 0.4, 0.9], [0.2, 0.1, 0.9], [0.9, 0.9, 0.5], [0.5, 0.9], [0.49], [0.0, 0.0]]
     metrics = processbench_metrics(labels, scores, clusters=[0, 1, 2, 3, 4, 5])
@@ -179,8 +180,9 @@ def test_processbench_with_both_parts_by_hand():
 
 
 def test_processbench_with_other_thresholds():
-    """At .3 the first error is found, the second reported early, the third missed, and no right solution has
-    a reported error; at .55 the third is found and one of two right solutions has a reported error."""
+    """At .3: the first error is found, the second reported early, the third missed.
+
+    At .55 the third is found, and an error is reported for one of two right solutions."""
     labels = [[1, 0, None], [1, 0, 0], [1, 1, 0], [1, 1], [1], [1, None]]
     scores = [[0.9, 0.2, 0.9], [0.2, 0.1, 0.9], [0.9, 0.9, 0.5], [0.55, 0.9], [0.49], [0.0, 0.0]]
     clusters = [0, 1, 2, 3, 4, 5]
@@ -229,7 +231,9 @@ def test_best_of_n_shares_ties():
 
 
 def test_spearman_of_policies_by_hand():
-    """Mean rewards .1, .4, .6, .9 rank 1 2 3 4; accuracies 0, .5, .25, 1 rank 1 3 2 4: rho = 1 - 6 * (1 + 1) / (4 * 15)."""
+    """Rewards .1, .4, .6, .9 rank 1 2 3 4; accuracies 0, .5, .25, 1 rank 1 3 2 4.
+
+    rho = 1 - 6 * (1 + 1) / (4 * 15)."""
     rewards = [[0.1] * 4, [0.3, 0.5, 0.4, 0.4], [0.6] * 4, [0.8, 1.0, 0.9, 0.9]]
     accuracies = [[0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1]]
     metric = spearman_metric(rewards, accuracies)

@@ -88,6 +88,7 @@ def test_what_the_history_lacks_is_left_out(tmp_path, drawn):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["odd.png", "one.png"]
 
 
+@pytest.mark.process
 def test_the_card_of_a_judge_draws_what_it_holds(tmp_path, drawn):
     half = Metric(0.5, [0.4, 0.6], 4)
     card = Card(
