@@ -1,4 +1,5 @@
-"""configs/tinyllama: every file is accepted by its script, they fit together, and all five run at that shape, two layers of it."""
+"""configs/tinyllama: every file is accepted by its script, they fit together, and all five run at
+that shape, two layers of it."""
 
 import importlib
 import json
@@ -88,8 +89,8 @@ def test_what_one_writes_the_next_reads():
 
 @pytest.fixture(scope="module")
 def tinyllama(tmp_path_factory) -> str:
-    """A model directory of TinyLlama's shape, tokenizer and chat template; two layers, random weights, and a head that ends
-    an answer every few tokens (random weights would not)."""
+    """A model directory of TinyLlama's shape, tokenizer and chat template; two layers, random
+    weights, and a head that ends an answer every few tokens (random weights would not)."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -105,8 +106,9 @@ def tinyllama(tmp_path_factory) -> str:
 
 @pytest.mark.slow
 def test_the_five_commands_run(tinyllama, run_script, tmp_path):
-    """A dry run of the files as they are. Overridden are paths, limits and lengths; what random weights cannot do, which is to be
-    right (--pair_by judge); and bf16 where this machine has none, as the scripts choose by themselves where no file asks for it."""
+    """A dry run of the files as they are. Overridden are paths, limits and lengths; what random
+    weights cannot do, which is to be right (--pair_by judge); and bf16 where this machine has none,
+    as the scripts choose by themselves where no file asks for it."""
     from lm.gguf_export import export_gguf
     from lm.loading import pick_device
 

@@ -1,4 +1,5 @@
-"""The chain by its scripts alone: problems -> search trees -> a PRM -> its scores on pairs, and a DPO step on those."""
+"""The chain by its scripts alone: problems -> search trees -> a PRM -> its scores on pairs, and a
+DPO step on those."""
 
 import json
 

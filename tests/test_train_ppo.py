@@ -1,10 +1,6 @@
-"""python train.py ppo: what it writes, stopping and going on, adapters, value models, what it refuses."""
+"""python train.py ppo: what it writes, resuming, adapters, judges, what it refuses."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,16 +9,21 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import train
-from common.cli import run
-from common.files import write_records
+from common.files import ROOT, write_records
 from reasoning.splits import is_kept_out
-from tests.conftest import ROOT
 from tests.helpers.reward_models import make_llama, make_prm
-from tests.test_smollm2 import TASKS
-from tests.test_step_ppo_trainer import taught
-from tests.test_train_prm import PROBLEMS, ROWS, flags
+from tests.helpers.scripts import run_script
+from tests.helpers.training import (
+    PROBLEMS,
+    STEP_VALUES,
+    as_if_killed,
+    flags,
+    refused,
+    taught,
+    train_here,
+)
 
+pytestmark = pytest.mark.process
 SMALL = {
     "bf16": "false",
     "use_cpu": "true",
@@ -30,8 +31,6 @@ SMALL = {
     "max_new_tokens": 32,
     "max_solution_steps": 2,
     "eval_limit": 1,
-}
-SMALL |= {
     "per_device_train_batch_size": 4,
     "num_mini_batches": 2,
     "total_episodes": 24,
@@ -47,31 +46,27 @@ GIVEN = {
 }
 
 
-def train_here(folder: Path, monkeypatch, **options: object) -> None:
+@pytest.fixture(autouse=True)
+def accelerator_state():
+    """Accelerator keeps its settings for the whole process."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["train.py", "ppo", *flags(**GIVEN | options)])
-    train.main()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
 def folder(tiny_model_dir, tmp_path_factory) -> Path:
     """Step values, a policy, a PRM, and one finished training of three updates: `out`."""
     folder = tmp_path_factory.mktemp("train_ppo")
-    write_records(folder / "values.jsonl", ROWS)
+    write_records(folder / "values.jsonl", STEP_VALUES)
     write_records(folder / "problems.jsonl", PROBLEMS)
-    taught(
-        tiny_model_dir, folder / "model", [(problem.prompt, problem.steps) for problem in PROBLEMS]
-    )
+    solutions = [(problem.prompt, problem.steps) for problem in PROBLEMS]
+    taught(tiny_model_dir, folder / "model", solutions)
     make_prm(tiny_model_dir, folder / "prm")
-    command = [sys.executable, str(ROOT / "train.py"), "ppo", *flags(**GIVEN, output_dir="out")]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=1200, stdin=subprocess.DEVNULL
-    )
+    done = run_script("train.py", "ppo", *flags(**GIVEN, output_dir="out"), cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "stdout").write_text(done.stdout)
-    yield folder
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
 
 
 def local_config(folder: Path) -> Path:
@@ -87,112 +82,69 @@ def log_of(folder: Path, name: str) -> dict:
 
 def test_a_training_writes_a_policy_that_moved(folder):
     before, after = (load_file(folder / name / "model.safetensors") for name in ("model", "out"))
-    assert before.keys() == after.keys() and all(
-        not torch.equal(before[name], after[name]) for name in before
-    )
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
     assert AutoModelForCausalLM.from_pretrained(folder / "out").dtype == torch.float32
     assert AutoTokenizer.from_pretrained(folder / "out").eos_token == "</s>"
-    assert {path.suffix for path in (folder / "out").iterdir() if path.is_file()} == {
-        ".safetensors",
-        ".json",
-        ".md",
-    }
-    assert sorted(path.name for path in folder.glob("out/checkpoint-*")) == [
-        f"checkpoint-{k}" for k in (1, 2, 3)
-    ]
+    suffixes = {path.suffix for path in (folder / "out").iterdir() if path.is_file()}
+    assert suffixes == {".safetensors", ".json", ".md"}
+    checkpoints = sorted(path.name for path in folder.glob("out/checkpoint-*"))
+    assert checkpoints == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     log = log_of(folder, "out")
     updates = [row for row in log["history"] if "loss" in row]
-    assert log["steps"] == len(updates) == 3 and log["job"] == json.loads(
-        (folder / "out/training_job.json").read_text()
-    )
-    watched = [row for row in log["history"] if "eval_exact_accuracy" in row]
-    assert [row["step"] for row in watched] == [0, 1, 2, 3] and all(
-        "eval_objective/scores" in row for row in watched
-    )
-    said = (folder / "stdout").read_text()
-    kept_out = sum(is_kept_out(row.prompt) for row in ROWS)
-    assert (
-        kept_out
-        and f"{len(ROWS) - kept_out} beginnings of values.jsonl; {kept_out} more are kept out"
-        in said
-    )
-    assert (
-        "3 updates of 8 beginnings" in said
-        and "judge's score of a step" in said
-        and "prm: a PRM (StepTokens)" in said
-    )
+    assert log["steps"] == len(updates) == 3
+    assert log["job"] == json.loads((folder / "out/training_job.json").read_text())
+    evaluated = [row for row in log["history"] if "eval_exact_accuracy" in row]
+    assert [row["step"] for row in evaluated] == [0, 1, 2, 3]
+    assert all("eval_objective/scores" in row for row in evaluated)
+    printed = (folder / "stdout").read_text()
+    kept_out = sum(is_kept_out(row.prompt) for row in STEP_VALUES)
+    rows = f"{len(STEP_VALUES) - kept_out} prefixes of values.jsonl; {kept_out} more are kept out"
+    assert kept_out and rows in printed
+    assert "3 updates of 8 prefixes" in printed and "judge's score of a step" in printed
+    assert "prm: a PRM (StepTokens)" in printed
     assert (folder / "logs/out/training.png").stat().st_size > 30_000
     card = (folder / "out/README.md").read_text()
-    assert (
-        "model after step PPO (states both), rewarded by prm-prm, from" in card
-        and "| judge's score of a step |" in card
-    )
+    assert "model after step PPO (states both), rewarded by prm-prm, from" in card
+    assert "| judge's score of a step |" in card
 
 
 def test_stopped_in_the_middle_it_ends_with_the_same_weights(folder, monkeypatch, capsys):
-    shutil.copytree(folder / "out", folder / "killed")
-    for left in (
-        "config.json",
-        "model.safetensors",
-        "checkpoint-2/trainer_state.json",
-        "checkpoint-3/trainer_state.json",
-    ):
-        (folder / "killed" / left).unlink()
-    train_here(folder, monkeypatch, output_dir="killed")
-    assert "going on from killed/checkpoint-1" in capsys.readouterr().out
+    as_if_killed(folder / "out", folder / "killed")
+    train_here(folder, monkeypatch, "ppo", *flags(**GIVEN, output_dir="killed"))
+    assert "resuming from killed/checkpoint-1" in capsys.readouterr().out
     once, again = (load_file(folder / name / "model.safetensors") for name in ("out", "killed"))
     assert all(torch.equal(once[name], again[name]) for name in once)
     assert log_of(folder, "killed")["history"] == log_of(folder, "out")["history"]
 
 
-def test_the_example_trains_an_adapter_from_problems(folder, monkeypatch, capsys):
-    """configs/ppo.yaml, but for what it reads and writes, its sizes and its precision; then the adapter goes on, merged."""
-    given = {
+def test_the_example_trains_an_adapter_from_problems(folder, monkeypatch):
+    """configs/ppo.yaml with other paths and sizes; then the adapter is merged and trained."""
+    options = {
         "config": local_config(folder),
         "dataset_name": "problems.jsonl",
         "dtype": "float32",
         "gradient_accumulation_steps": 1,
+        "eval_limit": 0,
+        "total_episodes": 8,
+        "output_dir": "adapter",
     }
-    train_here(folder, monkeypatch, **given, output_dir="adapter", eval_limit=0, total_episodes=8)
+    train_here(folder, monkeypatch, "ppo", *flags(**GIVEN | options))
     names = {path.name for path in (folder / "adapter").iterdir()}
-    assert {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    } <= names and "model.safetensors" not in names
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    assert "model.safetensors" not in names
     weights = load_file(folder / "adapter/adapter_model.safetensors")
     assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
     log = log_of(folder, "adapter")
     assert log["job"]["states"] == "fresh" and "eval_exact_accuracy" not in log["history"][0]
-    capsys.readouterr()
-    train_here(
-        folder,
-        monkeypatch,
-        model_name_or_path="adapter",
-        output_dir="merged",
-        total_episodes=8,
-        eval_strategy="no",
-    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    options = {"model_name_or_path": "adapter", "output_dir": "merged"}
+    options |= {"total_episodes": 8, "eval_strategy": "no"}
+    train_here(folder, monkeypatch, "ppo", *flags(**GIVEN | options))
     first = next(row for row in log_of(folder, "merged")["history"] if "loss" in row)
     # the reference is the adapter, not its base
     assert first["objective/kl"] == pytest.approx(0, abs=1e-4)
     assert "model.safetensors" in {path.name for path in (folder / "merged").iterdir()}
-
-
-def test_a_value_function_may_begin_elsewhere(folder, monkeypatch):
-    """The PRM has one token more than the policy, at the end: the policy's ids mean the same to it."""
-    given = {
-        "value_model": "prm",
-        "total_episodes": 8,
-        "eval_strategy": "no",
-        "save_total_limit": 1,
-    }
-    train_here(folder, monkeypatch, **given, output_dir="valued")
-    (checkpoint,) = folder.glob("valued/checkpoint-*")
-    tokens = load_file(checkpoint / "trained.safetensors")["backbone.embed_tokens.weight"]
-    assert (
-        tokens.shape
-        == load_file(folder / "prm/model.safetensors")["model.embed_tokens.weight"].shape
-    )
 
 
 @pytest.mark.parametrize("judge", ["exact", "shuffled", "response"])
@@ -205,20 +157,11 @@ def test_any_judge_rewards(folder, monkeypatch, judge):
         "response": {"judge_path": "reward", "states": "fresh"},
     }[judge]
     options = {name: value for name, value in GIVEN.items() if name != "judge_path"} | given
-    AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.chdir(folder)
-    rest = flags(
-        judge=judge,
-        output_dir=judge,
-        eval_strategy="no",
-        save_strategy="no",
-        **options | {"total_episodes": 8},
-    )
-    monkeypatch.setattr(sys, "argv", ["train.py", "ppo", *rest])
-    train.main()
-    assert log_of(folder, judge)["job"]["judge"] == judge and not list(
-        folder.glob(f"{judge}/checkpoint-*")
-    )
+    options |= {"judge": judge, "output_dir": judge, "total_episodes": 8}
+    options |= {"eval_strategy": "no", "save_strategy": "no"}
+    train_here(folder, monkeypatch, "ppo", *flags(**options))
+    assert log_of(folder, judge)["job"]["judge"] == judge
+    assert not list(folder.glob(f"{judge}/checkpoint-*"))
 
 
 @pytest.mark.parametrize(
@@ -243,74 +186,51 @@ def test_any_judge_rewards(folder, monkeypatch, judge):
         ),
         ({"judge": "response"}, "response scores whole answers: give --states fresh"),
         ({"judge": "gguf"}, "prm is a folder, expected a file"),
-        ({"value_model": "nowhere"}, "model directory nowhere not found"),
-        ({"value_model": "strange"}, "--value_model strange has another tokenizer than the policy"),
-        ({"value_model": "prm", "use_peft": "true"}, "shares the policy's weights"),
+        ({"value_model": "prm"}, "unknown argument --value_model"),
         ({"load_in_4bit": "true"}, "a policy of step PPO is not trained on quantized weights"),
         ({"resume_from_checkpoint": "true"}, "no whole checkpoint"),
     ],
 )
 def test_mistakes_are_one_line(folder, monkeypatch, capsys, given, message):
-    write_records(folder / "bad.jsonl", [ROWS[0], {**vars(ROWS[1]), "score": 2}])
+    write_records(folder / "bad.jsonl", [STEP_VALUES[0], {**vars(STEP_VALUES[1]), "score": 2}])
     with open(ROOT / "data/problems_test.jsonl", encoding="utf-8") as file:
         write_records(folder / "test.jsonl", [json.loads(file.readline())])
-    if not (folder / "strange").exists():
-        shutil.copytree(folder / "model", folder / "strange")
-        tokenizer = json.loads((folder / "strange/tokenizer.json").read_text())
-        vocabulary = tokenizer["model"]["vocab"]
-        first, second = (token for token, index in vocabulary.items() if index in (400, 401))
-        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-        (folder / "strange/tokenizer.json").write_text(json.dumps(tokenizer))
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    with pytest.raises(SystemExit) as stopped:
-        run(lambda: train_here(folder, monkeypatch, **{"output_dir": "new"} | given))
-    assert (
-        stopped.value.code == 2
-        and {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-    )
-    line = capsys.readouterr().err
-    assert message in line and line.startswith("train.py: error: ") and line.count("\n") == 1
+    options = {**GIVEN, "output_dir": "new", **given}
+    assert message in refused(folder, monkeypatch, capsys, "ppo", *flags(**options))
 
 
 @pytest.mark.slow
 def test_smollm2_two_updates_on_two_problems(smollm2, tmp_path):
-    """A real pretrained model, its adapter rewarded by itself as a judge, then by the checker, which knows the answers."""
-    write_records(tmp_path / "problems.jsonl", TASKS[:2])
-    config = ["--config", str(local_config(tmp_path)), "--dtype", "float32", "--bf16", "false"]
-    given = {
-        "model_name_or_path": smollm2,
-        "dataset_name": "problems.jsonl",
-        "output_dir": "out",
-        "logs_dir": "logs",
-    }
-    small = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 1,
-        "num_mini_batches": 1,
-        "total_episodes": 4,
-    }
-    small |= {
-        "max_new_tokens": 32,
-        "max_solution_steps": 3,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "num_ppo_epochs": 1,
-    }
-    rest = flags(judge="hf", judge_path=smollm2, use_cpu="true", **given, **small)
-    command = [sys.executable, str(ROOT / "train.py"), "ppo", *config, *rest]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    """A real pretrained model: an adapter on it, rewarded by the model itself as a judge."""
+    solved = [problem for problem in PROBLEMS if not is_kept_out(problem.prompt)]
+    write_records(tmp_path / "problems.jsonl", solved[:2])
+    options = flags(
+        config=local_config(tmp_path),
+        dtype="float32",
+        bf16="false",
+        judge="hf",
+        judge_path=smollm2,
+        use_cpu="true",
+        model_name_or_path=smollm2,
+        dataset_name="problems.jsonl",
+        output_dir="out",
+        logs_dir="logs",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+        num_mini_batches=1,
+        total_episodes=4,
+        max_new_tokens=32,
+        max_solution_steps=3,
+        eval_strategy="no",
+        save_strategy="no",
+        num_ppo_epochs=1,
     )
+    done = run_script("train.py", "ppo", *options, cwd=tmp_path, timeout=1200)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     updates = log_of(tmp_path, "out")["history"]
-    assert len(updates) == 2 and all(
-        0 <= row["objective/scores"] <= 1 and row["steps/number"] >= 2 for row in updates
-    )
+    assert len(updates) == 2
+    assert all(0 <= row["objective/scores"] <= 1 and row["steps/number"] >= 2 for row in updates)
     assert updates[0]["objective/kl"] == pytest.approx(0, abs=1e-4)
     weights = load_file(tmp_path / "out/adapter_model.safetensors")
     assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)

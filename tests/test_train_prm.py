@@ -1,7 +1,6 @@
-"""python train.py prm: how labels are packed, the loss by hand, what it writes, adapters, resuming, what it refuses."""
+"""python train.py prm: packing, the loss by hand, outputs, adapters, resuming, mistakes."""
 
 import contextlib
-import itertools
 import json
 import logging
 import math
@@ -11,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,17 +18,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-import train
-from common.cli import run
 from common.errors import RecordError, UserError
-from common.files import write_records
+from common.files import ROOT, write_records
 from reasoning.datasets.loading import load_step_values
-from reasoning.problems import problems
 from reasoning.records import LabelledSolution, StepValue
 from reasoning.splits import is_kept_out
 from reward_model.process_reward_model import ProcessRewardModel
-from tests.conftest import ROOT
 from tests.helpers.reward_models import make_prm
+from tests.helpers.training import PROBLEMS, STEP_VALUES, as_if_killed, flags, refused, train_here
+from trainer import prm_trainer
 from trainer.prm_trainer import (
     IGNORED,
     DataCollatorForStepValues,
@@ -39,34 +36,33 @@ from trainer.prm_trainer import (
     add_labelled,
     pack,
 )
+from trainer.session import train
 
-PROBLEMS = list(itertools.islice(problems("train"), 20, 34))
+pytestmark = pytest.mark.process
 SMALL = {"bf16": "false", "seed": 1, "logging_steps": 1, "logs_dir": "logs", "warmup_steps": 0}
-
-
-def values_of(problem) -> list[StepValue]:
-    """Two steps of the reference with values, a wrong one, and one row twice."""
-    first, second = problem.steps[:2]
-    wrong = StepValue(problem.prompt, "Step 2: 1 + 1 = 3", 0.0, prefix=[first])
-    return [
-        StepValue(problem.prompt, first, 0.75),
-        wrong,
-        StepValue(problem.prompt, second, 0.5, prefix=[first]),
-        wrong,
-    ]
-
-
-ROWS = [value for problem in PROBLEMS for value in values_of(problem)]
-
-
-def flags(**options) -> list[str]:
-    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
-
-
-def train_here(folder: Path, monkeypatch, *args: object) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["train.py", "prm", *map(str, args)])
-    train.main()
+ACCUMULATED = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 7,
+    "num_train_epochs": 3,
+    "save_steps": 1,
+}
+ARGS = flags(
+    dataset_name="values.jsonl",
+    model_name_or_path="model",
+    save_total_limit=3,
+    **ACCUMULATED,
+    **SMALL,
+)
+LORA = [
+    "--use_peft",
+    *flags(
+        running_min="true",
+        lora_r=4,
+        lora_dropout=0,
+        lora_target_modules="all-linear",
+        learning_rate=0.01,
+    ),
+]
 
 
 def history(folder: Path, name: str) -> list[dict]:
@@ -178,37 +174,22 @@ def test_a_row_of_branches_written_out():
 
 @pytest.fixture(scope="module")
 def folder(tiny_model_dir, tmp_path_factory) -> Path:
-    """Rows, a PRM with a random head, and one finished training of it, three epochs, all solutions in each update: `out`."""
+    """Rows, a PRM with a random head, and a training of three updates on all solutions: `out`."""
     folder = tmp_path_factory.mktemp("train_prm")
-    write_records(folder / "values.jsonl", ROWS)
+    write_records(folder / "values.jsonl", STEP_VALUES)
     make_prm(tiny_model_dir, folder / "model")
     shutil.copytree(tiny_model_dir, folder / "lm")
     with (
         pytest.MonkeyPatch.context() as monkeypatch,
-        open(folder / "stdout", "w") as said,
-        contextlib.redirect_stdout(said),
+        open(folder / "stdout", "w") as stdout,
+        contextlib.redirect_stdout(stdout),
     ):
-        train_here(folder, monkeypatch, *ARGS, *flags(output_dir="out"))
+        train_here(folder, monkeypatch, "prm", *ARGS, *flags(output_dir="out"))
     return folder
 
 
-ACCUMULATED = {
-    "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 7,
-    "num_train_epochs": 3,
-    "save_steps": 1,
-}
-ARGS = flags(
-    dataset_name="values.jsonl",
-    model_name_or_path="model",
-    save_total_limit=3,
-    **ACCUMULATED,
-    **SMALL,
-)
-
-
 def by_hand(model_dir: Path, rows: list[StepValue]) -> dict[str, float]:
-    """The mean loss over all different steps and what is logged beside it, in float64, each step on its own."""
+    """The mean loss over all different steps and the other metrics, in float64, step by step."""
     model = AutoModelForTokenClassification.from_pretrained(model_dir, dtype=torch.float64).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     labels: dict[tuple, list[float]] = {}
@@ -224,16 +205,16 @@ def by_hand(model_dir: Path, rows: list[StepValue]) -> dict[str, float]:
         values[label >= 0.5].append(value)
     right = sum(v >= 0.5 for v in values[True]) + sum(v < 0.5 for v in values[False])
     means = {
-        name: sum(of) / len(of)
-        for name, of in (("values/good", values[True]), ("values/bad", values[False]))
+        name: sum(found) / len(found)
+        for name, found in (("values/good", values[True]), ("values/bad", values[False]))
     }
     return {"loss": sum(losses) / len(losses), "accuracy": right / len(losses), **means}
 
 
 def test_the_loss_is_the_one_computed_by_hand(folder):
     """The mean over the labelled steps of the global batch, however it is cut into smaller ones."""
-    rows = [row for row in ROWS if not is_kept_out(row.prompt)]
-    assert len(rows) < len(ROWS)
+    rows = [row for row in STEP_VALUES if not is_kept_out(row.prompt)]
+    assert len(rows) < len(STEP_VALUES)
     expected = by_hand(folder / "model", rows)
     first, *_, last = [row for row in history(folder, "out") if "loss" in row]
     assert {name: first[name] for name in expected} == pytest.approx(expected, abs=1e-4)
@@ -246,19 +227,15 @@ def test_a_training_writes_a_prm_that_moved(folder):
         not torch.equal(before[name], after[name]) for name in before
     )
     prompts = sum(not is_kept_out(problem.prompt) for problem in PROBLEMS)
-    said = (folder / "stdout").read_text()
+    printed = (folder / "stdout").read_text()
+    kept_out = 4 * (len(PROBLEMS) - prompts)
+    assert f"{4 * prompts} rows of values.jsonl; {kept_out} more are kept out" in printed
     assert (
-        f"{4 * prompts} rows of values.jsonl; {4 * (len(PROBLEMS) - prompts)} more are kept out of all training"
-        in said
-    )
-    assert (
-        f"{3 * prompts} labelled steps on {2 * prompts} solutions in {prompts} rows: mean label 0.417, 66.7% of them .5 or more; "
-        f"{prompts} labels of a step that had one were averaged"
-    ) in said
-    assert (
-        "mean value of the others" in said
-        and "its picture to logs/out/training.png" in said.splitlines()[-1]
-    )
+        f"{3 * prompts} labelled steps on {2 * prompts} solutions in {prompts} rows: mean label "
+        f"0.417, 66.7% of them .5 or more; {prompts} labels of a step that had one were averaged"
+    ) in printed
+    assert "mean value of the other steps" in printed
+    assert "its picture to logs/out/training.png" in printed.splitlines()[-1]
     card = (folder / "out/README.md").read_text()
     assert (
         "model after training as a process reward model (PRM) on" in card
@@ -275,7 +252,7 @@ def test_a_training_writes_a_prm_that_moved(folder):
     assert config["step_token"] == "<next>" and config["architectures"] == [
         "LlamaForTokenClassification"
     ]
-    solutions = [(row.prompt, [*row.prefix, row.step]) for row in ROWS[:6]]
+    solutions = [(row.prompt, [*row.prefix, row.step]) for row in STEP_VALUES[:6]]
     first, last = (
         ProcessRewardModel(folder / name, device="cpu").score_steps(solutions)
         for name in ("model", "out")
@@ -284,22 +261,15 @@ def test_a_training_writes_a_prm_that_moved(folder):
 
 
 def test_stopped_in_the_middle_it_ends_with_the_same_weights(folder, monkeypatch, capsys):
-    shutil.copytree(folder / "out", folder / "killed")
-    for left in (
-        "config.json",
-        "model.safetensors",
-        "checkpoint-2/trainer_state.json",
-        "checkpoint-3/trainer_state.json",
-    ):
-        (folder / "killed" / left).unlink()
-    train_here(folder, monkeypatch, *ARGS, *flags(output_dir="killed"))
-    assert "going on from killed/checkpoint-1" in capsys.readouterr().out
+    as_if_killed(folder / "out", folder / "killed")
+    train_here(folder, monkeypatch, "prm", *ARGS, "--output_dir", "killed")
+    assert "resuming from killed/checkpoint-1" in capsys.readouterr().out
     once, again = (load_file(folder / name / "model.safetensors") for name in ("out", "killed"))
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
 def test_a_causal_lm_learns_its_labels(folder, monkeypatch):
-    """From a head of zeros: the values of steps with the same label draw together, those with others apart."""
+    """From a head of zeros: steps with different labels get different values."""
     given = flags(
         dataset_name="values.jsonl",
         model_name_or_path="lm",
@@ -308,7 +278,11 @@ def test_a_causal_lm_learns_its_labels(folder, monkeypatch):
         **SMALL,
     )
     train_here(
-        folder, monkeypatch, *given, *flags(save_strategy="no", learning_rate=3e-3, hard_labels=0.6)
+        folder,
+        monkeypatch,
+        "prm",
+        *given,
+        *flags(save_strategy="no", learning_rate=3e-3, hard_labels=0.6),
     )
     log = [row for row in history(folder, "learned") if "loss" in row]
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and log[-1]["loss"] < 0.1
@@ -344,6 +318,7 @@ def test_every_shape_of_step_values_is_learned_from(folder, monkeypatch, name):
     train_here(
         folder,
         monkeypatch,
+        "prm",
         *flags(dataset_name=data, model_name_or_path="lm", output_dir="new", **SMALL),
     )
     ((training, trainer),) = made
@@ -385,23 +360,8 @@ def adapter(folder) -> Path:
         **SMALL,
     )
     with pytest.MonkeyPatch.context() as monkeypatch:
-        train_here(folder, monkeypatch, *given, *LORA, "--save_total_limit", 3)
+        train_here(folder, monkeypatch, "prm", *given, *LORA, "--save_total_limit", 3)
     return folder / "adapter"
-
-
-LORA = [
-    "--use_peft",
-    "--running_min",
-    "true",
-    "--lora_r",
-    "4",
-    "--lora_dropout",
-    "0",
-    "--lora_target_modules",
-    "all-linear",
-    "--learning_rate",
-    "0.01",
-]
 
 
 def test_an_adapter_holds_head_and_step_token_and_judges(folder, adapter):
@@ -418,7 +378,7 @@ def test_an_adapter_holds_head_and_step_token_and_judges(folder, adapter):
     judge = ProcessRewardModel(adapter, device="cpu")
     assert judge.model.config.step_token == "<next>" and len(judge.format.tokenizer) == 650
     assert judge.running_min  # from the adapter's folder: its base is no PRM
-    solutions = [(row.prompt, [*row.prefix, row.step]) for row in ROWS[:6]]
+    solutions = [(row.prompt, [*row.prefix, row.step]) for row in STEP_VALUES[:6]]
     scores = judge.score_steps(solutions)
     merged = judge.model.merge_and_unload()
     merged.save_pretrained(folder / "merged")
@@ -431,30 +391,14 @@ def test_an_adapter_holds_head_and_step_token_and_judges(folder, adapter):
         )
 
 
-def test_an_adapter_resumes_and_goes_on(folder, adapter, monkeypatch, capsys):
-    shutil.copytree(adapter, folder / "killed_adapter")
-    left = (
-        "config.json",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "checkpoint-2/trainer_state.json",
-    )
-    for name in (*left, "checkpoint-3/trainer_state.json"):
-        (folder / "killed_adapter" / name).unlink()
+def test_an_adapter_resumes_and_is_trained_further(folder, adapter, monkeypatch, capsys):
+    as_if_killed(adapter, folder / "killed_adapter")
     given = flags(
         dataset_name="values.jsonl", model_name_or_path="lm", max_steps=3, save_steps=1, **SMALL
     )
-    train_here(
-        folder,
-        monkeypatch,
-        *given,
-        *LORA,
-        "--save_total_limit",
-        3,
-        "--output_dir",
-        "killed_adapter",
-    )
-    assert "going on from killed_adapter/checkpoint-1" in capsys.readouterr().out
+    options = flags(save_total_limit=3, output_dir="killed_adapter")
+    train_here(folder, monkeypatch, "prm", *given, *LORA, *options)
+    assert "resuming from killed_adapter/checkpoint-1" in capsys.readouterr().out
     once, again = (
         load_file(folder / name / "adapter_model.safetensors")
         for name in ("adapter", "killed_adapter")
@@ -468,13 +412,13 @@ def test_an_adapter_resumes_and_goes_on(folder, adapter, monkeypatch, capsys):
         save_strategy="no",
         **SMALL,
     )
-    train_here(folder, monkeypatch, *more, "--output_dir", "further", "--use_peft")
+    train_here(folder, monkeypatch, "prm", *more, "--output_dir", "further", "--use_peft")
     further = load_file(folder / "further/adapter_model.safetensors")
     assert further.keys() == once.keys() and any(
         not torch.equal(further[name], once[name]) for name in once
     )
     assert history(folder, "further")[0]["loss"] < history(folder, "adapter")[0]["loss"]
-    train_here(folder, monkeypatch, *more, "--output_dir", "whole")
+    train_here(folder, monkeypatch, "prm", *more, "--output_dir", "whole")
     assert "score.weight" in load_file(folder / "whole/model.safetensors")
     assert history(folder, "whole")[0]["loss"] == pytest.approx(
         history(folder, "further")[0]["loss"], abs=1e-4
@@ -512,9 +456,9 @@ def test_a_solution_that_is_too_long_is_cut_by_whole_steps(folder, caplog):
     known = {place: label for place, label in enumerate(example["labels"]) if label != IGNORED}
     assert known == {22: 1.0, 36: 0.0} and len(example["input_ids"]) == 37
     assert (
-        "train: 2 of 4 labelled steps end behind max_length 40 and are left out, 1 of 2 solutions with all"
-        in caplog.text
-    )
+        "train: 2 of 4 labelled steps end after max_length 40 and are left out, 1 of 2 solutions "
+        "with all of theirs"
+    ) in caplog.text
     assert trainer.balance.startswith("2 labelled steps on 1 solutions in 1 rows: mean label 0.500")
     assert example["parents"] == [*range(-1, 36)]
     batch = DataCollatorForStepValues(0)(
@@ -532,7 +476,7 @@ def test_a_solution_that_is_too_long_is_cut_by_whole_steps(folder, caplog):
 
 def test_an_evaluation_has_the_mean_over_its_steps(folder):
     """However unequal its batches are."""
-    rows = ROWS[:2] + ROWS[5:8]
+    rows = STEP_VALUES[:2] + STEP_VALUES[5:8]
     metrics = trainer_on(
         folder, [asdict(row) for row in rows], per_device_eval_batch_size=2
     ).evaluate()
@@ -542,8 +486,8 @@ def test_an_evaluation_has_the_mean_over_its_steps(folder):
 
 
 def test_solutions_that_share_a_row_teach_what_they_teach_alone(folder, monkeypatch):
-    """The same loss and the same gradients; a model with a short window gets one solution a row."""
-    rows = [asdict(row) for row in ROWS]
+    """Loss and gradients are the same; a model with a short window gets one solution a row."""
+    rows = [asdict(row) for row in STEP_VALUES]
     found = []
     for window in (None, 60):
         monkeypatch.setattr("transformers.LlamaConfig.sliding_window", window, raising=False)
@@ -571,7 +515,7 @@ def test_solutions_that_share_a_row_teach_what_they_teach_alone(folder, monkeypa
 
 
 def test_a_row_is_no_longer_than_the_limit(folder):
-    rows = [asdict(row) for row in ROWS[:4]]
+    rows = [asdict(row) for row in STEP_VALUES[:4]]
     (whole,) = trainer_on(folder, rows, max_length=200).train_dataset
     shorter = len(whole["input_ids"]) - 1
     cut = trainer_on(folder, rows, max_length=shorter)
@@ -581,7 +525,9 @@ def test_a_row_is_no_longer_than_the_limit(folder):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(folder):
-    """Unequal numbers of steps in each: the weights after one step of plain SGD are those of one process with all of them."""
+    """The weights after one step of plain SGD are those of one process with all solutions.
+
+    The processes have unequal numbers of steps."""
     longer = [
         StepValue(
             PROBLEMS[0].prompt,
@@ -590,7 +536,7 @@ def test_two_processes_train_as_one(folder):
             prefix=["Step 2: 1 + 1 = 3", "Step 1: 3 = 3"],
         )
     ]
-    rows = [row for row in ROWS if not is_kept_out(row.prompt)][:14] + longer
+    rows = [row for row in STEP_VALUES if not is_kept_out(row.prompt)][:14] + longer
     assert (
         not is_kept_out(PROBLEMS[0].prompt)
         and len(pack(LabelledSteps.from_row(asdict(row)) for row in rows)[0]) == 8
@@ -604,29 +550,13 @@ def test_two_processes_train_as_one(folder):
         **SMALL,
     }
     settings |= {"learning_rate": 0.1, "max_grad_norm": 0, "save_strategy": "no"}
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "29513",
-    ]
-    for name, launcher, batch, accumulated in (
-        ("one", [sys.executable], 8, 1),
-        ("two", torchrun, 2, 2),
-    ):
-        given = flags(
-            **settings,
-            output_dir=name,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulated,
-        )
-        done = subprocess.run(
-            [*launcher, str(ROOT / "train.py"), "prm", *given],
-            cwd=folder, capture_output=True, text=True, timeout=600, env={**os.environ, "ACCELERATE_USE_CPU": "1"},
-        )  # fmt: skip
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29513"]
+    options = {"cwd": folder, "env": {**os.environ, "ACCELERATE_USE_CPU": "1"}, "timeout": 600}
+    for name, launcher, batch, accumulated in (("one", [], 8, 1), ("two", torchrun, 2, 2)):
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+        given = flags(**settings, **sizes, output_dir=name)
+        command = [sys.executable, *launcher, str(ROOT / "train.py"), "prm", *given]
+        done = subprocess.run(command, capture_output=True, text=True, **options)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("wrote the tuned model") == 1
     one, two = (load_file(folder / name / "model.safetensors") for name in ("one", "two"))
@@ -665,29 +595,19 @@ def test_two_processes_train_as_one(folder):
 )
 def test_mistakes_are_one_line(folder, monkeypatch, capsys, args, message):
     write_records(folder / "pairs.jsonl", [{"prompt": "p", "chosen": ["a"], "rejected": ["b"]}])
-    write_records(folder / "bad.jsonl", [ROWS[0], {**asdict(ROWS[1]), "score": 2}])
+    write_records(folder / "bad.jsonl", [STEP_VALUES[0], {**asdict(STEP_VALUES[1]), "score": 2}])
     with open(ROOT / "data/problems_test.jsonl", encoding="utf-8") as file:
         write_records(
             folder / "test.jsonl", [StepValue(json.loads(file.readline())["prompt"], "a", 1.0)]
         )
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     given = flags(
         dataset_name="values.jsonl", model_name_or_path="model", output_dir="new", **SMALL
     )
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["train.py", "prm", *given, *args])
-    with pytest.raises(SystemExit) as stopped:
-        run(train.main)
-    assert (
-        stopped.value.code == 2
-        and {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-    )
-    line = capsys.readouterr().err
-    assert message in line and line.startswith("train.py: error: ") and line.count("\n") == 1
+    assert message in refused(folder, monkeypatch, capsys, "prm", *given, *args)
 
 
 def test_the_example_trains_an_adapter(folder, monkeypatch):
-    """configs/prm.yaml, but for what it reads and writes, its length and its precision."""
+    """configs/prm.yaml with other paths, a shorter length and another precision."""
     config = ["--config", str(ROOT / "configs/prm.yaml")]
     given = flags(
         dataset_name="values.jsonl",
@@ -697,15 +617,15 @@ def test_the_example_trains_an_adapter(folder, monkeypatch):
         limit=20,
         **SMALL,
     )
-    train_here(folder, monkeypatch, *config, *given, "--dtype", "float32", "--save_strategy", "no")
+    train_here(
+        folder, monkeypatch, "prm", *config, *given, "--dtype", "float32", "--save_strategy", "no"
+    )
     assert json.loads((folder / "example/adapter_config.json").read_text())["r"] == 16
     assert history(folder, "example")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_the_default_data_says_how_it_is_made(folder, monkeypatch):
-    monkeypatch.setattr("train.STEP_VALUES", "none.jsonl")
-    monkeypatch.setattr("train.MADE_BY", {"none.jsonl": "python utils/build_mcts_dataset.py"})
-    with pytest.raises(
-        UserError, match=r"none.jsonl not found: run `python utils/build_mcts_dataset.py` first"
-    ):
-        train_here(folder, monkeypatch)
+def test_missing_default_data_names_the_command_that_makes_it():
+    recipe = replace(prm_trainer.RECIPE, data="none.jsonl")
+    message = r"none.jsonl not found: run `python utils/build_mcts_dataset.py` first"
+    with pytest.raises(UserError, match=message):
+        train(recipe, [])

@@ -1,20 +1,16 @@
-"""python train.py reward: what it reads and refuses, what it writes, adapters, going on, DistilBERT by its config."""
+"""python train.py reward: what it reads, writes and refuses, adapters, resuming, DistilBERT."""
 
 import contextlib
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-import train
-from common.cli import run
-from common.errors import RecordError, UserError
-from common.files import write_records
+from common.files import ROOT, write_records
 from lm.loading import load_model
 from reasoning.datasets.ranking import RankedResponse, check_groups, read_answers, write_answers
 from reasoning.problems import problems
@@ -22,12 +18,16 @@ from reasoning.splits import is_kept_out
 from reward_model.process_reward_model import ProcessRewardModel
 from reward_model.process_reward_model import from_causal_lm as prm_from_causal_lm
 from reward_model.response_reward_model import ResponseRewardModel, ResponseTokens
-from tests.conftest import ROOT
+from tests.helpers import training
 from tests.helpers.reward_models import make_distilbert, make_llama
+from tests.helpers.training import flags
 
-TASKS = [task for task in itertools.islice(problems("train"), 40) if not is_kept_out(task.prompt)][
-    :12
-]
+pytestmark = pytest.mark.process
+PROBLEMS = [
+    problem
+    for problem in itertools.islice(problems("train"), 40)
+    if not is_kept_out(problem.prompt)
+][:12]
 SMALL = {
     "bf16": "false",
     "logging_steps": 1,
@@ -39,31 +39,24 @@ SMALL = {
 
 
 def answers_of(k: int) -> list[RankedResponse]:
-    task = TASKS[k]
+    problem = PROBLEMS[k]
     texts = [
-        "\n".join(task.steps),
-        "\n".join([*task.steps[:-1], "Answer: 0"]),
-        "\n".join(task.steps[:-1]),
+        "\n".join(problem.steps),
+        "\n".join([*problem.steps[:-1], "Answer: 0"]),
+        "\n".join(problem.steps[:-1]),
     ]
     split = "test" if k >= 8 else "train"
     return [
-        RankedResponse(task.prompt, text, rank, "rule:exact", split=split)
+        RankedResponse(problem.prompt, text, rank, "rule:exact", split=split)
         for rank, text in enumerate(texts, 1)
     ]
 
 
-ROWS = [row for k in range(len(TASKS)) for row in answers_of(k)]
+ROWS = [row for k in range(len(PROBLEMS)) for row in answers_of(k)]
 
 
 def train_here(folder: Path, monkeypatch, **options: object) -> None:
-    monkeypatch.chdir(folder)
-    flags = [
-        part
-        for name, value in (SMALL | options).items()
-        for part in (f"--{name}", *(str(value).split() or [""]))
-    ]
-    monkeypatch.setattr(sys, "argv", ["train.py", "reward", *flags])
-    train.main()
+    training.train_here(folder, monkeypatch, "reward", *flags(**SMALL | options))
 
 
 def job(folder: Path) -> dict:
@@ -77,8 +70,8 @@ def folder(tiny_model_dir, tmp_path_factory) -> Path:
     write_answers(folder / "answers.csv", ROWS)
     with (
         pytest.MonkeyPatch.context() as monkeypatch,
-        open(folder / "stdout", "w") as said,
-        contextlib.redirect_stdout(said),
+        open(folder / "stdout", "w") as stdout,
+        contextlib.redirect_stdout(stdout),
     ):
         train_here(
             folder,
@@ -90,10 +83,10 @@ def folder(tiny_model_dir, tmp_path_factory) -> Path:
     return folder
 
 
-def test_it_trains_on_the_pairs_of_its_split_and_says_so(folder):
-    said = (folder / "stdout").read_text()
-    assert "12 rows of answers.csv left out: not of the split train" in said
-    assert "24 pairs of 24 answers" in said and job(folder / "out")["groups"] == 8
+def test_it_trains_on_the_pairs_of_its_split(folder):
+    printed = (folder / "stdout").read_text()
+    assert "12 rows of answers.csv left out: not of the split train" in printed
+    assert "24 pairs of 24 answers" in printed and job(folder / "out")["groups"] == 8
     card = (folder / "out" / "README.md").read_text()
     assert (
         "response reward model on 8 groups of answers.csv" in card
@@ -132,11 +125,11 @@ def test_the_published_columns_and_pairs_of_texts(folder, tiny_model_dir, monkey
     assert ResponseRewardModel(folder / output, device="cpu").format.question is None
 
 
-def test_an_adapter_brings_its_head_and_goes_on(folder, tiny_model_dir, monkeypatch):
+def test_an_adapter_has_its_head_and_is_trained_further(folder, tiny_model_dir, monkeypatch):
     options = {
         "dataset_name": "answers.csv",
         "use_peft": True,
-        "lora_target_modules": "q_proj v_proj",
+        "lora_target_modules": ["q_proj", "v_proj"],
         "learning_rate": 0.01,
     }
     train_here(folder, monkeypatch, **options, model_name_or_path=tiny_model_dir, output_dir="lora")
@@ -160,7 +153,7 @@ def test_an_adapter_brings_its_head_and_goes_on(folder, tiny_model_dir, monkeypa
     ) == pytest.approx(first.score_response(*pair), abs=1e-4)
 
 
-def test_a_reward_model_goes_on_with_its_format(folder, tiny_model_dir, monkeypatch):
+def test_a_reward_model_keeps_its_format(folder, tiny_model_dir, monkeypatch):
     make_llama(tiny_model_dir, folder / "eos", "")
     train_here(
         folder,
@@ -177,7 +170,7 @@ def test_a_reward_model_goes_on_with_its_format(folder, tiny_model_dir, monkeypa
     )
 
 
-def test_what_was_a_prm_reads_as_that_did(folder, tiny_model_dir, monkeypatch):
+def test_a_reward_model_from_a_prm_reads_as_the_prm_did(folder, tiny_model_dir, monkeypatch):
     model, tokenizer = load_model(tiny_model_dir, torch.float32)
     prm = prm_from_causal_lm(model, tokenizer)
     torch.nn.init.normal_(prm.score.weight, generator=torch.Generator().manual_seed(0))
@@ -196,7 +189,7 @@ def test_what_was_a_prm_reads_as_that_did(folder, tiny_model_dir, monkeypatch):
         config["architectures"] == ["LlamaForSequenceClassification"]
         and config["reward_step_token"] == "<next>"
     )
-    assert not {"step_token", "running_min"} & config.keys()  # no one takes it for a PRM
+    assert not {"step_token", "running_min"} & config.keys()  # it is no PRM any more
     scorer, judge = (
         ResponseRewardModel(folder / "of_prm", device="cpu"),
         ProcessRewardModel(folder / "prm", device="cpu"),
@@ -228,16 +221,14 @@ def test_distilbert_by_its_config(folder, monkeypatch, capsys):
         "output_dir": "out_bert",
     }
     train_here(folder, monkeypatch, **given)
-    assert (
-        "answers are over 64 tokens with their prompt and lose its beginning"
-        in capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "answers are over 64 tokens with their prompt and lose tokens at its start" in printed
     settings = job(folder / "out_bert")
     assert (settings["learning_rate"], settings["per_device_train_batch_size"]) == (5e-5, 4)
     assert ResponseRewardModel(folder / "out_bert", device="cpu").score_response("1 + 1?", "2") != 0
 
 
-def test_stopped_it_goes_on(folder, tiny_model_dir, monkeypatch):
+def test_a_stopped_training_resumes(folder, tiny_model_dir, monkeypatch):
     options = {
         "dataset_name": "answers.csv",
         "model_name_or_path": tiny_model_dir,
@@ -274,44 +265,32 @@ def test_what_is_wrong_with_a_table_is_one_line(
     folder, tiny_model_dir, monkeypatch, capsys, text, message
 ):
     (folder / "bad.csv").write_text(text)
-    with pytest.raises((UserError, RecordError), match=message) as error:
-        train_here(
-            folder,
-            monkeypatch,
-            dataset_name="bad.csv",
-            model_name_or_path=tiny_model_dir,
-            output_dir="bad",
-        )
-    assert "bad.csv" in str(error.value) and not (folder / "bad").exists()
-    with pytest.raises(SystemExit) as stopped:
-        run(train.main)
-    assert stopped.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+    given = {"dataset_name": "bad.csv", "model_name_or_path": tiny_model_dir, "output_dir": "bad"}
+    args = ["reward", *flags(**SMALL | given)]
+    line = training.refused(folder, monkeypatch, capsys, *args)
+    assert message in line and "bad.csv" in line
 
 
-def test_held_out_problems_are_refused(folder, tiny_model_dir, monkeypatch):
-    task = next(problems("test"))
-    write_answers(
-        folder / "held.csv",
-        [RankedResponse(task.prompt, text, rank) for rank, text in ((1, "Answer: 1"), (2, "?"))],
-    )
-    with pytest.raises(UserError, match="held-out problem"):
-        train_here(
-            folder,
-            monkeypatch,
-            dataset_name="held.csv",
-            model_name_or_path=tiny_model_dir,
-            output_dir="bad",
-        )
+def test_held_out_problems_are_refused(folder, tiny_model_dir, monkeypatch, capsys):
+    prompt = next(problems("test")).prompt
+    rows = [RankedResponse(prompt, text, rank) for rank, text in ((1, "Answer: 1"), (2, "?"))]
+    write_answers(folder / "held.csv", rows)
+    given = {"dataset_name": "held.csv", "model_name_or_path": tiny_model_dir, "output_dir": "bad"}
+    args = ["reward", *flags(**SMALL | given)]
+    assert "held-out problem" in training.refused(folder, monkeypatch, capsys, *args)
 
 
 def test_every_group_of_the_committed_table_lands_in_one_split():
-    path = ROOT / "data/answers.csv"
-    if not path.is_file():
+    found = [
+        path for path in (ROOT / "data").glob("answers.csv*") if path.suffix in (".csv", ".gz")
+    ]
+    if not found:
         pytest.skip("data/answers.csv is not there")
+    (path, *_) = found
     rows = read_answers(path)
     check_groups(rows, path)
     splits: dict[str, set[str]] = {}
     for row in rows:
         splits.setdefault(row.prompt, set()).add(row.split)
-    assert all(len(of_prompt) == 1 for of_prompt in splits.values())
+    assert all(len(names) == 1 for names in splits.values())
     assert len(splits) >= 1000 and set().union(*splits.values()) == {"train", "validation", "test"}
