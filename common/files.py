@@ -167,7 +167,8 @@ class AppendedRows:
     """Rows that a long job appends to a JSONL file. If the job is killed, no appended row is lost.
 
     `rows` are all rows of the file, those of earlier runs first. An incomplete last line is
-    removed. A line that is not a JSON object is skipped: the job computes its row again."""
+    removed. A line that is not a JSON object is skipped: the job computes its row again. The file
+    is never compressed, whatever its name."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)

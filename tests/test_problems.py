@@ -12,7 +12,7 @@ from reasoning.splits import HELD_OUT
 
 @pytest.fixture(scope="module")
 def stories():
-    """3000 stories of pretrain and train; 300 of each held-out split, where drawing takes longer."""
+    """3000 stories of pretrain and train; 300 of each held-out split, which take longer."""
     counts = {split: 300 if split in HELD_OUT else 3000 for split in world.SPLITS}
     drawn = {split: world.stories(split) for split in counts}
     return {split: list(itertools.islice(drawn[split], n)) for split, n in counts.items()}

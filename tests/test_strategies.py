@@ -244,7 +244,7 @@ def test_all_advance_together_and_equal_proposals_are_scored_once():
     for solutions, skips in asked:
         assert len({(prompt, tuple(steps)) for prompt, steps in solutions}) == len(solutions)
         assert skips == [len(steps) - 1 for _, steps in solutions], (
-            "only the new step is asked about"
+            "the judge scores only the new step"
         )
     assert [answer.judged for answer in answers] == [3 + 4 + 2] * 2
     assert [(c.state.steps[-1], c.count) for c, _ in answers[0].rounds[1]] == [
