@@ -108,7 +108,7 @@ class _HelpFormatter(argparse.HelpFormatter):
         notes = []
         if len(_choices(action, "|")) >= 30:
             notes.append(f"one of {_choices(action, ', ')}")
-        if action.default not in (None, argparse.SUPPRESS):
+        if action.default not in (None, "", argparse.SUPPRESS):
             notes.append("default: %(default)s")
         return f"{action.help or ''}" + (f" ({'; '.join(notes)})" if notes else "")
 

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from common.errors import JudgeError
 from reasoning.grading import grade_steps
 from reasoning.records import Problem
-from reward_model.protocols import Scores, Solution, StepJudge, with_skips
+from reward_model.protocols import Scores, Solution, StepJudge, with_skip
 
 
 class ExactJudge(StepJudge):
@@ -29,7 +29,7 @@ class ExactJudge(StepJudge):
     ) -> Scores:
         return [
             grade_steps(list(steps), self._problem(prompt))[first:]
-            for prompt, steps, first in with_skips(solutions, skip)
+            for prompt, steps, first in with_skip(solutions, skip)
         ]
 
     def _problem(self, prompt: str) -> Problem:
@@ -66,7 +66,7 @@ class RandomJudge(StepJudge):
     ) -> Scores:
         return [
             [self._draw(prompt, steps[: k + 1]) for k in range(first, len(steps))]
-            for prompt, steps, first in with_skips(solutions, skip)
+            for prompt, steps, first in with_skip(solutions, skip)
         ]
 
     def _draw(self, prompt: str, steps: Sequence[str]) -> float:

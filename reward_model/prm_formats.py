@@ -27,15 +27,16 @@ STEP_TOKEN = "<next>"
 class PRMFormat:
     """How the PRMs of one family read a solution, and how their output becomes values.
 
-    tag: the token that marks a step; in a user's text it is read as plain text. Raises ModelError
-    for a tokenizer without such a token."""
+    tag: the token that marks a step (default: the family's own); in a user's text it is read as
+    plain text. Raises ModelError for a tokenizer without such a token."""
 
     model_class: type = AutoModelForCausalLM
+    tag: str
 
-    def __init__(self, tokenizer: Any, tag: str):
-        self.tokenizer, self.tag = tokenizer, tag
-        self.plain = PlainText(tokenizer, tag)
-        self.tag_id = self.token_id(f"a {tag}", tag)
+    def __init__(self, tokenizer: Any, tag: str | None = None):
+        self.tokenizer, self.tag = tokenizer, tag or self.tag
+        self.plain = PlainText(tokenizer, self.tag)
+        self.tag_id = self.token_id(f"a {self.tag}", self.tag)
 
     def token_id(self, text: str, token: str) -> int:
         """The id of the last token of a text. Raises ModelError if it is not this token."""
@@ -79,10 +80,7 @@ class PRMFormat:
 class StepTokens(PRMFormat):
     """This project's own format: a step token before every step, a logit at its last token."""
 
-    model_class = AutoModelForTokenClassification
-
-    def __init__(self, tokenizer: Any, tag: str = STEP_TOKEN):
-        super().__init__(tokenizer, tag)
+    model_class, tag = AutoModelForTokenClassification, STEP_TOKEN
 
     def text(self, prompt: str, steps: list[str]) -> str:
         lines = "".join(f"{self.tag}{step}\n" for step in steps)
@@ -99,11 +97,7 @@ class StepTokens(PRMFormat):
 class PublishedFormat(PRMFormat):
     """A format of another publisher. marker: pattern in the architecture or the name."""
 
-    tag: str
     marker: str
-
-    def __init__(self, tokenizer: Any):
-        super().__init__(tokenizer, self.tag)
 
     @classmethod
     def matches(cls, name: str, config: dict) -> bool:
@@ -152,8 +146,8 @@ class SignTokens(PublishedFormat):
 
     signs: tuple[str, str]
 
-    def __init__(self, tokenizer: Any):
-        super().__init__(tokenizer)
+    def __init__(self, tokenizer: Any, tag: str | None = None):
+        super().__init__(tokenizer, tag)
         self.sign_ids = [self.token_id(text, text[-1]) for text in self.signs]
 
     def log_odds(self, model: Any, rows: Tensor, places: Tensor, **inputs: Any) -> Tensor:

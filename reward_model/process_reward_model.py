@@ -42,14 +42,7 @@ from lm.tree_attention import (
 )
 from reasoning.steps import ends_solution, shared_prefix
 from reward_model.prm_formats import PUBLISHED, STEP_TOKEN, PRMFormat, StepTokens
-from reward_model.protocols import (
-    Scores,
-    Solution,
-    StepJudge,
-    check_positive,
-    not_finite,
-    with_skips,
-)
+from reward_model.protocols import Scores, Solution, StepJudge, check_positive, nan_error, with_skip
 
 PACKED = 512  # the most tokens of a row that holds several solutions
 KEPT_BYTES = 1 << 30  # the most bytes for caches of prefixes; the oldest are dropped first
@@ -77,17 +70,26 @@ def from_causal_lm(model: Any, tokenizer: Any, step_token: str = STEP_TOKEN) -> 
     config = copy.deepcopy(model.config)
     config.num_labels, config.classifier_dropout, config.use_cache = 1, 0.0, False
     config.step_token = step_token
-    with torch.device("meta"):
-        prm = AutoModelForTokenClassification.from_config(config, dtype=model.dtype)
-    backbone = prm.base_model_prefix
-    setattr(prm, backbone, model.base_model)
-    for name, module in prm.named_children():
-        if name != backbone:
-            module.to_empty(device=model.device)
-            for weight in module.parameters():
-                torch.nn.init.zeros_(weight)
+    prm = with_zero_head(AutoModelForTokenClassification, model, config)
     add_step_token(prm, tokenizer, step_token)
     return prm
+
+
+def with_zero_head(model_class: Any, model: Any, config: Any) -> Any:
+    """A model of another class on the backbone of `model`, not a copy, with a head of zeros."""
+    with torch.device("meta"):
+        made = model_class.from_config(config, dtype=model.dtype)
+    setattr(made, made.base_model_prefix, model.base_model)
+    for name in head_names(made):
+        head = made.get_submodule(name).to_empty(device=model.device)
+        for weight in head.parameters():
+            torch.nn.init.zeros_(weight)
+    return made
+
+
+def head_names(model: Any) -> list[str]:
+    """The names of the modules on top of a model's backbone."""
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
 def load_prm(
@@ -99,7 +101,7 @@ def load_prm(
     be trained. Raises ModelError."""
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
-        family, options = _family(path, config)
+        family = _family(path, config)
         base, is_adapter = base_of(path, revision) if "step_token" in config else (path, False)
         tokenizer = load_tokenizer(path, path, revision=revision)
         if is_adapter:
@@ -117,7 +119,7 @@ def load_prm(
     if not tokenizer.is_fast:
         raise ModelError(f"PRM {path}: it has no fast tokenizer (tokenizer.json)")
     try:
-        prm_format = family(tokenizer, **options)
+        prm_format = family(tokenizer, config.get("step_token"))
     except ModelError as error:
         raise ModelError(f"PRM {path}: {error}") from None
     labels = model.config.num_labels
@@ -126,15 +128,15 @@ def load_prm(
     return model, prm_format
 
 
-def _family(path: str, config: dict) -> tuple[Any, dict]:
-    """(class of PRMFormat, its options) by config.json, or else by the model's name."""
+def _family(path: str, config: dict) -> type[PRMFormat]:
+    """The format of a PRM, by config.json or else by the model's name."""
     if not config:
         raise ModelError(f"PRM {path}: there is no config.json, neither here nor on the hub")
     if "step_token" in config:
-        return StepTokens, {"tag": config["step_token"]}
+        return StepTokens
     for family in PUBLISHED.values():
         if family.matches(Path(path).name, config):
-            return family, {}
+            return family
     raise ModelError(
         f"{path} is no process reward model: its config.json names no step_token, and neither that "
         f"file nor the name fits one of {', '.join(PUBLISHED)}; "
@@ -218,7 +220,7 @@ class ProcessRewardModel(StepJudge):
     ) -> Scores:
         """As in StepJudge."""
         results: Scores = [[] for _ in solutions]
-        requests = list(with_skips(solutions, skip))
+        requests = list(with_skip(solutions, skip))
         asked = [i for i, (_, steps, first) in enumerate(requests) if first < len(steps)]
         encoded = self.format.encode([solutions[i] for i in asked])
         texts: list[_Text] = []
@@ -252,7 +254,7 @@ class ProcessRewardModel(StepJudge):
                 if broken is not None:
                     prompt, steps = solutions[text.solution]
                     step = len(steps) - len(scores) + broken
-                    raise not_finite(f"PRM {self.path}", prompt, steps, step)
+                    raise nan_error(f"PRM {self.path}", prompt, steps, step)
                 if self.running_min:
                     before = text.past.score if text.past else 1.0
                     scores = list(accumulate(scores, min, initial=before))[1:]

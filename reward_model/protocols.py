@@ -11,7 +11,21 @@ Response = tuple[str, str]  # (prompt, response)
 Scores = list[list[float] | None]  # for every solution the scores of its steps, see StepJudge
 
 
-class StepJudge(Protocol):
+class Closing(Protocol):
+    """A context manager that closes itself at the end."""
+
+    def close(self) -> None:
+        """Release what is held: processes, connections, memory."""
+        return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class StepJudge(Closing, Protocol):
     """Scores every step of a solution.
 
     A context manager: `with open_judge(args) as judge` (reward_model/registry.py)."""
@@ -32,18 +46,8 @@ class StepJudge(Protocol):
         itself fails; scores returned before stay valid."""
         ...
 
-    def close(self) -> None:
-        """Release what the judge holds: processes, connections, memory."""
-        return
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-class ResponseScorer(Protocol):
+class ResponseScorer(Closing, Protocol):
     """Gives a whole response one number. A context manager, as StepJudge is."""
 
     def score(self, pairs: Sequence[Response]) -> list[float]:
@@ -55,16 +59,6 @@ class ResponseScorer(Protocol):
     def score_response(self, prompt: str, response: str) -> float:
         """The score of one response."""
         return self.score([(prompt, response)])[0]
-
-    def close(self) -> None:
-        """Release what the scorer holds."""
-        return
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 # --- from the scores of the steps to one number for the solution ---
@@ -92,7 +86,7 @@ def aggregate(scores: Sequence[float], how: str = "mean") -> float:
 # --- what the judges share ---
 
 
-def with_skips(
+def with_skip(
     solutions: Sequence[Solution], skip: Sequence[int] | None
 ) -> Iterator[tuple[str, Sequence[str], int]]:
     """(prompt, steps, index of the first step to score) of every solution."""
@@ -113,7 +107,7 @@ def describe_step(prompt: str, steps: Sequence[str], k: int) -> str:
     return f"{step}prompt {short(prompt)}"
 
 
-def not_finite(judge: str, prompt: str, steps: Sequence[str], k: int) -> JudgeError:
+def nan_error(judge: str, prompt: str, steps: Sequence[str], k: int) -> JudgeError:
     """The error for logits at step k that are infinite or NaN."""
     place = describe_step(prompt, steps, k)
     return JudgeError(f"{judge}: the model's logits are not finite at {place}")

@@ -36,6 +36,7 @@ from lm.loading import base_of, load_adapter, load_tokenizer, load_weights, scor
 from lm.text_encoding import PLAIN_TEMPLATE, PlainText, batches_by_length
 from reasoning.steps import split_steps
 from reward_model.prm_formats import StepTokens
+from reward_model.process_reward_model import head_names, with_zero_head
 from reward_model.protocols import (
     Response,
     ResponseScorer,
@@ -43,7 +44,7 @@ from reward_model.protocols import (
     Solution,
     StepJudge,
     check_positive,
-    with_skips,
+    with_skip,
 )
 
 
@@ -127,24 +128,15 @@ def from_causal_lm(model: Any, tokenizer: Any, question: str = "") -> Any:
     config.num_labels, config.use_cache = 1, False
     if question and not tokenizer.chat_template:
         config.reward_question = question
-    with torch.device("meta"):
-        reward_model = AutoModelForSequenceClassification.from_config(config, dtype=model.dtype)
-    backbone = reward_model.base_model_prefix
-    setattr(reward_model, backbone, model.base_model)
-    weights: list[Any] = []
-    for name, module in reward_model.named_children():
-        if name != backbone:
-            module.to_empty(device=model.device)
-            weights += module.parameters()
-    for weight in weights:
-        torch.nn.init.zeros_(weight)
+    reward_model = with_zero_head(AutoModelForSequenceClassification, model, config)
     if hasattr(config, "reward_question"):
         texts = [f"{question} {word}" for word in ("Yes", "No")]
         yes, no = (tokenizer(text, add_special_tokens=False)["input_ids"][-1] for text in texts)
         rows = model.get_output_embeddings().weight
         are_words = [tokenizer.decode([index]).strip() for index in (yes, no)] == ["Yes", "No"]
-        if are_words and weights[0].shape[1:] == rows.shape[1:]:
-            weights[0].data[0] = rows[yes].detach() - rows[no].detach()
+        weight = next(reward_model.get_submodule(head_names(reward_model)[0]).parameters())
+        if are_words and weight.shape[1:] == rows.shape[1:]:
+            weight.data[0] = rows[yes].detach() - rows[no].detach()
     return with_padding(reward_model, tokenizer)
 
 
@@ -224,11 +216,6 @@ def load_reward_model(
     for name in {"step_token", "running_min"} & vars(model.config).keys():
         delattr(model.config, name)  # only a PRM has these
     return with_padding(model, tokenizer), tokenizer
-
-
-def head_names(model: Any) -> list[str]:
-    """The names of the modules on top of a model's backbone."""
-    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
 
 
 def _check_head(path: str, config: dict) -> None:
@@ -328,7 +315,7 @@ class ResponseJudge(StepJudge):
     ) -> Scores:
         counts: list[int] = []
         texts: list[Response] = []
-        for prompt, steps, first in with_skips(solutions, skip):
+        for prompt, steps, first in with_skip(solutions, skip):
             counts.append(len(steps) - first)
             if counts[-1]:
                 texts.append((prompt, "\n".join(steps)))

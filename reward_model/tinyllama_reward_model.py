@@ -28,8 +28,8 @@ from reward_model.protocols import (
     StepJudge,
     check_positive,
     describe_step,
-    not_finite,
-    with_skips,
+    nan_error,
+    with_skip,
 )
 from reward_model.templates import NO, YES, JudgeTemplate, fitting_template, named_template
 
@@ -90,7 +90,7 @@ class TinyLlamaRewardScorer(StepJudge):
         """As in StepJudge. The length of a solution is checked before anything of it is evaluated.
 
         A judge that failed can be used again: it starts a new process."""
-        requests = with_skips(solutions, skip)
+        requests = with_skip(solutions, skip)
         return [self._score(prompt, steps, first) for prompt, steps, first in requests]
 
     def _score(self, prompt: str, steps: Sequence[str], skip: int) -> list[float] | None:
@@ -119,7 +119,7 @@ class TinyLlamaRewardScorer(StepJudge):
         if kind == "too long":
             return None
         if kind == "not finite":
-            raise not_finite(f"judge {self.file.path}", prompt, steps, skip + len(scores))
+            raise nan_error(f"judge {self.file.path}", prompt, steps, skip + len(scores))
         self.tokens_evaluated += value
         return scores
 

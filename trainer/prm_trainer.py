@@ -30,8 +30,7 @@ from lm.loading import load_model, merge_adapter
 from lm.tree_attention import add_sequence, mask_dtype, supports_tree_attention, tree_inputs
 from reasoning.records import LabelledSolution, StepValue
 from reward_model.prm_formats import StepTokens
-from reward_model.process_reward_model import from_causal_lm, load_prm
-from reward_model.response_reward_model import head_names
+from reward_model.process_reward_model import from_causal_lm, head_names, load_prm
 from trainer.defaults import MiniatureDefaults
 from trainer.session import Recipe, Training
 

@@ -30,14 +30,7 @@ from lm.loading import LOAD_ERRORS, load_model, load_weights, scoring_device
 from lm.text_encoding import PlainText, batches_by_length
 from lm.tree_attention import add_sequence, mask_dtype, tree_inputs
 from reasoning.steps import shared_prefix
-from reward_model.protocols import (
-    Scores,
-    Solution,
-    StepJudge,
-    check_positive,
-    not_finite,
-    with_skips,
-)
+from reward_model.protocols import Scores, Solution, StepJudge, check_positive, nan_error, with_skip
 from reward_model.templates import CHAT, NO, YES, JudgeTemplate, fitting_template, named_template
 
 STEPS_HERE = "<<steps>>"  # stands for the steps while a chat template is applied
@@ -158,7 +151,7 @@ class HFJudge(StepJudge):
         too_long: set[int] = set()
         packed: list[_PackedRow] = []
         single: list[_PackedRow] = []
-        for i, (prompt, steps, first) in enumerate(with_skips(solutions, skip)):
+        for i, (prompt, steps, first) in enumerate(with_skip(solutions, skip)):
             texts = self._texts(prompt, steps, first) if first < len(steps) else []
             scores.append([0.0] * len(texts))
             longest = len(texts[-1]) if texts else 0
@@ -178,7 +171,7 @@ class HFJudge(StepJudge):
                         if found[k] != found[k]:
                             prompt, steps = solutions[row.solution]
                             step = len(steps) - len(found) + k
-                            raise not_finite(f"judge {self.path}", prompt, steps, step)
+                            raise nan_error(f"judge {self.path}", prompt, steps, step)
         return [None if i in too_long else found for i, found in enumerate(scores)]
 
     def _score(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.files import read_records
 from reasoning.records import LabelledSolution
-from reward_model.protocols import Scores, Solution, StepJudge, mean, with_skips
+from reward_model.protocols import Scores, Solution, StepJudge, mean, with_skip
 
 
 class HumanJudge(StepJudge):
@@ -32,7 +32,7 @@ class HumanJudge(StepJudge):
         self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
     ) -> Scores:
         scored: Scores = []
-        for prompt, steps, first in with_skips(solutions, skip):
+        for prompt, steps, first in with_skip(solutions, skip):
             keys = [(prompt, *steps[: k + 1]) for k in range(first, len(steps))]
             is_labelled = all(key in self.labels for key in keys)
             scored.append([mean(self.labels[key]) for key in keys] if is_labelled else None)

@@ -19,7 +19,7 @@ from typing import Any
 from common.errors import JudgeError, UserError, short
 from common.files import AppendedRows
 from lm.openai_client import NoLogprobs, OpenAIServer, TooLong, gather
-from reward_model.protocols import Scores, Solution, StepJudge, check_positive, with_skips
+from reward_model.protocols import Scores, Solution, StepJudge, check_positive, with_skip
 from reward_model.templates import CHAT, NO, YES, named_template
 
 MAX_TOKENS = 4  # of an answer: white space or a quote may come before the word
@@ -75,7 +75,7 @@ class OpenAIJudge(StepJudge):
         """As in StepJudge. A prefix that several solutions share is asked about once."""
         asked: list[list[Question]] = [
             [(prompt, tuple(steps[: k + 1])) for k in range(first, len(steps))]
-            for prompt, steps, first in with_skips(solutions, skip)
+            for prompt, steps, first in with_skip(solutions, skip)
         ]
         different = dict.fromkeys(question for questions in asked for question in questions)
         scores = asyncio.run(self._score_all([*different]))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from reward_model.protocols import Scores, Solution, StepJudge, with_skips
+from reward_model.protocols import Scores, Solution, StepJudge, with_skip
 
 
 class FixedJudge(StepJudge):
@@ -17,7 +17,7 @@ class FixedJudge(StepJudge):
         self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
     ) -> Scores:
         scored = []
-        for prompt, steps, first in with_skips(solutions, skip):
+        for prompt, steps, first in with_skip(solutions, skip):
             scores = [self.score(prompt, steps[k], steps[:k]) for k in range(first, len(steps))]
             scored.append(None if None in scores else scores)
         return scored

@@ -1,4 +1,4 @@
-"""Imports of the libraries that take seconds, and of nothing here (tests/helpers/scripts.py)."""
+"""Imports of the libraries that take seconds, and of nothing of this project (see scripts.py)."""
 
 import accelerate  # noqa: F401
 import datasets  # noqa: F401
