@@ -13,6 +13,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from common.cli import check_input, check_model, check_output, is_model_directory, parse_args, run
 from common.errors import JudgeError, UserError
 from common.files import at_root, read_records, write_records
@@ -283,8 +285,6 @@ def ask(policy: "Policy", judge: Guide, args: InferenceArgs) -> None:
 #    "score": 3.1,                      with --show_scores and --scorer, instead of "scores"
 #    "proposals": 448, "tokens": 5012}  with --search: sampled steps or solutions, and their tokens
 def search_file(policy: "Policy", judge: Guide, prompts: list[str], args: InferenceArgs) -> None:
-    from tqdm import tqdm  # heavy
-
     rows, left_out = [], 0
     with tqdm(total=len(prompts), desc=args.search, unit="prompt") as bar:
         for start in range(0, len(prompts), CHUNK):
@@ -339,7 +339,7 @@ def main() -> None:
         args.model_name_or_path = choose_model(args)
     check_policy(args)
 
-    from transformers.utils import logging  # heavy
+    from transformers.utils import logging  # slow to import
 
     logging.disable_progress_bar()  # no bar of loading weights before the answer
     sys.stdout.reconfigure(errors="replace")  # ? for characters that the terminal cannot show

@@ -53,7 +53,7 @@ def main() -> None:
     (args,) = parse_args(SearchBenchmarkArguments, description=__doc__.split("\n\n")[0])
     check_model(args.model_name_or_path)
     check_judge(args)
-    # heavy
+    # slow to import
     from tqdm import trange
 
     from lm.policy import Policy

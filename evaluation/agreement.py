@@ -38,7 +38,7 @@ def agreement(rows: Sequence[RankedResponse]) -> list[Agreement]:
     same rank; such prompts do not count for it. Alpha (Krippendorff 2004, by krippendorff) has
     answers as units. Tied ranks count as their mean, so 1,2,2,4 equals 1,2,2,3. It is None if there
     is nothing to compare."""
-    from scipy.stats import kendalltau, rankdata  # heavy
+    from scipy.stats import kendalltau, rankdata  # slow to import
 
     ranks: Ranks = defaultdict(dict)
     for (prompt, ranker), group in groups(rows).items():

@@ -16,10 +16,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_model, check_output, parse_args, run
+from common.cli import check_input, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, read_records
-from evaluation.metrics import Metric, clustered_mean_metric, print_table, write_result
+from evaluation.metrics import (
+    Metric,
+    clustered_mean_metric,
+    output_paths,
+    print_table,
+    write_result,
+)
 from reasoning.grading import grade_steps
 from reasoning.problems import problems as generate_problems
 from reasoning.records import PreferencePair, Problem
@@ -45,19 +51,19 @@ class CreditArgs:
         metadata={"help": "tuned models: directories with different last parts, used as names"},
     )
     base_model: str = field(
-        default_factory=lambda: at_root("models/policy-mini"),
+        default=at_root("models/policy-mini"),
         metadata={"help": "the model that all of them were trained from"},
     )
     pairs: str = field(
-        default_factory=lambda: at_root("data/rewarded.jsonl"),
+        default=at_root("data/rewarded.jsonl"),
         metadata={"help": "JSONL of pairs; only those kept out of training are used"},
     )
     input: str = field(
-        default_factory=lambda: at_root("data/problems_test.jsonl"),
+        default=at_root("data/problems_test.jsonl"),
         metadata={"help": "JSONL of held-out problems with traps"},
     )
     output_dir: str = field(
-        default_factory=lambda: at_root("evaluation/results"),
+        default=at_root("evaluation/results"),
         metadata={"help": "folder of credit.json; the plot goes to ../plots"},
     )
     limit: int | None = field(default=None, metadata={"help": "use the first LIMIT problems"})
@@ -92,10 +98,7 @@ def check(args: CreditArgs) -> tuple[list[str], Path, Path]:
         check_model(model)
     check_input(args.input, "make data")
     check_input(args.pairs, "make data")
-    result = Path(args.output_dir) / "credit.json"
-    plot = result.parent.parent / "plots" / "credit.png"
-    for path in (result, plot):
-        check_output(str(path), overwrite=True)
+    result, _, plot = output_paths(args.output_dir, "credit")
     return names, result, plot
 
 
@@ -127,7 +130,7 @@ def read_pairs(args: CreditArgs) -> list[tuple[PreferencePair, Problem]]:
     return pairs
 
 
-def print_metrics(
+def print_by_model(
     title: str, metrics: dict[str, Metric], models: Sequence[str], group: str, kinds: Sequence[str]
 ) -> None:
     """A table of MODEL/GROUP/KIND, a row a model and a column a kind."""
@@ -143,7 +146,7 @@ def main() -> None:
     problems = read_problems(args)
     pairs = read_pairs(args)
 
-    # heavy (torch, matplotlib)
+    # slow to import (torch, matplotlib)
     from evaluation.plots import credit_plot
     from lm.policy import Policy
 
@@ -185,9 +188,9 @@ def main() -> None:
     write_result(result, metrics, asdict(args), [args.seed], **counts)
     credit_plot(plot, metrics, list(models), KINDS)
     title = f"change of the log-prob of a step, nats, {len(pairs)} pairs kept out of training"
-    print_metrics(title, metrics, names, "logp_change", list(KINDS))
+    print_by_model(title, metrics, names, "logp_change", list(KINDS))
     title = f"share of right greedy steps after a right prefix, {len(problems):,} test problems"
-    print_metrics(title, metrics, list(models), "next_step_accuracy", PLACES)
+    print_by_model(title, metrics, list(models), "next_step_accuracy", PLACES)
     print(f"wrote {result} and {plot}")
 
 

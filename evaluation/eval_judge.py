@@ -13,11 +13,19 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_model, check_output, parse_args, run
+from common.cli import check_input, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, file_stem, read_records
-from evaluation.judge_card import Judged, RankedPolicy, card, print_card, print_metrics
-from evaluation.metrics import Metric, mean_metric, rate_metric, spearman_metric, write_result
+from evaluation.judge_card import Judged, RankedPolicy, card, print_card
+from evaluation.metrics import (
+    Metric,
+    mean_metric,
+    output_paths,
+    print_metrics,
+    rate_metric,
+    spearman_metric,
+    write_result,
+)
 from evaluation.value_calibration import measure_values, roll_out
 from reasoning.datasets.loading import load_step_labels
 from reasoning.grading import grade_steps, is_correct
@@ -118,10 +126,7 @@ def check(args: CardArgs) -> tuple[Path, Path]:
         name += f"_on_{file_stem(args.labels)}"
     elif args.labels_split is not None:
         raise UserError("argument --labels_split: give --labels, or leave it out")
-    folder = Path(args.output_dir)
-    result, plot = folder / f"judge_{name}.json", folder.parent / "plots" / f"judge_{name}.png"
-    for path in (result, plot):
-        check_output(str(path), overwrite=True)
+    result, _, plot = output_paths(args.output_dir, f"judge_{name}")
     if args.labels is None:
         check_model(args.model_name_or_path, made_by("model_name_or_path", "make models"))
         for policy in args.policies or []:
@@ -187,7 +192,7 @@ def rank_policies(
 
     All policies answer the same problems. A problem does not count if the judge cannot score one of
     its answers."""
-    # both are heavy
+    # both are slow to import
     from scipy.stats import rankdata
 
     from lm.policy import Policy
@@ -242,7 +247,7 @@ def main() -> None:
     spearman = None
     with open_judge(args) as judge:
         if args.labels is None:
-            from lm.policy import Policy  # heavy (torch)
+            from lm.policy import Policy  # slow to import (torch)
 
             policy = Policy.load(args.model_name_or_path)
             judged = sample(args, problems, policy)
@@ -281,7 +286,7 @@ def main() -> None:
         f"({len({row.solution.prompt for row in scored}):,} problems, "
         f"{len(found.steps):,} labelled steps)"
     )
-    from evaluation.plots import judge_plot  # heavy (matplotlib)
+    from evaluation.plots import judge_plot  # slow to import (matplotlib)
 
     judge_plot(plot, title, found)
     write_result(

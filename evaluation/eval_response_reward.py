@@ -15,9 +15,11 @@ from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_output, parse_args, run
+from common.cli import check_input, parse_args, run
 from common.errors import RecordError, UserError
 from common.files import at_root, file_type, read_records
 from evaluation.metrics import (
@@ -27,7 +29,9 @@ from evaluation.metrics import (
     calibration_metric,
     clustered_mean_metric,
     mean_metric,
+    output_paths,
     paired_difference,
+    print_metrics,
     print_table,
     reliability,
     write_result,
@@ -214,7 +218,7 @@ def rank_correlations(
     `spearman` and `kendall` (tau-b): of score and rank (1: the same order). `length_spearman`: of
     score and length. `rank_length_spearman`: of rank and length, the length bias of the ranks
     themselves. A group in which one of the two is constant does not count."""
-    from scipy.stats import kendalltau, spearmanr  # heavy
+    from scipy.stats import kendalltau, spearmanr  # slow to import
 
     ranks = [[-answer.rank for answer in answers] for _, answers in found]
     lengths = [[len(answer.text) for answer in answers] for _, answers in found]
@@ -262,8 +266,6 @@ def pick_best(
 
     `chance`: the mean of the samples. `log-prob`: the policy's mean token log-prob. `majority`: a
     majority vote, ties to the first answer. `scorer`. `oracle`: a right sample if there is one."""
-    from tqdm import tqdm  # heavy
-
     budget = SearchBudget(n=args.n, max_new_tokens=args.max_new_tokens)
     names = ("chance", "log-prob", "majority", "scorer", "oracle")
     found: dict[str, list[float]] = {name: [] for name in names}
@@ -324,10 +326,7 @@ def main() -> None:
         problems = list(islice(read_records(args.problems, Problem), args.limit))
         check_policy(args)
     check_scorer(args)
-    folder = Path(args.output_dir)
-    result, plot = folder / f"{NAME}.json", folder.parent / "plots" / f"{NAME}.png"
-    for path in (result, plot):
-        check_output(str(path), overwrite=True)
+    result, _, plot = output_paths(args.output_dir, NAME)
 
     with open_scorer(args) as scorer:
         texts = [(prompt, answer.text) for prompt, answers in found for answer in answers]
@@ -342,11 +341,9 @@ def main() -> None:
     metrics = by_kind | {"longer/pairwise_accuracy": longer}
     metrics |= rank_correlations(found, scores, args.seed)
     metrics["calibration_error"] = error
-    rows = [(name, metric, metric.n) for name, metric in metrics.items()]
     best = best_of_n_metrics(picked, args.n, args.seed) if picked else {}
-    metrics |= best
 
-    from evaluation.plots import response_plot  # heavy (matplotlib)
+    from evaluation.plots import response_plot  # slow to import (matplotlib)
 
     title = f"{Path(args.scorer).name} on {len(found):,} groups of {Path(args.data).name}"
     response_plot(
@@ -366,9 +363,8 @@ def main() -> None:
         metrics,
     )
     extras = {"groups": len(found), "reliability": [asdict(row) for row in bins], "cut": cut}
-    write_result(result, metrics, asdict(args), [args.seed], **extras)
-    heading = f"{title} (n: pairs, or groups; 95 % intervals by prompt)"
-    print_table(heading, ["metric", "value", "n"], rows)
+    write_result(result, metrics | best, asdict(args), [args.seed], **extras)
+    print_metrics(f"{title} (n: pairs, or groups; 95 % intervals by prompt)", metrics)
     if best:
         heading = f"best of {args.n}: {len(problems):,} problems of {Path(args.problems).name}"
         print_table(

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_model, check_output, parse_args, run
+from common.cli import check_input, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, read_records, write_records
-from evaluation.metrics import Metric, compare, print_comparison, write_result
+from evaluation.metrics import Metric, compare, output_paths, print_comparison, write_result
 from reasoning.grading import is_correct, step_accuracy
 from reasoning.records import PreferencePair, Problem
 from reasoning.splits import is_kept_out
@@ -70,8 +70,8 @@ class EvalArgs(JudgeArgs):
                 raise ValueError(f"argument --{name}: expected {least} or more, got {value}")
 
 
-def check(args: EvalArgs) -> tuple[list[Problem], list[PreferencePair], dict[str, Path]]:
-    """The problems, the kept-out pairs, and the paths of the outputs.
+def check(args: EvalArgs) -> tuple[list[Problem], list[PreferencePair]]:
+    """The problems and the kept-out pairs.
 
     Raises UserError or RecordError for anything wrong with the arguments or files, before any
     work."""
@@ -86,15 +86,7 @@ def check(args: EvalArgs) -> tuple[list[Problem], list[PreferencePair], dict[str
     check_input(args.pairs, made_by("pairs", "python reward_model/evaluate_steps.py"))
     problems = list(islice(read_records(args.input, Problem), args.limit))
     pairs = [pair for pair in read_records(args.pairs, PreferencePair) if is_kept_out(pair.prompt)]
-    folder = Path(args.output_dir)
-    outputs = {
-        "answers": folder / f"{NAME}.jsonl",
-        "plot": folder.parent / "plots" / f"{NAME}.png",
-        "result": folder / f"{NAME}.json",
-    }
-    for path in outputs.values():
-        check_output(str(path), overwrite=True)
-    return problems, pairs, outputs
+    return problems, pairs
 
 
 # One row of reward_score_comparison.jsonl; the judge could not score an answer without scores:
@@ -142,12 +134,13 @@ def margins(policy: "Policy", pairs: Sequence[PreferencePair]) -> list[float]:
 
 def main() -> None:
     (args,) = parse_args(EvalArgs, description=__doc__)
-    problems, pairs, outputs = check(args)
+    problems, pairs = check(args)
+    result, rows, plot = output_paths(args.output_dir, NAME)
     models = {"base": args.base_model, "tuned": args.tuned_model}
     prompts = [problem.prompt for problem in problems]
     answers, logp_margins = {}, {}
     with open_judge(args) as judge:
-        from lm.policy import Policy  # heavy (torch)
+        from lm.policy import Policy  # slow to import (torch)
 
         for side, model in models.items():
             policy = Policy.load(model)
@@ -186,14 +179,14 @@ def main() -> None:
         base, tuned = logp_margins.values()
         metrics |= compare("logp_margin", base, tuned, seed=args.seed)
 
-    from evaluation.plots import comparison_plot  # heavy (matplotlib)
+    from evaluation.plots import comparison_plot  # slow to import (matplotlib)
 
-    write_records(outputs["answers"], (row.row() for row in compared))
+    write_records(rows, (row.row() for row in compared))
     title = f"{len(scored):,} held-out problems, greedy answers"
     shown = {"reward": "mean step reward (judge)", "accuracy": "exact accuracy"}
-    comparison_plot(outputs["plot"], metrics, shown, title)
+    comparison_plot(plot, metrics, shown, title)
     write_result(
-        outputs["result"],
+        result,
         metrics,
         asdict(args),
         [args.seed],
@@ -212,10 +205,7 @@ def main() -> None:
         )
     if not pairs:
         print(f"no logp_margin: {args.pairs} has none of the pairs kept out of training")
-    print(
-        f"wrote {outputs['result']}, {outputs['answers']} (answers and scores) and "
-        f"{outputs['plot']}"
-    )
+    print(f"wrote {result}, {rows} (answers and scores) and {plot}")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_model, check_output, parse_args, run
+from common.cli import check_input, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, file_stem, read_records
-from evaluation.metrics import print_table, write_result
+from evaluation.metrics import output_paths, print_table, write_result
 from evaluation.search_measurement import (
     POOL_SIZES,
     Choice,
@@ -34,13 +34,11 @@ from reasoning.records import Problem
 from reasoning.splits import HELD_OUT
 from reward_model.registry import check_judge, judge_name
 
-NAME = "search"
-
 Splits = dict[str, list[Problem]]  # name -> problems
 
 
-def check(args: SearchArgs) -> tuple[Splits, Splits, dict[str, Path]]:
-    """The reported splits, the splits for choosing, and the paths of the outputs.
+def check(args: SearchArgs) -> tuple[Splits, Splits]:
+    """The reported splits, and the splits for choosing.
 
     Raises UserError or RecordError for anything wrong with the arguments or files, before any
     work."""
@@ -68,18 +66,9 @@ def check(args: SearchArgs) -> tuple[Splits, Splits, dict[str, Path]]:
         path = at_root(f"data/problems_{name}.jsonl") if name in HELD_OUT else name
         check_input(path, "make data" if name in HELD_OUT else None)
         problems[split] = list(islice(read_records(path, Problem), args.limit))
-    folder = Path(args.output_dir)
-    outputs = {
-        "rows": folder / f"{NAME}.jsonl",
-        "result": folder / f"{NAME}.json",
-        "plot": folder.parent / "plots" / f"{NAME}.png",
-    }
-    for output in outputs.values():
-        check_output(str(output), overwrite=True)
     return (
         {split: problems[split] for split in reported},
         {split: problems[split][: args.choose_limit] for split in for_choosing},
-        outputs,
     )
 
 
@@ -117,9 +106,9 @@ def controls(args: SearchArgs, choice: Choice) -> list[Setting]:
 
 def main() -> None:
     (args,) = parse_args(SearchArgs, description=__doc__)
-    splits, for_choosing, outputs = check(args)
-
-    measurements = SearchMeasurements(args, outputs["rows"])
+    splits, for_choosing = check(args)
+    result, rows, plot = output_paths(args.output_dir, "search")
+    measurements = SearchMeasurements(args, rows)
     try:
         choice = choose(args, measurements, for_choosing)
         report = Report(args, choice.aggregates)
@@ -136,32 +125,19 @@ def main() -> None:
     finally:
         measurements.close()
 
-    from evaluation.plots import frontier_plot  # heavy (matplotlib)
+    from evaluation.plots import frontier_plot  # slow to import (matplotlib)
 
     title = f"{report.policy}, guided by {judge_name(args)}"
     lines = {split: report.frontier(split) for split in splits}
     dashed = {setting.name for setting in controls(args, choice)}
-    frontier_plot(outputs["plot"], lines, dashed, title)
+    frontier_plot(plot, lines, dashed, title)
     extras = {
         "chosen": asdict(choice),
         "equal_tokens": report.matched_n,
         "trend_p": report.trend_p,
         "left_out": report.left_out,
     }
-    write_result(outputs["result"], report.metrics, asdict(args), [args.seed], **extras)
-    print_report(args, report, choice, splits, for_choosing, title)
-    print(f"wrote {outputs['result']}, {outputs['plot']} and {outputs['rows']} (every problem)")
-
-
-def print_report(
-    args: SearchArgs,
-    report: Report,
-    choice: Choice,
-    splits: Splits,
-    for_choosing: Splits,
-    title: str,
-) -> None:
-    """Print the tables of choice, splits and trends."""
+    write_result(result, report.metrics, asdict(args), [args.seed], **extras)
     compared = sorted(choice.accuracies.items(), key=lambda item: -item[1])
     counts = ", ".join(f"{len(problems)} {split}" for split, problems in for_choosing.items())
     print_table(
@@ -169,19 +145,8 @@ def print_report(
         ["strategy", "accuracy"],
         [(name, f"{value:.3f}") for name, value in compared],
     )
-    for split, problems in splits.items():
-        heading = f"{split}: {len(problems):,} problems; {title}; tokens and judged steps a problem"
-        heading += "; the majority vote has a matched token budget"
-        print_table(heading, report.columns(), report.rows(split))
-    trends = [
-        (key.removesuffix("/trend"), report.metrics[key], "" if p is None else f"{p:.2g}")
-        for key, p in report.trend_p.items()
-    ]
-    if trends:
-        heading = "accuracy gained when n is multiplied by 4"
-        print_table(heading, ["search", "gain", "p (Page)"], trends)
-    for key, count in report.left_out.items():
-        print(f"{key}: the judge could not score {count} proposals")
+    report.print_tables(title)
+    print(f"wrote {result}, {plot} and {rows} (every problem)")
 
 
 if __name__ == "__main__":

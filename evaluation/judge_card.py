@@ -21,6 +21,7 @@ from evaluation.metrics import (
     kappa_metric,
     mean_metric,
     paired_difference,
+    print_metrics,
     print_table,
     processbench_metrics,
     reliability,
@@ -105,8 +106,9 @@ class Card:
 
 def card(judged: Sequence[Judged], seed: int, threshold: float = 0.5) -> Card:
     """The card of the solutions that the judge scored. Raises UserError if no step has a label."""
-    numbers = {prompt: k for k, prompt in enumerate(dict.fromkeys(_prompts(judged)))}
-    problems = [numbers[prompt] for prompt in _prompts(judged)]
+    prompts = [row.solution.prompt for row in judged]
+    numbers = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
+    problems = [numbers[prompt] for prompt in prompts]
     steps = [
         JudgedStep(label, score, position, problem)
         for row, problem in zip(judged, problems, strict=True)
@@ -136,22 +138,13 @@ def card(judged: Sequence[Judged], seed: int, threshold: float = 0.5) -> Card:
     return Card(metrics, steps, bins, by_position, selection, samples, best, notes=notes)
 
 
-def _prompts(judged: Sequence[Judged]) -> list[str]:
-    return [row.solution.prompt for row in judged]
-
-
 def _columns(steps: Sequence[JudgedStep]) -> tuple[list[float], list[float], list[int]]:
     """Labels, scores and problems of steps."""
-    labels, scores = [step.label for step in steps], [step.score for step in steps]
-    return labels, scores, [step.problem for step in steps]
+    return [s.label for s in steps], [s.score for s in steps], [s.problem for s in steps]
 
 
 def _step_metrics(
-    judged: Sequence[Judged],
-    steps: Sequence[JudgedStep],
-    seed: int,
-    threshold: float,
-    notes: list[str],
+    judged: Sequence[Judged], steps: list[JudgedStep], seed: int, threshold: float, notes: list[str]
 ) -> dict[str, Metric]:
     """AUROC, accuracy and kappa of the single steps."""
     labels, scores, clusters = _columns(steps)
@@ -324,8 +317,3 @@ def print_card(title: str, card: Card, spearman: Metric | None) -> None:
             (p.policy, p.reward, p.reward_rank, p.accuracy, p.accuracy_rank) for p in card.policies
         ]
         print_table(title, ["policy", "mean reward", "rank", "exact accuracy", "rank"], rows)
-
-
-def print_metrics(title: str, metrics: dict[str, Metric]) -> None:
-    rows = [(name, metric, metric.n) for name, metric in metrics.items()]
-    print_table(title, ["metric", "value", "n"], rows)

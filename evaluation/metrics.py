@@ -15,6 +15,7 @@ from typing import overload
 
 import numpy as np
 
+from common.cli import check_output
 from common.files import ROOT, write_text
 
 PACKAGES = (
@@ -71,7 +72,7 @@ def mean_metric(values: Numbers, seed: int = 0) -> Metric:
 
     For paired differences this is the paired bootstrap. Equal values have an interval of width 0, a
     single value has none. Raises ValueError if there are no values."""
-    from scipy.stats import bootstrap  # heavy
+    from scipy.stats import bootstrap  # slow to import
 
     array = np.asarray(values, dtype=float)
     if not len(array):
@@ -89,7 +90,7 @@ def rate_metric(values: Sequence[float]) -> Metric:
     """The share of ones with its Wilson interval, which is valid at 0 and 1 too.
 
     Raises ValueError if there are no values, or if one is neither 0 nor 1."""
-    from scipy.stats import binomtest  # heavy
+    from scipy.stats import binomtest  # slow to import
 
     if not set(values) <= {0, 1}:
         raise ValueError("a rate is a share of ones among zeros and ones")
@@ -414,7 +415,7 @@ def spearman_metric(
 
     first, second: (models, problems). The bootstrap draws problems; n is their number. None for
     fewer than three models, or if a measure is the same for all of them."""
-    from scipy.stats import spearmanr  # heavy
+    from scipy.stats import spearmanr  # slow to import
 
     measures = np.asarray([first, second], dtype=float)  # (2, models, problems)
 
@@ -452,6 +453,18 @@ def versions() -> dict[str, str]:
     return found
 
 
+def output_paths(output_dir: str, name: str) -> tuple[Path, Path, Path]:
+    """The paths of result (NAME.json), rows (NAME.jsonl) and plot (../plots/NAME.png).
+
+    Raises UserError if one of them cannot be written."""
+    folder = Path(output_dir)
+    result, rows = folder / f"{name}.json", folder / f"{name}.jsonl"
+    plot = folder.parent / "plots" / f"{name}.png"
+    for path in (result, rows, plot):
+        check_output(str(path), overwrite=True)
+    return result, rows, plot
+
+
 def write_result(
     path: str | Path, metrics: dict[str, Metric], config: dict, seeds: Sequence[int], **more: object
 ) -> None:
@@ -471,7 +484,7 @@ def write_result(
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table in Markdown."""
-    # heavy
+    # slow to import
     from rich.box import MARKDOWN
     from rich.console import Console
     from rich.table import Table
@@ -483,6 +496,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     console.width = max(console.width, 160)  # rows are not wrapped in pipes and narrow terminals
     console.print(title, "", sep="\n", soft_wrap=True)
     console.print(table)
+
+
+def print_metrics(title: str, metrics: dict[str, Metric]) -> None:
+    """Print metrics as a table: name, value and n."""
+    rows = [(name, metric, metric.n) for name, metric in metrics.items()]
+    print_table(title, ["metric", "value", "n"], rows)
 
 
 def print_comparison(title: str, metrics: dict[str, Metric]) -> None:

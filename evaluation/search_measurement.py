@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from common.files import AppendedRows, at_root
 from lm.registry import PolicyArgs, open_policy, policy_identity
 from reasoning.grading import is_correct
@@ -214,8 +216,6 @@ class SearchMeasurements:
         policy: str = "own",
     ) -> dict[Setting, Outcomes]:
         """The outcomes of one setting, or of several that choose from one pool of solutions."""
-        from tqdm import tqdm  # heavy
-
         outcomes = {setting: Outcomes() for setting in settings}
         with tqdm(total=len(problems), desc=label, unit="problem") as bar:
             for start in range(0, len(problems), CHUNK):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.metrics import Metric, mean_metric, paired_difference, rate_metric
+from evaluation.metrics import Metric, mean_metric, paired_difference, print_table, rate_metric
 from evaluation.search_measurement import Outcomes, SearchArgs, Setting
 
 
@@ -15,7 +15,7 @@ def trend(outcomes: dict[int, Outcomes], seed: int) -> tuple[Metric, float | Non
     outcomes: by n. The gain is the mean slope over log4(n), with its interval over problems. The
     test (Page 1963) is that accuracy rises with n; ties, which outcomes of 0 and 1 have, make it
     conservative. No p-value for fewer than three n."""
-    from scipy.stats import page_trend_test  # heavy
+    from scipy.stats import page_trend_test  # slow to import
 
     correct = np.array([outcomes[n].correct for n in sorted(outcomes)]).T  # (problems, n)
     places = np.log(sorted(outcomes)) / np.log(4)
@@ -130,6 +130,23 @@ class Report:
             point = (self.metrics[f"{key}/tokens"], self.metrics[f"{key}/accuracy"])
             lines.setdefault(self._line(policy, strategy), []).append(point)
         return lines
+
+    def print_tables(self, title: str) -> None:
+        """Print a table for each split, the trends, and what the judge could not score."""
+        for split in dict.fromkeys(key.split("/")[0] for key in self.keys):
+            count = self.metrics[f"{split}/{self.policy}/greedy/1/accuracy"].n
+            heading = f"{split}: {count:,} problems; {title}; tokens and judged steps a problem"
+            heading += "; the majority vote has a matched token budget"
+            print_table(heading, self.columns(), self.rows(split))
+        trends = [
+            (key.removesuffix("/trend"), self.metrics[key], "" if p is None else f"{p:.2g}")
+            for key, p in self.trend_p.items()
+        ]
+        if trends:
+            heading = "accuracy gained when n is multiplied by 4"
+            print_table(heading, ["search", "gain", "p (Page)"], trends)
+        for key, count in self.left_out.items():
+            print(f"{key}: the judge could not score {count} proposals")
 
     def _keys_of(self, split: str) -> list[str]:
         return [key for key in self.keys if key.startswith(f"{split}/")]

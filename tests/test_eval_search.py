@@ -330,7 +330,7 @@ def test_compressed_splits(args, tmp_path):
         write_records(tmp_path / f"problems_{name}.jsonl.gz", [Problem("p", "1")])
     args.splits = [str(tmp_path / "problems_one.jsonl.gz")]
     args.choose_on = [str(tmp_path / "problems_two.jsonl.gz")]
-    reported, for_choosing, _ = eval_search.check(args)
+    reported, for_choosing = eval_search.check(args)
     assert reported == {"one": [Problem("p", "1")]} and list(for_choosing) == ["two"]
 
 
