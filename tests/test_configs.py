@@ -1,5 +1,4 @@
-"""configs/tinyllama: every file is accepted by its script, they fit together, and all five run at
-that shape, two layers of it."""
+"""configs/tinyllama: every file is accepted by its script, they fit together, and all five run."""
 
 import importlib
 import json
@@ -7,8 +6,7 @@ import json
 import pytest
 import yaml
 
-from common.files import read_rows
-from tests.conftest import ROOT
+from common.files import ROOT, read_rows
 
 FOLDER = ROOT / "configs/tinyllama"
 SCRIPTS = {
@@ -63,34 +61,21 @@ def test_a_script_takes_its_file(name):
 
 def test_what_one_writes_the_next_reads():
     files = {name: content(name) for name in SCRIPTS}
-    assert files["build_synthetic_dataset"]["output"] == files["evaluate_steps"]["input"]
-    assert (
-        files["evaluate_steps"]["output"]
-        == files["train"]["dataset_name"]
-        == files["eval_reward_scores"]["pairs"]
-    )
-    assert (
-        files["train"]["output_dir"]
-        == files["eval_reward_scores"]["tuned_model"]
-        == files["inference"]["model_name_or_path"]
-    )
-    judges = {
-        files[name]["judge_path"] for name in ("evaluate_steps", "eval_reward_scores", "inference")
-    }
-    assert len(judges) == 1 and judges.pop().endswith("tinyllama-1.1b-chat-v1.0.Q4_K_M.gguf")
-    models = {
-        files["build_synthetic_dataset"]["model_name_or_path"],
-        files["eval_reward_scores"]["base_model"],
-    }
-    assert (
-        models == {files["train"]["model_name_or_path"]} == {"TinyLlama/TinyLlama-1.1B-Chat-v1.0"}
-    )
+    sample, score, train, compare, ask = files.values()
+    assert sample["output"] == score["input"]
+    assert score["output"] == train["dataset_name"] == compare["pairs"]
+    assert train["output_dir"] == compare["tuned_model"] == ask["model_name_or_path"]
+    (judge,) = {file["judge_path"] for file in (score, compare, ask)}
+    assert judge.endswith("tinyllama-1.1b-chat-v1.0.Q4_K_M.gguf")
+    models = {sample["model_name_or_path"], train["model_name_or_path"], compare["base_model"]}
+    assert models == {"TinyLlama/TinyLlama-1.1B-Chat-v1.0"}
 
 
 @pytest.fixture(scope="module")
 def tinyllama(tmp_path_factory) -> str:
-    """A model directory of TinyLlama's shape, tokenizer and chat template; two layers, random
-    weights, and a head that ends an answer every few tokens (random weights would not)."""
+    """A model directory of TinyLlama's shape, tokenizer and chat template, with two layers.
+
+    The weights are random; a larger row for EOS in the head ends an answer every few tokens."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -105,23 +90,22 @@ def tinyllama(tmp_path_factory) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_the_five_commands_run(tinyllama, run_script, tmp_path):
-    """A dry run of the files as they are. Overridden are paths, limits and lengths; what random
-    weights cannot do, which is to be right (--pair_by judge); and bf16 where this machine has none,
-    as the scripts choose by themselves where no file asks for it."""
+    """A dry run with other paths, limits and lengths, and bf16 only where the machine has it.
+
+    The pairs are chosen by a judge, because random weights are never right."""
     from lm.gguf_export import export_gguf
     from lm.loading import pick_device
 
     judge = tmp_path / "judge.Q4_0.gguf"
     export_gguf(tinyllama, judge, "Q4_0")
-    pairs, rewarded, tuned = (
-        tmp_path / "pairs.jsonl",
-        tmp_path / "rewarded.jsonl",
-        tmp_path / "tuned",
-    )
+    pairs, rewarded = tmp_path / "pairs.jsonl", tmp_path / "rewarded.jsonl"
+    tuned = tmp_path / "tuned"
     device, bf16 = pick_device()
     numbers = [] if bf16 else ["--bf16", "false", "--dtype", "float32"]
     short = ["--max_new_tokens", 8]
+    test_problems = ROOT / "data/problems_test.jsonl"
     overrides = {
         "build_synthetic_dataset": [
             *("--model_name_or_path", tinyllama, "--output", pairs, "--limit", 4, *short),
@@ -129,39 +113,17 @@ def test_the_five_commands_run(tinyllama, run_script, tmp_path):
         ],
         "evaluate_steps": ["--judge_path", judge, "--input", pairs, "--output", rewarded],
         "train": [
-            *(
-                "--model_name_or_path",
-                tinyllama,
-                "--dataset_name",
-                rewarded,
-                "--output_dir",
-                tuned,
-                "--logs_dir",
-                tmp_path,
-            ),
-            *("--max_steps", 1, "--use_cpu", str(device == "cpu").lower(), *numbers),
+            *("--model_name_or_path", tinyllama, "--dataset_name", rewarded),
+            *("--output_dir", tuned, "--logs_dir", tmp_path, "--max_steps", 1),
+            *("--use_cpu", str(device == "cpu").lower(), *numbers),
         ],
         "eval_reward_scores": [
-            *(
-                "--base_model",
-                tinyllama,
-                "--tuned_model",
-                tuned,
-                "--judge_path",
-                judge,
-                "--input",
-                ROOT / "data/problems_test.jsonl",
-            ),
-            *("--pairs", rewarded, "--output_dir", tmp_path / "results", "--limit", 2, *short),
+            *("--base_model", tinyllama, "--tuned_model", tuned, "--judge_path", judge),
+            *("--input", test_problems, "--pairs", rewarded),
+            *("--output_dir", tmp_path / "results", "--limit", 2, *short),
         ],
         "inference": [
-            "--model_name_or_path",
-            tuned,
-            "--judge_path",
-            judge,
-            "--prompt",
-            "2 + 2 = ?",
-            *short,
+            *("--model_name_or_path", tuned, "--judge_path", judge, "--prompt", "2 + 2 = ?", *short)
         ],
     }
     printed = {}

@@ -55,7 +55,7 @@ def test_what_stands_behind_the_end_of_a_step_is_nothing_to_it():
 
 
 def test_policy_objective_of_three_tokens_by_hand():
-    """Ratios 1.5, .5 and 1.1, range .2, by the definition: the worse of the free and of the clipped objective."""
+    """Ratios 1.5, .5 and 1.1, range .2: the worse of the free and the clipped objective."""
     old = tensor([[-1.0, -2.0, -0.5]], dtype=F64)
     ratios = [1.5, 0.5, 1.1]
     for advantages in ([2.0, -1.0, 0.5], [-2.0, 1.0, -0.5]):

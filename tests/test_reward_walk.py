@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from common.files import read_records
+from common.files import ROOT, read_records
 from reasoning.datasets.ranking import read_answers
 from reasoning.records import PreferencePair
-from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs/reward_model.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -32,27 +31,19 @@ def test_the_page_has_every_stage():
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_its_commands_run(tmp_path):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"REPO": str(ROOT), "PATH": path}
+    options = {"cwd": tmp_path, "env": environment, "stdin": subprocess.DEVNULL, "timeout": 1200}
     for command in COMMANDS:
-        options = {
-            "shell": True,
-            "cwd": tmp_path,
-            "env": os.environ | {"REPO": str(ROOT), "PATH": path},
-            "timeout": 1200,
-        }
-        done = subprocess.run(
-            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options
-        )
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, **options)
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
     walk = Path(tmp_path) / "walk"
     assert {row.split for row in read_answers(walk / "answers.csv")} == {"train", "test"}
-    assert (walk / "plots/response_reward.png").is_file() and (
-        walk / "results/response_reward.json"
-    ).is_file()
-    assert (
-        list(read_records(walk / "pairs.jsonl", PreferencePair))
-        and (walk / "tuned/model.safetensors").is_file()
-    )
+    assert (walk / "plots/response_reward.png").is_file()
+    assert (walk / "results/response_reward.json").is_file()
+    assert list(read_records(walk / "pairs.jsonl", PreferencePair))
+    assert (walk / "tuned/model.safetensors").is_file()
     assert done.stdout.startswith("round 1: 8 solutions") and "by the scorer" in done.stdout
     assert "score " in done.stderr
