@@ -47,9 +47,7 @@ class DecodingRow:
         for sample, token in zip(self.samples, tokens, strict=False):
             parts.setdefault(token, []).append(sample)
         (token, self.samples), *others = parts.items()
-        split = [
-            replace(self, samples=samples, ids=[*self.ids, other]) for other, samples in others
-        ]
+        split = [replace(self, samples=part, ids=[*self.ids, other]) for other, part in others]
         self.ids.append(token)
         return [self, *split]
 

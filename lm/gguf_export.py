@@ -12,7 +12,6 @@ from transformers import AutoConfig
 
 from common.errors import UserError, first_line
 from common.files import replacing
-from lm.gguf_file import QUANTIZATIONS
 from lm.loading import base_of, load_model, merge_adapter
 
 
@@ -28,7 +27,8 @@ def export_gguf(model_dir: str | Path, output: str | Path, quantization: str = "
     config, weights = model.config, model.state_dict()
     writer = gguf.GGUFWriter(None, "llama")
     writer.add_name(Path(model_dir).resolve().name)
-    writer.add_file_type(gguf.LlamaFileType[QUANTIZATIONS[quantization]])
+    file_type = ("ALL_" if quantization == "F32" else "MOSTLY_") + quantization
+    writer.add_file_type(gguf.LlamaFileType[file_type])
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

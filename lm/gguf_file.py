@@ -34,13 +34,7 @@ MATRICES = [
     "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
 ]  # fmt: skip
 MAX_COUNT = 1 << 20  # a header with more fields or tensors is damaged
-# what lm/gguf_export.py can write -> gguf's file types
-QUANTIZATIONS = {
-    "F32": "ALL_F32",
-    "F16": "MOSTLY_F16",
-    "Q8_0": "MOSTLY_Q8_0",
-    "Q4_0": "MOSTLY_Q4_0",
-}
+QUANTIZATIONS = ["F32", "F16", "Q8_0", "Q4_0"]  # those that lm/gguf_export.py writes
 
 
 class TokenType(IntEnum):

@@ -109,12 +109,12 @@ def merge_adapter(model: Any, dtype: torch.dtype | None = None) -> Any:
     return model
 
 
-def load_tokenizer(path: str, base: str, **options: Any) -> Any:
+def load_tokenizer(path: str, base: str | None = None, **options: Any) -> Any:
     """The tokenizer at `path`, or that of the base if an adapter has none."""
     try:
         return AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError):
-        if path == base:
+        if base in (None, path):
             raise
         return AutoTokenizer.from_pretrained(base)
 

@@ -50,9 +50,11 @@ def build_tokenizer() -> Any:
     llama.cpp merges any two neighbours whose joined text is in the vocabulary, best score first. To
     do the same here, every split of a piece is a merge, ranked by the piece's place in the
     vocabulary."""
-    add_spaces = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    mark_spaces = normalizers.Sequence(
+        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    )
     learner = Tokenizer(models.BPE())
-    learner.normalizer = add_spaces
+    learner.normalizer = mark_spaces
     learner.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE - len(SPECIAL) - len(BYTES),
@@ -71,28 +73,15 @@ def build_tokenizer() -> Any:
     tokenizer = Tokenizer(
         models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
-    tokenizer.normalizer = add_spaces
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace(SPACE, " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
-    )
+    tokenizer.normalizer = mark_spaces
+    to_text = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*to_text, decoders.Strip(" ", 1, 0)])
+    add_bos = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = add_bos
+    special = [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    tokenizer.add_special_tokens(special)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<unk>",
-        padding_side="left",
-        model_max_length=512,
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        pad_token="<unk>", padding_side="left", model_max_length=512,
         clean_up_tokenization_spaces=False,
-    )
+    )  # fmt: skip

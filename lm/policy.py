@@ -4,6 +4,7 @@
 lm/server_policy.py has the same methods and asks a server.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -147,12 +148,10 @@ class Policy:
     ) -> list[list[State]]:
         check_open(states)
         children: list[dict[int, State]] = [{} for _ in states]
-        prefixes = [state.ids for state in states]
-        total = len(states) * n
+        total, prefixes = len(states) * n, [state.ids for state in states]
+        decoded = self.decoder.decode(prefixes, n, temperature, max_new_tokens, seed, one_step)
         with tqdm(total=total, desc=progress, unit="sample", disable=progress is None) as bar:
-            for rows in self.decoder.decode(
-                prefixes, n, temperature, max_new_tokens, seed, one_step
-            ):
+            for rows in decoded:
                 ended = [row for row in rows if row.ended]
                 for row in ended:
                     child = self._child(states[row.prefix], row)
@@ -167,7 +166,7 @@ class Policy:
         steps = [self.decoder.text(row.ids[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
         if ends:
             all_ends = (*state.ends, *(start + end for end in ends))
-        else:
+        else:  # without a new step the ids belong to the last one
             all_ends = (*state.ends[:-1], len(ids))
         status = row.ended
         if status == "step":
@@ -209,13 +208,11 @@ class Policy:
         for prompt, ids in zip(prompts, prefixes, strict=True):
             self._check_length(prompt, ids)
         texts = [("", False)] * len(prompts)
-        for rows in self.decoder.decode(
-            prefixes, 1, temperature, max_new_tokens, seed, top_p=top_p
-        ):
-            for row in rows:
-                if row.ended:
-                    text = self.tokenizer.decode(row.ids, skip_special_tokens=True).strip()
-                    texts[row.prefix] = (text, row.ended == "finished")
+        decoded = self.decoder.decode(prefixes, 1, temperature, max_new_tokens, seed, top_p=top_p)
+        for row in itertools.chain.from_iterable(decoded):
+            if row.ended:
+                text = self.tokenizer.decode(row.ids, skip_special_tokens=True).strip()
+                texts[row.prefix] = (text, row.ended == "finished")
         return texts
 
     def stream(
@@ -276,16 +273,13 @@ class Policy:
             greedy = (logits.argmax(-1) == ids[:, 1:]).tolist()
             logps = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].tolist()
             for b, (_, step_of) in enumerate(encoded):
-                steps: list[list[tuple[float, bool]]] = [[] for _ in batch[b][2]]
-                for place, step in enumerate(step_of[1:longest]):
-                    if step >= 0:
-                        steps[step].append((logps[b][place], greedy[b][place]))
-                results.append(
-                    [
-                        StepLogp(sum(p for p, _ in step), len(step), all(g for _, g in step))
-                        for step in steps
-                    ]
-                )
+                steps = [StepLogp(0, 0, True) for _ in batch[b][2]]
+                for place, k in enumerate(step_of[1:longest]):
+                    if k >= 0:
+                        is_greedy = steps[k].greedy and greedy[b][place]
+                        logp = steps[k].logp + logps[b][place]
+                        steps[k] = StepLogp(logp, steps[k].tokens + 1, is_greedy)
+                results.append(steps)
         if cut:
             print(
                 f"log-probs: {cut} of {len(rows)} rows are longer than the policy's context of "

@@ -61,7 +61,7 @@ class ServerPolicy(Policy):
         self._too_long: list[State] = []  # states of the last call that fill the context
         self._bos = ""
         try:
-            self.tokenizer = load_tokenizer(model, model)
+            self.tokenizer = load_tokenizer(model)
         except (OSError, ValueError, ImportError):
             self.tokenizer = None
             template = f"the plain template: no tokenizer of {model} can be loaded here"

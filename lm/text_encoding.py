@@ -21,29 +21,21 @@ CHAT_INSTRUCTION = (
 )
 
 
-def format_prompt(prompt: str, tokenizer: Any = None) -> str:
+def format_prompt(prompt: str, tokenizer: Any = None, instruction: str = CHAT_INSTRUCTION) -> str:
     """The text that a policy continues.
 
     A chat model (a tokenizer with a chat template) gets the instruction and the prompt as the
     user's message."""
     if getattr(tokenizer, "chat_template", None):
-        message = {"role": "user", "content": CHAT_INSTRUCTION + prompt}
+        message = {"role": "user", "content": instruction + prompt}
         return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
     return PLAIN_TEMPLATE.format(prompt=prompt)
 
 
 def encode_prompt(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:
-    """Token ids of the template with the prompt.
-
-    chat: the prompt alone is the user's message, without the instruction to solve it step by
-    step."""
-    if chat:
-        message = {"role": "user", "content": prompt}
-        text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    else:
-        text = format_prompt(prompt, tokenizer)
-    # a chat template writes the special tokens itself
-    add = not tokenizer.chat_template
+    """Token ids of the template with the prompt. chat: without the instruction of the template."""
+    text = format_prompt(prompt, tokenizer, "" if chat else CHAT_INSTRUCTION)
+    add = not tokenizer.chat_template  # a chat template writes the special tokens itself
     return tokenizer(text, add_special_tokens=add, verbose=False)["input_ids"]
 
 

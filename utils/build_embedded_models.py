@@ -74,13 +74,12 @@ class BuildArguments:
     size: str = field(
         default="mini",
         metadata={
-            "help": "mini: policy-mini and judge-mini; large: policy-large",
+            "help": "mini: policy-mini, judge-mini; large: policy-large",
             "choices": [*SHAPES],
         },
     )
     policy_examples: int = field(
-        default=130_000,
-        metadata={"help": "pretraining texts, each problem once (about 116 tokens each)"},
+        default=130_000, metadata={"help": "pretraining texts of about 116 tokens, each once"}
     )
     judge_examples: int = field(
         default=24_000, metadata={"help": "solutions written for the judge, right and wrong"}
@@ -102,8 +101,7 @@ class BuildArguments:
         default=1e-3, metadata={"help": "peak learning rate of judge-mini, decayed linearly to 0"}
     )
     validation: int = field(
-        default=2000,
-        metadata={"help": "validation problems for choices and the figures in the model cards"},
+        default=2000, metadata={"help": "validation problems for choices and for the model cards"}
     )
     seed: int = field(default=0, metadata={"help": "seed of initial weights, mistakes and order"})
     overwrite: bool = field(default=False, metadata={"help": "replace finished models"})
@@ -448,10 +446,7 @@ def make_judge(args: BuildArguments, tokenizer: Any, work: Path, job: dict) -> N
 
 
 def main() -> None:
-    (args,) = parse_args(
-        BuildArguments,
-        description="Make policy-mini and judge-mini, or policy-large, from nothing.",
-    )
+    (args,) = parse_args(BuildArguments, description=__doc__.split("\n\n")[0])
     output = Path(args.output)
     folders = [output / f"policy-{args.size}"]
     if args.size == "mini":
