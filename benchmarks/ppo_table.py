@@ -1,33 +1,38 @@
-"""Step PPO beside stepwise DPO, a control and a ceiling: accuracy on all hard and test problems, greedy and sampled once.
+"""Step PPO, a ceiling, a control and stepwise DPO: accuracy on all hard and test problems.
 
-    python benchmarks/ppo_table.py           # about an hour and a half on 2 cores; stopped, it goes on where it was
+    python benchmarks/ppo_table.py    # about 90 minutes on 2 cores; the same command resumes it
 
-Every row is a training by train.py with its defaults: step PPO rewarded by models/prm-mini (3 seeds), by the exact checker (the
-ceiling) and by shuffled scores of prm-mini (the control that must not gain), and stepwise DPO. Writes ppo.json to
---output_dir, and every answer's correctness to ppo.jsonl.
+Each row is a training by train.py with its defaults: step PPO rewarded by models/prm-mini (3
+seeds), by the exact checker (the ceiling) and by shuffled scores of prm-mini (the control, which
+must not gain), and stepwise DPO. Each policy answers every problem greedily, and once by sampling
+at temperature 1.
+
+Writes ppo.json to --output_dir, and the correctness of every answer to ppo.jsonl.
 """
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.runs import BASE, bits
+from benchmarks.runs import BASE, bits, each_accuracy, pooled_accuracy, pooled_improvement
 from common.cli import check_input, parse_args, run
 from common.files import AppendedRows, at_root, read_records
+from evaluation.metrics import Metric, print_table, rate_metric, write_result
 from reasoning.records import Problem
 
-DATA = at_root("data/mcts_steps.jsonl")
-ROWS = {  # name -> what train.py is told, seeds
+DATA = at_root("data/mcts_steps.jsonl.gz")
+ROWS = {  # name -> (arguments of train.py, seeds)
     "step PPO": (["ppo"], 3),
     "step PPO, exact rewards": (["ppo", "--judge", "exact"], 1),
     "step PPO, shuffled rewards": (["ppo", "--judge", "shuffled", "--shuffled_judge", "prm"], 1),
     "stepwise DPO": (["dpo"], 1),
 }
-MEASURED = {  # name -> split, temperature
+MEASURED = {  # name -> (split, temperature)
     "hard": ("hard", 0.0),
     "test": ("test", 0.0),
     "hard, sampled": ("hard", 1.0),
@@ -55,6 +60,7 @@ class PPOTableArguments:
 
 def accuracy(model: str, limit: int | None) -> dict[str, str]:
     """Name in MEASURED -> a 0 or 1 a problem."""
+    # heavy libraries
     from evaluation.accuracy import correct_answers
     from lm.policy import Policy
 
@@ -69,101 +75,66 @@ def accuracy(model: str, limit: int | None) -> dict[str, str]:
 
 
 def train_and_measure(name: str, command: list[str], seed: int, limit: int | None) -> dict:
-    folder = (
-        Path(at_root("saved_model/ppo_table")) / f"{name.replace(' ', '_').replace(',', '')}_{seed}"
-    )
+    """Train with one seed, unless its model is there already, and measure the model."""
+    run_name = f"{name.replace(' ', '_').replace(',', '')}_{seed}"
+    folder = Path(at_root("saved_model/ppo_table")) / run_name
     if not (folder / "config.json").exists():
-        given = [
-            "--seed",
-            str(seed),
-            "--output_dir",
-            str(folder),
-            "--run_name",
-            f"ppo_table/{folder.name}",
-        ]
-        subprocess.run([sys.executable, at_root("train.py"), *command, *given], check=True)
-    log = json.loads(
-        Path(at_root("logs/ppo_table"), folder.name, "log.json").read_text(encoding="utf-8")
-    )
-    return {
-        "name": name,
-        "seed": seed,
-        "seconds": round(log["seconds"]),
-        "correct": accuracy(str(folder), limit),
-    }
+        options = ["--seed", str(seed), "--output_dir", str(folder)]
+        options += ["--run_name", f"ppo_table/{run_name}"]
+        subprocess.run([sys.executable, at_root("train.py"), *command, *options], check=True)
+    log = Path(at_root("logs/ppo_table"), run_name, "log.json").read_text(encoding="utf-8")
+    seconds = round(json.loads(log)["seconds"])
+    correct = accuracy(str(folder), limit)
+    return {"name": name, "seed": seed, "seconds": seconds, "correct": correct}
 
 
 def main() -> None:
     (args,) = parse_args(PPOTableArguments, description=__doc__)
     check_input(DATA, "python utils/build_mcts_dataset.py")
-    from evaluation.metrics import clustered_mean_metric, print_table, rate_metric, write_result
-
-    path = Path(args.output_dir) / "ppo.jsonl"
-    store = AppendedRows(path)
+    output = Path(args.output_dir)
+    store = AppendedRows(output / "ppo.jsonl")
     done = {
         (row["name"], row["seed"]): row
         for row in store.rows
         if row["correct"].keys() == MEASURED.keys()
     }
 
-    def measured(name: str, seed: int, make) -> dict:
+    def measured(name: str, seed: int, measure: Callable[[], dict]) -> dict:
         if (name, seed) not in done:
-            done[name, seed] = make()
+            done[name, seed] = measure()
             store.append(done[name, seed])
         return done[name, seed]
 
-    base = measured(
-        "base", 0, lambda: {"name": "base", "seed": 0, "correct": accuracy(BASE, args.limit)}
-    )
-    of_rows = {}
+    def measure_base() -> dict:
+        return {"name": "base", "seed": 0, "correct": accuracy(BASE, args.limit)}
+
+    base = measured("base", 0, measure_base)
+    rows: dict[str, list[dict]] = {}
     for name in args.rows:
         command, seeds = ROWS[name]
-        of_rows[name] = [
-            measured(name, seed, lambda: train_and_measure(name, command, seed, args.limit))  # noqa: B023  called at once
+        rows[name] = [
+            measured(name, seed, lambda: train_and_measure(name, command, seed, args.limit))  # noqa: B023 (called at once)
             for seed in range(args.seeds or seeds)
         ]
-    metrics, table = {}, []
+    metrics: dict[str, Metric] = {}
+    table: list[tuple] = []
     for split in MEASURED:
-        before = bits(base["correct"][split])
-        metrics[f"{split}/base_accuracy"] = rate_metric(before)
-        table.append((split, "base", metrics[f"{split}/base_accuracy"], "", "", "", ""))
-        for name, rows in of_rows.items():
-            runs = [bits(row["correct"][split]) for row in rows]
-            problem_of = [k for correct in runs for k in range(len(correct))]
-            right = clustered_mean_metric([c for correct in runs for c in correct], problem_of)
-            gain = clustered_mean_metric(
-                [c - b for correct in runs for c, b in zip(correct, before, strict=True)],
-                problem_of,
-            )
-            metrics |= {
-                f"{split}/{name}/accuracy": right,
-                f"{split}/{name}/accuracy_improvement": gain,
-            }
-            relative = f"{gain.value / metrics[f'{split}/base_accuracy'].value:+.0%}"
-            minutes = ", ".join(f"{row['seconds'] / 60:.0f}" for row in rows)
-            table.append(
-                (
-                    split,
-                    name,
-                    right,
-                    gain,
-                    relative,
-                    ", ".join(f"{sum(c) / len(c):.3f}" for c in runs),
-                    minutes,
-                )
-            )
-    columns = [
-        "split",
-        "training",
-        "accuracy",
-        "minus base",
-        "relative",
-        "each seed",
-        "minutes of training",
-    ]
-    print_table("exact accuracy, greedy and sampled once at temperature 1", columns, table)
-    write_result(Path(args.output_dir) / "ppo.json", metrics, asdict(args), [0, 1, 2])
-    print(f"wrote {Path(args.output_dir) / 'ppo.json'}, {path}")
+        base_correct = bits(base["correct"][split])
+        base_accuracy = metrics[f"{split}/base_accuracy"] = rate_metric(base_correct)
+        table.append((split, "base", base_accuracy, "", "", "", ""))
+        for name, found in rows.items():
+            correct = [bits(row["correct"][split]) for row in found]
+            right, gain = pooled_accuracy(correct), pooled_improvement(correct, base_correct)
+            metrics[f"{split}/{name}/accuracy"] = right
+            metrics[f"{split}/{name}/accuracy_improvement"] = gain
+            relative = f"{gain.value / base_accuracy.value:+.0%}"
+            minutes = ", ".join(f"{row['seconds'] / 60:.0f}" for row in found)
+            table.append((split, name, right, gain, relative, each_accuracy(correct), minutes))
+    columns = ["split", "training", "accuracy", "minus base", "relative", "each seed"]
+    title = "exact accuracy, greedy and sampled once at temperature 1"
+    print_table(title, [*columns, "minutes of training"], table)
+    write_result(output / "ppo.json", metrics, asdict(args), [0, 1, 2])
+    print(f"wrote {output / 'ppo.json'}, {store.path}")
 
 
 if __name__ == "__main__":

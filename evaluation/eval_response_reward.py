@@ -58,7 +58,7 @@ MAKES_ANSWERS = "python utils/build_ranked_responses.py --rank_by exact"
 @dataclass
 class RewardEvalArgs(ScorerArgs, PolicyArgs):
     data: str = field(
-        default=at_root("data/answers.csv"),
+        default=at_root("data/answers.csv.gz"),
         metadata={
             "help": "ranked answers (.csv), or pairs with prompt, chosen, rejected and optionally "
             "subset: a file or a hub name"

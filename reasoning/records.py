@@ -105,7 +105,7 @@ class ScoredPair(PreferencePair):
         return pair
 
 
-# One row of data/mcts_steps.jsonl; utils/prepare_dataset.py writes such rows too.
+# One row of data/mcts_steps.jsonl.gz; utils/prepare_dataset.py writes such rows too.
 #   {"prompt": "Mia has 12 apples. ...",  the question, plain text
 #    "prefix": ["Step 1: 12 + 14 = 26"],  the steps before `step` (optional, default none)
 #    "step": "Step 2: 26 * 2 = 52",

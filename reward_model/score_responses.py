@@ -32,7 +32,7 @@ TEXTS = ("answer", "response", "steps")  # the fields that may hold the response
 @dataclass
 class ScoreArgs(ScorerArgs):
     input: str = field(
-        default=at_root("data/answers.csv"),
+        default=at_root("data/answers.csv.gz"),
         metadata={
             "help": "CSV or JSONL, in each row a `prompt` and a response: `answer`, `response` or "
             "`steps`"

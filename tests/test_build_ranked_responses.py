@@ -383,8 +383,8 @@ def test_the_committed_groups_of_four():
     """The script's defaults made them, from problems that are not held out.
 
     Right and wrong answers are alike in length and form."""
-    rows = read_answers(ROOT / "data/answers.csv")
-    check_groups(rows, "data/answers.csv")
+    rows = read_answers(ROOT / "data/answers.csv.gz")
+    check_groups(rows, "data/answers.csv.gz")
     tasks = {task.prompt: task for task in read_tasks(AnswerArguments(rank_by="exact"))}
     found = groups(rows)
     splits = Counter(group[0].split for group in found.values())

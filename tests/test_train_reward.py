@@ -283,7 +283,7 @@ def test_held_out_problems_are_refused(folder, tiny_model_dir, monkeypatch, caps
 def test_every_group_of_the_committed_table_lands_in_one_split():
     found = [*(ROOT / "data").glob("answers.csv"), *(ROOT / "data").glob("answers.csv.gz")]
     if not found:
-        pytest.skip("data/answers.csv is not there")
+        pytest.skip("data/answers.csv.gz is not there")
     (path, *_) = found
     rows = read_answers(path)
     check_groups(rows, path)

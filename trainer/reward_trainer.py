@@ -101,7 +101,7 @@ class GroupSampler(torch.utils.data.Sampler):
 
     sizes: the number of pairs of each group; lengths: of its longest answer, in tokens. Groups of
     similar length come close to each other, so that batches need little padding (a fifth less
-    compute on data/answers.csv)."""
+    compute on data/answers.csv.gz)."""
 
     def __init__(self, sizes: list[int], lengths: list[int], seed: int):
         ends = itertools.accumulate(sizes)
@@ -308,7 +308,7 @@ RECIPE = Recipe(
     record=RankedGroup,
     noun="groups",
     kinds=("pairs",),
-    data="data/answers.csv",
+    data="data/answers.csv.gz",
     made_by="python utils/build_ranked_responses.py --rank_by exact",
     output_dir="saved_model/response_reward_model",
     make_trainer=_make_trainer,

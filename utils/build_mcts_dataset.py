@@ -1,4 +1,4 @@
-"""Search problems with known answers, and write steps with their values (data/mcts_steps.jsonl).
+"""Search problems with known answers, and write steps with their values (data/mcts_steps.jsonl.gz).
 
     python utils/build_mcts_dataset.py --overwrite
 
@@ -52,7 +52,7 @@ class TreeArguments(PolicyArgs):
         },
     )
     output: str = field(
-        default_factory=lambda: at_root("data/mcts_steps.jsonl"),
+        default_factory=lambda: at_root("data/mcts_steps.jsonl.gz"),
         metadata={"help": "file of the steps with their values"},
     )
     csv: str | None = field(

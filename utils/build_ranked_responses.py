@@ -1,4 +1,4 @@
-"""Write several answers to every prompt, for a person to rank (data/answers.csv).
+"""Write several answers to every prompt, for a person to rank (data/answers.csv.gz).
 
     python utils/build_ranked_responses.py --rank_by exact --overwrite
 
@@ -69,7 +69,7 @@ class AnswerArguments(PolicyArgs):
         },
     )
     output: str = field(
-        default_factory=lambda: at_root("data/answers.csv"),
+        default_factory=lambda: at_root("data/answers.csv.gz"),
         metadata={"help": "where the answers are written, a CSV table"},
     )
     chat: bool = field(

@@ -1,6 +1,6 @@
 """Serve a web page on which people rank answers, best first, and label the steps of solutions.
 
-    python utils/rank_responses.py --ranker Ann          ranks go to data/answers.csv
+    python utils/rank_responses.py --ranker Ann          ranks go to data/answers.csv.gz
     python utils/rank_responses.py --steps pairs.jsonl   the third tab labels steps
     python utils/rank_responses.py --agreement           print how far the rankers agree
 
@@ -39,7 +39,7 @@ from reasoning.annotation import (
 )
 from reasoning.datasets.ranking import check_groups, read_answers
 
-ANSWERS = "data/answers.csv"
+ANSWERS = "data/answers.csv.gz"
 MADE_BY = "python utils/build_ranked_responses.py"
 HERE = Path(__file__).resolve()
 

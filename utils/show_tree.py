@@ -20,7 +20,7 @@ from common.files import at_root, read_records, write_text
 from reasoning.steps import one_line
 from search.tree_search import Tree
 
-TREES = "data/mcts_trees.jsonl"
+TREES = "data/mcts_trees.jsonl.gz"
 MADE_BY = f"python utils/build_mcts_dataset.py --trees {TREES}"
 
 

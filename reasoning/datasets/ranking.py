@@ -18,7 +18,7 @@ from common.files import write_text
 from reasoning.datasets.files import read_table
 
 
-# One row of data/answers.csv, one line for each cell. Published tables have only the first three
+# One row of data/answers.csv.gz, one line for each cell. Published tables have only the first three
 # columns.
 #   prompt       Mia has 12 apples. ...    the question, plain text; the same for all its answers
 #   answer       Step 1: 12 + 14 = 26 ...  a response of any number of lines (a quoted cell)
@@ -26,7 +26,7 @@ from reasoning.datasets.files import read_table
 #   ranker       rule:exact                a person's name, rule:NAME, or llm:NAME for a model;
 #                                          empty: unknown
 #   category     right                     reported separately; a category of answers in
-#                                          data/answers.csv, of prompts in data/answers_smollm2.csv
+#                                          data/answers.csv.gz, of prompts in data/answers_smollm2.csv
 #   generator    policy-mini+error         the model that wrote the answer; +error: with an
 #                                          inserted error
 #   temperature  1.0                       of the sampling; 0 is greedy
