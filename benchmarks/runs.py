@@ -1,44 +1,48 @@
-"""What the experiments share: one training of policy-mini by `train.py dpo`, its exact accuracy, and a
-file of finished runs.
+"""Trainings of policy-mini for the experiments: a run, its exact accuracy, a file of finished runs.
 
-A run is a dict: `name`, `pairs` (file of scored pairs), `limit`, `settings` (arguments of train.py),
-`seed`, `split` and `problems` (the problems on which greedy accuracy is measured), `each_epoch`
-(whether it is measured after each epoch, or after the last). Its rows are appended to a JSONL file, so
-a stopped experiment resumes.
+A run is a dict: `name`, `pairs` (file of scored pairs), `limit`, `settings` (arguments of `train.py
+dpo`), `seed`, `split` and `problems` (number of problems to measure greedy accuracy on),
+`each_epoch` (measure after each epoch, or only after the last). Its rows are appended to a JSONL
+file, so a stopped experiment resumes.
 """
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import islice
 from pathlib import Path
 
+from tqdm import tqdm
+
 from common.files import ROOT, AppendedRows
+from evaluation.metrics import Metric, clustered_mean_metric
+from reasoning.problems import problems
 
 BASE = str(ROOT / "models/policy-mini")
-KEPT = (
+LOGGED = (
     *("loss", "logps/chosen_vs_ref", "logps/rejected_vs_ref"),
     *("drift/good_steps_less_likely", "rewards/accuracies"),
 )
 
 
 def train_and_measure(run: dict) -> list[dict]:
-    """Train policy-mini once. One row after each epoch, or after the last: the run, `epoch`, `correct`
-    (a 0 or 1 a problem), `logged` (the last values of the log)."""
-    import contextlib
-    import tempfile
-    from itertools import islice
+    """Train policy-mini once, and measure it after each epoch or after the last.
 
+    Returns a row for each measurement: the run, `epoch`, `correct` (a 0 or 1 a problem), `logged`
+    (the last values of the log), `pairs_trained`."""
+    # heavy libraries; the number of threads is set before torch does anything
     import torch
 
-    torch.set_num_threads(run["threads"])  # before anything of torch runs
+    torch.set_num_threads(run["threads"])
     from transformers import TrainerCallback
 
     from evaluation.accuracy import correct_answers
     from lm.policy import Policy
-    from reasoning.problems import problems
     from trainer.session import train
     from trainer.stepwise_dpo_trainer import RECIPE
 
@@ -72,12 +76,12 @@ def train_and_measure(run: dict) -> list[dict]:
             train(RECIPE, as_flags(settings), callbacks=[Measure()])
         log = json.loads(Path(folder, "logs/model/log.json").read_text(encoding="utf-8"))
     last = [entry for entry in log["history"] if "loss" in entry][-1]
-    logged = {key: last[key] for key in KEPT if key in last}
+    logged = {key: last[key] for key in LOGGED if key in last}
     return [{**row, "pairs_trained": log["job"]["pairs"], "logged": logged} for row in rows]
 
 
 def as_flags(settings: dict) -> list[str]:
-    """Arguments of a script as they are written on a command line."""
+    """Settings as arguments of a script."""
     flags = []
     for name, value in settings.items():
         values = value if isinstance(value, list) else [value]
@@ -86,28 +90,48 @@ def as_flags(settings: dict) -> list[str]:
 
 
 def bits(correct: str) -> list[float]:
+    """`101` -> [1.0, 0.0, 1.0]."""
     return [float(c) for c in correct]
 
 
+def pooled_accuracy(runs: Sequence[Sequence[float]]) -> Metric:
+    """The accuracy over all runs, measured on the same problems.
+
+    The answers to one problem are not independent: the interval is clustered by problem."""
+    clusters = [k for correct in runs for k in range(len(correct))]
+    return clustered_mean_metric([c for correct in runs for c in correct], clusters)
+
+
+def pooled_improvement(runs: Sequence[Sequence[float]], base: Sequence[float]) -> Metric:
+    """The accuracy over all runs minus the base's accuracy on the same problems."""
+    return pooled_accuracy(
+        [[c - b for c, b in zip(correct, base, strict=True)] for correct in runs]
+    )
+
+
+def each_accuracy(runs: Sequence[Sequence[float]]) -> str:
+    """The accuracy of each run, for a table."""
+    return ", ".join(f"{sum(correct) / len(correct):.3f}" for correct in runs)
+
+
 def base_run(pairs: str, split: str, problems: int) -> dict:
-    """The base, as a run that changes nothing."""
+    """A run that measures the base: its learning rate is 0."""
     common = {"name": "base", "pairs": pairs, "limit": 16, "seed": 0, "split": split}
     settings = {"learning_rate": 0.0, "max_steps": 1}
     return {**common, "problems": problems, "each_epoch": False, "settings": settings}
 
 
 def key_of(run: dict) -> str:
-    """What a run is: its settings and the contents of its pairs."""
+    """The identity of a run: its settings and the contents of its pairs."""
     named = {name: value for name, value in run.items() if name != "threads"}
     pairs = hashlib.sha256(Path(run["pairs"]).read_bytes()).hexdigest()
     return json.dumps({**named, "pairs": pairs}, sort_keys=True)
 
 
 def run_all(runs: Sequence[dict], path: Path, workers: int) -> list[dict]:
-    """All rows of the runs, among them those that `path` holds already; `workers` runs at once, each on
-    its share of the cores."""
-    from tqdm import tqdm
+    """All rows of the runs; those in the file `path` are not computed again.
 
+    `workers` runs are trained at once, each on its share of the cores."""
     store = AppendedRows(path)
     done = {row["key"] for row in store.rows}
     todo = [run for run in runs if key_of(run) not in done]
