@@ -26,7 +26,8 @@ from reasoning.datasets.files import read_table
 #   ranker       rule:exact                a person's name, rule:NAME, or llm:NAME for a model;
 #                                          empty: unknown
 #   category     right                     reported separately; a category of answers in
-#                                          data/answers.csv.gz, of prompts in data/answers_smollm2.csv
+#                                          data/answers.csv.gz, of prompts in
+#                                          data/answers_smollm2.csv
 #   generator    policy-mini+error         the model that wrote the answer; +error: with an
 #                                          inserted error
 #   temperature  1.0                       of the sampling; 0 is greedy

@@ -18,13 +18,7 @@ from transformers import (  # noqa: F401
     Qwen2Model,
     Trainer,
 )
-from trl import (  # noqa: F401
-    DPOTrainer,
-    ModelConfig,
-    RewardTrainer,
-    SFTTrainer,
-    TrlParser,
-)
+from trl import DPOTrainer, ModelConfig, RewardTrainer, SFTTrainer, TrlParser  # noqa: F401
 
 matplotlib.use("Agg")
 import matplotlib.pyplot

@@ -1,7 +1,7 @@
 """How tiny.Q4_K_M.gguf was made. README.md beside this file has the commands.
 
-python tests/data/q4_k_m/make.py parent PARENT.F32.gguf             in this repository's environment
-python tests/data/q4_k_m/make.py quantize PARENT.F32.gguf OUTPUT    in an environment with llama-cpp-python
+python tests/data/q4_k_m/make.py parent PARENT.F32.gguf            # in this repository's environment
+python tests/data/q4_k_m/make.py quantize PARENT.F32.gguf OUTPUT   # where llama-cpp-python is
 """
 
 import sys
@@ -12,17 +12,20 @@ ROOT = HERE.parents[2]
 
 
 def write_parent(folder: str | Path) -> None:
-    """The fp32 parent as a model directory: LLaMA, hidden 256 (K-quants need rows of 256 numbers), 2 layers, GQA 4/2, and the
-    tokenizer beside this file. Its weights come from numpy's RandomState(0), whose numbers are the same everywhere and for good;
-    values and embeddings are large enough that scores differ from step to step."""
+    """Write the fp32 parent as a model directory, with the tokenizer beside this file.
+
+    LLaMA, hidden 256 (K-quants need rows of 256 numbers), 2 layers, GQA 4/2. The weights come from
+    numpy's RandomState(0), which gives the same numbers on every machine and in every version. Values
+    and embeddings are large enough that scores differ from step to step."""
     import numpy as np
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(HERE)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     random = np.random.RandomState(0)
