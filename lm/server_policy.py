@@ -30,7 +30,7 @@ class _Reply:
     text: str
     tokens: int
     reason: str | None  # finish_reason: `stop` is EOS or our stop text, all others are limits
-    is_eos: bool  # the server reports EOS (vLLM's stop_reason); others do not tell it from our stop
+    is_eos: bool  # the server reports EOS (vLLM's stop_reason); most servers do not
 
 
 class ServerPolicy(Policy):
@@ -226,7 +226,7 @@ class ServerPolicy(Policy):
 
     def _read(self, answer: Any) -> _Reply:
         choice = answer["choices"][0]
-        # adding "" raises TypeError for what is no text
+        # adding "" raises TypeError if it is no text
         text = (choice["message"]["content"] or "" if "message" in choice else choice["text"]) + ""
         tokens = (answer.get("usage") or {}).get("completion_tokens")
         if tokens is None:

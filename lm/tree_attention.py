@@ -95,7 +95,7 @@ def tree_inputs(
     before, rows = padded(parents, -1), torch.arange(len(ids))
     # (B, L, L); padding attends to itself, because a softmax over no token would be NaN
     attends = torch.eye(longest, dtype=torch.bool).repeat(len(ids), 1, 1)
-    for place in range(longest):  # a parent stands before its children
+    for place in range(longest):  # a parent comes before its children
         has_parent = (before[:, place] >= 0)[:, None]
         attends[:, place] |= attends[rows, before[:, place]] & has_parent
     if prefixes:

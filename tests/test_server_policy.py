@@ -79,13 +79,13 @@ def test_what_is_asked(server, capsys):
     assert capsys.readouterr().err.count("the plain template: no tokenizer of ./some-model") == 1
 
 
-ANSWERS = [  # what the server says to a request for one step -> steps, status
+ANSWERS = [  # the server's answer to a request for one step -> steps, status
     (completion(STEPS[0]), STEPS[:1], "open"),
     # as `transformers serve` has it, which returns the stop
     (completion(f"{STEPS[0]}\n"), STEPS[:1], "open"),
     # a server that does not stop there
     (completion(f"\n\n  {STEPS[0]}\n\n{STEPS[1]}\nStep", "length"), STEPS[:1], "open"),
-    # vLLM tells its stop
+    # vLLM reports its stop
     (completion("Step 1:\t12  * 3", stop_reason="\n"), ["Step 1: 12 * 3"], "open"),
     (completion("So be it.", stop_reason=None), ["So be it."], "finished"),  # from EOS
     (completion("So be it.", stop_reason=128009), ["So be it."], "finished"),

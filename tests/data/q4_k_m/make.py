@@ -1,7 +1,7 @@
 """How tiny.Q4_K_M.gguf was made. README.md beside this file has the commands.
 
-python tests/data/q4_k_m/make.py parent PARENT.F32.gguf            # in this repository's environment
-python tests/data/q4_k_m/make.py quantize PARENT.F32.gguf OUTPUT   # where llama-cpp-python is
+python tests/data/q4_k_m/make.py parent PARENT.F32.gguf           # in this repository's environment
+python tests/data/q4_k_m/make.py quantize PARENT.F32.gguf OUTPUT  # where llama-cpp-python is
 """
 
 import sys
@@ -15,8 +15,8 @@ def write_parent(folder: str | Path) -> None:
     """Write the fp32 parent as a model directory, with the tokenizer beside this file.
 
     LLaMA, hidden 256 (K-quants need rows of 256 numbers), 2 layers, GQA 4/2. The weights come from
-    numpy's RandomState(0), which gives the same numbers on every machine and in every version. Values
-    and embeddings are large enough that scores differ from step to step."""
+    numpy's RandomState(0), which gives the same numbers on every machine and in every version.
+    Values and embeddings are large enough that scores differ from step to step."""
     import numpy as np
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
