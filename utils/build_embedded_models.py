@@ -60,7 +60,7 @@ JUDGE_CARD = """Answers "Right?" with Yes or No after every step of a solution, 
 `python utils/build_embedded_models.py`. It starts from policy-mini's weights and learns, with exact
 labels, from {judge_examples} solutions of pretraining problems (a quarter right, the others with
 mistakes) and {judge_samples} policy-mini samples of train problems; AdamW, peak learning rate
-{judge_learning_rate} decayed linearly to 0, seed {seed}.It replaces a pretrained model
+{judge_learning_rate} decayed linearly to 0, seed {seed}. It takes the place of a pretrained model
 that can do arithmetic. Weights in half precision; `judge-mini.Q8_0.gguf` is the same model for
 llama.cpp and ctransformers. Licence: as the repository."""
 
