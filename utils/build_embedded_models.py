@@ -44,25 +44,35 @@ WINDOW = 4096  # examples that are sorted by length together
 SHAPES = {"mini": (192, 512, 4, 6, 3), "large": (320, 864, 5, 10, 5)}
 LEARNING_RATES = {"mini": [2e-3], "large": [7e-4, 1.4e-3, 2.8e-3]}
 
-POLICY_CARD = """A LLaMA of {parameters} parameters (hidden {hidden}, {layers} layers) made by
-`python utils/build_embedded_models.py --size {size}` from random weights: {policy_examples} solved
-word problems of `reasoning/problems.py`, each once, about 2,000 tokens a step, AdamW, peak
-learning rate {learning_rate} decayed linearly to 0, seed {seed}. Its text has mistakes, as human
-text has: at stated traps the writer is wrong 60 % of the time, elsewhere 3 %. So its greedy answers
-are wrong at traps, by design. Weights in half precision. Licence: as the repository."""
+# Markdown, one sentence a line
+POLICY_CARD = """
+A LLaMA of {parameters} parameters (hidden {hidden}, {layers} layers), trained from random weights.
+It was made by `python utils/build_embedded_models.py{flags}`.
+
+- Data: {policy_examples} solved word problems of `reasoning/problems.py`, each once, about 2,000 tokens per update.
+- AdamW, peak learning rate {learning_rate}, decayed linearly to 0, seed {seed}.
+- The text has mistakes, as human text has: the writer is wrong at 60 % of the traps and 3 % of the other steps.
+  The model's greedy answers are therefore wrong at traps, by design.
+- Weights in half precision.
+- Licence: as the repository.
+"""  # noqa: E501
 
 TRIALS_CARD = """
+The learning rate is the best of several, each tried on the first {trial_examples} texts.
+The best is the one with the highest likelihood of the reference solutions of validation problems.
+"""
 
-The learning rate is the best of several, each tried on the first {trial_examples} texts: the one
-under which the reference solutions of validation problems were likeliest."""
+JUDGE_CARD = """
+A step judge: it answers "Right?" with Yes or No after every step of a solution.
+It was made by `python utils/build_embedded_models.py` and takes the place of a pretrained model that can do arithmetic.
 
-JUDGE_CARD = """Answers "Right?" with Yes or No after every step of a solution, made by
-`python utils/build_embedded_models.py`. It starts from policy-mini's weights and learns, with exact
-labels, from {judge_examples} solutions of pretraining problems (a quarter right, the others with
-mistakes) and {judge_samples} policy-mini samples of train problems; AdamW, peak learning rate
-{judge_learning_rate} decayed linearly to 0, seed {seed}. It takes the place of a pretrained model
-that can do arithmetic. Weights in half precision; `judge-mini.Q8_0.gguf` is the same model for
-llama.cpp and ctransformers. Licence: as the repository."""
+- Training starts from the weights of policy-mini.
+- Data with exact labels: {judge_examples} solutions of pretraining problems (a quarter right, the others with mistakes)
+  and {judge_samples} policy-mini samples of train problems.
+- AdamW, peak learning rate {judge_learning_rate}, decayed linearly to 0, seed {seed}.
+- Weights in half precision; `judge-mini.Q8_0.gguf` is the same model for llama.cpp and ctransformers.
+- Licence: as the repository.
+"""  # noqa: E501
 
 
 @dataclass
@@ -356,7 +366,7 @@ def card(folder: Path, text: str, figures: dict) -> None:
         f"| {name} | {metric} | {metric.n} |\n" for name, metric in figures.items() if metric
     )
     table = f"| on validation problems | value and 95 % interval | n |\n|---|---|---|\n{rows}"
-    write_text(folder / "README.md", [f"# {folder.name}\n\n{text}\n\n{table}"])
+    write_text(folder / "README.md", [f"# {folder.name}\n{text}\n{table}"])
     print(table, flush=True)
 
 
@@ -407,6 +417,7 @@ def make_policy(args: BuildArguments, tokenizer: Any, work: Path, job: dict) -> 
     policy = trained(name, best, args.policy_examples)
     hidden, _, layers, _, _ = SHAPES[args.size]
     values = job | {
+        "flags": "" if args.size == "mini" else f" --size {args.size}",
         "learning_rate": f"{best:g}",
         "hidden": hidden,
         "layers": layers,
