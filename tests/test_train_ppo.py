@@ -41,6 +41,8 @@ GIVEN = {
     "dataset_name": "values.jsonl",
     "model_name_or_path": "model",
     "judge_path": "prm",
+    # the default is relative to the folder in which its module was imported
+    "eval_problems": ROOT / "data/problems_hard_validation.jsonl",
     "learning_rate": 1e-3,
     **SMALL,
 }

@@ -24,9 +24,8 @@ from accelerate.utils import is_peft_model
 from peft import TaskType, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
-from trl import get_peft_config
 
-from lm.loading import load_model, merge_adapter
+from lm.loading import load_model
 from lm.tree_attention import add_sequence, mask_dtype, supports_tree_attention, tree_inputs
 from reasoning.records import LabelledSolution, StepValue
 from reward_model.prm_formats import StepTokens
@@ -314,33 +313,14 @@ def _make_trainer(training: Training) -> PRMTrainer:
 
 
 def _start(training: Training) -> dict[str, Any]:
-    """The model to start from: a PRM, or a causal LM that becomes one.
-
-    With --use_peft the adapter of a PRM is trained further; any other adapter is merged into its
-    base. Raises ValueError."""
-    name, model_args = training.model, training.model_args
-    dtype, revision = training.weights_dtype("a PRM"), model_args.model_revision
-    peft_config = get_peft_config(model_args)
+    """The model to start from: a PRM, or a causal LM that becomes one. Raises ValueError."""
+    name, revision = training.model, training.model_args.model_revision
+    dtype = training.weights_dtype("a PRM")
     config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
-    is_prm = "step_token" in config
-    if is_prm:
+    if "step_token" in config:
         model, form = load_prm(name, dtype, trainable=True, revision=revision)
-        tokenizer = form.tokenizer
-    else:
-        model, tokenizer = load_model(name, dtype, revision=revision)
-    if is_peft_model(model) and model_args.use_peft:
-        if not is_prm:
-            raise ValueError(
-                "it is an adapter, and the new adapter needs a base that is on disk: leave out "
-                "--use_peft"
-            )
-        peft_config = None
-    else:
-        model = merge_adapter(model)
-    if not is_prm:
-        model = from_causal_lm(model, tokenizer)
-    training.set_attention(model)
-    return {"model": model, "processing_class": tokenizer, "peft_config": peft_config}
+        return training.start_model(model, form.tokenizer)
+    return training.start_model(*load_model(name, dtype, revision=revision), from_causal_lm)
 
 
 RECIPE = Recipe(

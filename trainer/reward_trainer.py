@@ -22,6 +22,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,12 +32,12 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from trl import RewardConfig, RewardTrainer, get_peft_config
+from trl import RewardConfig, RewardTrainer
 
 from common.cli import check_input
 from common.errors import RecordError, UserError
 from common.files import file_type
-from lm.loading import base_of, load_model, merge_adapter
+from lm.loading import base_of, load_model
 from lm.text_encoding import PLAIN_QUESTION
 from reasoning.datasets.files import load_rows
 from reasoning.datasets.ranking import RankedGroup, check_groups, groups, read_answers
@@ -271,34 +272,17 @@ def _make_trainer(training: Training) -> ResponseRewardTrainer:
 def _start(training: Training) -> dict[str, Any]:
     """The model to start from: a reward model, an encoder, or a causal LM with a new head.
 
-    With --use_peft the adapter of a reward model is trained further; any other adapter is merged
-    into its base. Raises ValueError or ModelError."""
+    Raises ValueError or ModelError."""
     name, model_args = training.model, training.model_args
     dtype, revision = training.weights_dtype("a reward model"), model_args.model_revision
-    peft_config = get_peft_config(model_args)
     base, is_adapter = base_of(name, revision)
     (architecture, *_) = PreTrainedConfig.get_config_dict(base)[0].get("architectures") or [""]
     is_causal_lm = architecture.endswith(("ForCausalLM", "LMHeadModel"))
-    if is_adapter and is_reward_adapter(name):
-        is_causal_lm = False  # its base is one
-    if is_causal_lm:
-        model, tokenizer = load_model(name, dtype, revision=revision)
-    else:
-        options = {"trainable": model_args.use_peft, "revision": revision}
-        model, tokenizer = load_reward_model(name, dtype, new_head=True, **options)
-    if is_peft_model(model) and model_args.use_peft:
-        if is_causal_lm:
-            raise ValueError(
-                "it is an adapter, and the new adapter needs a base that is on disk: leave out "
-                "--use_peft"
-            )
-        peft_config = None
-    else:
-        model = merge_adapter(model)
-    if is_causal_lm:
-        model = from_causal_lm(model, tokenizer, training.config.question)
-    training.set_attention(model)
-    return {"model": model, "processing_class": tokenizer, "peft_config": peft_config}
+    if is_causal_lm and not (is_adapter and is_reward_adapter(name)):
+        convert = partial(from_causal_lm, question=training.config.question)
+        return training.start_model(*load_model(name, dtype, revision=revision), convert)
+    options = {"trainable": model_args.use_peft, "revision": revision}
+    return training.start_model(*load_reward_model(name, dtype, new_head=True, **options))
 
 
 RECIPE = Recipe(

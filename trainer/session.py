@@ -22,6 +22,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, ProgressCallback
@@ -278,6 +279,30 @@ class Training:
         """Apply --attn_implementation to a loaded model."""
         if self.model_args.attn_implementation:
             model.set_attn_implementation(self.model_args.attn_implementation)
+
+    def start_model(
+        self, model: Any, tokenizer: Any, convert: Callable[[Any, Any], Any] | None = None
+    ) -> dict[str, Any]:
+        """The model to start from, as arguments of a trainer.
+
+        convert(model, tokenizer): makes the loaded model into one that the trainer trains; None if
+        it is one already. With --use_peft the adapter of such a model is trained further. Any other
+        adapter is merged into its base. Raises ValueError for --use_peft with an adapter to
+        convert."""
+        peft_config = get_peft_config(self.model_args)
+        if is_peft_model(model) and self.model_args.use_peft:
+            if convert:
+                raise ValueError(
+                    "it is an adapter, and a new adapter needs a base that is on disk: leave out "
+                    "--use_peft"
+                )
+            peft_config = None
+        else:
+            model = merge_adapter(model)
+        if convert:
+            model = convert(model, tokenizer)
+        self.set_attention(model)
+        return {"model": model, "processing_class": tokenizer, "peft_config": peft_config}
 
     def start_policy(self, needs_reference: bool = False) -> dict[str, Any]:
         """The model to start from, as arguments of TRL's trainers: a name, or a loaded adapter.

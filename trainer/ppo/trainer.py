@@ -2,7 +2,7 @@
 
     config = StepPPOConfig("saved_model/mine", total_episodes=1280)
     rows = [{"prompt": ..., "prefix": [...]}]  # EpisodeStart, as dicts
-    StepPPOTrainer(policy, config, tokenizer, judge, train_dataset=rows).train()
+    StepPPOTrainer(model, config, tokenizer, judge, train_dataset=rows).train()
 
 An episode is one step: its state is a prompt with a prefix, its actions are the tokens of the next
 step. The reward of a token is -kl_coef (log pi - log pi_ref); the last token also gets the judge's
@@ -28,18 +28,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from peft import get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainerState
-from trl import get_peft_config
 
 from common.errors import ModelError, PromptTooLong
 from common.files import write_text
-from lm.loading import load_model, merge_adapter
+from lm.loading import load_model
 from lm.policy import Policy, State
 from reward_model.protocols import StepJudge
 from reward_model.registry import check_judge, judge_name, open_judge
@@ -140,7 +139,7 @@ class Batch:
 class StepPPOTrainer:
     """Trains a policy on the scores that a judge gives to its steps.
 
-    policy: a causal LM; with peft_config an adapter on it is trained, and the value function is a
+    model: a causal LM; with peft_config an adapter on it is trained, and the value function is a
     head on the same weights; else the value function starts as a copy of the policy's backbone. The
     reference is the policy at the start. train_dataset: rows of EpisodeStart; eval_dataset:
     kept-out rows, whose new steps are scored now and then; evaluate(policy) -> numbers, logged at
@@ -163,7 +162,7 @@ class StepPPOTrainer:
 
     def __init__(
         self,
-        policy: Any,
+        model: Any,
         args: StepPPOConfig,
         processing_class: Any,
         judge: StepJudge,
@@ -190,15 +189,15 @@ class StepPPOTrainer:
         self.reference = None  # with an adapter: the policy without it
         value_backbone = None  # with an adapter: the policy's own
         if peft_config is None:
-            self.reference = copy.deepcopy(policy).requires_grad_(False).eval()
+            self.reference = copy.deepcopy(model).requires_grad_(False).eval()
             self.reference.to(self.accelerator.device)
-            value_backbone = copy.deepcopy(policy.base_model)
+            value_backbone = copy.deepcopy(model.base_model)
         else:
             peft_config = copy.deepcopy(peft_config)
             peft_config.lora_dropout = 0.0  # dropout would be noise in the probability ratios
-            policy = get_peft_model(policy, peft_config)
-        self.model = policy
-        self.module = PolicyAndValue(policy, value_backbone).eval()
+            model = get_peft_model(model, peft_config)
+        self.model = model
+        self.module = PolicyAndValue(model, value_backbone).eval()
         own = {id(parameter) for parameter in self.module.value_parameters()}
         self.parameters = [
             [p for p in self.module.parameters() if p.requires_grad and id(p) not in own],
@@ -215,7 +214,7 @@ class StepPPOTrainer:
         optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
         self.prepared, self.optimizer = self.accelerator.prepare(self.module, optimizer)
 
-        starter = Policy(policy, processing_class)
+        starter = Policy(model, processing_class)
         self.prompts, self.prefixes = self._read(train_dataset, starter, "train")
         if not (self.prompts if args.states == "fresh" else self.prefixes):
             raise ValueError("no prefix is left to start from")
@@ -613,27 +612,12 @@ def _make_trainer(training: Training) -> StepPPOTrainer:
     if config.eval_strategy == "steps" and config.eval_limit and training.accuracy:
         evaluate = training.accuracy(config.eval_problems, config.eval_limit)
     judge = training.stack.enter_context(open_judge(config))
-    return StepPPOTrainer(
-        args=config, judge=judge, evaluate=evaluate, **training.datasets(), **_start(training)
-    )
-
-
-def _start(training: Training) -> dict[str, Any]:
-    """The model to start from: a causal LM, or an adapter merged into its base. Raises ValueError.
-
-    With --use_peft also the settings of a new adapter."""
-    model_args = training.model_args
     dtype = training.weights_dtype("a policy of step PPO")
-    policy, tokenizer = load_model(training.model, dtype, revision=model_args.model_revision)
-    if is_peft_model(policy):
-        if model_args.use_peft:
-            raise ValueError(
-                "it is an adapter, and a new one needs a base that is on disk: leave out --use_peft"
-            )
-        policy = merge_adapter(policy)
-    training.set_attention(policy)
-    peft_config = get_peft_config(model_args)
-    return {"policy": policy, "processing_class": tokenizer, "peft_config": peft_config}
+    loaded = load_model(training.model, dtype, revision=training.model_args.model_revision)
+    # an adapter cannot be trained further: without it, the model is not the reference
+    start = training.start_model(*loaded, convert=lambda model, tokenizer: model)
+    options: dict[str, Any] = {"judge": judge, "evaluate": evaluate, **training.datasets()}
+    return StepPPOTrainer(args=config, **options, **start)
 
 
 RECIPE = Recipe(
