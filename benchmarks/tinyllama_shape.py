@@ -51,7 +51,7 @@ class ShapeArguments:
         metadata={"help": "GGUF file to measure (default: one is made at the real shape)"},
     )
     quantization: str = field(
-        default="Q4_0", metadata={"help": "of the file that is made", "choices": [*QUANTIZATIONS]}
+        default="Q4_0", metadata={"help": "of the file that is made", "choices": QUANTIZATIONS}
     )
     layers: int = field(default=LAYERS, metadata={"help": "layers of the file that is made"})
     solutions: int = field(
@@ -142,9 +142,8 @@ def measure(
     """(figures of loading and scoring, the scores) for `count` solutions.
 
     Prompt tokens are the tokens that were evaluated; tokens that steps share count once."""
-    solutions = [
-        (problem.prompt, problem.steps) for problem in islice(problems("validation"), count)
-    ]
+    chosen = islice(problems("validation"), count)
+    solutions = [(problem.prompt, problem.steps) for problem in chosen]
     start = time.perf_counter()
     with TinyLlamaRewardScorer(path, threads=threads) as judge:
         loaded, used = time.perf_counter(), cpu_seconds(judge._process.pid)

@@ -78,12 +78,9 @@ class OpenAIServer:
     async def open(self) -> AsyncIterator[None]:
         """The context in which requests can be sent, all from one event loop."""
         self._slots, self._failed = asyncio.Semaphore(self.in_flight), False
-        async with openai.AsyncOpenAI(
-            base_url=self.base_url,
-            api_key=self._key,
-            timeout=self._timeout,
-            max_retries=self._max_retries,
-        ) as self._client:
+        limits = {"timeout": self._timeout, "max_retries": self._max_retries}
+        client = openai.AsyncOpenAI(base_url=self.base_url, api_key=self._key, **limits)
+        async with client as self._client:
             yield
 
     async def ask(self, kind: str, body: dict[str, Any], read: Callable[[Any], Reply]) -> Reply:

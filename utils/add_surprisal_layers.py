@@ -266,14 +266,12 @@ def figures_of(model: Any, readers: Any, batches: list[dict]) -> dict:
                 scores[name] += (-readers[name](top.float())[..., 0][on]).tolist()
                 labels[name] += (data[name][on] < SURPRISING).tolist()
         clusters += [number * len(on) + row for row in on.nonzero()[:, 0].tolist()]
-    return {
-        f"AUROC of a token that was less likely than e^{SURPRISING}, in the {name} so far": (
-            auroc_metric(labels[name], scores[name], clusters)
-        )
-        for name in TARGETS
-    } | {
-        "KL divergence of its predictions from the model's, nats a token": mean_metric(divergences)
-    }
+    figures = {}
+    for name in TARGETS:
+        label = f"AUROC of a token that was less likely than e^{SURPRISING}, in the {name} so far"
+        figures[label] = auroc_metric(labels[name], scores[name], clusters)
+    label = "KL divergence of its predictions from the model's, nats a token"
+    return figures | {label: mean_metric(divergences)}
 
 
 def main() -> None:

@@ -325,12 +325,9 @@ def judge_figures(judge: Any, tokenizer: Any, policy: Any, limit: int) -> dict:
 
     question, yes, no = judge_question(tokenizer)
     validation = list(itertools.islice(problems("validation"), limit))
-    samples = policy.generate(
-        [problem.prompt for problem in validation],
-        temperature=1.0,
-        seed=1,
-        progress="sampling validation problems",
-    )
+    prompts = [problem.prompt for problem in validation]
+    sampling = {"temperature": 1.0, "seed": 1, "progress": "sampling validation problems"}
+    samples = policy.generate(prompts, **sampling)
     pairs = zip(validation, samples, strict=True)
     solutions = [(problem, sample.steps) for problem, (sample,) in pairs if sample.steps]
     examples = list(judge_data(tokenizer, solutions))

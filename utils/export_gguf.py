@@ -27,16 +27,13 @@ class ExportArguments:
     )
     output: str | None = field(
         default=None,
-        metadata={
-            "help": "GGUF file to write "
-            "(default: in the model's directory, <its name>.<quantization>.gguf)"
-        },
+        metadata={"help": "GGUF file to write (default: <directory>/<name>.<quantization>.gguf)"},
     )
     quantization: str = field(
         default="Q8_0",
         metadata={
-            "help": "how matrices are stored: Q8_0 and Q4_0 in blocks of 32 numbers",
-            "choices": [*QUANTIZATIONS],
+            "help": "how matrices are stored: Q8_0, Q4_0 in blocks",
+            "choices": QUANTIZATIONS,
         },
     )
     overwrite: bool = field(default=False, metadata={"help": "replace an existing output"})
