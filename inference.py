@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from common.cli import check_input, check_model, check_output, is_model_directory, parse_args, run
+from common.cli import (
+    check_input,
+    check_least,
+    check_model,
+    check_output,
+    is_model_directory,
+    parse_args,
+    run,
+)
 from common.errors import JudgeError, UserError
 from common.files import at_root, read_records, write_records
 from lm.registry import BASE, PolicyArgs, check_policy, open_policy
@@ -106,10 +114,7 @@ class InferenceArgs(JudgeArgs, PolicyArgs):
             self.temperature = 1.0 if self.search else 0.0
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ValueError(f"argument --temperature: expected 0 or more, got {self.temperature}")
-        for name, least in (("max_new_tokens", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"argument --{name}: expected {least} or more, got {value}")
+        check_least(self, max_new_tokens=1, seed=0)
         if (self.input is None) != (self.output is None):
             raise ValueError("--input and --output go together")
         if self.input is not None and self.prompt is not None:

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_model, parse_args, run
+from common.cli import check_input, check_least, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, read_records
 from reasoning.records import PreferencePair
@@ -83,8 +83,7 @@ def main() -> None:
     (args,) = parse_args(BackendArguments, description=__doc__)
     check_model(args.model_name_or_path)
     check_input(args.dataset_name, "make data")
-    if args.limit < 1:
-        raise UserError(f"argument --limit: expected 1 or more, got {args.limit}")
+    check_least(args, limit=1)
     # local: torch would slow --help
     from evaluation.metrics import print_table
     from lm.gguf_export import export_gguf

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_model, parse_args, run
+from common.cli import check_least, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root
 from evaluation.metrics import print_table
@@ -43,10 +43,7 @@ class SearchBenchmarkArguments(JudgeArgs):
 
     def __post_init__(self) -> None:
         SearchBudget(self.n, self.beams)  # checks both
-        for name in ("limit", "rounds"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"argument --{name}: expected 1 or more, got {value}")
+        check_least(self, limit=1, rounds=1)
 
 
 def main() -> None:

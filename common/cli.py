@@ -155,6 +155,14 @@ def _config_flags(parser: Any, path: str, yaml: Any) -> list[str]:
     return flags
 
 
+def check_least(args: Any, **least: int) -> None:
+    """Raises UserError if an argument is below its least value; None passes."""
+    for name, lowest in least.items():
+        value = getattr(args, name)
+        if value is not None and value < lowest:
+            raise UserError(f"argument --{name}: expected {lowest} or more, got {value}")
+
+
 # --- paths ---
 
 

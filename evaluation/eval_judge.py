@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_model, parse_args, run
+from common.cli import check_input, check_least, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, file_stem, read_records
 from evaluation.judge_card import Judged, RankedPolicy, card, print_card
@@ -96,11 +96,7 @@ class CardArgs(JudgeArgs):
     )
 
     def __post_init__(self) -> None:
-        least = {"limit": 1, "samples": 1, "rollouts": 0, "max_new_tokens": 1, "seed": 0}
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"argument --{name}: expected {lowest} or more, got {value}")
+        check_least(self, limit=1, samples=1, rollouts=0, max_new_tokens=1, seed=0)
         if not 0 < self.threshold <= 1:
             raise ValueError(
                 f"argument --threshold: expected a number above 0, up to 1, got {self.threshold}"

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, parse_args, run
+from common.cli import check_input, check_least, parse_args, run
 from common.errors import RecordError, UserError
 from common.files import at_root, file_type, read_records
 from evaluation.metrics import (
@@ -87,10 +87,7 @@ class RewardEvalArgs(ScorerArgs, PolicyArgs):
     seed: int = field(default=0, metadata={"help": "seed of samples and bootstrap"})
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("n", 0), ("max_new_tokens", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"argument --{name}: expected {least} or more, got {value}")
+        check_least(self, limit=1, n=0, max_new_tokens=1, seed=0)
         if self.n == 1:
             raise ValueError(
                 "argument --n: expected 2 or more to choose from, or 0 for no best of n"

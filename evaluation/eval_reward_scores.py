@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_model, parse_args, run
+from common.cli import check_input, check_least, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, read_records, write_records
 from evaluation.metrics import Metric, compare, output_paths, print_comparison, write_result
@@ -64,10 +64,7 @@ class EvalArgs(JudgeArgs):
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("max_new_tokens", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"argument --{name}: expected {least} or more, got {value}")
+        check_least(self, limit=1, max_new_tokens=1, seed=0)
 
 
 def check(args: EvalArgs) -> tuple[list[Problem], list[PreferencePair]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from common.cli import check_least
 from common.files import AppendedRows, at_root
 from lm.registry import PolicyArgs, open_policy, policy_identity
 from reasoning.grading import is_correct
@@ -113,10 +114,7 @@ class SearchArgs(JudgeArgs, PolicyArgs):
     seed: int = field(default=0, metadata={"help": "seed of samples, bootstrap and random scores"})
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("choose_limit", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"argument --{name}: expected {least} or more, got {value}")
+        check_least(self, limit=1, choose_limit=1, seed=0)
         self.n = sorted({*self.n})
         self.strategies = list(dict.fromkeys(self.strategies))
         self.aggregates = list(dict.fromkeys(self.aggregates))

@@ -7,7 +7,7 @@ A script mixes `PolicyArgs` into its own arguments, calls `check_policy` before 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from common.cli import check_model
+from common.cli import check_least, check_model
 from common.errors import UserError
 from common.files import at_root, content_hash
 
@@ -41,10 +41,7 @@ class PolicyArgs:
 
 def check_policy(args: PolicyArgs) -> None:
     """Raises UserError for a mistake in the policy's arguments. Imports nothing heavy."""
-    if args.policy_requests < 1:
-        raise UserError(
-            f"argument --policy_requests: expected 1 or more, got {args.policy_requests}"
-        )
+    check_least(args, policy_requests=1)
     if args.policy_base_url is None:
         if args.policy_requests != PolicyArgs.policy_requests:
             raise UserError("argument --policy_requests: needs --policy_base_url")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_output, parse_args, run
+from common.cli import check_input, check_least, check_output, parse_args, run
 from common.errors import UserError
 from common.files import (
     ResumableRows,
@@ -83,8 +83,7 @@ def main() -> None:
     check_judge(args)
     if output.resolve() == Path(args.input).resolve():
         raise UserError(f"{output} is the input: give another --output")
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit must be at least 1, got {args.limit}")
+    check_least(args, limit=1)
     job = judge_identity(args) | {
         "input": content_hash(args.input),
         "limit": args.limit,

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, ProgressCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from common.cli import check_input, check_model, check_output, parse_args
+from common.cli import check_input, check_least, check_model, check_output, parse_args
 from common.errors import RecordError, UserError
 from common.files import Readable, at_root, to_line, write_text
 from lm.loading import base_of, load_model, load_weights, merge_adapter, pick_device
@@ -98,8 +98,7 @@ class DataArgs:
     )
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"argument --limit: expected 1 or more, got {self.limit}")
+        check_least(self, limit=1)
 
 
 def read_dataset(recipe: "Recipe", args: DataArgs) -> list:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_output, parse_args, run
+from common.cli import check_input, check_least, check_output, parse_args, run
 from common.errors import PromptTooLong, RecordError, UserError
 from common.files import ResumableRows, at_root, read_records, write_records, write_text
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
@@ -112,9 +112,7 @@ class TreeArguments(PolicyArgs):
     overwrite: bool = field(default=False, metadata={"help": "replace existing outputs"})
 
     def __post_init__(self):
-        for name in ("rollouts_per_state", "budget", "in_flight", "limit", "max_new_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"argument --{name}: expected 1 or more, got {getattr(self, name)}")
+        check_least(self, rollouts_per_state=1, budget=1, in_flight=1, limit=1, max_new_tokens=1)
         smallest = 2 * self.rollouts_per_state
         if self.budget < smallest:
             raise UserError(

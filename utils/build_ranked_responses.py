@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from common.cli import check_output, parse_args, run
+from common.cli import check_least, check_output, parse_args, run
 from common.errors import RecordError, UserError
 from common.files import ResumableRows, at_root
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
@@ -111,10 +111,7 @@ class AnswerArguments(PolicyArgs):
     overwrite: bool = field(default=False, metadata={"help": "replace the output"})
 
     def __post_init__(self) -> None:
-        for name, least in (("answers", 2), ("max_new_tokens", 1), ("limit", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"argument --{name}: expected {least} or more, got {value}")
+        check_least(self, answers=2, max_new_tokens=1, limit=1)
         if wrong := [value for value in self.temperature if not 0 <= value < float("inf")]:
             raise UserError(f"argument --temperature: expected 0 or more, got {wrong[0]}")
         if wrong := [value for value in self.top_p if not 0 < value <= 1]:

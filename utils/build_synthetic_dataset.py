@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from common.cli import check_output, parse_args, run
+from common.cli import check_least, check_output, parse_args, run
 from common.errors import UserError
 from common.files import ResumableRows, at_root, read_records, write_records
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
@@ -76,9 +76,7 @@ class PairArguments(JudgeArgs, PolicyArgs):
     overwrite: bool = field(default=False, metadata={"help": "replace the output"})
 
     def __post_init__(self) -> None:
-        for name in ("samples", "max_new_tokens", "limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"argument --{name}: expected 1 or more, got {getattr(self, name)}")
+        check_least(self, samples=1, max_new_tokens=1, limit=1)
         if self.temperature <= 0:
             raise UserError(f"argument --temperature: expected above 0, got {self.temperature}")
         if self.judge != JudgeArgs.judge and self.pair_by != "judge":

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_output, parse_args, run
+from common.cli import check_least, check_output, parse_args, run
 from common.errors import RecordError, UserError
 from common.files import at_root, file_stem, write_records
 from reasoning.answers import same_answer
@@ -71,8 +71,7 @@ class PrepareArguments:
     def __post_init__(self):
         if not 0 <= self.test_size < 1:
             raise UserError(f"argument --test_size: expected 0 to below 1, got {self.test_size}")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"argument --limit: expected 1 or more, got {self.limit}")
+        check_least(self, limit=1)
 
 
 # --- conversion ---

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_output, parse_args, run
+from common.cli import check_input, check_least, check_output, parse_args, run
 from common.errors import UserError
 from common.files import at_root, read_records, write_text
 from reasoning.steps import one_line
@@ -41,8 +41,7 @@ class ShowArguments:
     overwrite: bool = field(default=False, metadata={"help": "replace an existing page"})
 
     def __post_init__(self):
-        if self.index < 0:
-            raise UserError(f"argument --index: expected 0 or more, got {self.index}")
+        check_least(self, index=0)
 
 
 @dataclass
