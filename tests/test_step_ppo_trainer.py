@@ -673,7 +673,7 @@ def test_two_processes_train_as_one(two_arms, tmp_path):
 
     There are two updates of four optimizer steps."""
     script = str(ROOT / "tests/helpers/train_step_ppo.py")
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29514"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = {"cwd": tmp_path, "env": {**os.environ, "ACCELERATE_USE_CPU": "1"}, "timeout": 900}
     for name, launcher, sizes in (("one", [], ["4", "1"]), ("two", torchrun, ["1", "2"])):
         command = [sys.executable, *launcher, script, two_arms, str(tmp_path / name), *sizes]

@@ -550,7 +550,7 @@ def test_two_processes_train_as_one(folder):
         **SMALL,
     }
     settings |= {"learning_rate": 0.1, "max_grad_norm": 0, "save_strategy": "no"}
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29513"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = {"cwd": folder, "env": {**os.environ, "ACCELERATE_USE_CPU": "1"}, "timeout": 600}
     for name, launcher, batch, accumulated in (("one", [], 8, 1), ("two", torchrun, 2, 2)):
         sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}

@@ -153,7 +153,7 @@ def test_two_processes_train_as_one(tiny_model_dir, tmp_path):
         "margin_gamma": 1,
         "logging_steps": 1,
     }
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29512"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
     for name, launcher, batch in (("one", [], 8), ("two", torchrun, 4)):
         given = flags(**settings, output_dir=name, per_device_train_batch_size=batch)
