@@ -10,6 +10,7 @@ If a training is stopped, the same command resumes it.
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from common.cli import run
 from common.errors import UserError
@@ -47,11 +48,17 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported
     # heavy libraries, which --help and an unknown command do not need
     from evaluation.accuracy import greedy_accuracy
-    from evaluation.plots import training_plot
     from trainer.session import train
 
     recipe = import_module(COMMANDS[command][0]).RECIPE
-    train(recipe, argv, plot=training_plot, accuracy=greedy_accuracy)
+    train(recipe, argv, plot=plot, accuracy=greedy_accuracy)
+
+
+def plot(history: list[dict], path: Path, title: str) -> bool:
+    """Draw the log of a training; returns whether it holds anything to draw."""
+    from evaluation.plots import training_plot  # matplotlib would slow `COMMAND --help`
+
+    return training_plot(history, path, title)
 
 
 if __name__ == "__main__":
