@@ -45,18 +45,18 @@ models: models-policy models-surprisal models-prm models-reward  ## rebuild the 
 models-policy: $(VENV)/.installed  ## policy-mini and judge-mini (about 45 minutes on 2 cores)
 	$(BIN) utils/build_embedded_models.py --overwrite
 
-# $(call COMMITTED,CLASS,NAME): saved_model/NAME becomes models/NAME, in half precision; its card is kept.
+# $(call COMMITTED,CLASS,NAME): write saved_model/NAME to models/NAME in half precision; the card there stays.
 COMMITTED = $(BIN) -c "import transformers as t; t.$(1).from_pretrained('saved_model/$(2)', dtype='float16').save_pretrained('models/$(2)')" \
 	&& cp saved_model/$(2)/tokenizer*.json models/$(2)/
 
-models-surprisal: $(VENV)/.installed  ## policy-surprisal: policy-mini and two layers that know what surprised it (about 15 minutes on 2 cores)
+models-surprisal: $(VENV)/.installed  ## policy-surprisal: policy-mini with two surprisal layers (about 15 minutes on 2 cores)
 	$(BIN) utils/add_surprisal_layers.py --output saved_model/policy-surprisal --overwrite
 	$(call COMMITTED,AutoModelForCausalLM,policy-surprisal)
 
 models/policy-surprisal/config.json:
 	$(MAKE) models-surprisal
 
-# First what a step is worth (mc), then what it keeps of that (relative): the same trees.
+# First on `mc` labels, then on `relative` labels of the same trees.
 PRM_RECIPE := --num_train_epochs 2 --per_device_train_batch_size 8 --overwrite
 
 models-prm: models/policy-surprisal/config.json  ## prm-mini from the committed trees (about 30 minutes on 2 cores)
@@ -78,8 +78,8 @@ data: $(VENV)/.installed  ## rebuild the held-out problems, the pairs and their 
 	$(BIN) reward_model/evaluate_steps.py --overwrite
 	$(BIN) utils/build_mcts_dataset.py --search per_step --limit 8000 --rollouts_per_state 4 --budget 16 --keep_dropped --labels relative --trees data/mcts_trees.jsonl.gz --overwrite
 
-# Three on-policy rounds: sample from the policy of the round before on new problems, judge, train on, compare with the base.
-# Stopped at any moment, the same command goes on. `make rounds SEED=1`: another run, beside the first.
+# Three on-policy rounds: sample new problems with the policy of the round before, judge, train it further, compare with the base.
+# If it is stopped, the same command resumes it. `make rounds SEED=1` is another run, beside the first.
 SEED ?= 0
 ROUNDS := rounds_$(SEED)
 POLICY_1 := models/policy-mini
@@ -123,7 +123,7 @@ $(SMOLLM2)/config.json: | $(VENV)/.installed
 	$(BIN) utils/import_gguf.py --input models/.smollm2/$(SMOLLM2_GGUF) --output $(SMOLLM2) --sha256 $(SMOLLM2_SHA256)
 	@rm -r models/.smollm2
 
-# The whole loop on it, an arrow a stage; stopped at any moment, the same command goes on.
+# The whole loop on SmolLM2, one target a stage; if it is stopped, the same command resumes it.
 smollm2-run: evaluation/results/smollm2/reward_score_comparison.json  ## warm start, sample, judge, stepwise DPO, compare
 
 data/smollm2/warm_start.jsonl: | $(VENV)/.installed

@@ -43,7 +43,7 @@ PROMPT_IDS = [
 STEP = [358, 353, 276, 284, 353, 277]  # Step 2: 3
 # * 4 = 12\n Answer: 12</s>
 CHOSEN_IDS = [*STEP, 375, 353, 278, 355, 353, 275, 276, 13, 420, 284, 353, 275, 276, 2]
-# + 4 = 7\n, and no </s>: the solution is to go on
+# + 4 = 7\n, and no </s>: the solution continues
 REJECTED_IDS = [*STEP, 371, 353, 278, 355, 353, 281, 13]
 
 

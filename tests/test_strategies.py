@@ -55,7 +55,7 @@ class TablePolicy:
         return [[self._whole(state, k) for k in range(n)] for state in states]
 
     def _child(self, state, step):
-        assert state.status == "open", "only open states go on"
+        assert state.status == "open", "only open states are continued"
         status = {"!": "finished", "~": "cut"}.get(step[-1:], "open")
         if step == "<eos>":
             return State(state.prompt, (), (), state.steps, "finished", 1)

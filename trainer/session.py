@@ -44,7 +44,7 @@ WRITTEN = (
     *("checkpoint-*", "*.safetensors", "*.safetensors.index.json", "*.bin", "tokenizer*"),
     *("chat_template.jinja", "generation_config.json", JOB, "README.md", *FINISHED),
 )
-# beginnings of the names of settings that do not change the weights
+# settings that do not change the weights: the names begin with one of these
 NOT_THE_JOB = (
     *("logging", "log_", "hub_", "push_", "save_", "report_to", "run_name", "disable_tqdm"),
     *("output_dir", "resume", "eval"),
