@@ -3,12 +3,9 @@
 It refuses a model whose weights are incomplete and, unless `trust_remote_code` is given, a model
 that only its own code can run."""
 
-import contextlib
 import json
-import os
-import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,20 +146,3 @@ def load_model(
         raise ModelError(
             f"{path}: no model can be loaded from {place} ({first_line(error)})"
         ) from None
-
-
-@contextlib.contextmanager
-def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which replaces it when the block ends without an error.
-
-    After an error the temporary folder is removed. Missing parent folders are made."""
-    folder = Path(folder)
-    temporary = folder.parent / f".{folder.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -47,6 +47,15 @@ def response_pieces(steps: list[str], finished: bool) -> list[str]:
     return [step + ("" if finished and k == last else "\n") for k, step in enumerate(steps)]
 
 
+def check_offsets(tokenizer: Any) -> None:
+    """Raises ValueError for a tokenizer without character offsets, which `encode_steps` needs."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            "the tokenizer gives no character offsets, which are needed to find the steps: use a "
+            "fast one (tokenizer.json)"
+        )
+
+
 def encode_steps(
     tokenizer: Any, prompt: str, prefix: list[str], steps: list[str]
 ) -> tuple[list[int], list[int]]:

@@ -103,7 +103,7 @@ def load_prm(
         config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
         family = _family(path, config)
         base, is_adapter = base_of(path, revision) if "step_token" in config else (path, False)
-        tokenizer = load_tokenizer(path, path, revision=revision)
+        tokenizer = load_tokenizer(path, revision=revision)
         if is_adapter:
             model = _adapter_base(base, tokenizer, config["step_token"], dtype)
             model = load_adapter(model, path, trainable, revision)

@@ -199,7 +199,7 @@ def load_reward_model(
 
         kind = AutoModelForSequenceClassification
         model = load_weights(kind, base, may_miss, dtype=dtype, num_labels=1, **hub)
-        tokenizer = load_tokenizer(path, path, **hub)
+        tokenizer = load_tokenizer(path, **hub)
         if is_adapter:
             model = load_adapter(model, path, trainable, revision)
     except UserError:

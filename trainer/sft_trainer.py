@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
 from common.errors import RecordError
-from lm.text_encoding import encode_steps
+from lm.text_encoding import check_offsets, encode_steps
 from reasoning.records import PreferencePair, Problem
 from reasoning.steps import ends_solution
 from trainer.defaults import MiniatureDefaults
@@ -97,11 +97,7 @@ class StepSFTTrainer(SFTTrainer):
         first = next(iter(dataset))
         if "input_ids" in first:
             return prepare(dataset, *settings, formatting_func, dataset_name)
-        if not getattr(processing_class, "is_fast", False):
-            raise ValueError(
-                "the tokenizer gives no character offsets, which are needed to find the steps: use "
-                "a fast one (tokenizer.json)"
-            )
+        check_offsets(processing_class)
         streaming = isinstance(dataset, IterableDataset)
         options = {} if streaming else {"num_proc": args.dataset_num_proc}
         unfinished = 0 if streaming else sum(not ends_solution(steps) for steps in dataset["steps"])

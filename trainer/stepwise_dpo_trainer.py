@@ -28,7 +28,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
 
-from lm.text_encoding import encode_steps
+from lm.text_encoding import check_offsets, encode_steps
 from reasoning.records import ScoredPair
 from trainer.defaults import MiniatureDefaults, check_numbers
 from trainer.losses import (
@@ -239,11 +239,7 @@ class StepwiseDPOTrainer(DPOTrainer):
             processing_class = AutoTokenizer.from_pretrained(
                 name, revision=revision, trust_remote_code=args.trust_remote_code
             )
-        if not getattr(processing_class, "is_fast", False):
-            raise ValueError(
-                "the tokenizer gives no character offsets, which are needed to find the steps: "
-                "use a fast one (tokenizer.json)"
-            )
+        check_offsets(processing_class)
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
         if data_collator is None:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from common.cli import check_model, check_output, parse_args, run
 from common.errors import UserError
-from common.files import at_root
+from common.files import at_root, replacing_folder
 from evaluation.metrics import auroc_metric, mean_metric
 from lm.text_encoding import encode_steps
 from reasoning.problems import changed_numbers, stories
@@ -279,7 +279,6 @@ def main() -> None:
     check_model(args.model_name_or_path)
     check_output(args.output, args.overwrite)
     # heavy: torch and transformers would slow --help
-    from lm.loading import replacing_folder
     from lm.policy import Policy
 
     policy = Policy.load(args.model_name_or_path)

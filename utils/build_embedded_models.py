@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from common.cli import check_output, parse_args, run
-from common.files import ResumableRows, at_root, write_text
+from common.files import ResumableRows, at_root, replacing_folder, write_text
 from evaluation.metrics import accuracy_metric, auroc_metric, mean_metric, rate_metric
 from lm.text_encoding import batches_by_length, encode_steps
 from reasoning.grading import grade_steps, is_correct
@@ -351,7 +351,6 @@ def judge_figures(judge: Any, tokenizer: Any, policy: Any, limit: int) -> dict:
 
 def finish(model: Any, tokenizer: Any, folder: Path) -> None:
     """Save in half precision, whole or not at all."""
-    from lm.loading import replacing_folder
 
     with replacing_folder(folder) as temporary:
         model.cpu().half().save_pretrained(temporary)
@@ -468,7 +467,6 @@ def main() -> None:
         shutil.rmtree(work)  # the half-built models of another job
     write_text(job_file, [json.dumps(job)])
 
-    from lm.loading import replacing_folder
     from lm.miniature_tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer()

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import check_input, check_output, parse_args, run
 from common.errors import UserError
+from common.files import replacing_folder
 from lm.gguf_file import read_gguf
 
 # the text on which the copy is compared with the file
@@ -63,7 +64,7 @@ def import_gguf(source: Path, output: Path, dtype: str, sha256: str) -> None:
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    from lm.loading import LOAD_ERRORS, load_weights, replacing_folder
+    from lm.loading import LOAD_ERRORS, load_weights
 
     # first, because transformers trusts damaged lengths
     header = read_gguf(source, any_kind=True).metadata
