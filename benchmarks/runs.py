@@ -35,10 +35,11 @@ def train_and_measure(run: dict) -> list[dict]:
 
     Returns a row for each measurement: the run, `epoch`, `correct` (a 0 or 1 a problem), `logged`
     (the last values of the log), `pairs_trained`."""
-    # heavy libraries; the number of threads is set before torch does anything
+    # torch would slow --help; the number of threads is set before torch does anything
     import torch
 
     torch.set_num_threads(run["threads"])
+    # these need seconds, too
     from transformers import TrainerCallback
 
     from evaluation.accuracy import correct_answers

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file
@@ -77,8 +78,6 @@ def load_adapter(
     """The PEFT adapter at `path` on its loaded base. trainable: it is loaded to be trained.
 
     Raises ValueError if part of the adapter is missing, or if it is not a LoRA-like adapter."""
-    from peft import PeftModel
-
     if Path(path).is_dir() and not (Path(path) / "adapter_model.safetensors").is_file():
         raise ValueError("adapter_model.safetensors is missing")
     with warnings.catch_warnings():

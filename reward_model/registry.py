@@ -21,6 +21,8 @@ from common.files import at_root, content_hash, read_records
 from reasoning.problems import problems
 from reasoning.records import Problem
 from reasoning.splits import held_out_files
+from reward_model.controls import ExactJudge, RandomJudge, ShuffledJudge
+from reward_model.judges.human import HumanJudge
 from reward_model.protocols import Scores, Solution, StepJudge
 from reward_model.templates import TEMPLATES
 
@@ -82,8 +84,6 @@ def _openai(
 
 
 def _exact(judge_problems: str | None) -> StepJudge:
-    from reward_model.controls import ExactJudge
-
     if judge_problems is not None:
         return ExactJudge(read_records(judge_problems, Problem))
     # the held-out problems first: to read them is faster than to generate the others
@@ -92,14 +92,10 @@ def _exact(judge_problems: str | None) -> StepJudge:
 
 
 def _random(seed: int) -> StepJudge:
-    from reward_model.controls import RandomJudge
-
     return RandomJudge(seed)
 
 
 def _human(judge_labels: str) -> StepJudge:
-    from reward_model.judges.human import HumanJudge
-
     return HumanJudge(judge_labels)
 
 
@@ -230,7 +226,6 @@ def open_judge(args: JudgeArgs) -> StepJudge:
     judge = JUDGES[inner](**{name: getattr(args, name) for name in USES[inner]})
     if args.judge != SHUFFLED:
         return judge
-    from reward_model.controls import ShuffledJudge  # local for the reason given above
 
     return ShuffledJudge(judge, args.seed)
 
@@ -301,6 +296,7 @@ def check_scorer(args: ScorerArgs) -> None:
 
 def open_scorer(args: ScorerArgs) -> "ResponseRewardModel":
     """The scorer that the arguments name. Raises ModelError if it cannot be loaded."""
+    # torch would slow --help
     from reward_model.response_reward_model import ResponseRewardModel
 
     return ResponseRewardModel(args.scorer)

@@ -277,10 +277,8 @@ class _Model:
     """The library's model with its cache of keys and values."""
 
     def __init__(self, settings: dict):
-        from ctransformers.llm import (
-            LLM,
-            Config,
-        )  # only here: the native code needs its own process
+        # native code: loaded in the worker process only
+        from ctransformers.llm import LLM, Config
 
         cpu = Path("/proc/cpuinfo")
         # without this argument ctransformers needs a second to find out

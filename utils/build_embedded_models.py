@@ -145,6 +145,7 @@ def bucketed(lengths: list[int], rng: random.Random) -> list[list[int]]:
 
 def collate_text(batch: list[list[dict]]) -> dict[str, Any]:
     """Right-padded ids and labels of one bucket; loss on the solution's tokens."""
+    # torch would slow --help
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -163,8 +164,10 @@ def collate_judge(batch: list[list[dict]], question: list[int], yes: int, no: in
     A row is a tree of tokens (lm/tree_attention.py): the solution is the trunk, and a copy of the
     question branches off at the end of every step, so it is read as if it stood there. `answers`
     (B, L) are the labels of the questions, `trunk_labels` (B, L) the tokens of right steps."""
+    # torch would slow --help
     import torch
 
+    # torch would slow --help
     from lm.tree_attention import add_sequence, tree_inputs
 
     examples = batch[0]
@@ -236,10 +239,12 @@ def train(
     """Train for one pass over the examples, with the learning rate decayed to 0. Returns the model.
 
     Training resumes from the last checkpoint in `work`."""
+    # torch would slow --help
     import torch
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
+    # torch would slow --help
     from lm.loading import pick_device
 
     class MiniTrainer(Trainer):
@@ -268,6 +273,7 @@ def train(
 
 
 def new_policy(tokenizer: Any, seed: int, size: str) -> Any:
+    # torch would slow --help
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -321,6 +327,7 @@ def policy_figures(policy: Any, limit: int) -> dict:
 
 def judge_figures(judge: Any, tokenizer: Any, policy: Any, limit: int) -> dict:
     """Metrics over the steps of policy samples (temperature 1) of validation problems."""
+    # torch would slow --help
     import torch
 
     question, yes, no = judge_question(tokenizer)
@@ -385,6 +392,7 @@ def sample_train(policy: Any, count: int, path: Path, job: dict, seed: int) -> l
 
 def make_policy(args: BuildArguments, tokenizer: Any, work: Path, job: dict) -> None:
     """Make `work/policy-SIZE` with its card, after trials if there are several learning rates."""
+    # torch would slow --help
     from lm.policy import Policy
 
     examples: list[dict] = []
@@ -429,6 +437,7 @@ def make_policy(args: BuildArguments, tokenizer: Any, work: Path, job: dict) -> 
 
 def make_judge(args: BuildArguments, tokenizer: Any, work: Path, job: dict) -> None:
     """Make `work/judge-mini` with its GGUF file and its card, from `work/policy-mini`."""
+    # torch would slow --help
     from lm.gguf_export import export_gguf
     from lm.loading import load_model
     from lm.policy import Policy
@@ -467,6 +476,7 @@ def main() -> None:
         shutil.rmtree(work)  # the half-built models of another job
     write_text(job_file, [json.dumps(job)])
 
+    # torch would slow --help
     from lm.miniature_tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer()
