@@ -112,10 +112,10 @@ def main() -> None:
 
     results = [PreferencePair.from_row(row) for row in rows.rows]
     scored = [pair for pair in results if pair.chosen_scores is not None]
-    left_out = [pair for pair in results if pair.chosen_scores is None]
+    unscored = [pair for pair in results if pair.chosen_scores is None]
     left_out_path.unlink(missing_ok=True)
-    if left_out:
-        write_records(left_out_path, left_out)
+    if unscored:
+        write_records(left_out_path, unscored)
     if not scored:
         rows.finish()
         reason = f"all {len(pairs)} are {judge.unscored_reason}"
@@ -129,8 +129,8 @@ def main() -> None:
     print(f"pairs scored      {len(scored)}")
     print(f"mean step score   chosen {mean(chosen):.3f}, rejected {mean(rejected):.3f}")
     print(f"chosen is higher  {higher:.3f} of pairs")
-    if left_out:
-        print(f"left out          {len(left_out)} ({judge.unscored_reason})", end="")
+    if unscored:
+        print(f"left out          {len(unscored)} ({judge.unscored_reason})", end="")
         print(f", written without scores to {left_out_path}")
     print(f"wrote {args.output}: {len(scored)} pairs with a score for every step")
 

@@ -153,7 +153,7 @@ def _adapter_base(base: str, tokenizer: Any, step_token: str, dtype: torch.dtype
 
 
 @dataclass
-class _Text:
+class _SolutionText:
     """A solution to read."""
 
     solution: int  # its index
@@ -174,7 +174,7 @@ class _PackedRow:
     past: CachedPrefix | None
     ids: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
-    reads: list[tuple[_Text, list[int]]] = field(default_factory=list)
+    reads: list[tuple[_SolutionText, list[int]]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.past or ()) + len(self.ids)
@@ -223,7 +223,7 @@ class ProcessRewardModel(StepJudge):
         requests = list(with_skip(solutions, skip))
         asked = [i for i, (_, steps, first) in enumerate(requests) if first < len(steps)]
         encoded = self.format.encode([solutions[i] for i in asked])
-        texts: list[_Text] = []
+        texts: list[_SolutionText] = []
         for i, (ids, places) in zip(asked, encoded, strict=True):
             if self.context_length and len(ids) > self.context_length:
                 results[i] = None
@@ -233,7 +233,7 @@ class ProcessRewardModel(StepJudge):
             # the least value so far needs all values, unless a past has it
             start = first if past or not self.running_min else 0
             is_prefix = self.shares_prefixes and not ends_solution(list(steps))
-            texts.append(_Text(i, ids, places[start:], first - start, past, is_prefix))
+            texts.append(_SolutionText(i, ids, places[start:], first - start, past, is_prefix))
         rows = self._rows(texts)
         for has_past in (False, True):
             alike = [row for row in rows if (row.past is not None) == has_past]
@@ -246,7 +246,7 @@ class ProcessRewardModel(StepJudge):
     ) -> None:
         """Read a batch, put the scores of its solutions into `results` and keep its prefixes."""
         values, cache = self._values(batch)
-        kept: list[tuple[int, _Text, list[int], float]] = []
+        kept: list[tuple[int, _SolutionText, list[int], float]] = []
         for b, row in enumerate(batch):
             for text, path in row.reads:
                 scores = [round(next(values), 6) for _ in text.places]
@@ -264,7 +264,7 @@ class ProcessRewardModel(StepJudge):
         if cache is not None and kept:
             self._keep(batch, cache, kept)
 
-    def _rows(self, texts: list[_Text]) -> list[_PackedRow]:
+    def _rows(self, texts: list[_SolutionText]) -> list[_PackedRow]:
         """Put texts with a common prefix into one row of at most PACKED tokens.
 
         Texts share a row if they continue the same past, or if they share more than half of their
@@ -319,7 +319,7 @@ class ProcessRewardModel(StepJudge):
         self,
         batch: list[_PackedRow],
         cache: Cache,
-        texts: Sequence[tuple[int, _Text, list[int], float]],
+        texts: Sequence[tuple[int, _SolutionText, list[int], float]],
     ) -> None:
         """Keep the prefixes of a batch: (its row, the text, the places of its tokens in the row,
         the score of its last step)."""

@@ -71,7 +71,7 @@ class TinyLlamaRewardScorer(StepJudge):
             self.template = named_template(self.template_name)
         self.context_length = min(self.file.context_length, context_length or MAX_CONTEXT)
         self.tokens_evaluated = 0
-        self._text = _Text(self.file)
+        self._text = _TextEncoder(self.file)
         self._settings = {
             "path": os.path.abspath(model_path),
             "context_length": self.context_length,
@@ -191,7 +191,7 @@ def choose_template(file: GGUFFile) -> str:
     return fitting_template("\n".join(str(file.metadata.get(key, "")) for key in keys))
 
 
-class _Text:
+class _TextEncoder:
     """Splits a text into ids of control tokens and plain text.
 
     Control tokens become ids in a template, never in a user's text."""

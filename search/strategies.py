@@ -409,9 +409,9 @@ def _beams(
 
 
 @dataclass(eq=False)
-class _Node:
+class _WalkNode:
     candidate: Candidate
-    children: list["_Node"] = field(default_factory=list)
+    children: list["_WalkNode"] = field(default_factory=list)
     visits: int = 0
     total: float = 0.0  # of the values that were backed up
 
@@ -423,7 +423,7 @@ def _walks(root: Candidate, budget: SearchBudget, rounds: list[Round]) -> StepSe
     value of a node without visits is the judge's. The value of the end is backed up along the walk.
     The first walk equals `step_greedy`."""
 
-    def score(node: _Node, parent: _Node) -> tuple:
+    def score(node: _WalkNode, parent: _WalkNode) -> tuple:
         quality = (
             node.total / node.visits if node.visits else node.candidate.value(budget.aggregate)
         )
@@ -431,14 +431,14 @@ def _walks(root: Candidate, budget: SearchBudget, rounds: list[Round]) -> StepSe
         value = quality + EXPLORATION * prior * sqrt(parent.visits) / (1 + node.visits)
         return not node.candidate.note, round(value / RESOLUTION), prior, value
 
-    tree, ends = _Node(root), []
+    tree, ends = _WalkNode(root), []
     for _ in range(budget.beams):
         walk = [tree]
         while not walk[-1].candidate.done and len(walk) <= budget.max_steps:
             node = walk[-1]
             if is_new := not node.children:
                 (longer,) = yield [node.candidate]
-                node.children = [_Node(child) for child in longer]
+                node.children = [_WalkNode(child) for child in longer]
             walk.append(max(node.children, key=lambda child: score(child, node)))
             if is_new:
                 rounds.append([(child.candidate, child is walk[-1]) for child in node.children])

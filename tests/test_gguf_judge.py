@@ -17,7 +17,7 @@ from reward_model.templates import NO, PLAIN, TEMPLATES, YES, JudgeTemplate
 from reward_model.tinyllama_reward_model import (
     TinyLlamaRewardScorer,
     _Model,
-    _Text,
+    _TextEncoder,
     choose_template,
 )
 from tests.helpers.solutions import PROMPT, STEPS
@@ -315,7 +315,7 @@ def test_a_damaged_header_never_hangs_or_crashes(tiny_gguf, tmp_path):
 
 def test_a_vocabulary_without_the_words(judge):
     tokens = {"tokenizer.ggml.tokens": ["a"] * len(judge.file.tokens)}
-    text = _Text(GGUFFile("x.gguf", judge.file.metadata | tokens))
+    text = _TextEncoder(GGUFFile("x.gguf", judge.file.metadata | tokens))
     with pytest.raises(ModelError, match=r"x\.gguf .* no token Yes or yes"):
         text.spellings(YES)
 

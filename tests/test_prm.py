@@ -14,7 +14,7 @@ from common.files import write_records
 from reasoning.records import PreferencePair
 from reward_model import evaluate_steps
 from reward_model.prm_formats import StepTokens
-from reward_model.process_reward_model import ProcessRewardModel, _Text, from_causal_lm
+from reward_model.process_reward_model import ProcessRewardModel, _SolutionText, from_causal_lm
 from reward_model.registry import JudgeArgs, check_judge, judge_name, open_judge
 from tests.helpers.mains import call_main
 from tests.helpers.reward_models import TINY_SHAPE, make_prm
@@ -161,7 +161,9 @@ def test_what_proposals_share_is_read_once(judge, prm_dir):
     assert len({score for (score,) in scores}) == len(proposals)
     small = ProcessRewardModel(prm_dir, batch_tokens=100, device="cpu")
     assert max(differences(scores, small.score_steps(proposals, skip))) < 1e-5
-    wanted = [_Text(k, ids, places, 0, None, False) for k, (ids, places) in enumerate(texts)]
+    wanted = [
+        _SolutionText(k, ids, places, 0, None, False) for k, (ids, places) in enumerate(texts)
+    ]
     rows = small._rows(wanted)
     assert all(len(row) <= 100 or len(row.reads) == 1 for row in rows)
 

@@ -38,7 +38,7 @@ TRIAL = ("2 + 3 = ?", ["Step 1: 2 + 3 = 5", "Step 2: 5 is 6", "Answer: 6"])
 
 
 @dataclass
-class _PackedRow:
+class _QuestionRow:
     """The texts (as ids) about some steps of one solution, which are read together; the longest is
     last."""
 
@@ -149,8 +149,8 @@ class HFJudge(StepJudge):
         """As in StepJudge."""
         scores: list[list[float]] = []
         too_long: set[int] = set()
-        packed: list[_PackedRow] = []
-        single: list[_PackedRow] = []
+        packed: list[_QuestionRow] = []
+        single: list[_QuestionRow] = []
         for i, (prompt, steps, first) in enumerate(with_skip(solutions, skip)):
             texts = self._texts(prompt, steps, first) if first < len(steps) else []
             scores.append([0.0] * len(texts))
@@ -158,9 +158,9 @@ class HFJudge(StepJudge):
             if self.context_length and longest > self.context_length:
                 too_long.add(i)
             elif self.packed and texts and not (self.window and longest > self.window):
-                packed.append(_PackedRow(i, 0, texts))
+                packed.append(_QuestionRow(i, 0, texts))
             else:
-                single += [_PackedRow(i, k, [text]) for k, text in enumerate(texts)]
+                single += [_QuestionRow(i, k, [text]) for k, text in enumerate(texts)]
         for rows, read in ((packed, self._read_rows), (single, self._read_texts)):
             for batch in batches_by_length(rows, self.batch_tokens):
                 values = iter(self._score(read, batch))
@@ -175,7 +175,7 @@ class HFJudge(StepJudge):
         return [None if i in too_long else found for i, found in enumerate(scores)]
 
     def _score(
-        self, read: Callable[[list[_PackedRow]], torch.Tensor], batch: list[_PackedRow]
+        self, read: Callable[[list[_QuestionRow]], torch.Tensor], batch: list[_QuestionRow]
     ) -> list[float]:
         """The scores of all texts of a batch, row by row."""
         try:
@@ -191,7 +191,7 @@ class HFJudge(StepJudge):
         return logits[:, self._yes].logsumexp(-1) - logits[:, self._no].logsumexp(-1)
 
     @torch.inference_mode()
-    def _read_rows(self, batch: list[_PackedRow]) -> torch.Tensor:
+    def _read_rows(self, batch: list[_QuestionRow]) -> torch.Tensor:
         """Logits (N, V) at the end of every text, row by row, the texts of a row read together."""
         ids: list[list[int]] = []
         parents: list[list[int]] = []
@@ -213,7 +213,7 @@ class HFJudge(StepJudge):
         return self.model.get_output_embeddings()(hidden[rows, columns])
 
     @torch.inference_mode()
-    def _read_texts(self, batch: list[_PackedRow]) -> torch.Tensor:
+    def _read_texts(self, batch: list[_QuestionRow]) -> torch.Tensor:
         """Logits (N, V) at the end of every text, for rows of one text each."""
         texts = [row.texts[0] for row in batch]
         longest = max(map(len, texts))
@@ -232,10 +232,10 @@ class HFJudge(StepJudge):
         further (a soft cap, a scale), would give wrong scores without any error."""
         texts = self._texts(*TRIAL, 0)
         try:
-            in_row = self._log_odds(self._read_rows([_PackedRow(0, 0, texts)]))
+            in_row = self._log_odds(self._read_rows([_QuestionRow(0, 0, texts)]))
         except (TypeError, ValueError, RuntimeError, AttributeError):
             in_row = None
-        singles = [_PackedRow(0, k, [text]) for k, text in enumerate(texts)]
+        singles = [_QuestionRow(0, k, [text]) for k, text in enumerate(texts)]
         alone = torch.cat([self._log_odds(self._read_texts([single])) for single in singles])
         # in half precision the last bits differ
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.3
