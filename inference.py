@@ -38,7 +38,8 @@ from reward_model.registry import (
     open_scorer,
     score_all,
 )
-from search.strategies import NEED_NO_JUDGE, PICKS, STRATEGIES, Round, SearchBudget, SearchResult
+from search.candidates import Round, SearchBudget, SearchResult
+from search.strategies import NEED_NO_JUDGE, PICKS, STRATEGIES
 
 if TYPE_CHECKING:
     from lm.policy import Policy

@@ -85,7 +85,7 @@ def main() -> None:
     check_input(args.dataset_name, "make data")
     check_least(args, limit=1)
     # local: torch would slow --help
-    from evaluation.metrics import print_table
+    from evaluation.results import print_table
     from lm.gguf_export import export_gguf
 
     pairs = itertools.islice(read_records(args.dataset_name, PreferencePair), args.limit)

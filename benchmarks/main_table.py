@@ -31,7 +31,8 @@ from benchmarks.runs import (
 )
 from common.cli import check_input, parse_args, run
 from common.files import at_root
-from evaluation.metrics import print_table, rate_metric, write_result
+from evaluation.metrics import rate_metric
+from evaluation.results import print_table, write_result
 
 FOLDER = Path(at_root("data/demo"))  # ignored by git
 SCORE, BY_JUDGE = "reward_model/evaluate_steps.py", str(FOLDER / "by_judge.jsonl")

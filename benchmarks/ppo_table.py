@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.runs import BASE, bits, each_accuracy, pooled_accuracy, pooled_improvement
 from common.cli import check_input, parse_args, run
 from common.files import AppendedRows, at_root, read_records
-from evaluation.metrics import Metric, print_table, rate_metric, write_result
+from evaluation.metrics import Metric, rate_metric
+from evaluation.results import print_table, write_result
 from reasoning.records import Problem
 
 DATA = at_root("data/mcts_steps.jsonl.gz")

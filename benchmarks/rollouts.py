@@ -20,7 +20,7 @@ from tqdm import trange
 
 from common.cli import check_model, parse_args, run
 from common.files import at_root
-from evaluation.metrics import print_table
+from evaluation.results import print_table
 from reasoning.problems import problems
 
 

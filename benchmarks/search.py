@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import check_least, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root
-from evaluation.metrics import print_table
+from evaluation.results import print_table
 from reasoning.problems import problems
 from reward_model.protocols import StepJudge
 from reward_model.registry import JudgeArgs, check_judge, open_judge
-from search.strategies import SearchBudget, SearchResult, beam
+from search.candidates import SearchBudget, SearchResult
+from search.strategies import beam
 
 
 @dataclass

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.runs import base_run, bits, each_accuracy, pooled_accuracy, run_all
 from common.cli import check_input, parse_args, run
 from common.files import at_root
-from evaluation.metrics import Metric, print_table, rate_metric, write_result
+from evaluation.metrics import Metric, rate_metric
+from evaluation.results import print_table, write_result
 
 RATES = (1.0, 3.0, 1 / 3)  # times the default
 EPOCHS = 3

@@ -19,13 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import check_input, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, read_records
-from evaluation.metrics import (
-    Metric,
-    clustered_mean_metric,
-    output_paths,
-    print_table,
-    write_result,
-)
+from evaluation.metrics import Metric, clustered_mean_metric
+from evaluation.results import output_paths, print_table, write_result
 from reasoning.grading import grade_steps
 from reasoning.problems import problems as generate_problems
 from reasoning.records import PreferencePair, Problem

@@ -17,15 +17,8 @@ from common.cli import check_input, check_least, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, file_stem, read_records
 from evaluation.judge_card import Judged, RankedPolicy, card, print_card
-from evaluation.metrics import (
-    Metric,
-    mean_metric,
-    output_paths,
-    print_metrics,
-    rate_metric,
-    spearman_metric,
-    write_result,
-)
+from evaluation.metrics import Metric, mean_metric, rate_metric, spearman_metric
+from evaluation.results import output_paths, print_metrics, write_result
 from evaluation.value_calibration import measure_values, roll_out
 from reasoning.datasets.loading import load_step_labels
 from reasoning.grading import grade_steps, is_correct

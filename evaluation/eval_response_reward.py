@@ -29,13 +29,10 @@ from evaluation.metrics import (
     calibration_metric,
     clustered_mean_metric,
     mean_metric,
-    output_paths,
     paired_difference,
-    print_metrics,
-    print_table,
     reliability,
-    write_result,
 )
+from evaluation.results import output_paths, print_metrics, print_table, write_result
 from lm.registry import PolicyArgs, check_policy, open_policy
 from reasoning.datasets.files import load_rows
 from reasoning.datasets.ranking import RankedGroup, check_groups, groups, read_answers
@@ -43,7 +40,8 @@ from reasoning.grading import is_correct
 from reasoning.records import Problem
 from reward_model.protocols import ResponseScorer
 from reward_model.registry import ScorerArgs, check_scorer, open_scorer
-from search.strategies import SearchBudget, draw, pick_majority
+from search.candidates import SearchBudget
+from search.strategies import draw, pick_majority
 
 if TYPE_CHECKING:
     from lm.policy import Policy

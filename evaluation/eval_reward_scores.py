@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import check_input, check_least, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, read_records, write_records
-from evaluation.metrics import Metric, compare, output_paths, print_comparison, write_result
+from evaluation.metrics import Metric, compare
+from evaluation.results import output_paths, print_comparison, write_result
 from reasoning.grading import is_correct, step_accuracy
 from reasoning.records import PreferencePair, Problem
 from reasoning.splits import is_kept_out

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import check_input, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, file_stem, read_records
-from evaluation.metrics import output_paths, print_table, write_result
+from evaluation.results import output_paths, print_table, write_result
 from evaluation.search_measurement import (
     POOL_SIZES,
     Choice,

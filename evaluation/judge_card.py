@@ -21,11 +21,10 @@ from evaluation.metrics import (
     kappa_metric,
     mean_metric,
     paired_difference,
-    print_metrics,
-    print_table,
     processbench_metrics,
     reliability,
 )
+from evaluation.results import print_metrics, print_table
 from reasoning.answers import extract_answer
 from reasoning.records import LabelledSolution
 from reward_model.protocols import SCORE_AGGREGATES, aggregate

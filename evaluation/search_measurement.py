@@ -18,15 +18,8 @@ from reasoning.records import Problem
 from reasoning.splits import HELD_OUT
 from reward_model.protocols import SCORE_AGGREGATES, StepJudge
 from reward_model.registry import JudgeArgs, judge_identity, open_judge
-from search.strategies import (
-    NEED_NO_JUDGE,
-    PICKS,
-    STRATEGIES,
-    SearchBudget,
-    SearchResult,
-    draw,
-    votes,
-)
+from search.candidates import SearchBudget, SearchResult
+from search.strategies import NEED_NO_JUDGE, PICKS, STRATEGIES, draw, votes
 
 if TYPE_CHECKING:
     from lm.policy import Policy

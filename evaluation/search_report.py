@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.metrics import Metric, mean_metric, paired_difference, print_table, rate_metric
+from evaluation.metrics import Metric, mean_metric, paired_difference, rate_metric
+from evaluation.results import print_table
 from evaluation.search_measurement import Outcomes, SearchArgs, Setting
 
 

@@ -18,7 +18,7 @@ from evaluation.search_measurement import (
 )
 from evaluation.search_report import Report, matched_budget, trend
 from reasoning.records import Problem
-from search.strategies import SearchResult
+from search.candidates import SearchResult
 from tests.helpers.judges import FixedJudge
 from tests.helpers.mains import call_main
 

@@ -22,15 +22,14 @@ from evaluation.metrics import (
     first_error,
     kappa_metric,
     mean_metric,
-    print_comparison,
     processbench_metrics,
     rate_metric,
     reliability,
     rollouts_equivalent,
     spearman_metric,
-    write_result,
 )
 from evaluation.plots import comparison_plot
+from evaluation.results import print_comparison, write_result
 
 
 def test_mean_interval_is_the_one_of_theory():

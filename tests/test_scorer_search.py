@@ -9,7 +9,8 @@ from common.files import read_rows, write_records
 from lm.policy import Policy
 from reward_model.protocols import ResponseScorer
 from reward_model.response_reward_model import ResponseRewardModel
-from search.strategies import STRATEGIES, SearchBudget
+from search.candidates import SearchBudget
+from search.strategies import STRATEGIES
 from tests.helpers.reward_models import make_llama
 
 PROMPTS = ["Mia has 12 apples. She buys 3 more.", "1 + 1?"]

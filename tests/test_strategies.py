@@ -12,19 +12,8 @@ import pytest
 from common.errors import UserError
 from lm.policy import Policy, State
 from reasoning.problems import problems
-from search.strategies import (
-    AT_ONCE,
-    STRATEGIES,
-    Candidate,
-    SearchBudget,
-    SearchResult,
-    beam,
-    draw,
-    mcts,
-    pick_majority,
-    pick_weighted,
-    votes,
-)
+from search.candidates import AT_ONCE, Candidate, SearchBudget, SearchResult
+from search.strategies import STRATEGIES, beam, draw, mcts, pick_majority, pick_weighted, votes
 from tests.helpers.judges import FixedJudge
 
 ROOT = Path(__file__).parents[1]

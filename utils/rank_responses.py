@@ -24,7 +24,7 @@ from common.cli import check_input, parse_args, run
 from common.errors import UserError
 from common.files import at_root
 from evaluation.agreement import AGREEMENT_COLUMNS, agreement_rows
-from evaluation.metrics import print_table
+from evaluation.results import print_table
 from reasoning.annotation import (
     LABELS,
     Annotation,
