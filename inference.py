@@ -10,12 +10,13 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from common.cli import (
+    arg,
     check_input,
     check_least,
     check_model,
@@ -49,66 +50,41 @@ Guide = StepJudge | ResponseScorer | None
 
 @dataclass
 class InferenceArgs(JudgeArgs, PolicyArgs):
-    prompt: str | None = field(
-        default=None, metadata={"help": "the problem; without it and --input: a loop"}
+    prompt: str | None = arg(None, "the problem; without it and --input: a loop")
+    model_name_or_path: str = arg(
+        at_root("saved_model/stepwise_dpo_tinyllama"),
+        "the policy: a model directory or a hub name; before any training the default "
+        "is models/policy-mini; with --policy_base_url its name on the server",
     )
-    model_name_or_path: str = field(
-        default=at_root("saved_model/stepwise_dpo_tinyllama"),
-        metadata={
-            "help": "the policy: a model directory or a hub name; before any training the default "
-            "is models/policy-mini; with --policy_base_url its name on the server"
-        },
+    temperature: float | None = arg(
+        None, "0: greedy; above 0: sampled (default: 0; with --search 1)"
     )
-    temperature: float | None = field(
-        default=None, metadata={"help": "0: greedy; above 0: sampled (default: 0; with --search 1)"}
+    max_new_tokens: int = arg(256, "longest answer, in tokens")
+    show_scores: bool = arg(
+        False,
+        "show the judge's score of each step, 0 (wrong) to 1 (right); with --search "
+        "show all proposals",
     )
-    max_new_tokens: int = field(default=256, metadata={"help": "longest answer, in tokens"})
-    show_scores: bool = field(
-        default=False,
-        metadata={
-            "help": "show the judge's score of each step, 0 (wrong) to 1 (right); with --search "
-            "show all proposals"
-        },
+    search: str | None = arg(None, "search strategy, guided by the judge", choices=[*STRATEGIES])
+    n: int = arg(SearchBudget.n, "with --search: proposals for each prefix, or whole solutions")
+    beams: int = arg(
+        SearchBudget.beams, "with --search: beams of beam, subtrees of dvts, walks of mcts"
     )
-    search: str | None = field(
-        default=None,
-        metadata={"help": "search strategy, guided by the judge", "choices": [*STRATEGIES]},
+    max_steps: int = arg(SearchBudget.max_steps, "with --search: most steps of a solution")
+    aggregate: str = arg(
+        SearchBudget.aggregate,
+        "with --search: how step scores become one number",
+        choices=[*SCORE_AGGREGATES],
     )
-    n: int = field(
-        default=SearchBudget.n,
-        metadata={"help": "with --search: proposals for each prefix, or whole solutions"},
+    scorer: str | None = arg(
+        None,
+        "with --search best_of_n: a response reward model that scores whole answers, "
+        "instead of the judge",
     )
-    beams: int = field(
-        default=SearchBudget.beams,
-        metadata={"help": "with --search: beams of beam, subtrees of dvts, walks of mcts"},
-    )
-    max_steps: int = field(
-        default=SearchBudget.max_steps, metadata={"help": "with --search: most steps of a solution"}
-    )
-    aggregate: str = field(
-        default=SearchBudget.aggregate,
-        metadata={
-            "help": "with --search: how step scores become one number",
-            "choices": [*SCORE_AGGREGATES],
-        },
-    )
-    scorer: str | None = field(
-        default=None,
-        metadata={
-            "help": "with --search best_of_n: a response reward model that scores whole answers, "
-            "instead of the judge"
-        },
-    )
-    input: str | None = field(
-        default=None, metadata={"help": "JSONL of rows with a field 'prompt'; needs --output"}
-    )
-    output: str | None = field(
-        default=None, metadata={"help": "JSONL of the answers to --input, in the same order"}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "replace --output if it exists"})
-    seed: int = field(
-        default=0, metadata={"help": "seed of sampled answers and of --judge shuffled"}
-    )
+    input: str | None = arg(None, "JSONL of rows with a field 'prompt'; needs --output")
+    output: str | None = arg(None, "JSONL of the answers to --input, in the same order")
+    overwrite: bool = arg(False, "replace --output if it exists")
+    seed: int = arg(0, "seed of sampled answers and of --judge shuffled")
 
     def __post_init__(self) -> None:
         if self.temperature is None:

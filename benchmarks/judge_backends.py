@@ -12,13 +12,13 @@ import itertools
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_least, check_model, parse_args, run
+from common.cli import arg, check_input, check_least, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, read_records
 from reasoning.records import PreferencePair
@@ -29,19 +29,13 @@ COLUMNS = ("judge", "solutions/s", "max |difference| to gguf", "mean", "verdicts
 
 @dataclass
 class BackendArguments:
-    model_name_or_path: str = field(
-        default=at_root("models/judge-mini"),
-        metadata={"help": "LLaMA model directory; it is exported to GGUF files"},
+    model_name_or_path: str = arg(
+        at_root("models/judge-mini"), "LLaMA model directory; it is exported to GGUF files"
     )
-    dataset_name: str = field(
-        default=at_root("data/synthetic_dataset.jsonl"), metadata={"help": "preference pairs"}
-    )
-    limit: int = field(
-        default=100, metadata={"help": "use the first LIMIT pairs: two solutions each"}
-    )
-    quantization: list[str] = field(
-        default_factory=lambda: ["F32", "Q8_0"],
-        metadata={"help": "quantizations of the files", "choices": ["F32", "F16", "Q8_0", "Q4_0"]},
+    dataset_name: str = arg(at_root("data/synthetic_dataset.jsonl"), "preference pairs")
+    limit: int = arg(100, "use the first LIMIT pairs: two solutions each")
+    quantization: list[str] = arg(
+        ["F32", "Q8_0"], "quantizations of the files", choices=["F32", "F16", "Q8_0", "Q4_0"]
     )
 
 

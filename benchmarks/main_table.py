@@ -16,7 +16,7 @@ Scripts of this repository make missing pairs. Writes main_table.json to --outpu
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,7 +29,7 @@ from benchmarks.runs import (
     pooled_improvement,
     run_all,
 )
-from common.cli import check_input, parse_args, run
+from common.cli import arg, check_input, parse_args, run
 from common.files import at_root
 from evaluation.metrics import rate_metric
 from evaluation.results import print_table, write_result
@@ -57,18 +57,15 @@ PAIRS = {  # name -> (file, the script that makes it, with its arguments)
 
 @dataclass
 class TableArguments:
-    test: int = field(default=2000, metadata={"help": "test problems"})
-    limit: int = field(default=512, metadata={"help": "pairs to train on, in every row"})
-    seeds: int = field(default=5, metadata={"help": "seeds of every row"})
-    workers: int = field(default=2, metadata={"help": "trainings at once"})
-    stability: str = field(
-        default_factory=lambda: at_root("docs/results/stability.json"),
-        metadata={"help": "the result of benchmarks/stability.py, with the settings of DPO"},
+    test: int = arg(2000, "test problems")
+    limit: int = arg(512, "pairs to train on, in every row")
+    seeds: int = arg(5, "seeds of every row")
+    workers: int = arg(2, "trainings at once")
+    stability: str = arg(
+        at_root("docs/results/stability.json"),
+        "the result of benchmarks/stability.py, with the settings of DPO",
     )
-    output_dir: str = field(
-        default_factory=lambda: at_root("evaluation/results"),
-        metadata={"help": "folder of main_table.json"},
-    )
+    output_dir: str = arg(at_root("evaluation/results"), "folder of main_table.json")
 
 
 def main() -> None:

@@ -14,13 +14,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.runs import BASE, bits, each_accuracy, pooled_accuracy, pooled_improvement
-from common.cli import check_input, parse_args, run
+from common.cli import arg, check_input, parse_args, run
 from common.files import AppendedRows, at_root, read_records
 from evaluation.metrics import Metric, rate_metric
 from evaluation.results import print_table, write_result
@@ -43,20 +43,12 @@ MEASURED = {  # name -> (split, temperature)
 
 @dataclass
 class PPOTableArguments:
-    rows: list[str] = field(
-        default_factory=lambda: [*ROWS], metadata={"help": "rows of the table", "choices": [*ROWS]}
+    rows: list[str] = arg([*ROWS], "rows of the table", choices=[*ROWS])
+    seeds: int | None = arg(
+        None, "seeds of every row (default: 3 of step PPO with prm-mini, else 1)"
     )
-    seeds: int | None = field(
-        default=None,
-        metadata={"help": "seeds of every row (default: 3 of step PPO with prm-mini, else 1)"},
-    )
-    limit: int | None = field(
-        default=None, metadata={"help": "the first problems of each split (default: all)"}
-    )
-    output_dir: str = field(
-        default_factory=lambda: at_root("evaluation/results"),
-        metadata={"help": "folder of ppo.json"},
-    )
+    limit: int | None = arg(None, "the first problems of each split (default: all)")
+    output_dir: str = arg(at_root("evaluation/results"), "folder of ppo.json")
 
 
 def accuracy(model: str, limit: int | None) -> dict[str, str]:

@@ -10,7 +10,7 @@ timings vary.
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import trange
 
-from common.cli import check_model, parse_args, run
+from common.cli import arg, check_model, parse_args, run
 from common.files import at_root
 from evaluation.results import print_table
 from reasoning.problems import problems
@@ -26,15 +26,11 @@ from reasoning.problems import problems
 
 @dataclass
 class RolloutArguments:
-    model_name_or_path: str = field(
-        default_factory=lambda: at_root("models/policy-mini"), metadata={"help": "the policy"}
-    )
-    limit: int = field(default=64, metadata={"help": "states"})
-    rollouts: int = field(default=8, metadata={"help": "rollouts a state"})
-    one_by_one: int = field(
-        default=32, metadata={"help": "rollouts with a call of their own, in every round"}
-    )
-    rounds: int = field(default=3, metadata={"help": "timings of each way"})
+    model_name_or_path: str = arg(at_root("models/policy-mini"), "the policy")
+    limit: int = arg(64, "states")
+    rollouts: int = arg(8, "rollouts a state")
+    one_by_one: int = arg(32, "rollouts with a call of their own, in every round")
+    rounds: int = arg(3, "timings of each way")
 
 
 def main() -> None:

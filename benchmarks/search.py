@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_least, check_model, parse_args, run
+from common.cli import arg, check_least, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root
 from evaluation.results import print_table
@@ -34,13 +34,11 @@ class SearchBenchmarkArguments(JudgeArgs):
     judge: str = field(
         default="prm", metadata=next(f.metadata for f in fields(JudgeArgs) if f.name == "judge")
     )
-    model_name_or_path: str = field(
-        default=at_root("models/policy-mini"), metadata={"help": "the policy"}
-    )
-    limit: int = field(default=64, metadata={"help": "number of problems"})
-    n: int = field(default=4, metadata={"help": "proposals for each beam and step"})
-    beams: int = field(default=4, metadata={"help": "number of beams"})
-    rounds: int = field(default=3, metadata={"help": "timings of each way"})
+    model_name_or_path: str = arg(at_root("models/policy-mini"), "the policy")
+    limit: int = arg(64, "number of problems")
+    n: int = arg(4, "proposals for each beam and step")
+    beams: int = arg(4, "number of beams")
+    rounds: int = arg(3, "timings of each way")
 
     def __post_init__(self) -> None:
         SearchBudget(self.n, self.beams)  # checks both

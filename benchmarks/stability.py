@@ -12,13 +12,13 @@ Writes stability.json, stability.png and the rows of all runs to --output_dir.
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.runs import base_run, bits, each_accuracy, pooled_accuracy, run_all
-from common.cli import check_input, parse_args, run
+from common.cli import arg, check_input, parse_args, run
 from common.files import at_root
 from evaluation.metrics import Metric, rate_metric
 from evaluation.results import print_table, write_result
@@ -46,18 +46,13 @@ VARIANTS = {  # name -> settings of train.py dpo
 
 @dataclass
 class StabilityArguments:
-    pairs: str = field(
-        default_factory=lambda: at_root("data/rewarded.jsonl"), metadata={"help": "scored pairs"}
-    )
-    limit: int = field(default=512, metadata={"help": "pairs to train on"})
-    validation: int = field(default=500, metadata={"help": "validation problems of the grid"})
-    test: int = field(default=1000, metadata={"help": "test problems of the three seeds"})
-    seeds: int = field(default=3, metadata={"help": "seeds at the chosen learning rate"})
-    workers: int = field(default=2, metadata={"help": "trainings at once"})
-    output_dir: str = field(
-        default_factory=lambda: at_root("evaluation/results"),
-        metadata={"help": "folder of stability.json"},
-    )
+    pairs: str = arg(at_root("data/rewarded.jsonl"), "scored pairs")
+    limit: int = arg(512, "pairs to train on")
+    validation: int = arg(500, "validation problems of the grid")
+    test: int = arg(1000, "test problems of the three seeds")
+    seeds: int = arg(3, "seeds at the chosen learning rate")
+    workers: int = arg(2, "trainings at once")
+    output_dir: str = arg(at_root("evaluation/results"), "folder of stability.json")
 
 
 def main() -> None:

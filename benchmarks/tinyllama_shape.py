@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
 from string import ascii_lowercase
@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, parse_args, run
+from common.cli import arg, check_input, parse_args, run
 from common.files import ROOT
 from lm.gguf_file import QUANTIZATIONS
 from reasoning.problems import problems
@@ -46,20 +46,13 @@ CHAT_TEMPLATE = (
 
 @dataclass
 class ShapeArguments:
-    judge_path: str | None = field(
-        default=None,
-        metadata={"help": "GGUF file to measure (default: one is made at the real shape)"},
+    judge_path: str | None = arg(
+        None, "GGUF file to measure (default: one is made at the real shape)"
     )
-    quantization: str = field(
-        default="Q4_0", metadata={"help": "of the file that is made", "choices": QUANTIZATIONS}
-    )
-    layers: int = field(default=LAYERS, metadata={"help": "layers of the file that is made"})
-    solutions: int = field(
-        default=6, metadata={"help": "solutions to score, of about 5 steps and 200 tokens each"}
-    )
-    threads: int | None = field(
-        default=None, metadata={"help": "threads of the judge (default: the fastest number)"}
-    )
+    quantization: str = arg("Q4_0", "of the file that is made", choices=QUANTIZATIONS)
+    layers: int = arg(LAYERS, "layers of the file that is made")
+    solutions: int = arg(6, "solutions to score, of about 5 steps and 200 tokens each")
+    threads: int | None = arg(None, "threads of the judge (default: the fastest number)")
 
 
 def tinyllama_tokenizer() -> Any:

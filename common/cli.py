@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,6 +38,16 @@ def run(main: Callable[[], None]) -> None:
 
 
 # --- arguments ---
+
+
+def arg(default: Any = MISSING, help: str = "", **more: Any) -> Any:
+    """A field of a dataclass of arguments; required if it has no default.
+
+    more: `choices` and `aliases`, as TrlParser reads them."""
+    metadata = {"help": help, **more}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def parse_args(

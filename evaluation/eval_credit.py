@@ -10,13 +10,13 @@ reasoning/problems.py have known traps. Writes credit.json and a plot.
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_model, parse_args, run
+from common.cli import arg, check_input, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, read_records
 from evaluation.metrics import Metric, clustered_mean_metric
@@ -41,28 +41,21 @@ SIDES = ("chosen", "rejected")
 
 @dataclass
 class CreditArgs:
-    models: list[str] = field(
-        default_factory=list,
-        metadata={"help": "tuned models: directories with different last parts, used as names"},
+    models: list[str] = arg(
+        [], "tuned models: directories with different last parts, used as names"
     )
-    base_model: str = field(
-        default=at_root("models/policy-mini"),
-        metadata={"help": "the model that all of them were trained from"},
+    base_model: str = arg(
+        at_root("models/policy-mini"), "the model that all of them were trained from"
     )
-    pairs: str = field(
-        default=at_root("data/rewarded.jsonl"),
-        metadata={"help": "JSONL of pairs; only those kept out of training are used"},
+    pairs: str = arg(
+        at_root("data/rewarded.jsonl"), "JSONL of pairs; only those kept out of training are used"
     )
-    input: str = field(
-        default=at_root("data/problems_test.jsonl"),
-        metadata={"help": "JSONL of held-out problems with traps"},
+    input: str = arg(at_root("data/problems_test.jsonl"), "JSONL of held-out problems with traps")
+    output_dir: str = arg(
+        at_root("evaluation/results"), "folder of credit.json; the plot goes to ../plots"
     )
-    output_dir: str = field(
-        default=at_root("evaluation/results"),
-        metadata={"help": "folder of credit.json; the plot goes to ../plots"},
-    )
-    limit: int | None = field(default=None, metadata={"help": "use the first LIMIT problems"})
-    seed: int = field(default=0, metadata={"help": "seed of the bootstrap"})
+    limit: int | None = arg(None, "use the first LIMIT problems")
+    seed: int = arg(0, "seed of the bootstrap")
 
 
 def kinds_of(pair: PreferencePair, problem: Problem, side: str) -> list[str]:

@@ -6,14 +6,14 @@ are used instead.
 
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_least, check_model, parse_args, run
+from common.cli import arg, check_input, check_least, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, file_stem, read_records
 from evaluation.judge_card import Judged, RankedPolicy, card, print_card
@@ -36,57 +36,36 @@ NEVER = -1e9  # log-prob of a sample without a step: it must never be picked
 
 @dataclass
 class CardArgs(JudgeArgs):
-    model_name_or_path: str = field(
-        default=at_root("models/policy-mini"), metadata={"help": "policy that is sampled"}
+    model_name_or_path: str = arg(at_root("models/policy-mini"), "policy that is sampled")
+    input: str = arg(
+        at_root("data/problems_test.jsonl"), "JSONL of held-out problems with reference steps"
     )
-    input: str = field(
-        default=at_root("data/problems_test.jsonl"),
-        metadata={"help": "JSONL of held-out problems with reference steps"},
+    labels: str | None = arg(
+        None,
+        "judge these labelled solutions instead of samples: a file or hub name with "
+        "step labels of this project, or in the format of PRM800K, Math-Shepherd, "
+        "ProcessBench or TRL's stepwise supervision",
     )
-    labels: str | None = field(
-        default=None,
-        metadata={
-            "help": "judge these labelled solutions instead of samples: a file or hub name with "
-            "step labels of this project, or in the format of PRM800K, Math-Shepherd, "
-            "ProcessBench or TRL's stepwise supervision"
-        },
+    labels_split: str | None = arg(None, "split of --labels, if it has several")
+    policies: list[str] | None = arg(
+        None,
+        "three or more models, for example checkpoints: compares their ranks by the "
+        "judge with their ranks by exact accuracy",
     )
-    labels_split: str | None = field(
-        default=None, metadata={"help": "split of --labels, if it has several"}
+    output_dir: str = arg(
+        at_root("evaluation/results"),
+        "folder of judge_NAME.json (replaced); the plot goes to ../plots",
     )
-    policies: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "three or more models, for example checkpoints: compares their ranks by the "
-            "judge with their ranks by exact accuracy"
-        },
+    limit: int | None = arg(500, "use the first LIMIT problems, or solutions of --labels")
+    samples: int = arg(4, "samples a problem, at temperature 1; best of n picks one of them")
+    rollouts: int = arg(0, "rollouts after each step, for value calibration; 0: none")
+    threshold: float = arg(
+        0.5,
+        "a step with a lower score counts as wrong, for accuracy, kappa and "
+        "ProcessBench's F1; choose it on other data",
     )
-    output_dir: str = field(
-        default=at_root("evaluation/results"),
-        metadata={"help": "folder of judge_NAME.json (replaced); the plot goes to ../plots"},
-    )
-    limit: int | None = field(
-        default=500, metadata={"help": "use the first LIMIT problems, or solutions of --labels"}
-    )
-    samples: int = field(
-        default=4,
-        metadata={"help": "samples a problem, at temperature 1; best of n picks one of them"},
-    )
-    rollouts: int = field(
-        default=0, metadata={"help": "rollouts after each step, for value calibration; 0: none"}
-    )
-    threshold: float = field(
-        default=0.5,
-        metadata={
-            "help": "a step with a lower score counts as wrong, for accuracy, kappa and "
-            "ProcessBench's F1; choose it on other data"
-        },
-    )
-    max_new_tokens: int = field(default=256, metadata={"help": "longest sample, in tokens"})
-    seed: int = field(
-        default=0,
-        metadata={"help": "seed of samples, rollouts, the bootstrap and a shuffled judge"},
-    )
+    max_new_tokens: int = arg(256, "longest sample, in tokens")
+    seed: int = arg(0, "seed of samples, rollouts, the bootstrap and a shuffled judge")
 
     def __post_init__(self) -> None:
         check_least(self, limit=1, samples=1, rollouts=0, max_new_tokens=1, seed=0)

@@ -10,7 +10,7 @@ import math
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_least, parse_args, run
+from common.cli import arg, check_input, check_least, parse_args, run
 from common.errors import RecordError, UserError
 from common.files import at_root, file_type, read_records
 from evaluation.metrics import (
@@ -55,34 +55,26 @@ MAKES_ANSWERS = "python utils/build_ranked_responses.py --rank_by exact"
 
 @dataclass
 class RewardEvalArgs(ScorerArgs, PolicyArgs):
-    data: str = field(
-        default=at_root("data/answers.csv.gz"),
-        metadata={
-            "help": "ranked answers (.csv), or pairs with prompt, chosen, rejected and optionally "
-            "subset: a file or a hub name"
-        },
+    data: str = arg(
+        at_root("data/answers.csv.gz"),
+        "ranked answers (.csv), or pairs with prompt, chosen, rejected and optionally "
+        "subset: a file or a hub name",
     )
-    data_split: str | None = field(
-        default=None,
-        metadata={
-            "help": "split of --data: of the rows of a table (default: test, if it has splits), or "
-            "of a hub data set"
-        },
+    data_split: str | None = arg(
+        None,
+        "split of --data: of the rows of a table (default: test, if it has splits), or "
+        "of a hub data set",
     )
-    problems: str = field(
-        default=at_root("data/problems_test.jsonl"),
-        metadata={"help": "JSONL of problems with answers, for best of n"},
+    problems: str = arg(
+        at_root("data/problems_test.jsonl"), "JSONL of problems with answers, for best of n"
     )
-    n: int = field(default=8, metadata={"help": "samples a problem; 0: no best of n"})
-    max_new_tokens: int = field(default=256, metadata={"help": "longest sample, in tokens"})
-    output_dir: str = field(
-        default=at_root("evaluation/results"),
-        metadata={"help": f"folder of {NAME}.json; the plot goes to ../plots"},
+    n: int = arg(8, "samples a problem; 0: no best of n")
+    max_new_tokens: int = arg(256, "longest sample, in tokens")
+    output_dir: str = arg(
+        at_root("evaluation/results"), f"folder of {NAME}.json; the plot goes to ../plots"
     )
-    limit: int | None = field(
-        default=None, metadata={"help": "use the first LIMIT groups and problems"}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of samples and bootstrap"})
+    limit: int | None = arg(None, "use the first LIMIT groups and problems")
+    seed: int = arg(0, "seed of samples and bootstrap")
 
     def __post_init__(self) -> None:
         check_least(self, limit=1, n=0, max_new_tokens=1, seed=0)

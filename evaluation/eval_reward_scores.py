@@ -5,14 +5,14 @@ Both policies answer greedily. A policy that gains reward without accuracy explo
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_least, check_model, parse_args, run
+from common.cli import arg, check_input, check_least, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, read_records, write_records
 from evaluation.metrics import Metric, compare
@@ -33,36 +33,25 @@ MEASURES = ("reward", "reward_min", "accuracy", "step_accuracy", "unfinished", "
 
 @dataclass
 class EvalArgs(JudgeArgs):
-    base_model: str = field(
-        default=at_root("models/policy-mini"),
-        metadata={"help": "policy before training: a model directory or a hub name"},
+    base_model: str = arg(
+        at_root("models/policy-mini"), "policy before training: a model directory or a hub name"
     )
-    tuned_model: str = field(
-        default=at_root("saved_model/stepwise_dpo_tinyllama"),
-        metadata={
-            "help": "policy after training",
-            "aliases": ["--model_name_or_path", "--model-name-or-path"],
-        },
+    tuned_model: str = arg(
+        at_root("saved_model/stepwise_dpo_tinyllama"),
+        "policy after training",
+        aliases=["--model_name_or_path", "--model-name-or-path"],
     )
-    input: str = field(
-        default=at_root("data/problems_test.jsonl"), metadata={"help": "JSONL of held-out problems"}
+    input: str = arg(at_root("data/problems_test.jsonl"), "JSONL of held-out problems")
+    pairs: str = arg(
+        at_root("data/rewarded.jsonl"), "JSONL of pairs; only those kept out of training are used"
     )
-    pairs: str = field(
-        default=at_root("data/rewarded.jsonl"),
-        metadata={"help": "JSONL of pairs; only those kept out of training are used"},
+    output_dir: str = arg(
+        at_root("evaluation/results"),
+        f"folder of {NAME}.json (replaced); the plot goes to ../plots",
     )
-    output_dir: str = field(
-        default=at_root("evaluation/results"),
-        metadata={"help": f"folder of {NAME}.json (replaced); the plot goes to ../plots"},
-    )
-    limit: int | None = field(
-        default=None, metadata={"help": "use the first LIMIT problems; all if not given"}
-    )
-    max_new_tokens: int = field(default=256, metadata={"help": "longest answer, in tokens"})
-    seed: int = field(
-        default=0,
-        metadata={"help": "seed of the bootstrap and of --judge shuffled (the answers are greedy)"},
-    )
+    limit: int | None = arg(None, "use the first LIMIT problems; all if not given")
+    max_new_tokens: int = arg(256, "longest answer, in tokens")
+    seed: int = arg(0, "seed of the bootstrap and of --judge shuffled (the answers are greedy)")
 
     def __post_init__(self) -> None:
         check_least(self, limit=1, max_new_tokens=1, seed=0)

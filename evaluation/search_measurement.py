@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from common.cli import check_least
+from common.cli import arg, check_least
 from common.files import AppendedRows, at_root
 from lm.registry import PolicyArgs, open_policy, policy_identity
 from reasoning.grading import is_correct
@@ -38,73 +38,45 @@ class SearchArgs(JudgeArgs, PolicyArgs):
     judge: str = field(
         default="prm", metadata=next(f.metadata for f in fields(JudgeArgs) if f.name == "judge")
     )
-    splits: list[str] = field(
-        default_factory=lambda: ["test", "hard"],
-        metadata={"help": f"reported splits: {', '.join(HELD_OUT)}, or JSONL of problems"},
+    splits: list[str] = arg(
+        ["test", "hard"], f"reported splits: {', '.join(HELD_OUT)}, or JSONL of problems"
     )
-    choose_on: list[str] = field(
-        default_factory=lambda: ["validation", "hard_validation"],
-        metadata={"help": "splits on which aggregates and the strategy of the controls are chosen"},
+    choose_on: list[str] = arg(
+        ["validation", "hard_validation"],
+        "splits on which aggregates and the strategy of the controls are chosen",
     )
-    choose_limit: int = field(
-        default=100, metadata={"help": "use the first problems of each split of --choose_on"}
+    choose_limit: int = arg(100, "use the first problems of each split of --choose_on")
+    strategies: list[str] = arg(
+        [name for name in STRATEGIES if name != "greedy"],
+        "strategies besides greedy",
+        choices=[name for name in STRATEGIES if name != "greedy"],
     )
-    strategies: list[str] = field(
-        default_factory=lambda: [name for name in STRATEGIES if name != "greedy"],
-        metadata={
-            "help": "strategies besides greedy",
-            "choices": [name for name in STRATEGIES if name != "greedy"],
-        },
+    aggregates: list[str] = arg(
+        [*SCORE_AGGREGATES], "aggregates of step scores to choose from", choices=[*SCORE_AGGREGATES]
     )
-    aggregates: list[str] = field(
-        default_factory=lambda: [*SCORE_AGGREGATES],
-        metadata={
-            "help": "aggregates of step scores to choose from",
-            "choices": [*SCORE_AGGREGATES],
-        },
+    controls: list[str] = arg(
+        [*CONTROLS],
+        "controls of the best guided strategy: random scores, or the agreement of the "
+        "samples with each other",
+        choices=[*CONTROLS],
     )
-    controls: list[str] = field(
-        default_factory=lambda: [*CONTROLS],
-        metadata={
-            "help": "controls of the best guided strategy: random scores, or the agreement of the "
-            "samples with each other",
-            "choices": [*CONTROLS],
-        },
+    n: list[int] = arg([1, 4, 16], "proposals for each step, or whole solutions")
+    samples: int = arg(64, "largest n of the strategies that choose from a pool of whole solutions")
+    beams: int = arg(SearchBudget.beams, "beams of beam, subtrees of dvts, walks of mcts")
+    max_steps: int = arg(
+        SearchBudget.max_steps, "most steps of a solution that is searched step by step"
     )
-    n: list[int] = field(
-        default_factory=lambda: [1, 4, 16],
-        metadata={"help": "proposals for each step, or whole solutions"},
+    max_new_tokens: int = arg(SearchBudget.max_new_tokens, "longest answer, in tokens")
+    temperature: float = arg(SearchBudget.temperature, "of all samples (greedy: 0)")
+    other_model: str | None = arg(
+        None, "another policy to compare with, greedy: a directory or a hub name"
     )
-    samples: int = field(
-        default=64,
-        metadata={"help": "largest n of the strategies that choose from a pool of whole solutions"},
+    output_dir: str = arg(
+        at_root("evaluation/results"),
+        "folder of search.json and search.jsonl; the plot goes to ../plots",
     )
-    beams: int = field(
-        default=SearchBudget.beams,
-        metadata={"help": "beams of beam, subtrees of dvts, walks of mcts"},
-    )
-    max_steps: int = field(
-        default=SearchBudget.max_steps,
-        metadata={"help": "most steps of a solution that is searched step by step"},
-    )
-    max_new_tokens: int = field(
-        default=SearchBudget.max_new_tokens, metadata={"help": "longest answer, in tokens"}
-    )
-    temperature: float = field(
-        default=SearchBudget.temperature, metadata={"help": "of all samples (greedy: 0)"}
-    )
-    other_model: str | None = field(
-        default=None,
-        metadata={"help": "another policy to compare with, greedy: a directory or a hub name"},
-    )
-    output_dir: str = field(
-        default=at_root("evaluation/results"),
-        metadata={"help": "folder of search.json and search.jsonl; the plot goes to ../plots"},
-    )
-    limit: int | None = field(
-        default=None, metadata={"help": "use the first LIMIT problems of each split"}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of samples, bootstrap and random scores"})
+    limit: int | None = arg(None, "use the first LIMIT problems of each split")
+    seed: int = arg(0, "seed of samples, bootstrap and random scores")
 
     def __post_init__(self) -> None:
         check_least(self, limit=1, choose_limit=1, seed=0)

@@ -4,10 +4,10 @@ A script mixes `PolicyArgs` into its own arguments, calls `check_policy` before 
 `open_policy`. reward_model/registry.py has the same functions for judges.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common.cli import check_least, check_model
+from common.cli import arg, check_least, check_model
 from common.errors import UserError
 from common.files import at_root, content_hash
 
@@ -21,22 +21,15 @@ BASE = at_root("models/policy-mini")
 class PolicyArgs:
     """The arguments of all policies, mixed into those of a script."""
 
-    model_name_or_path: str = field(
-        default=BASE,
-        metadata={
-            "help": "the policy: any causal LM; with --policy_base_url the server's name for it"
-        },
+    model_name_or_path: str = arg(
+        BASE, "the policy: any causal LM; with --policy_base_url the server's name for it"
     )
-    policy_base_url: str | None = field(
-        default=None,
-        metadata={
-            "help": "URL of an OpenAI-compatible completion server, http://localhost:8000/v1 "
-            "(key from OPENAI_API_KEY)"
-        },
+    policy_base_url: str | None = arg(
+        None,
+        "URL of an OpenAI-compatible completion server, http://localhost:8000/v1 "
+        "(key from OPENAI_API_KEY)",
     )
-    policy_requests: int = field(
-        default=16, metadata={"help": "with --policy_base_url: the most requests at once"}
-    )
+    policy_requests: int = arg(16, "with --policy_base_url: the most requests at once")
 
 
 def check_policy(args: PolicyArgs) -> None:

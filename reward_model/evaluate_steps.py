@@ -10,14 +10,14 @@ killed run resumes when it is started again with the same arguments. Input and o
 
 import random
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_least, check_output, parse_args, run
+from common.cli import arg, check_input, check_least, check_output, parse_args, run
 from common.errors import UserError
 from common.files import (
     ResumableRows,
@@ -34,27 +34,17 @@ from reward_model.registry import CHUNK, JudgeArgs, check_judge, judge_identity,
 
 @dataclass
 class EvaluateArguments(JudgeArgs):
-    input: str = field(
-        default=at_root("data/synthetic_dataset.jsonl"), metadata={"help": "preference pairs"}
+    input: str = arg(at_root("data/synthetic_dataset.jsonl"), "preference pairs")
+    output: str = arg(at_root("data/rewarded.jsonl"), "the pairs with their scores")
+    judge_path: str = arg(
+        JudgeArgs.judge_path,
+        "the judge's model: for gguf a file; for hf, prm and response a directory or a "
+        "hub name; for hf also a GGUF file",
+        aliases=["--model_name_or_path"],
     )
-    output: str = field(
-        default=at_root("data/rewarded.jsonl"), metadata={"help": "the pairs with their scores"}
-    )
-    judge_path: str = field(
-        default=JudgeArgs.judge_path,
-        metadata={
-            "help": "the judge's model: for gguf a file; for hf, prm and response a directory or a "
-            "hub name; for hf also a GGUF file",
-            "aliases": ["--model_name_or_path"],
-        },
-    )
-    limit: int | None = field(
-        default=None, metadata={"help": "score only this many pairs, drawn at random with --seed"}
-    )
-    seed: int = field(
-        default=0, metadata={"help": "seed of the draw of --limit, of --judge shuffled and random"}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "replace an existing output"})
+    limit: int | None = arg(None, "score only this many pairs, drawn at random with --seed")
+    seed: int = arg(0, "seed of the draw of --limit, of --judge shuffled and random")
+    overwrite: bool = arg(False, "replace an existing output")
 
 
 def score_pairs(judge: StepJudge, pairs: list[PreferencePair]) -> list[PreferencePair]:

@@ -9,13 +9,13 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from common.cli import check_input, check_model, is_model_directory
+from common.cli import arg, check_input, check_model, is_model_directory
 from common.errors import UserError
 from common.files import at_root, content_hash, read_records
 from reasoning.problems import problems
@@ -128,62 +128,45 @@ NEEDED = {  # flags that have no default
 class JudgeArgs:
     """The arguments of all judges, mixed into those of a script."""
 
-    judge: str = field(
-        default="gguf",
-        metadata={
-            "help": "gguf: a GGUF file of the LLaMA architecture; hf: any causal LM through "
-            "transformers; prm: a process reward model; response: a response reward model, each "
-            "step gets the score of the whole; openai: any OpenAI-compatible server (key from "
-            "OPENAI_API_KEY); exact: the checker, for ceilings; random: uniform random scores, a "
-            "control; human: labels made by people; shuffled: another judge's scores permuted "
-            "over steps, a control",
-            "choices": [*JUDGES, SHUFFLED],
-        },
+    judge: str = arg(
+        "gguf",
+        "gguf: a GGUF file of the LLaMA architecture; hf: any causal LM through "
+        "transformers; prm: a process reward model; response: a response reward model, each "
+        "step gets the score of the whole; openai: any OpenAI-compatible server (key from "
+        "OPENAI_API_KEY); exact: the checker, for ceilings; random: uniform random scores, a "
+        "control; human: labels made by people; shuffled: another judge's scores permuted "
+        "over steps, a control",
+        choices=[*JUDGES, SHUFFLED],
     )
-    judge_path: str = field(
-        default=at_root("models/judge-mini/judge-mini.Q8_0.gguf"),
-        metadata={
-            "help": "gguf: its file; hf: a model directory, a GGUF file or a hub name; prm, "
-            "response: a model directory or a hub name "
-            f"(default {' and '.join(path for path, _ in MINIATURES.values())})"
-        },
+    judge_path: str = arg(
+        at_root("models/judge-mini/judge-mini.Q8_0.gguf"),
+        "gguf: its file; hf: a model directory, a GGUF file or a hub name; prm, "
+        "response: a model directory or a hub name "
+        f"(default {' and '.join(path for path, _ in MINIATURES.values())})",
     )
-    judge_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "gguf, hf, openai: the text around the question (default: by the model's own "
-            "chat template or name; openai: a user's message to a chat model)",
-            "choices": [*TEMPLATES],
-        },
+    judge_template: str | None = arg(
+        None,
+        "gguf, hf, openai: the text around the question (default: by the model's own "
+        "chat template or name; openai: a user's message to a chat model)",
+        choices=[*TEMPLATES],
     )
-    threads: int | None = field(
-        default=None, metadata={"help": "gguf: CPU threads (default: chosen by a short trial)"}
+    threads: int | None = arg(None, "gguf: CPU threads (default: chosen by a short trial)")
+    judge_base_url: str | None = arg(None, "openai: URL of the server, http://localhost:8000/v1")
+    judge_model: str | None = arg(None, "openai: name of the model")
+    judge_samples: int = arg(5, "openai: sampled verdicts a step, if the server gives no log-probs")
+    judge_requests: int = arg(16, "openai: requests at once, at most")
+    judge_cache: str = arg(
+        at_root("logs/judge_answers.jsonl"),
+        "openai: file that keeps every answer, so that none is paid for twice",
     )
-    judge_base_url: str | None = field(
-        default=None, metadata={"help": "openai: URL of the server, http://localhost:8000/v1"}
+    judge_problems: str | None = arg(
+        None, "exact: JSONL of problems with reference steps (default: the embedded problems)"
     )
-    judge_model: str | None = field(default=None, metadata={"help": "openai: name of the model"})
-    judge_samples: int = field(
-        default=5,
-        metadata={"help": "openai: sampled verdicts a step, if the server gives no log-probs"},
+    judge_labels: str | None = arg(None, "human: JSONL of step labels")
+    shuffled_judge: str = arg(
+        "gguf", "shuffled: the judge whose scores are permuted", choices=[*JUDGES]
     )
-    judge_requests: int = field(default=16, metadata={"help": "openai: requests at once, at most"})
-    judge_cache: str = field(
-        default=at_root("logs/judge_answers.jsonl"),
-        metadata={"help": "openai: file that keeps every answer, so that none is paid for twice"},
-    )
-    judge_problems: str | None = field(
-        default=None,
-        metadata={
-            "help": "exact: JSONL of problems with reference steps (default: the embedded problems)"
-        },
-    )
-    judge_labels: str | None = field(default=None, metadata={"help": "human: JSONL of step labels"})
-    shuffled_judge: str = field(
-        default="gguf",
-        metadata={"help": "shuffled: the judge whose scores are permuted", "choices": [*JUDGES]},
-    )
-    seed: int = field(default=0, metadata={"help": "shuffled, random: seed of the scores"})
+    seed: int = arg(0, "shuffled, random: seed of the scores")
 
 
 def _inner(args: JudgeArgs) -> str:
@@ -276,12 +259,10 @@ MINIATURE_SCORER, SCORER_MADE_BY = MINIATURES["response"]
 class ScorerArgs:
     """The arguments of a response scorer, mixed into those of a script."""
 
-    scorer: str = field(
-        default=at_root("saved_model/response_reward_model"),
-        metadata={
-            "help": "a response reward model: a directory, or a hub model for sequence "
-            "classification with one label; before any training the default is models/reward-mini"
-        },
+    scorer: str = arg(
+        at_root("saved_model/response_reward_model"),
+        "a response reward model: a directory, or a hub model for sequence "
+        "classification with one label; before any training the default is models/reward-mini",
     )
 
 

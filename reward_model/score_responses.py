@@ -11,12 +11,12 @@ import io
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_output, parse_args, run
+from common.cli import arg, check_input, check_output, parse_args, run
 from common.errors import RecordError, UserError
 from common.files import at_root, file_type, read_rows, write_records, write_text
 from reasoning.datasets.files import read_table
@@ -31,27 +31,18 @@ TEXTS = ("answer", "response", "steps")  # the fields that may hold the response
 
 @dataclass
 class ScoreArgs(ScorerArgs):
-    input: str = field(
-        default=at_root("data/answers.csv.gz"),
-        metadata={
-            "help": "CSV or JSONL, in each row a `prompt` and a response: `answer`, `response` or "
-            "`steps`"
-        },
+    input: str = arg(
+        at_root("data/answers.csv.gz"),
+        "CSV or JSONL, in each row a `prompt` and a response: `answer`, `response` or `steps`",
     )
-    output: str = field(
-        default="",
-        metadata={"help": "the result; score and filter write CSV or JSONL, as the input is"},
-    )
-    overwrite: bool = field(default=False, metadata={"help": "replace an existing output"})
+    output: str = arg("", "the result; score and filter write CSV or JSONL, as the input is")
+    overwrite: bool = arg(False, "replace an existing output")
 
 
 @dataclass
 class FilterArgs(ScoreArgs):
-    threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "keep every row with at least this score (default: the best row of each prompt)"
-        },
+    threshold: float | None = arg(
+        None, "keep every row with at least this score (default: the best row of each prompt)"
     )
 
 

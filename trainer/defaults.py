@@ -1,7 +1,7 @@
 """Defaults of the trainers' settings, in place of TRL's."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -18,40 +18,28 @@ def check_numbers(config: Any, *names: str, least: str = "above 0") -> None:
             raise ValueError(f"{name}: expected a number {least}, got {value}")
 
 
+from common.cli import arg
+
+
 @dataclass
 class MiniatureDefaults:
     """Defaults for the embedded miniature models, of settings that TRL's configs have too.
 
     The first base class of a config, in front of TRL's. Raises ValueError for impossible values."""
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Warm-up in optimizer steps; below 1: a share of all steps."}
+    learning_rate: float = arg(1e-4, "Peak learning rate of AdamW.")
+    warmup_steps: float = arg(0.1, "Warm-up in optimizer steps; below 1: a share of all steps.")
+    num_train_epochs: float = arg(2.0, "Passes over the data.")
+    per_device_train_batch_size: int = arg(16, "Rows in a training batch of a device.")
+    per_device_eval_batch_size: int = arg(16, "Rows in an evaluation batch of a device.")
+    max_length: int | None = arg(512, "Most tokens of prompt + response; the rest is cut.")
+    gradient_checkpointing: bool = arg(
+        False, "Save memory at the cost of compute, for large models."
     )
-    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the data."})
-    per_device_train_batch_size: int = field(
-        default=16, metadata={"help": "Rows in a training batch of a device."}
-    )
-    per_device_eval_batch_size: int = field(
-        default=16, metadata={"help": "Rows in an evaluation batch of a device."}
-    )
-    max_length: int | None = field(
-        default=512, metadata={"help": "Most tokens of prompt + response; the rest is cut."}
-    )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Save memory at the cost of compute, for large models."}
-    )
-    bf16: bool | None = field(
-        default=False, metadata={"help": "bf16 autocast; the weights keep the dtype of --dtype."}
-    )
-    logging_steps: float = field(default=5, metadata={"help": "Optimizer steps between two logs."})
-    save_steps: float = field(
-        default=0.1,
-        metadata={"help": "Steps between two checkpoints; below 1: a share of all steps."},
-    )
-    save_total_limit: int | None = field(
-        default=1, metadata={"help": "Checkpoints to keep; older ones are deleted."}
-    )
+    bf16: bool | None = arg(False, "bf16 autocast; the weights keep the dtype of --dtype.")
+    logging_steps: float = arg(5, "Optimizer steps between two logs.")
+    save_steps: float = arg(0.1, "Steps between two checkpoints; below 1: a share of all steps.")
+    save_total_limit: int | None = arg(1, "Checkpoints to keep; older ones are deleted.")
 
     def __post_init__(self) -> None:
         check_numbers(self, "learning_rate", least="of 0 or more")

@@ -13,7 +13,7 @@ and 1. Training and scoring use the same ids (reward_model/process_reward_model.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from peft import TaskType, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
+from common.cli import arg
 from lm.loading import load_model
 from lm.tree_attention import add_sequence, mask_dtype, supports_tree_attention, tree_inputs
 from reasoning.records import LabelledSolution, StepValue
@@ -57,21 +58,17 @@ class LabelledSteps(LabelledSolution):
 class PRMConfig(MiniatureDefaults, TrainingArguments):
     """TrainingArguments of a PRM. Raises ValueError for impossible values."""
 
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
-    hard_labels: float | None = field(
-        default=None,
-        metadata={
-            "help": "Labels of this value or more become 1, the others 0; above 0, up to 1. "
-            "Without it the labels stay soft."
-        },
+    learning_rate: float = arg(1e-3, "Peak learning rate of AdamW.")
+    hard_labels: float | None = arg(
+        None,
+        "Labels of this value or more become 1, the others 0; above 0, up to 1. "
+        "Without it the labels stay soft.",
     )
-    running_min: bool = field(
-        default=False,
-        metadata={
-            "help": "The labels are relative to the value before the step "
-            "(utils/build_mcts_dataset.py --labels relative), so the score of a step is the "
-            "minimum of all values up to it."
-        },
+    running_min: bool = arg(
+        False,
+        "The labels are relative to the value before the step "
+        "(utils/build_mcts_dataset.py --labels relative), so the score of a step is the "
+        "minimum of all values up to it.",
     )
 
     def __post_init__(self) -> None:

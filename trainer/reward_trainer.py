@@ -21,7 +21,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from transformers import PreTrainedConfig
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import RewardConfig, RewardTrainer
 
-from common.cli import check_input
+from common.cli import arg, check_input
 from common.errors import RecordError, UserError
 from common.files import file_type
 from lm.loading import base_of, load_model
@@ -61,27 +61,22 @@ logger = get_logger(__name__)
 class ResponseRewardConfig(MiniatureDefaults, RewardConfig):
     """RewardConfig of a response reward model. Raises ValueError for impossible values."""
 
-    learning_rate: float = field(default=1.5e-4, metadata={"help": "Peak learning rate of AdamW."})
-    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the data."})
-    per_device_train_batch_size: int = field(
-        default=24,
-        metadata={"help": "Pairs in a training batch of a device; a group of four gives six."},
+    learning_rate: float = arg(1.5e-4, "Peak learning rate of AdamW.")
+    num_train_epochs: float = arg(2.0, "Passes over the data.")
+    per_device_train_batch_size: int = arg(
+        24, "Pairs in a training batch of a device; a group of four gives six."
     )
-    rank_margin: float = field(
-        default=0.0,
-        metadata={"help": "Margin in the loss for a rank difference of 1, in reward; 0: none."},
+    rank_margin: float = arg(
+        0.0, "Margin in the loss for a rank difference of 1, in reward; 0: none."
     )
-    question: str = field(
-        default=PLAIN_QUESTION,
-        metadata={
-            "help": "Question after the response, if training starts from a causal LM: the head "
-            "starts as the logit of 'Yes' minus that of 'No'. '': the end-of-text token instead. "
-            "Chat models, encoders and PRMs use their own formats, a reward model keeps its format."
-        },
+    question: str = arg(
+        PLAIN_QUESTION,
+        "Question after the response, if training starts from a causal LM: the head "
+        "starts as the logit of 'Yes' minus that of 'No'. '': the end-of-text token instead. "
+        "Chat models, encoders and PRMs use their own formats, a reward model keeps its format.",
     )
-    shuffle_ranks: bool = field(
-        default=False,
-        metadata={"help": "A control: permute the ranks of each training group at random."},
+    shuffle_ranks: bool = arg(
+        False, "A control: permute the ranks of each training group at random."
     )
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, ProgressCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from common.cli import check_input, check_least, check_model, check_output, parse_args
+from common.cli import arg, check_input, check_least, check_model, check_output, parse_args
 from common.errors import RecordError, UserError
 from common.files import Readable, at_root, to_line, write_text
 from lm.loading import base_of, load_model, load_weights, merge_adapter, pick_device
@@ -73,29 +73,20 @@ Steps: {steps}, seed {seed}, {seconds:.0f} s. Every setting is in `{job}`.
 
 @dataclass
 class DataArgs:
-    dataset_name: str = field(
-        default=at_root("data/rewarded.jsonl"),
-        metadata={
-            "help": "a file, a folder, or the name of a data set on the hub, in any shape that "
-            "reasoning/datasets/shapes.py reads. dpo: scored pairs; sft: problems with steps, or "
-            "pairs; prm: step values or step labels; ppo: step values, or problems; reward: ranked "
-            "answers, or pairs"
-        },
+    dataset_name: str = arg(
+        at_root("data/rewarded.jsonl"),
+        "a file, a folder, or the name of a data set on the hub, in any shape that "
+        "reasoning/datasets/shapes.py reads. dpo: scored pairs; sft: problems with steps, or "
+        "pairs; prm: step values or step labels; ppo: step values, or problems; reward: ranked "
+        "answers, or pairs",
     )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "configuration of a hub data set"}
+    dataset_config: str | None = arg(None, "configuration of a hub data set")
+    dataset_train_split: str = arg("train", "split of a hub data set")
+    limit: int | None = arg(None, "train on the first LIMIT rows; on all if not given")
+    logs_dir: str = arg(
+        at_root("logs"), "folder of the logs; a run writes <run name>/log.json and training.png"
     )
-    dataset_train_split: str = field(default="train", metadata={"help": "split of a hub data set"})
-    limit: int | None = field(
-        default=None, metadata={"help": "train on the first LIMIT rows; on all if not given"}
-    )
-    logs_dir: str = field(
-        default=at_root("logs"),
-        metadata={"help": "folder of the logs; a run writes <run name>/log.json and training.png"},
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "replace a finished or a different training in output_dir"}
-    )
+    overwrite: bool = arg(False, "replace a finished or a different training in output_dir")
 
     def __post_init__(self) -> None:
         check_least(self, limit=1)

@@ -13,7 +13,7 @@ If all losses are TRL's own, TRL's code computes them, on the same ids.
 import contextlib
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
 
+from common.cli import arg
 from lm.text_encoding import check_offsets, encode_steps
 from reasoning.records import ScoredPair
 from trainer.defaults import MiniatureDefaults, check_numbers
@@ -64,40 +65,30 @@ STEP_KEYS = ("step_ids", "step_mask", "step_scores", "truncated_steps")
 class StepwiseDPOConfig(MiniatureDefaults, DPOConfig):
     """DPOConfig with the step losses. Raises ValueError for impossible values."""
 
-    loss_type: list[str] = field(
-        default_factory=lambda: ["stepwise"],
-        metadata={
-            "help": f"Losses, summed with --loss_weights: {', '.join(STEP_LOSSES)}, alone or with "
-            f"sigmoid and sft; or any of TRL's own: {', '.join(TRL_LOSSES)}."
-        },
+    loss_type: list[str] = arg(
+        ["stepwise"],
+        f"Losses, summed with --loss_weights: {', '.join(STEP_LOSSES)}, alone or with "
+        f"sigmoid and sft; or any of TRL's own: {', '.join(TRL_LOSSES)}.",
     )
-    credit: str = field(
-        default="first_error",
-        metadata={
-            "help": "How `stepwise` computes step weights from step scores (trainer/losses.py).",
-            "choices": list(CREDITS),
-        },
+    credit: str = arg(
+        "first_error",
+        "How `stepwise` computes step weights from step scores (trainer/losses.py).",
+        choices=list(CREDITS),
     )
-    step_agg: str = field(
-        default="sum",
-        metadata={
-            "help": "How `stepwise` combines the weighted steps of a response into one number.",
-            "choices": list(AGGREGATIONS),
-        },
+    step_agg: str = arg(
+        "sum",
+        "How `stepwise` combines the weighted steps of a response into one number.",
+        choices=list(AGGREGATIONS),
     )
-    margin_gamma: float = field(
-        default=0.0,
-        metadata={
-            "help": "Margin, in reward units, for a difference of 1 between the mean scores of "
-            "chosen and rejected; 0 or more."
-        },
+    margin_gamma: float = arg(
+        0.0,
+        "Margin, in reward units, for a difference of 1 between the mean scores of "
+        "chosen and rejected; 0 or more.",
     )
-    anchor_lambda: float = field(
-        default=5.0,
-        metadata={
-            "help": "Weight of the penalty for good steps that become less likely than under the "
-            "reference (DPO-Positive); 0 or more."
-        },
+    anchor_lambda: float = arg(
+        5.0,
+        "Weight of the penalty for good steps that become less likely than under the "
+        "reference (DPO-Positive); 0 or more.",
     )
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ import itertools
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from common.cli import check_model, check_output, parse_args, run
+from common.cli import arg, check_model, check_output, parse_args, run
 from common.errors import UserError
 from common.files import at_root, replacing_folder
 from evaluation.metrics import auroc_metric, mean_metric
@@ -46,25 +46,17 @@ SURPRISING = -3  # nats: a token with a lower log-prob counts as surprising in t
 
 @dataclass
 class SurprisalArguments:
-    model_name_or_path: str = field(
-        default=at_root("models/policy-mini"),
-        metadata={"help": "a LLaMA-type causal LM: a directory or a hub name"},
+    model_name_or_path: str = arg(
+        at_root("models/policy-mini"), "a LLaMA-type causal LM: a directory or a hub name"
     )
-    output: str = field(
-        default=at_root("saved_model/policy_surprisal"),
-        metadata={"help": "folder of the model with two more layers"},
+    output: str = arg(
+        at_root("saved_model/policy_surprisal"), "folder of the model with two more layers"
     )
-    updates: int = field(default=1500, metadata={"help": "optimizer steps"})
-    batch_size: int = field(
-        default=16, metadata={"help": "solutions an update: of pretraining problems, each once"}
-    )
-    learning_rate: float = field(
-        default=2e-3, metadata={"help": "peak learning rate of AdamW, decayed linearly to 0"}
-    )
-    seed: int = field(
-        default=0, metadata={"help": "seed of the new weights and of the changed numbers"}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "replace the output"})
+    updates: int = arg(1500, "optimizer steps")
+    batch_size: int = arg(16, "solutions an update: of pretraining problems, each once")
+    learning_rate: float = arg(2e-3, "peak learning rate of AdamW, decayed linearly to 0")
+    seed: int = arg(0, "seed of the new weights and of the changed numbers")
+    overwrite: bool = arg(False, "replace the output")
 
     def __post_init__(self):
         for name in ("updates", "batch_size", "learning_rate"):

@@ -20,7 +20,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from common.cli import check_output, parse_args, run
+from common.cli import arg, check_output, parse_args, run
 from common.files import ResumableRows, at_root, replacing_folder, write_text
 from evaluation.metrics import accuracy_metric, auroc_metric, mean_metric, rate_metric
 from lm.text_encoding import batches_by_length, encode_steps
@@ -77,44 +77,23 @@ It was made by `python utils/build_embedded_models.py` and takes the place of a 
 
 @dataclass
 class BuildArguments:
-    output: str = field(
-        default_factory=lambda: at_root("models"),
-        metadata={"help": "folder of policy-SIZE/ and judge-mini/"},
+    output: str = arg(at_root("models"), "folder of policy-SIZE/ and judge-mini/")
+    size: str = arg("mini", "mini: policy-mini, judge-mini; large: policy-large", choices=[*SHAPES])
+    policy_examples: int = arg(130_000, "pretraining texts of about 116 tokens, each once")
+    judge_examples: int = arg(24_000, "solutions written for the judge, right and wrong")
+    judge_samples: int = arg(12_000, "policy samples for the judge, one a train problem")
+    learning_rate: list[float] | None = arg(
+        None,
+        "peak learning rate of the policy, decayed linearly to 0; the best of several "
+        f"is used (default: {LEARNING_RATES})",
     )
-    size: str = field(
-        default="mini",
-        metadata={
-            "help": "mini: policy-mini, judge-mini; large: policy-large",
-            "choices": [*SHAPES],
-        },
+    trial_examples: int = arg(20_000, "texts on which each of several learning rates is tried")
+    judge_learning_rate: float = arg(
+        1e-3, "peak learning rate of judge-mini, decayed linearly to 0"
     )
-    policy_examples: int = field(
-        default=130_000, metadata={"help": "pretraining texts of about 116 tokens, each once"}
-    )
-    judge_examples: int = field(
-        default=24_000, metadata={"help": "solutions written for the judge, right and wrong"}
-    )
-    judge_samples: int = field(
-        default=12_000, metadata={"help": "policy samples for the judge, one a train problem"}
-    )
-    learning_rate: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "peak learning rate of the policy, decayed linearly to 0; the best of several "
-            f"is used (default: {LEARNING_RATES})"
-        },
-    )
-    trial_examples: int = field(
-        default=20_000, metadata={"help": "texts on which each of several learning rates is tried"}
-    )
-    judge_learning_rate: float = field(
-        default=1e-3, metadata={"help": "peak learning rate of judge-mini, decayed linearly to 0"}
-    )
-    validation: int = field(
-        default=2000, metadata={"help": "validation problems for choices and for the model cards"}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of initial weights, mistakes and order"})
-    overwrite: bool = field(default=False, metadata={"help": "replace finished models"})
+    validation: int = arg(2000, "validation problems for choices and for the model cards")
+    seed: int = arg(0, "seed of initial weights, mistakes and order")
+    overwrite: bool = arg(False, "replace finished models")
 
     def __post_init__(self):
         self.learning_rate = self.learning_rate or LEARNING_RATES[self.size]

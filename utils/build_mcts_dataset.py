@@ -18,14 +18,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_least, check_output, parse_args, run
+from common.cli import arg, check_input, check_least, check_output, parse_args, run
 from common.errors import PromptTooLong, RecordError, UserError
 from common.files import ResumableRows, at_root, read_records, write_records, write_text
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
@@ -44,72 +44,40 @@ SEARCH = ("search", "rollouts_per_state", "budget", "temperature", "max_new_toke
 
 @dataclass
 class TreeArguments(PolicyArgs):
-    input: str | None = field(
-        default=None,
-        metadata={
-            "help": "problems in any shape that reasoning/datasets/shapes.py reads; if not given: "
-            "the generated train problems"
-        },
+    input: str | None = arg(
+        None,
+        "problems in any shape that reasoning/datasets/shapes.py reads; if not given: "
+        "the generated train problems",
     )
-    output: str = field(
-        default_factory=lambda: at_root("data/mcts_steps.jsonl.gz"),
-        metadata={"help": "file of the steps with their values"},
+    output: str = arg(at_root("data/mcts_steps.jsonl.gz"), "file of the steps with their values")
+    csv: str | None = arg(None, "also write a table: question and prefix, next step, score")
+    trees: str | None = arg(None, "also write the trees to this file, one a line")
+    from_trees: str | None = arg(
+        None, "no search: label the steps of the trees in this file, which --trees wrote"
     )
-    csv: str | None = field(
-        default=None, metadata={"help": "also write a table: question and prefix, next step, score"}
+    search: str = arg(
+        "omegaprm",
+        "omegaprm: first errors of wrong rollouts; per_step: all steps of solutions",
+        choices=[*SEARCHES],
     )
-    trees: str | None = field(
-        default=None, metadata={"help": "also write the trees to this file, one a line"}
+    labels: str = arg(
+        "mc",
+        "mc: share of rollouts that end right; relative: that share divided by the "
+        "share before the step, at most 1",
+        choices=["mc", "relative"],
     )
-    from_trees: str | None = field(
-        default=None,
-        metadata={
-            "help": "no search: label the steps of the trees in this file, which --trees wrote"
-        },
+    keep_dropped: bool = arg(False, "keep the steps of problems that are always or never right")
+    rollouts_per_state: int = arg(8, "rollouts from each state that is evaluated")
+    budget: int = arg(64, "most rollouts for a problem, those from its root included")
+    in_flight: int = arg(64, "problems that are searched at once; does not change the result")
+    limit: int | None = arg(
+        None,
+        "use the first LIMIT problems; if not given: 500 of the train problems, all of --input",
     )
-    search: str = field(
-        default="omegaprm",
-        metadata={
-            "help": "omegaprm: first errors of wrong rollouts; per_step: all steps of solutions",
-            "choices": [*SEARCHES],
-        },
-    )
-    labels: str = field(
-        default="mc",
-        metadata={
-            "help": "mc: share of rollouts that end right; relative: that share divided by the "
-            "share before the step, at most 1",
-            "choices": ["mc", "relative"],
-        },
-    )
-    keep_dropped: bool = field(
-        default=False,
-        metadata={"help": "keep the steps of problems that are always or never right"},
-    )
-    rollouts_per_state: int = field(
-        default=8, metadata={"help": "rollouts from each state that is evaluated"}
-    )
-    budget: int = field(
-        default=64, metadata={"help": "most rollouts for a problem, those from its root included"}
-    )
-    in_flight: int = field(
-        default=64,
-        metadata={"help": "problems that are searched at once; does not change the result"},
-    )
-    limit: int | None = field(
-        default=None,
-        metadata={
-            "help": "use the first LIMIT problems; if not given: 500 of the train problems, all of "
-            "--input"
-        },
-    )
-    temperature: float = field(default=1.0, metadata={"help": "sampling temperature, above 0"})
-    max_new_tokens: int = field(
-        default=256,
-        metadata={"help": "token limit of a rollout; a longer one is cut, and not right"},
-    )
-    seed: int = field(default=0, metadata={"help": "seed of the rollouts"})
-    overwrite: bool = field(default=False, metadata={"help": "replace existing outputs"})
+    temperature: float = arg(1.0, "sampling temperature, above 0")
+    max_new_tokens: int = arg(256, "token limit of a rollout; a longer one is cut, and not right")
+    seed: int = arg(0, "seed of the rollouts")
+    overwrite: bool = arg(False, "replace existing outputs")
 
     def __post_init__(self):
         check_least(self, rollouts_per_state=1, budget=1, in_flight=1, limit=1, max_new_tokens=1)

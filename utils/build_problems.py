@@ -8,12 +8,12 @@ The held-out splits are data/problems_{validation,test,hard_validation,hard}.jso
 
 import itertools
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_output, parse_args, run
+from common.cli import arg, check_output, parse_args, run
 from common.errors import UserError
 from common.files import at_root, write_records
 from reasoning.problems import SPLITS, problems
@@ -24,34 +24,18 @@ MOST_EVENTS = 6
 
 @dataclass
 class ProblemArguments:
-    split: str = field(
-        default="held_out",
-        metadata={
-            "help": "held_out: all four held-out splits; or train",
-            "choices": ["held_out", "train"],
-        },
+    split: str = arg(
+        "held_out", "held_out: all four held-out splits; or train", choices=["held_out", "train"]
     )
-    output: str | None = field(
-        default=None,
-        metadata={
-            "help": "folder of the four files (if not given: data); with --split train the file "
-            "(if not given: data/problems_train.jsonl)"
-        },
+    output: str | None = arg(
+        None,
+        "folder of the four files (if not given: data); with --split train the file "
+        "(if not given: data/problems_train.jsonl)",
     )
-    skip: int = field(
-        default=0, metadata={"help": "with --split train: skip the first SKIP problems"}
-    )
-    limit: int | None = field(
-        default=None, metadata={"help": "with --split train: number of problems; all if not given"}
-    )
-    max_events: int = field(
-        default=MOST_EVENTS,
-        metadata={"help": "with --split train: leave out problems with more events"},
-    )
-    overwrite: bool = field(
-        default=False,
-        metadata={"help": "replace existing files; they are the same on every machine"},
-    )
+    skip: int = arg(0, "with --split train: skip the first SKIP problems")
+    limit: int | None = arg(None, "with --split train: number of problems; all if not given")
+    max_events: int = arg(MOST_EVENTS, "with --split train: leave out problems with more events")
+    overwrite: bool = arg(False, "replace existing files; they are the same on every machine")
 
     def __post_init__(self):
         selects = (self.skip, self.limit, self.max_events) != (0, None, MOST_EVENTS)

@@ -27,7 +27,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from common.cli import check_least, check_output, parse_args, run
+from common.cli import arg, check_least, check_output, parse_args, run
 from common.errors import RecordError, UserError
 from common.files import ResumableRows, at_root
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
@@ -60,55 +60,36 @@ KINDS = ("right", "flawed", "wrong", "malformed")  # best first
 
 @dataclass
 class AnswerArguments(PolicyArgs):
-    input: str | None = field(
-        default=None,
-        metadata={
-            "help": "prompts: rows with `prompt` and optionally `category`, or problems in any "
-            "shape that reasoning/datasets/shapes.py knows; default: the generated train problems "
-            f"from number {LEARNED + 1} on"
-        },
+    input: str | None = arg(
+        None,
+        "prompts: rows with `prompt` and optionally `category`, or problems in any "
+        "shape that reasoning/datasets/shapes.py knows; default: the generated train problems "
+        f"from number {LEARNED + 1} on",
     )
-    output: str = field(
-        default_factory=lambda: at_root("data/answers.csv.gz"),
-        metadata={"help": "where the answers are written, a CSV table"},
+    output: str = arg(at_root("data/answers.csv.gz"), "where the answers are written, a CSV table")
+    chat: bool = arg(
+        False, "send the prompt as a chat message, without the instruction to solve it step by step"
     )
-    chat: bool = field(
-        default=False,
-        metadata={
-            "help": "send the prompt as a chat message, without the instruction to solve it step "
-            "by step"
-        },
+    rank_by: str = arg(
+        "nobody",
+        "exact: groups of four that the checker ranks; nobody: answers without ranks",
+        choices=["nobody", "exact"],
     )
-    rank_by: str = field(
-        default="nobody",
-        metadata={
-            "help": "exact: groups of four that the checker ranks; nobody: answers without ranks",
-            "choices": ["nobody", "exact"],
-        },
+    answers: int = arg(
+        4, "answers per prompt; with --rank_by exact, samples from which four are taken"
     )
-    answers: int = field(
-        default=4,
-        metadata={
-            "help": "answers per prompt; with --rank_by exact, samples from which four are taken"
-        },
+    temperature: list[float] = arg(
+        [0.7, 1.0, 1.3, 1.0], "sampling temperatures of the answers in turn; 0 is greedy"
     )
-    temperature: list[float] = field(
-        default_factory=lambda: [0.7, 1.0, 1.3, 1.0],
-        metadata={"help": "sampling temperatures of the answers in turn; 0 is greedy"},
+    top_p: list[float] = arg(
+        [1.0],
+        "top-p of the answers in turn, above 0 and at most 1: only the most likely "
+        "tokens whose probabilities add up to it are sampled",
     )
-    top_p: list[float] = field(
-        default_factory=lambda: [1.0],
-        metadata={
-            "help": "top-p of the answers in turn, above 0 and at most 1: only the most likely "
-            "tokens whose probabilities add up to it are sampled"
-        },
-    )
-    max_new_tokens: int = field(default=256, metadata={"help": "most tokens per answer"})
-    seed: int = field(default=0, metadata={"help": "seed of the first answer"})
-    limit: int | None = field(
-        default=None, metadata={"help": "use the first N prompts; default: all"}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "replace the output"})
+    max_new_tokens: int = arg(256, "most tokens per answer")
+    seed: int = arg(0, "seed of the first answer")
+    limit: int | None = arg(None, "use the first N prompts; default: all")
+    overwrite: bool = arg(False, "replace the output")
 
     def __post_init__(self) -> None:
         check_least(self, answers=2, max_new_tokens=1, limit=1)

@@ -14,7 +14,7 @@ import json
 import sys
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from common.cli import check_least, check_output, parse_args, run
+from common.cli import arg, check_least, check_output, parse_args, run
 from common.errors import UserError
 from common.files import ResumableRows, at_root, read_records, write_records
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
@@ -44,36 +44,26 @@ Selected = list[Problem] | list[Prompt]
 
 @dataclass
 class PairArguments(JudgeArgs, PolicyArgs):
-    input: str | None = field(
-        default=None,
-        metadata={
-            "help": "problems in any shape that reasoning/datasets/shapes.py knows; default: the "
-            "generated train problems"
-        },
+    input: str | None = arg(
+        None,
+        "problems in any shape that reasoning/datasets/shapes.py knows; default: the "
+        "generated train problems",
     )
-    output: str = field(
-        default_factory=lambda: at_root("data/synthetic_dataset.jsonl"),
-        metadata={"help": "where the pairs are written, JSONL"},
+    output: str = arg(at_root("data/synthetic_dataset.jsonl"), "where the pairs are written, JSONL")
+    pair_by: str = arg(
+        "answer",
+        "answer: a right against a wrong final answer; judge: the highest against the "
+        "lowest mean step score",
+        choices=["answer", "judge"],
     )
-    pair_by: str = field(
-        default="answer",
-        metadata={
-            "help": "answer: a right against a wrong final answer; judge: the highest against the "
-            "lowest mean step score",
-            "choices": ["answer", "judge"],
-        },
+    limit: int | None = arg(
+        None, "use the first N problems; default: 2000 train problems, or all of --input"
     )
-    limit: int | None = field(
-        default=None,
-        metadata={
-            "help": "use the first N problems; default: 2000 train problems, or all of --input"
-        },
-    )
-    samples: int = field(default=8, metadata={"help": "samples per problem"})
-    temperature: float = field(default=1.0, metadata={"help": "sampling temperature, above 0"})
-    max_new_tokens: int = field(default=256, metadata={"help": "most tokens per sample"})
-    seed: int = field(default=0, metadata={"help": "seed of the samples and of --judge shuffled"})
-    overwrite: bool = field(default=False, metadata={"help": "replace the output"})
+    samples: int = arg(8, "samples per problem")
+    temperature: float = arg(1.0, "sampling temperature, above 0")
+    max_new_tokens: int = arg(256, "most tokens per sample")
+    seed: int = arg(0, "seed of the samples and of --judge shuffled")
+    overwrite: bool = arg(False, "replace the output")
 
     def __post_init__(self) -> None:
         check_least(self, samples=1, max_new_tokens=1, limit=1)

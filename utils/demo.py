@@ -9,12 +9,12 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_model, parse_args, run
+from common.cli import arg, check_model, parse_args, run
 from common.files import ROOT, at_root, read_rows
 from reasoning.answers import extract_answer, same_answer
 
@@ -24,13 +24,9 @@ PAIRS, REWARDED = "data/demo/synthetic_dataset.jsonl", "data/demo/rewarded.jsonl
 
 @dataclass
 class DemoArguments:
-    problems: int = field(
-        default=700, metadata={"help": "train problems to sample, 8 solutions each"}
-    )
-    test_problems: int = field(
-        default=1000, metadata={"help": "held-out problems that base and tuned model answer"}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of the samples and of training"})
+    problems: int = arg(700, "train problems to sample, 8 solutions each")
+    test_problems: int = arg(1000, "held-out problems that base and tuned model answer")
+    seed: int = arg(0, "seed of the samples and of training")
 
 
 def step(title: str, why: str, *command: object) -> None:

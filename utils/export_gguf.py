@@ -9,34 +9,29 @@ The model is a Hugging Face directory of the LLaMA architecture with a SentenceP
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_model, check_output, parse_args, run
+from common.cli import arg, check_model, check_output, parse_args, run
 from common.files import at_root
 from lm.gguf_file import QUANTIZATIONS
 
 
 @dataclass
 class ExportArguments:
-    model_name_or_path: str = field(
-        default_factory=lambda: at_root("models/judge-mini"),
-        metadata={"help": "LLaMA model directory, adapter directory or hub name to export"},
+    model_name_or_path: str = arg(
+        at_root("models/judge-mini"),
+        "LLaMA model directory, adapter directory or hub name to export",
     )
-    output: str | None = field(
-        default=None,
-        metadata={"help": "GGUF file to write (default: <directory>/<name>.<quantization>.gguf)"},
+    output: str | None = arg(
+        None, "GGUF file to write (default: <directory>/<name>.<quantization>.gguf)"
     )
-    quantization: str = field(
-        default="Q8_0",
-        metadata={
-            "help": "how matrices are stored: Q8_0, Q4_0 in blocks",
-            "choices": QUANTIZATIONS,
-        },
+    quantization: str = arg(
+        "Q8_0", "how matrices are stored: Q8_0, Q4_0 in blocks", choices=QUANTIZATIONS
     )
-    overwrite: bool = field(default=False, metadata={"help": "replace an existing output"})
+    overwrite: bool = arg(False, "replace an existing output")
 
 
 def main() -> None:

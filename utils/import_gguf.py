@@ -9,13 +9,13 @@ tokenizer keeps its chat template. (utils/export_gguf.py makes a GGUF file for l
 
 import hashlib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_output, parse_args, run
+from common.cli import arg, check_input, check_output, parse_args, run
 from common.errors import UserError
 from common.files import replacing_folder
 from lm.gguf_file import read_gguf
@@ -40,19 +40,15 @@ in {dtype}, written by `utils/import_gguf.py`. {parameters:.0f} million paramete
 
 @dataclass
 class ImportArguments:
-    input: str = field(metadata={"help": "GGUF file, of any kind that transformers reads"})
-    output: str = field(metadata={"help": "model directory to write"})
-    dtype: str = field(
-        default="bfloat16",
-        metadata={
-            "help": "how the weights are stored: 2 bytes each, or the exact values as float32",
-            "choices": ["bfloat16", "float16", "float32"],
-        },
+    input: str = arg(help="GGUF file, of any kind that transformers reads")
+    output: str = arg(help="model directory to write")
+    dtype: str = arg(
+        "bfloat16",
+        "how the weights are stored: 2 bytes each, or the exact values as float32",
+        choices=["bfloat16", "float16", "float32"],
     )
-    sha256: str | None = field(
-        default=None, metadata={"help": "refuse the file unless this is its SHA-256"}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "replace an existing model directory"})
+    sha256: str | None = arg(None, "refuse the file unless this is its SHA-256")
+    overwrite: bool = arg(False, "replace an existing model directory")
 
 
 def import_gguf(source: Path, output: Path, dtype: str, sha256: str) -> None:

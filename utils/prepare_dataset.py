@@ -15,14 +15,14 @@ import random
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_least, check_output, parse_args, run
+from common.cli import arg, check_least, check_output, parse_args, run
 from common.errors import RecordError, UserError
 from common.files import at_root, file_stem, write_records
 from reasoning.answers import same_answer
@@ -35,38 +35,23 @@ from reasoning.steps import one_line
 
 @dataclass
 class PrepareArguments:
-    dataset_name: str = field(
-        metadata={
-            "help": "a .jsonl, .json, .csv (each also with .gz) or .parquet file, a folder of such "
-            "files, or a name on the hub"
-        }
+    dataset_name: str = arg(
+        help="a .jsonl, .json, .csv (each also with .gz) or .parquet file, a folder of such "
+        "files, or a name on the hub"
     )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "configuration of a hub data set"}
+    dataset_config: str | None = arg(None, "configuration of a hub data set")
+    dataset_split: str | None = arg(None, "split of a hub data set or a folder; train if not given")
+    to: str | None = arg(
+        None,
+        "kind of the records; if not given: pairs from labelled steps, otherwise the "
+        "kind of the data set",
+        choices=[*KINDS],
     )
-    dataset_split: str | None = field(
-        default=None, metadata={"help": "split of a hub data set or a folder; train if not given"}
-    )
-    to: str | None = field(
-        default=None,
-        metadata={
-            "help": "kind of the records; if not given: pairs from labelled steps, otherwise the "
-            "kind of the data set",
-            "choices": [*KINDS],
-        },
-    )
-    output: str = field(
-        default_factory=lambda: at_root("data/prepared.jsonl"),
-        metadata={"help": "file of the records, .jsonl or .jsonl.gz"},
-    )
-    test_size: float = field(
-        default=0.1, metadata={"help": "share of the problems, 0 to below 1, for NAME_test.jsonl"}
-    )
-    limit: int | None = field(
-        default=None, metadata={"help": "use the first LIMIT records; all if not given"}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of the choice of test problems"})
-    overwrite: bool = field(default=False, metadata={"help": "replace existing outputs"})
+    output: str = arg(at_root("data/prepared.jsonl"), "file of the records, .jsonl or .jsonl.gz")
+    test_size: float = arg(0.1, "share of the problems, 0 to below 1, for NAME_test.jsonl")
+    limit: int | None = arg(None, "use the first LIMIT records; all if not given")
+    seed: int = arg(0, "seed of the choice of test problems")
+    overwrite: bool = arg(False, "replace existing outputs")
 
     def __post_init__(self):
         if not 0 <= self.test_size < 1:

@@ -14,13 +14,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, parse_args, run
+from common.cli import arg, check_input, parse_args, run
 from common.errors import UserError
 from common.files import at_root
 from evaluation.agreement import AGREEMENT_COLUMNS, agreement_rows
@@ -46,38 +46,19 @@ HERE = Path(__file__).resolve()
 
 @dataclass
 class RankArguments:
-    input: str = field(
-        default_factory=lambda: at_root(ANSWERS),
-        metadata={"help": "table of answers (columns prompt, answer, rank ...)"},
+    input: str = arg(at_root(ANSWERS), "table of answers (columns prompt, answer, rank ...)")
+    output: str | None = arg(None, "where ranks are saved, a table too (default: in the input)")
+    ranker: str | None = arg(None, "your name (default: the page asks each person)")
+    steps: str | None = arg(
+        None, "solutions whose steps to label: pairs, labelled solutions, problems with steps"
     )
-    output: str | None = field(
-        default=None,
-        metadata={"help": "where ranks are saved, a table too (default: in the input)"},
+    labels: str = arg(
+        at_root("data/step_labels.jsonl"),
+        "where labels of steps are saved, JSONL; `--judge human --judge_labels FILE` reads it",
     )
-    ranker: str | None = field(
-        default=None, metadata={"help": "your name (default: the page asks each person)"}
-    )
-    steps: str | None = field(
-        default=None,
-        metadata={
-            "help": "solutions whose steps to label: pairs, labelled solutions, problems with steps"
-        },
-    )
-    labels: str = field(
-        default_factory=lambda: at_root("data/step_labels.jsonl"),
-        metadata={
-            "help": "where labels of steps are saved, JSONL; `--judge human --judge_labels FILE` "
-            "reads it"
-        },
-    )
-    agreement: bool = field(
-        default=False, metadata={"help": "print how far the rankers agree, then exit"}
-    )
-    port: int = field(default=7860, metadata={"help": "port of the page on this machine"})
-    share: bool = field(
-        default=False,
-        metadata={"help": "give the page a public address too, through Gradio's servers"},
-    )
+    agreement: bool = arg(False, "print how far the rankers agree, then exit")
+    port: int = arg(7860, "port of the page on this machine")
+    share: bool = arg(False, "give the page a public address too, through Gradio's servers")
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:

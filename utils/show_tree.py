@@ -9,12 +9,12 @@ which the value is 0.
 
 import html
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import check_input, check_least, check_output, parse_args, run
+from common.cli import arg, check_input, check_least, check_output, parse_args, run
 from common.errors import UserError
 from common.files import at_root, read_records, write_text
 from reasoning.steps import one_line
@@ -26,19 +26,11 @@ MADE_BY = f"python utils/build_mcts_dataset.py --trees {TREES}"
 
 @dataclass
 class ShowArguments:
-    trees: str = field(
-        default_factory=lambda: at_root(TREES),
-        metadata={"help": f"file of trees, written by `{MADE_BY}`"},
-    )
-    prompt: str | None = field(
-        default=None, metadata={"help": "only problems that contain this text; all if not given"}
-    )
-    index: int = field(default=0, metadata={"help": "index of the tree among them, from 0"})
-    html: str | None = field(
-        default=None,
-        metadata={"help": "also write the tree to this file, as a self-contained page"},
-    )
-    overwrite: bool = field(default=False, metadata={"help": "replace an existing page"})
+    trees: str = arg(at_root(TREES), f"file of trees, written by `{MADE_BY}`")
+    prompt: str | None = arg(None, "only problems that contain this text; all if not given")
+    index: int = arg(0, "index of the tree among them, from 0")
+    html: str | None = arg(None, "also write the tree to this file, as a self-contained page")
+    overwrite: bool = arg(False, "replace an existing page")
 
     def __post_init__(self):
         check_least(self, index=0)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from common.cli import arg
 from common.files import at_root
 from reward_model.registry import JudgeArgs
 from trainer.defaults import check_numbers
@@ -17,154 +18,99 @@ class StepPPOConfig:
 
     Raises ValueError for impossible values."""
 
-    output_dir: str = field(
-        default="saved_model/step_ppo", metadata={"help": "Folder of the tuned policy."}
+    output_dir: str = arg("saved_model/step_ppo", "Folder of the tuned policy.")
+    run_name: str | None = arg(
+        None, "Folder of the log in --logs_dir (default: the name of output_dir)."
     )
-    run_name: str | None = field(
-        default=None,
-        metadata={"help": "Folder of the log in --logs_dir (default: the name of output_dir)."},
+    states: str = arg(
+        "both",
+        "Where the episodes start. rows: at the prefixes of the data set, one step "
+        "each; fresh: at every step of whole solutions that the policy writes to the prompts; "
+        "both: half of each.",
+        choices=["rows", "fresh", "both"],
     )
-    states: str = field(
-        default="both",
-        metadata={
-            "help": "Where the episodes start. rows: at the prefixes of the data set, one step "
-            "each; fresh: at every step of whole solutions that the policy writes to the prompts; "
-            "both: half of each.",
-            "choices": ["rows", "fresh", "both"],
-        },
+    total_episodes: int = arg(
+        2560,
+        "Prefixes to sample from, in all. Each gives one step, or a whole solution if "
+        "it is a prompt of `fresh`. An update uses per_device_train_batch_size * "
+        "gradient_accumulation_steps * num_mini_batches of them on every device.",
     )
-    total_episodes: int = field(
-        default=2560,
-        metadata={
-            "help": "Prefixes to sample from, in all. Each gives one step, or a whole solution if "
-            "it is a prompt of `fresh`. An update uses per_device_train_batch_size * "
-            "gradient_accumulation_steps * num_mini_batches of them on every device."
-        },
+    per_device_train_batch_size: int = arg(32, "Trajectories in a batch of a device.")
+    gradient_accumulation_steps: int = arg(1, "Batches of every device in an optimizer step.")
+    num_mini_batches: int = arg(4, "Optimizer steps of a pass over the trajectories of an update.")
+    num_ppo_epochs: int = arg(2, "Passes over the trajectories of an update.")
+    learning_rate: float = arg(5e-5, "Peak learning rate of the policy, AdamW.")
+    value_learning_rate: float = arg(
+        1e-3,
+        "Peak learning rate of the weights that only the value function has: a "
+        "backbone and a head; with --use_peft only a head.",
     )
-    per_device_train_batch_size: int = field(
-        default=32, metadata={"help": "Trajectories in a batch of a device."}
+    lr_scheduler_type: str = arg(
+        "linear", "linear: down to 0 over all updates; or constant.", choices=["linear", "constant"]
     )
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Batches of every device in an optimizer step."}
-    )
-    num_mini_batches: int = field(
-        default=4,
-        metadata={"help": "Optimizer steps of a pass over the trajectories of an update."},
-    )
-    num_ppo_epochs: int = field(
-        default=2, metadata={"help": "Passes over the trajectories of an update."}
-    )
-    learning_rate: float = field(
-        default=5e-5, metadata={"help": "Peak learning rate of the policy, AdamW."}
-    )
-    value_learning_rate: float = field(
-        default=1e-3,
-        metadata={
-            "help": "Peak learning rate of the weights that only the value function has: a "
-            "backbone and a head; with --use_peft only a head."
-        },
-    )
-    lr_scheduler_type: str = field(
-        default="linear",
-        metadata={
-            "help": "linear: down to 0 over all updates; or constant.",
-            "choices": ["linear", "constant"],
-        },
-    )
-    max_grad_norm: float = field(
-        default=1.0,
-        metadata={
-            "help": "Largest gradient norm, of the policy's weights and of the value function's "
-            "own weights separately; 0: no limit."
-        },
+    max_grad_norm: float = arg(
+        1.0,
+        "Largest gradient norm, of the policy's weights and of the value function's "
+        "own weights separately; 0: no limit.",
     )
     # with a smaller one, noise in the rewards changed the policy (shuffled rewards, docs/LOG.md)
-    kl_coef: float = field(
-        default=0.2,
-        metadata={"help": "Reward subtracted for each nat of log pi - log pi_ref, 0 or more."},
+    kl_coef: float = arg(0.2, "Reward subtracted for each nat of log pi - log pi_ref, 0 or more.")
+    cliprange: float = arg(
+        0.2, "Distance of the ratio pi / pi_old from 1 beyond which it is clipped."
     )
-    cliprange: float = field(
-        default=0.2,
-        metadata={"help": "Distance of the ratio pi / pi_old from 1 beyond which it is clipped."},
+    cliprange_value: float = arg(
+        0.2, "Distance of a value from the old value beyond which it is clipped."
     )
-    cliprange_value: float = field(
-        default=0.2,
-        metadata={"help": "Distance of a value from the old value beyond which it is clipped."},
+    vf_coef: float = arg(
+        0.1,
+        "Weight of the value loss with --use_peft, where the value function shares "
+        "the policy's weights. Without it, the value function has weights of its own, and "
+        "this has no effect.",
     )
-    vf_coef: float = field(
-        default=0.1,
-        metadata={
-            "help": "Weight of the value loss with --use_peft, where the value function shares "
-            "the policy's weights. Without it, the value function has weights of its own, and "
-            "this has no effect."
-        },
+    gamma: float = arg(1.0, "Discount of a token.")
+    lam: float = arg(0.95, "Lambda of generalized advantage estimation.")
+    whiten_advantages: bool = arg(
+        True,
+        "Shift the advantages of an update to mean 0, and scale them to standard "
+        "deviation 1 if they are more than noise.",
     )
-    gamma: float = field(default=1.0, metadata={"help": "Discount of a token."})
-    lam: float = field(
-        default=0.95, metadata={"help": "Lambda of generalized advantage estimation."}
+    target_kl: float | None = arg(
+        0.05,
+        "The rest of an update is skipped when the policy is this many nats a token "
+        "away from the policy that sampled; empty: never.",
     )
-    whiten_advantages: bool = field(
-        default=True,
-        metadata={
-            "help": "Shift the advantages of an update to mean 0, and scale them to standard "
-            "deviation 1 if they are more than noise."
-        },
+    temperature: float = arg(1.0, "Temperature of sampling and of the log-probs, above 0.")
+    max_new_tokens: int = arg(
+        64, "Most tokens of a step (TRL's response_length); a longer one scores 0."
     )
-    target_kl: float | None = field(
-        default=0.05,
-        metadata={
-            "help": "The rest of an update is skipped when the policy is this many nats a token "
-            "away from the policy that sampled; empty: never."
-        },
+    max_solution_steps: int = arg(16, "Most steps of a whole solution.")
+    bf16: bool = arg(False, "bf16 autocast; the weights keep the dtype of --dtype.")
+    use_cpu: bool = arg(False, "Use no GPU.")
+    seed: int = arg(0, "Seed of the order of prefixes, of sampling, of minibatches.")
+    eval_strategy: str = arg(
+        "steps",
+        "steps: evaluate on kept-out prefixes and on eval_problems; no: never.",
+        choices=["steps", "no"],
     )
-    temperature: float = field(
-        default=1.0, metadata={"help": "Temperature of sampling and of the log-probs, above 0."}
+    eval_steps: float = arg(
+        0.2, "Updates between two evaluations; below 1: a share of all updates."
     )
-    max_new_tokens: int = field(
-        default=64,
-        metadata={"help": "Most tokens of a step (TRL's response_length); a longer one scores 0."},
+    save_strategy: str = arg(
+        "steps", "steps: write checkpoints; no: none.", choices=["steps", "no"]
     )
-    max_solution_steps: int = field(
-        default=16, metadata={"help": "Most steps of a whole solution."}
+    save_steps: float = arg(
+        0.1, "Updates between two checkpoints; below 1: a share of all updates."
     )
-    bf16: bool = field(
-        default=False, metadata={"help": "bf16 autocast; the weights keep the dtype of --dtype."}
+    save_total_limit: int | None = arg(
+        1, "Checkpoints to keep; older ones are deleted. Empty: all."
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Use no GPU."})
-    seed: int = field(
-        default=0, metadata={"help": "Seed of the order of prefixes, of sampling, of minibatches."}
+    resume_from_checkpoint: str | None = arg(
+        None, "true: resume from the last checkpoint; or the folder of a checkpoint."
     )
-    eval_strategy: str = field(
-        default="steps",
-        metadata={
-            "help": "steps: evaluate on kept-out prefixes and on eval_problems; no: never.",
-            "choices": ["steps", "no"],
-        },
+    report_to: str = arg(
+        "none", "A tracker of accelerate, for example tensorboard or wandb; or none."
     )
-    eval_steps: float = field(
-        default=0.2,
-        metadata={"help": "Updates between two evaluations; below 1: a share of all updates."},
-    )
-    save_strategy: str = field(
-        default="steps",
-        metadata={"help": "steps: write checkpoints; no: none.", "choices": ["steps", "no"]},
-    )
-    save_steps: float = field(
-        default=0.1,
-        metadata={"help": "Updates between two checkpoints; below 1: a share of all updates."},
-    )
-    save_total_limit: int | None = field(
-        default=1, metadata={"help": "Checkpoints to keep; older ones are deleted. Empty: all."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={"help": "true: resume from the last checkpoint; or the folder of a checkpoint."},
-    )
-    report_to: str = field(
-        default="none",
-        metadata={"help": "A tracker of accelerate, for example tensorboard or wandb; or none."},
-    )
-    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+    disable_tqdm: bool = arg(False, "No progress bar.")
 
     fp16 = False  # no option; trainer/session.py reads it
 
@@ -207,16 +153,11 @@ class PPOArgs(JudgeArgs, StepPPOConfig):
     judge: str = field(default="prm", metadata=JudgeArgs.__dataclass_fields__["judge"].metadata)
     # both bases have it
     seed: int = field(default=0, metadata=StepPPOConfig.__dataclass_fields__["seed"].metadata)
-    eval_problems: str = field(
-        default=at_root("data/problems_hard_validation.jsonl"),
-        metadata={
-            "help": "problems whose greedy answers are checked during training; they are not "
-            "trained on"
-        },
+    eval_problems: str = arg(
+        at_root("data/problems_hard_validation.jsonl"),
+        "problems whose greedy answers are checked during training; they are not trained on",
     )
-    eval_limit: int = field(
-        default=200, metadata={"help": "use the first EVAL_LIMIT of these problems; 0: none"}
-    )
+    eval_limit: int = arg(200, "use the first EVAL_LIMIT of these problems; 0: none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
