@@ -34,7 +34,7 @@ from common.files import at_root
 from evaluation.metrics import rate_metric
 from evaluation.results import print_table, write_result
 
-FOLDER = Path(at_root("data/demo"))  # ignored by git
+FOLDER = Path(at_root("data/main_table"))  # ignored by git
 SCORE, BY_JUDGE = "reward_model/evaluate_steps.py", str(FOLDER / "by_judge.jsonl")
 SAMPLE_BY_JUDGE = ["utils/build_synthetic_dataset.py", "--pair_by", "judge", "--limit", "1000"]
 SCORE_BY_JUDGE = [SCORE, "--input", BY_JUDGE]

@@ -15,7 +15,14 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 # what scripts write: named in the pages, absent from a fresh clone
 GENERATED = (
     *("saved_model/", "logs/", "evaluation/results", "evaluation/plots", "docs/_build", "walk/"),
-    *("data/demo", "data/rounds_", "data/smollm2/", "data/tinyllama/", "data/mcts_values.jsonl"),
+    *(
+        "data/demo",
+        "data/main_table",
+        "data/rounds_",
+        "data/smollm2/",
+        "data/tinyllama/",
+        "data/mcts_values.jsonl",
+    ),
     *("data/mine", "data/prepared", "data/step_labels.jsonl", "models/smollm2-135m-instruct"),
 )
 WRITTEN = {"log.json", "training.png", "search.jsonl", "adapter_config.json", "config.json"}

@@ -1,7 +1,6 @@
 """Run the whole loop at a small size: sample, judge, train, compare, answer (make demo).
 
-Writes data/demo/, saved_model/stepwise_dpo_tinyllama/ and evaluation/results/, and first removes
-what they hold.
+Writes everything into data/demo/, and first removes what an earlier demo left there.
 """
 
 import shlex
@@ -18,8 +17,10 @@ from common.cli import arg, check_model, parse_args, run
 from common.files import ROOT, at_root, read_rows
 from reasoning.answers import extract_answer, same_answer
 
-BASE, TUNED = "models/policy-mini", "saved_model/stepwise_dpo_tinyllama"
-PAIRS, REWARDED = "data/demo/synthetic_dataset.jsonl", "data/demo/rewarded.jsonl"
+DEMO = "data/demo"  # ignored by git
+BASE, TUNED = "models/policy-mini", f"{DEMO}/model"
+PAIRS, REWARDED = f"{DEMO}/synthetic_dataset.jsonl", f"{DEMO}/rewarded.jsonl"
+LOGS, RESULTS = f"{DEMO}/logs", f"{DEMO}/results"
 
 
 @dataclass
@@ -57,8 +58,7 @@ def improved_prompt(answers: Path) -> str:
 def main() -> None:
     (args,) = parse_args(DemoArguments, description=__doc__)
     check_model(at_root(BASE), "make models")
-    for folder in ("data/demo", TUNED, "evaluation/results"):
-        shutil.rmtree(ROOT / folder, ignore_errors=True)
+    shutil.rmtree(ROOT / DEMO, ignore_errors=True)
     start = time.monotonic()
     step(
         "1/5 Sample",
@@ -74,19 +74,21 @@ def main() -> None:
     step(
         "3/5 Train",
         "Stepwise DPO raises steps with high scores and lowers the first step with a low score.",
-        *("train.py", "--dataset_name", REWARDED, "--output_dir", TUNED, "--seed", args.seed),
+        *("train.py", "--dataset_name", REWARDED, "--output_dir", TUNED, "--logs_dir", LOGS),
+        *("--seed", args.seed),
     )
     step(
         "4/5 Compare",
         "Base and tuned model answer held-out problems; a table shows judge reward and accuracy.",
-        *("evaluation/eval_reward_scores.py", "--pairs", REWARDED, "--limit", args.test_problems),
+        *("evaluation/eval_reward_scores.py", "--tuned_model", TUNED, "--pairs", REWARDED),
+        *("--limit", args.test_problems, "--output_dir", RESULTS),
     )
-    prompt = improved_prompt(ROOT / "evaluation/results/reward_score_comparison.jsonl")
+    prompt = improved_prompt(ROOT / RESULTS / "reward_score_comparison.jsonl")
     answer = ("inference.py", "--show_scores", "--prompt", prompt, "--model_name_or_path")
     why = "One held-out problem, with the judge's score beside each step."
     step("5/5 Answer: the base", why, *answer, BASE)
     step("5/5 Answer: the tuned model", "The same problem after training.", *answer, TUNED)
-    plot = at_root("evaluation/plots/reward_score_comparison.png")
+    plot = at_root(f"{DEMO}/plots/reward_score_comparison.png")
     minutes = (time.monotonic() - start) / 60
     print(f"\nThe table of step 4 as a plot: {plot} (the whole loop took {minutes:.1f} minutes)")
 
