@@ -23,7 +23,7 @@ demo: $(VENV)/.installed  ## the whole loop, live, at a small size
 	$(BIN) utils/demo.py
 
 test: $(VENV)/.installed-dev  ## the tests, but for the slow ones, with the coverage of the library packages
-	$(BIN) -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
+	$(BIN) -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered
 
 test-fast: $(VENV)/.installed-dev  ## the tests that start no process and train nothing
 	$(BIN) -m pytest -m "not slow and not process"
