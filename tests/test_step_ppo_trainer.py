@@ -667,6 +667,14 @@ def test_resumed_is_uninterrupted_bit_by_bit(make, tmp_path, peft):
         make(peft=not peft).train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.process
+def test_as_many_checkpoints_are_kept_as_asked(make, tmp_path):
+    settings = {"total_episodes": 96, "save_strategy": "steps", "save_steps": 1}
+    make(output_dir=str(tmp_path), save_total_limit=4, **settings).train()  # six updates
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"checkpoint-{k}" for k in (3, 4, 5, 6)]
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(two_arms, tmp_path):
     """Trajectories, gradients and checkpoints are those of one process with all rows.

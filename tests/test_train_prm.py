@@ -268,6 +268,26 @@ def test_stopped_in_the_middle_it_ends_with_the_same_weights(folder, monkeypatch
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
+def test_a_metric_that_the_last_log_lacks_does_not_end_a_training(folder, monkeypatch, capsys):
+    """One row a batch: an update has a good or a bad step, so each log lacks one of the values."""
+    first = [row for row in STEP_VALUES if not is_kept_out(row.prompt)]
+    good = next(row for row in first if row.score >= 0.5)
+    bad = next(row for row in first if row.score < 0.5 and row.prompt != good.prompt)
+    write_records(folder / "two.jsonl", [good, bad])
+    given = flags(
+        dataset_name="two.jsonl", model_name_or_path="model", output_dir="two", max_steps=2, **SMALL
+    )
+    one_row = flags(per_device_train_batch_size=1, save_strategy="no")
+    train_here(folder, monkeypatch, "prm", *given, *one_row)
+    kinds = [
+        {"values/good", "values/bad"} & row.keys()
+        for row in history(folder, "two")
+        if "loss" in row
+    ]
+    assert sorted(map(sorted, kinds)) == [["values/bad"], ["values/good"]]
+    assert (folder / "two/model.safetensors").is_file() and "wrote" in capsys.readouterr().out
+
+
 def test_a_causal_lm_learns_its_labels(folder, monkeypatch):
     """From a head of zeros: steps with different labels get different values."""
     given = flags(
