@@ -85,8 +85,8 @@ def parse_args(
     parser.epilog = "Flags override the arguments in a --config file."
     _group_inherited(parser, dataclasses, {"help", *(defaults or {})})
     flags: list[str] = []
-    for arg in sys.argv[1:] if args is None else args:
-        flags += arg.split("=", 1) if arg.startswith("--config=") else [arg]
+    for flag in sys.argv[1:] if args is None else args:
+        flags += flag.split("=", 1) if flag.startswith("--config=") else [flag]
     checked = flags
     try:
         if "--config" in flags:

@@ -124,8 +124,8 @@ class ServerPolicy(Policy):
         batch_size: int = 32,
     ) -> list[list[StepLogp]]:
         raise ServerError(
-            f"{self._server}: log-probs need token ids, a server gives text: "
-            "take a model without --policy_base_url"
+            f"{self._server}: log-probs need token ids, but a server gives text: "
+            "leave out --policy_base_url to load the model here"
         )
 
     def _sample(

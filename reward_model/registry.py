@@ -209,7 +209,6 @@ def open_judge(args: JudgeArgs) -> StepJudge:
     judge = JUDGES[inner](**{name: getattr(args, name) for name in USES[inner]})
     if args.judge != SHUFFLED:
         return judge
-
     return ShuffledJudge(judge, args.seed)
 
 

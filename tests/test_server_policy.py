@@ -215,7 +215,7 @@ def test_a_slow_server_and_one_that_recovers(server):
 
 
 def test_what_needs_ids_is_refused_in_one_line(server):
-    expected = "need token ids, a server gives text: take a model without"
+    expected = "need token ids, but a server gives text: leave out --policy_base_url"
     for method in (ServerPolicy.logps, ServerPolicy.step_logps):
         with pytest.raises(ModelError, match=expected) as raised:
             method(policy_on(server), [(PROMPT, [], STEPS)])

@@ -337,7 +337,6 @@ def judge_figures(judge: Any, tokenizer: Any, policy: Any, limit: int) -> dict:
 
 def finish(model: Any, tokenizer: Any, folder: Path) -> None:
     """Save in half precision, whole or not at all."""
-
     with replacing_folder(folder) as temporary:
         model.cpu().half().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

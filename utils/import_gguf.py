@@ -80,7 +80,7 @@ def import_gguf(source: Path, output: Path, dtype: str, sha256: str) -> None:
     # the weights are plain numbers now, and save_pretrained refuses a quantizer
     model.hf_quantizer = None
     del model.config.quantization_config
-    # the name that the file gives itself is no path
+    # a name from the metadata of the file: it is not the path of this model
     vars(model.config).pop("_model_name_or_path", None)
     if model.generation_config is None:
         model.generation_config = GenerationConfig.from_model_config(model.config)
