@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 
-.PHONY: help demo test test-fast lint docs results models models-policy models-surprisal models-prm models-reward models-large data rounds smollm2 smollm2-run clean
+.PHONY: help demo test test-fast test-properties lint docs results models models-policy models-surprisal models-prm models-reward models-large data rounds smollm2 smollm2-run clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
@@ -27,6 +27,9 @@ test: $(VENV)/.installed-dev  ## the tests, but for the slow ones, with the cove
 
 test-fast: $(VENV)/.installed-dev  ## the tests that start no process and train nothing
 	$(BIN) -m pytest -m "not slow and not process"
+
+test-properties: $(VENV)/.installed-dev  ## 10,000 cases of every property test
+	HYPOTHESIS_PROFILE=thorough $(BIN) -m pytest -m property -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev docs  ## style, layers, types, documentation
 	$(BIN) -m ruff check .

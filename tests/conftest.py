@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.helpers import scripts
+from tests.helpers import properties, scripts  # noqa: F401 (the profiles of the property tests)
 
 
 @pytest.fixture(scope="session")
