@@ -213,7 +213,12 @@ class Decoder:
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of ids in one line, without special tokens."""
-        return " ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split())
+        return " ".join(self.decode_text(ids).split())
+
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """The text of ids as it was written, without special tokens."""
+        settings = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(ids, **settings)
 
     def _breaks(self, token: int) -> bool:
         if token not in self._newlines:

@@ -4,6 +4,7 @@ It refuses a model whose weights are incomplete and, unless `trust_remote_code` 
 that only its own code can run."""
 
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,55 @@ def load_tokenizer(path: str, base: str | None = None, **options: Any) -> Any:
         return AutoTokenizer.from_pretrained(base)
 
 
+def check_embeddings(tokenizer: Any, model: Any) -> None:
+    """Raises ValueError if a text can have tokens for which the model has no embedding.
+
+    Prints a warning if many embeddings have no token."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    written = (tokenizer.bos_token or "") + str(tokenizer.chat_template or "")
+    added = tokenizer.added_tokens_decoder
+    for token, index in tokenizer.get_vocab().items():
+        # a special token that nothing writes cannot get into a text
+        is_unused = index in added and added[index].special and token not in written
+        if index >= rows and not is_unused:
+            raise ValueError(
+                f"the tokenizer does not fit the model: the id of its token {token!r} is {index}, "
+                f"but the model has only {rows} embeddings"
+            )
+    if len(tokenizer) < 0.9 * rows:
+        print(
+            f"warning: the tokenizer has {len(tokenizer)} tokens, the model has {rows} embeddings: "
+            "do they belong together?",
+            file=sys.stderr,
+        )
+
+
+def fit_tokenizer(tokenizer: Any, model: Any) -> Any:
+    """The tokenizer, checked and repaired for its causal LM, which may be on the meta device.
+
+    An EOS that is missing, or has no embedding, is taken from generation_config.json or
+    config.json. A padding token without an embedding becomes EOS. Raises ValueError for a tokenizer
+    that is not a fast one, that has tokens without an embedding, or that drops line breaks."""
+    if not tokenizer.is_fast:
+        raise ValueError("it has no fast tokenizer (tokenizer.json)")
+    check_embeddings(tokenizer, model)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.eos_token is None or tokenizer.eos_token_id >= rows:
+        tokenizer.eos_token = None
+        sources = (model.generation_config, model.config.get_text_config())
+        found = [getattr(source, "eos_token_id", None) for source in sources]
+        for end in (ids[0] if isinstance(ids, list) and ids else ids for ids in found):
+            if isinstance(end, int) and 0 <= end < min(rows, len(tokenizer)):
+                tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+                break
+    if (tokenizer.pad_token_id or 0) >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
+    line_break = tokenizer("a\nb", add_special_tokens=False)["input_ids"]
+    if "\n" not in tokenizer.decode(line_break):
+        raise ValueError("its tokenizer drops line breaks, which end the steps")
+    return tokenizer
+
+
 def load_model(
     path: str,
     dtype: torch.dtype | str,
@@ -137,9 +187,9 @@ def load_model(
         }
         model = load_weights(AutoModelForCausalLM, base, dtype=dtype, **hub)
         if not is_adapter:
-            return model, AutoTokenizer.from_pretrained(path, **hub)
+            return model, fit_tokenizer(AutoTokenizer.from_pretrained(path, **hub), model)
         model = load_adapter(model, path, trainable, revision)
-        return model, load_tokenizer(path, base, revision=revision)
+        return model, fit_tokenizer(load_tokenizer(path, base, revision=revision), model)
     except LOAD_ERRORS as error:
         place = "it" if base == path else f"it and its base {base}"
         raise ModelError(

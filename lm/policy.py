@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from common.errors import PromptTooLong
+from common.errors import ModelError, PromptTooLong
 from lm.decoding import Decoder, DecodingRow
 from lm.loading import load_model, scoring_device
 from lm.text_encoding import encode_prompt, encode_steps
@@ -79,6 +79,11 @@ class Policy:
         self.device = model.device
         eos = model.generation_config.eos_token_id
         eos_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+        if not eos_ids:
+            raise ModelError(
+                f"{model.config._name_or_path}: neither its tokenizer nor its "
+                "generation_config.json names an end-of-text token (EOS), so no sample would end"
+            )
         self.decoder = Decoder(model, tokenizer, eos_ids)
         self.context = self.decoder.context
 
@@ -211,7 +216,7 @@ class Policy:
         decoded = self.decoder.decode(prefixes, 1, temperature, max_new_tokens, seed, top_p=top_p)
         for row in itertools.chain.from_iterable(decoded):
             if row.ended:
-                text = self.tokenizer.decode(row.ids, skip_special_tokens=True).strip()
+                text = self.decoder.decode_text(row.ids).strip()
                 texts[row.prefix] = (text, row.ended == "finished")
         return texts
 
@@ -222,7 +227,7 @@ class Policy:
         prefix, written, text = self.start(prompt).ids, "", ""
         for (row,) in self.decoder.decode([prefix], 1, temperature, max_new_tokens, seed):
             ids = row.ids[:-1] if row.ended == "finished" else row.ids
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            text = self.decoder.decode_text(ids)
             if not text.endswith("\ufffd"):  # half of a character: wait for the rest
                 yield text[len(written) :]
                 written = text

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from common.errors import JudgeError, ModelError
-from lm.text_encoding import PlainText, format_prompt
+from lm.text_encoding import TextEncoder, format_prompt
 from reward_model.protocols import Solution, describe_step
 
 STEP_TOKEN = "<next>"
@@ -32,15 +32,16 @@ class PRMFormat:
 
     model_class: type = AutoModelForCausalLM
     tag: str
+    is_chat = False  # whether a chat template writes the text
 
     def __init__(self, tokenizer: Any, tag: str | None = None):
         self.tokenizer, self.tag = tokenizer, tag or self.tag
-        self.plain = PlainText(tokenizer, self.tag)
+        self.encoder = TextEncoder(tokenizer, self.tag)
         self.tag_id = self.token_id(f"a {self.tag}", self.tag)
 
     def token_id(self, text: str, token: str) -> int:
         """The id of the last token of a text. Raises ModelError if it is not this token."""
-        index = self.plain.ids([text])[0][-1]
+        index = self.encoder.ids([text])[0][-1]
         if self.tokenizer.decode([index]).strip() != token:
             raise ModelError(f"the tokenizer does not know {token!r} as one token")
         return index
@@ -50,11 +51,10 @@ class PRMFormat:
 
         The ids and positions of a solution's prefix are a prefix of the solution's. Raises
         ModelError for text that is not Unicode, JudgeError if a step is not found in the ids."""
-        texts = [self.text(*self.plain.guard(prompt, steps)) for prompt, steps in solutions]
-        # a chat template writes the special tokens itself
-        leading = [] if self.tokenizer.chat_template else self.plain.leading_ids
+        texts = [self.text(*self.encoder.guard(prompt, steps)) for prompt, steps in solutions]
+        leading = self.encoder.start(self.is_chat)
         encoded = []
-        for (prompt, steps), ids in zip(solutions, self.plain.ids(texts), strict=True):
+        for (prompt, steps), ids in zip(solutions, self.encoder.ids(texts), strict=True):
             ids = leading + ids
             places = self.places(ids, len(steps))
             if len(places) != len(steps):
@@ -81,6 +81,10 @@ class StepTokens(PRMFormat):
     """This project's own format: a step token before every step, a logit at its last token."""
 
     model_class, tag = AutoModelForTokenClassification, STEP_TOKEN
+
+    def __init__(self, tokenizer: Any, tag: str | None = None):
+        super().__init__(tokenizer, tag)
+        self.is_chat = bool(tokenizer.chat_template)
 
     def text(self, prompt: str, steps: list[str]) -> str:
         lines = "".join(f"{self.tag}{step}\n" for step in steps)
@@ -124,7 +128,7 @@ class QwenMath(PublishedFormat):
     answer, `<extra_0>` after each step; a step's value is the probability of label 1 there."""
 
     tag, marker = "<extra_0>", r"ForProcessRewardModel|Qwen2\.5-Math-(7B-|72B-)?PRM"
-    model_class = _Qwen2PRM
+    model_class, is_chat = _Qwen2PRM, True
     system = "Please reason step by step, and put your final answer within \\boxed{}."
 
     def text(self, prompt: str, steps: list[str]) -> str:
@@ -175,6 +179,7 @@ class RLHFlow(SignTokens):
     assistant answers each with `+`; the value is read at the token before that `+`."""
 
     tag, marker, signs = "<|eot_id|>", r"Llama-?3\.1-8B-PRM|RLHFlow.*PRM", ("\n\n+", "\n\n-")
+    is_chat = True
 
     def text(self, prompt: str, steps: list[str]) -> str:
         messages = []

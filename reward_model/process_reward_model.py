@@ -30,7 +30,14 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 from transformers.cache_utils import Cache
 
 from common.errors import JudgeError, ModelError, UserError, first_line
-from lm.loading import base_of, load_adapter, load_tokenizer, load_weights, scoring_device
+from lm.loading import (
+    base_of,
+    check_embeddings,
+    load_adapter,
+    load_tokenizer,
+    load_weights,
+    scoring_device,
+)
 from lm.text_encoding import batches_by_length
 from lm.tree_attention import (
     CachedPrefix,
@@ -109,6 +116,7 @@ def load_prm(
             model = load_adapter(model, path, trainable, revision)
         else:
             model = load_weights(family.model_class, path, dtype=dtype, revision=revision)
+        check_embeddings(tokenizer, model)
     except UserError:
         raise
     except (

@@ -32,8 +32,15 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from common.errors import JudgeError, ModelError, UserError, first_line, short
-from lm.loading import base_of, load_adapter, load_tokenizer, load_weights, scoring_device
-from lm.text_encoding import PLAIN_TEMPLATE, PlainText, batches_by_length
+from lm.loading import (
+    base_of,
+    check_embeddings,
+    load_adapter,
+    load_tokenizer,
+    load_weights,
+    scoring_device,
+)
+from lm.text_encoding import PLAIN_TEMPLATE, TextEncoder, batches_by_length
 from reasoning.steps import split_steps
 from reward_model.prm_formats import StepTokens
 from reward_model.process_reward_model import head_names, with_zero_head
@@ -68,7 +75,7 @@ class ResponseTokens:
     ):
         self.tokenizer, self.max_length, self.question = tokenizer, max_length, question
         self.steps = StepTokens(tokenizer, step_token) if step_token else None
-        self.plain = self.steps.plain if self.steps else PlainText(tokenizer)
+        self.encoder = self.steps.encoder if self.steps else TextEncoder(tokenizer)
         self.is_chat = bool(tokenizer.chat_template)
         has_pairs = None not in (tokenizer.cls_token_id, tokenizer.sep_token_id)
         self.is_pair = has_pairs and not (self.is_chat or self.steps)
@@ -78,15 +85,15 @@ class ResponseTokens:
 
         A text that is too long loses tokens at its start, so the start of the prompt goes first;
         BOS stays. Raises ModelError for text that is not Unicode."""
-        guarded = [self.plain.guard(prompt, [response]) for prompt, response in pairs]
-        leading, end = self.plain.leading_ids, list[int]()
+        guarded = [self.encoder.guard(prompt, [response]) for prompt, response in pairs]
+        leading, end = self.encoder.leading_ids, list[int]()
         if self.is_pair:
             between, end = self._frame()
-            prompts = self.plain.ids([prompt for prompt, _ in guarded])
-            responses = self.plain.ids([response for _, (response,) in guarded])
+            prompts = self.encoder.ids([prompt for prompt, _ in guarded])
+            responses = self.encoder.ids([response for _, (response,) in guarded])
             texts = [[*p, *between, *r] for p, r in zip(prompts, responses, strict=True)]
         else:
-            texts = self.plain.ids(
+            texts = self.encoder.ids(
                 [self._text(prompt, response) for prompt, (response,) in guarded]
             )
             if self.is_chat:  # a chat template writes the special tokens itself
@@ -113,8 +120,8 @@ class ResponseTokens:
 
     def _frame(self) -> tuple[list[int], list[int]]:
         """The ids that an encoder's tokenizer puts between two sentences and after them."""
-        (a,), whole = self.plain.ids(["a"]), self.tokenizer("a", "a")["input_ids"]
-        first = len(self.plain.leading_ids) + len(a)
+        (a,), whole = self.encoder.ids(["a"]), self.tokenizer("a", "a")["input_ids"]
+        first = len(self.encoder.leading_ids) + len(a)
         second = whole.index(a[0], first)
         return whole[first:second], whole[second + len(a) :]
 
@@ -146,7 +153,8 @@ def with_padding(model: Any, tokenizer: Any) -> Any:
     config = model.config.get_text_config()
     if config.pad_token_id is None:
         pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-        config.pad_token_id = eos if pad is None else pad
+        has_embedding = pad is not None and pad < model.get_input_embeddings().weight.shape[0]
+        config.pad_token_id = pad if has_embedding else eos
     return model
 
 
@@ -200,6 +208,7 @@ def load_reward_model(
         kind = AutoModelForSequenceClassification
         model = load_weights(kind, base, may_miss, dtype=dtype, num_labels=1, **hub)
         tokenizer = load_tokenizer(path, **hub)
+        check_embeddings(tokenizer, model)
         if is_adapter:
             model = load_adapter(model, path, trainable, revision)
     except UserError:

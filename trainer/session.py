@@ -31,7 +31,15 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from common.cli import arg, check_input, check_least, check_model, check_output, parse_args
 from common.errors import RecordError, UserError
 from common.files import Readable, at_root, to_line, write_text
-from lm.loading import base_of, load_model, load_weights, merge_adapter, pick_device
+from lm.loading import (
+    base_of,
+    fit_tokenizer,
+    load_model,
+    load_tokenizer,
+    load_weights,
+    merge_adapter,
+    pick_device,
+)
 from reasoning.datasets.loading import load_records
 from reasoning.splits import held_out_prompts, is_kept_out
 
@@ -314,9 +322,10 @@ class Training:
             "dtype": args.dtype,
             **(config.model_init_kwargs or {}),
         }
-        # on the meta device: this only checks that no weight is missing
-        load_weights(AutoModelForCausalLM, self.model, device_map="meta", **hub)
-        return start | {"model": self.model}
+        # on the meta device: this only checks the weights and the tokenizer
+        model = load_weights(AutoModelForCausalLM, self.model, device_map="meta", **hub)
+        tokenizer = fit_tokenizer(load_tokenizer(self.model, **hub), model)
+        return start | {"model": self.model, "processing_class": tokenizer}
 
     def _adapter(self, needs_reference: bool, hub: dict) -> dict[str, Any]:
         """The arguments of TRL's trainers to start from an adapter.

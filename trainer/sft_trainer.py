@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
 from common.errors import RecordError
-from lm.text_encoding import check_offsets, encode_steps
+from lm.text_encoding import encode_steps, text_encoder
 from reasoning.records import PreferencePair, Problem
 from reasoning.steps import ends_solution
 from trainer.defaults import MiniatureDefaults
@@ -77,8 +77,8 @@ def encode_solution(row: dict, tokenizer: Any) -> dict[str, list[int]]:
 class StepSFTTrainer(SFTTrainer):
     """SFTTrainer on rows of Solution; its arguments are the same, with a StepSFTConfig.
 
-    A dataset that has `input_ids` and `labels` is used as it is. Raises ValueError for a tokenizer
-    without character offsets, or if no solution fits into max_length."""
+    A dataset that has `input_ids` and `labels` is used as it is. Raises ModelError for a tokenizer
+    without character offsets, and ValueError if no solution fits into max_length."""
 
     _tag_names: list[str] = ["trl", "sft", "reasoning"]  # noqa: RUF012 (as in TRL)
 
@@ -97,7 +97,7 @@ class StepSFTTrainer(SFTTrainer):
         first = next(iter(dataset))
         if "input_ids" in first:
             return prepare(dataset, *settings, formatting_func, dataset_name)
-        check_offsets(processing_class)
+        text_encoder(processing_class)  # it refuses a tokenizer without offsets
         streaming = isinstance(dataset, IterableDataset)
         options = {} if streaming else {"num_proc": args.dataset_num_proc}
         unfinished = 0 if streaming else sum(not ends_solution(steps) for steps in dataset["steps"])

@@ -29,7 +29,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
 
 from common.cli import arg
-from lm.text_encoding import check_offsets, encode_steps
+from lm.text_encoding import encode_steps, text_encoder
 from reasoning.records import ScoredPair
 from trainer.defaults import MiniatureDefaults, check_numbers
 from trainer.losses import (
@@ -196,7 +196,7 @@ class DataCollatorForSteps(DataCollatorForPreference):
 class StepwiseDPOTrainer(DPOTrainer):
     """DPOTrainer with a loss per step; its arguments are the same, with a StepwiseDPOConfig.
 
-    train_dataset, eval_dataset: scored pairs. Raises ValueError for a tokenizer without character
+    train_dataset, eval_dataset: scored pairs. Raises ModelError for a tokenizer without character
     offsets. It logs, besides TRL's metrics (`rewards/*` are R_w and R_l of the first step loss,
     without the anchor):
 
@@ -230,13 +230,15 @@ class StepwiseDPOTrainer(DPOTrainer):
             processing_class = AutoTokenizer.from_pretrained(
                 name, revision=revision, trust_remote_code=args.trust_remote_code
             )
-        check_offsets(processing_class)
+        text_encoder(processing_class)  # it refuses a tokenizer without offsets
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
         if data_collator is None:
             settings = (args.max_length, args.truncation_mode, args.pad_to_multiple_of)
             data_collator = DataCollatorForSteps(processing_class.pad_token_id, *settings)
         datasets = (train_dataset, eval_dataset)
+        # of the global batch that is trained on: see get_batch_samples
+        self._mean_counts: Tensor | None = None
         super().__init__(
             model, ref_model, args, data_collator, *datasets, processing_class, **kwargs
         )
@@ -325,6 +327,18 @@ class StepwiseDPOTrainer(DPOTrainer):
 
     # --- loss ---
 
+    def get_batch_samples(self, *args: Any) -> tuple[list, Any]:
+        """The micro-batches of one update. Counts the pairs and chosen tokens in all of them.
+
+        A loss is a mean over the global batch, so a micro-batch with more of them has more weight.
+        (TRL's own losses average the means of the micro-batches.)"""
+        batches, count = super().get_batch_samples(*args)
+        if batches and self.args.has_step_loss:
+            counts = torch.stack([_counts(batch) for batch in batches]).sum(0)
+            counts = self.accelerator.gather(counts[None]).sum(0)
+            self._mean_counts = counts / (len(batches) * self.accelerator.num_processes)
+        return batches, count
+
     def _compute_loss(self, model: Any, inputs: dict, return_outputs: bool) -> Any:
         inputs, steps = _split_batch(inputs)
         # a batch is [chosen, rejected]: each half is (B, K)
@@ -366,12 +380,16 @@ class StepwiseDPOTrainer(DPOTrainer):
             for name in self.loss_types
             if name in STEP_LOSSES
         }
-        chosen_tokens = inputs["completion_mask"][:, 1:].chunk(2)[0].sum()
+        pairs, chosen_tokens = _counts(inputs)
+        mean_pairs, mean_tokens = pairs, chosen_tokens
+        if self.model.training and self._mean_counts is not None:
+            mean_pairs, mean_tokens = self._mean_counts
+        share = pairs / mean_pairs  # 1 if all micro-batches have equally many pairs
         total_logratios = self.beta * (chosen_logratios.sum(1) - rejected_logratios.sum(1))
         losses = {
-            "sigmoid": -F.logsigmoid(total_logratios).mean(),  # these two as in TRL
-            "sft": -chosen_logps.sum() / chosen_tokens.clamp(min=1),
-            **{name: step_loss.loss.mean() for name, step_loss in step_losses.items()},
+            "sigmoid": -F.logsigmoid(total_logratios).mean() * share,  # these two as in TRL
+            "sft": -chosen_logps.sum() / mean_tokens.clamp(min=1),
+            **{name: step_loss.loss.mean() * share for name, step_loss in step_losses.items()},
         }
         weights = zip(self.loss_types, self.loss_weights, strict=True)
         loss = sum(weight * losses[name] for name, weight in weights)
@@ -457,6 +475,12 @@ def _split_batch(inputs: dict) -> tuple[dict, dict]:
     """(the keys of a batch that TRL knows, the keys of the steps)."""
     known = {key: value for key, value in inputs.items() if key not in STEP_KEYS}
     return known, {key: value for key, value in inputs.items() if key in STEP_KEYS}
+
+
+def _counts(inputs: dict) -> Tensor:
+    """(2,) of a batch: the number of pairs, and of tokens in the steps of their chosen sides."""
+    chosen = inputs["completion_mask"][:, 1:].chunk(2)[0]
+    return torch.stack([torch.ones_like(chosen[:, 0]).sum(), chosen.sum()]).float()
 
 
 def _model_inputs(inputs: dict) -> dict:

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.errors import JudgeError, ModelError, first_line
 from lm.gguf_file import read_gguf
 from lm.loading import LOAD_ERRORS, load_model, load_weights, scoring_device
-from lm.text_encoding import PlainText, batches_by_length
+from lm.text_encoding import TextEncoder, batches_by_length
 from lm.tree_attention import add_sequence, mask_dtype, tree_inputs
 from reasoning.steps import shared_prefix
 from reward_model.protocols import Scores, Solution, StepJudge, check_positive, nan_error, with_skip
@@ -98,9 +98,8 @@ class HFJudge(StepJudge):
         else:
             self.template_name = template or fitting_template(f"{chat_template or ''}\n{name}")
             self.template = named_template(self.template_name)
-        self._plain = PlainText(self.tokenizer)
-        # a chat template writes the special tokens itself
-        self._leading_ids = [] if is_chat else self._plain.leading_ids
+        self._encoder = TextEncoder(self.tokenizer)
+        self._leading_ids = self._encoder.start(is_chat)
         self._yes, self._no = self._spellings(YES), self._spellings(NO)
         self.packed = self._supports_rows()
 
@@ -132,14 +131,14 @@ class HFJudge(StepJudge):
 
     def _texts(self, prompt: str, steps: Sequence[str], first: int) -> list[list[int]]:
         """For every step from `first` on, the ids of the text with the question about it."""
-        prompt, steps = self._plain.guard(prompt, steps)
+        prompt, steps = self._encoder.guard(prompt, steps)
         before = self.template.before.replace("{prompt}", prompt)
         lines = [f"{step}\n" for step in steps]
         texts = [
             before + "".join(lines[: k + 1]) + self.template.question
             for k in range(first, len(steps))
         ]
-        return [self._leading_ids + ids for ids in self._plain.ids(texts)]
+        return [self._leading_ids + ids for ids in self._encoder.ids(texts)]
 
     # --- scoring
 
