@@ -9,6 +9,7 @@ or a verdict is read right after the prompt. A template that makes the model thi
 refused."""
 
 import datetime
+import itertools
 import json
 import re
 import subprocess
@@ -208,32 +209,35 @@ def _frame(
 
     others: (more variables, more roles) of further conversations, whose pieces are returned too, or
     None for one that fails. Raises ValueError if the frame itself fails."""
+
+    def conversation(
+        as_list: bool,
+        pads: tuple[str, str] = ("", ""),
+        more: Mapping[str, Any] = variables,
+        added: tuple[str, ...] = (),
+    ) -> dict[str, Any]:
+        turns = [("system", system)] if system else []
+        for k, role in enumerate((*roles, *added)):
+            turns.append((role, pads[0] + _mark(k) + pads[1]))
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}] if as_list else text}
+            for role, text in turns
+        ]
+        return {**variables, **more, "messages": messages}
+
+    # templates of models with images may need a list of parts
+    conversations = [
+        [
+            conversation(as_list),
+            conversation(as_list, (LEFT, RIGHT)),
+            *(conversation(as_list, more=more, added=added) for more, added in others),
+        ]
+        for as_list in (False, True)
+    ]
+    rendered = iter(_render(template, list(itertools.chain(*conversations))))
     reasons = []
-    for as_list in (False, True):  # templates of models with images may need a list of parts
-
-        def conversation(
-            pads: tuple[str, str] = ("", ""),
-            more: Mapping[str, Any] = variables,
-            more_roles: tuple[str, ...] = (),
-            as_list: bool = as_list,
-        ) -> dict[str, Any]:
-            turns = [("system", system)] if system else []
-            for k, role in enumerate((*roles, *more_roles)):
-                turns.append((role, pads[0] + _mark(k) + pads[1]))
-            messages = [
-                {"role": role, "content": [{"type": "text", "text": text}] if as_list else text}
-                for role, text in turns
-            ]
-            return {**variables, **more, "messages": messages}
-
-        plain, wide, *rendered = _render(
-            template,
-            [
-                conversation(),
-                conversation((LEFT, RIGHT)),
-                *(conversation(more=more, more_roles=added) for more, added in others),
-            ],
-        )
+    for shape in conversations:
+        plain, wide, *more = [next(rendered) for _ in shape]
         try:
             pieces = _split(plain, len(roles))
             frame = ChatFrame(tuple(pieces), _strips(pieces, _split(wide, len(roles))))
@@ -241,7 +245,7 @@ def _frame(
             reasons.append(str(error))
             continue
         found: list[list[str] | None] = []
-        for text, (_, added) in zip(rendered, others, strict=True):
+        for text, (_, added) in zip(more, others, strict=True):
             try:
                 found.append(_split(text, len(roles) + len(added)))
             except ValueError:

@@ -96,9 +96,13 @@ class _Header:
     def __init__(self, data: mmap.mmap):
         self.data, self.position, self.length, self.items = data, 0, "I", 0
 
-    def skip(self, size: int) -> None:
+    def check(self, size: int) -> None:
+        """Raises ValueError unless so many bytes are left."""
         if size > len(self.data) - self.position:
             raise ValueError(f"it ends inside its header, at byte {len(self.data)}")
+
+    def skip(self, size: int) -> None:
+        self.check(size)
         self.position += size
 
     def take(self, size: int) -> bytes:
@@ -126,11 +130,9 @@ class _Header:
         if kind == ARRAY:
             raise ValueError("it has an array of arrays, which is not read")
         size = struct.calcsize(f"<{self.length if kind == STRING else _format(kind)}")
-        left = len(self.data) - self.position
-        if count > min(MAX_COUNT, left // size):
-            raise ValueError(
-                f"its header is damaged (an array of {count} items, {left} bytes left)"
-            )
+        if count > MAX_COUNT:
+            raise ValueError(f"its header is damaged (an array of {count} items)")
+        self.check(count * size)
         return kind, count
 
     def skip_value(self, kind: int) -> None:
