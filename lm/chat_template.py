@@ -316,6 +316,9 @@ def _render(template: str, conversations: list[dict[str, Any]]) -> list[Rendered
         )
     except subprocess.TimeoutExpired:
         raise ValueError(f"it takes longer than {WAIT} seconds") from None
+    if done.returncode > 0:
+        *_, last = done.stderr.decode(errors="replace").splitlines() or [""]
+        raise ValueError(f"it cannot be run: {short(last)}")
     if done.returncode:
         limits = f"{SECONDS} seconds or {MEMORY >> 20} MB of memory"
         raise ValueError(f"it needs more than {limits}, or crashes ({done.returncode})")

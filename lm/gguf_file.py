@@ -12,7 +12,7 @@ import mmap
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,12 @@ BLOCKS = {
 COUNTS = [
     "context_length", "embedding_length", "block_count", "feed_forward_length",
     "attention.head_count",
+]  # fmt: skip
+# fields that are at most the largest dimension of all tensors
+SIZES = [
+    "embedding_length", "feed_forward_length", "vocab_size", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "rope.dimension_count", "expert_count", "expert_feed_forward_length",
 ]  # fmt: skip
 # of a layer
 MATRICES = [
@@ -189,6 +195,7 @@ def read_gguf(path: str | Path, any_kind: bool = False) -> GGUFFile:
                 raise ValueError("it is no GGUF file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 metadata, tensors = _read(data, blocks)
+        _check_sizes(metadata, tensors)
         if not any_kind:
             _check(metadata, tensors)
     except OSError as error:
@@ -254,6 +261,22 @@ def _read(
     return metadata, shapes
 
 
+def _check_sizes(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises ValueError if the model is said to be larger than its tensors, or a token is absurd.
+
+    A library would build what the fields say before it sees that the tensors differ."""
+    kind = metadata.get("general.architecture")
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    for key in ("block_count", *SIZES):
+        limit = len(shapes) if key == "block_count" else largest
+        value = metadata.get(f"{kind}.{key}")
+        for number in value if isinstance(value, list) else [value]:  # a list: one for each block
+            fits = not isinstance(number, int) or number <= limit
+            _expect(fits, f"its field '{kind}.{key}' is {number}, more than its tensors hold")
+    longest = max((len(str(t)) for t in _list(metadata.get("tokenizer.ggml.tokens"))), default=0)
+    _expect(longest <= MAX_NAME, f"one of its tokens has {longest} characters")
+
+
 def _check(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises ValueError unless the file is a LLaMA with a SentencePiece vocabulary.
 
@@ -294,7 +317,7 @@ def _check(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None
         message = f"its tensor {name!r} is {shape}, expected the shape {expected}"
         _expect(shape == expected, message)
     layers = range(metadata["llama.block_count"])
-    for name in ["output_norm", *(f"blk.{k}.{part}" for k in layers for part in MATRICES)]:
+    for name in chain(["output_norm"], (f"blk.{k}.{part}" for k in layers for part in MATRICES)):
         _expect(f"{name}.weight" in shapes, f"its tensor '{name}.weight' is missing")
 
 

@@ -58,14 +58,14 @@ def chat_judge_template(frame: ChatFrame) -> JudgeTemplate:
     return JudgeTemplate(before + CHAT.before, CHAT.question + after)
 
 
-def gguf_template(file: GGUFFile, adds_bos: bool) -> tuple[str, JudgeTemplate]:
+def gguf_template(file: GGUFFile, leading: str = "") -> tuple[str, JudgeTemplate]:
     """(name, template) of a GGUF file: its own chat template, named "chat", or one by its name.
 
-    adds_bos: whether the encoder puts BOS in front of every text. Raises JudgeError if the chat
+    leading: what the encoder puts in front of every text (BOS). Raises JudgeError if the chat
     template cannot be used."""
     if file.chat_templates:
         try:
-            return "chat", _own_template(file, adds_bos)
+            return "chat", _own_template(file, leading)
         except ValueError as error:
             raise unusable_template(file.path, error) from None
     return template_by_name(file.path, str(file.metadata.get("general.name", "")))
@@ -93,13 +93,12 @@ def unusable_template(path: str, reason: object) -> JudgeError:
     )
 
 
-def _own_template(file: GGUFFile, adds_bos: bool) -> JudgeTemplate:
+def _own_template(file: GGUFFile, leading: str) -> JudgeTemplate:
     """Raises ValueError with the reason if the chat template cannot be used."""
-    special = file.special_tokens
-    template = chat_judge_template(chat_frame(default_template(file.chat_templates), special))
-    if adds_bos:  # not twice
-        before = template.before.removeprefix(special.get("bos_token", ""))
-        template = JudgeTemplate(before, template.question)
+    frame = chat_frame(default_template(file.chat_templates), file.special_tokens)
+    template = chat_judge_template(frame)
+    # the encoder's BOS and not the template's: text behind it begins with a space, as it must
+    template = JudgeTemplate(template.before.removeprefix(leading), template.question)
     tokens, kinds = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
     if isinstance(tokens, list) and isinstance(kinds, list):
         written = set(re.findall(r"<\|[^<>|]+\|>|</?s>", template.before + template.question))

@@ -78,7 +78,7 @@ class TinyLlamaRewardScorer(StepJudge):
         elif template is not None:
             self.template_name, self.template = template, named_template(template)
         else:
-            self.template_name, self.template = gguf_template(self.file, self._text.adds_bos)
+            self.template_name, self.template = gguf_template(self.file, self._text.leading)
         self.context_length = min(self.file.context_length, context_length or MAX_CONTEXT)
         self.tokens_evaluated = 0
         is_chat = self.template_name == "chat"
@@ -217,8 +217,9 @@ class _TextEncoder:
         self._control = re.compile("|".join(sorted(control, key=len, reverse=True)) or "(?!)")
         self._special = re.compile(f"(?={'|'.join(special)})")
         self._space = " " if file.metadata.get("tokenizer.ggml.add_space_prefix", True) else ""
-        self.adds_bos = bool(file.metadata.get("tokenizer.ggml.add_bos_token", True))
-        self._bos = file.metadata.get("tokenizer.ggml.bos_token_id", 1)
+        bos = file.metadata.get("tokenizer.ggml.bos_token_id", 1)
+        self._bos = [bos] if file.metadata.get("tokenizer.ggml.add_bos_token", True) else []
+        self.leading = "".join(file.tokens[index] for index in self._bos)
 
     def spellings(self, words: Sequence[str]) -> list[int]:
         """Ids of the tokens that spell one of the words, alone or after a space."""
@@ -247,7 +248,7 @@ class _TextEncoder:
 
         As in Hugging Face's LLaMA tokenizer there is a space at the start of a text and after a
         control token."""
-        items: list[Item] = [self._bos] if is_start and self.adds_bos else []
+        items: list[Item] = list(self._bos) if is_start else []
         end = 0
         for match in [*self._control.finditer(template), None]:
             text = template[end : match.start() if match else None]

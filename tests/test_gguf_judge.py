@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -215,7 +216,7 @@ def test_a_control_token_that_the_vocabulary_holds_as_text(tiny_model_dir, tmp_p
 )
 def test_without_a_chat_template_the_name_decides_and_is_printed(name, template, capsys):
     file = GGUFFile("x.gguf", {"general.name": name})
-    assert gguf_template(file, True) == (template, TEMPLATES[template])
+    assert gguf_template(file) == (template, TEMPLATES[template])
     printed = capsys.readouterr().out
     assert not printed if template == "plain" else f"the template {template} is used" in printed
 
@@ -223,11 +224,11 @@ def test_without_a_chat_template_the_name_decides_and_is_printed(name, template,
 def test_of_several_chat_templates_the_default_is_used(capsys):
     key = "tokenizer.chat_template"
     several = {f"{key}s": ["tool_use"], f"{key}.tool_use": "{{ raise_exception('no tools') }}"}
-    name, template = gguf_template(GGUFFile("x", {**several, key: CHATML}), False)
+    name, template = gguf_template(GGUFFile("x", {**several, key: CHATML}))
     assert name == "chat" and template.question.endswith(f"<|im_end|>\n{HEAD}")
     for wrong, reason in ((several, "none of tool_use is named default"), ({key: 5}, "no text")):
         with pytest.raises(JudgeError, match=f"{reason}.*--judge_template"):
-            gguf_template(GGUFFile("x", wrong), False)
+            gguf_template(GGUFFile("x", wrong))
 
 
 # --- scores
@@ -369,6 +370,10 @@ def bad_files(good: bytes) -> dict[str, tuple[bytes, str]]:
         return struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, len(value)) + value
 
     architecture, model = b"general.architecture", b"tokenizer.ggml.model"
+    block_count, width = (
+        f"llama.{key}".encode() + struct.pack("<I", 4)
+        for key in ("block_count", "embedding_length")
+    )
     return {
         "empty": (b"", "no GGUF"),
         "text": (b"hello, this is no model\n" * 50, "no GGUF"),
@@ -399,6 +404,15 @@ def bad_files(good: bytes) -> dict[str, tuple[bytes, str]]:
             changed(b"blk.1.attn_q.weight", b"blk.1.attn_X.weight"),
             "'blk.1.attn_q.weight' is missing",
         ),
+        # one flipped byte of a number: a library would build all these layers
+        "blocks": (
+            changed(block_count + b"\2\0\0\0", block_count + b"\2\0\0\1"),
+            "'llama.block_count' is 16777218, more than its tensors hold",
+        ),
+        "width": (
+            changed(width + b"\x40\0\0\0", width + b"\x40\0\0\x80"),
+            "'llama.embedding_length' is 2147483712, more",
+        ),
         "no output": (
             changed(
                 struct.pack("<Q", 13) + b"output.weight", struct.pack("<Q", 13) + b"output.weighs"
@@ -412,8 +426,11 @@ def test_a_bad_file_is_one_line_that_names_it(tiny_gguf, tmp_path):
     for name, (content, expected) in bad_files(Path(tiny_gguf).read_bytes()).items():
         path = tmp_path / f"{name}.gguf"
         path.write_bytes(content)
+        tracemalloc.start()
         with pytest.raises(ModelError) as error:
             TinyLlamaRewardScorer(path)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000, name
+        tracemalloc.stop()
         message = str(error.value)
         assert str(path) in message and expected in message and "\n" not in message, name
 

@@ -105,7 +105,8 @@ class HFJudge(StepJudge):
         elif template is not None:
             self.template_name, self.template = template, named_template(template)
         elif file is not None:
-            self.template_name, self.template = gguf_template(file, bool(self._leading_ids))
+            leading = "".join(self.tokenizer.convert_ids_to_tokens(self._leading_ids))
+            self.template_name, self.template = gguf_template(file, leading)
         elif self.tokenizer.chat_template:
             self.template_name, self.template = "chat", self._chat_template()
             self._leading_ids = []  # a chat template writes the special tokens itself
