@@ -148,5 +148,9 @@ def _add_vocabulary(writer: Any, model_dir: str | Path, tokenizer: Any, size: in
     writer.add_eos_token_id(tokenizer.eos_token_id)
     if tokenizer.unk_token_id is not None:
         writer.add_unk_token_id(tokenizer.unk_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):  # several, by name
+        named = [{"name": name, "template": text} for name, text in templates.items()]
+        writer.add_chat_template(named)
+    elif templates:
+        writer.add_chat_template(templates)

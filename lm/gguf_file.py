@@ -1,19 +1,23 @@
 """The header of a GGUF file, with checks that the step judge's library can use the file.
 
 That library ends the process on a file that it does not expect, so everything is checked here
-first: every length against the size of the file, every tensor against the end of the file.
-(`gguf.GGUFReader` trusts the lengths that it reads: a damaged one sends it into an endless loop.)
+first. (`gguf.GGUFReader`, which transformers uses, trusts the lengths that it reads: a damaged one
+sends it into an endless loop.)
+
+The header is walked to its end before anything of it is built: every count is checked against the
+bytes that are left, every tensor against the end of the file. So a damaged count costs no memory.
 """
 
 import mmap
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import chain, pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from common.errors import ModelError
+from common.errors import ModelError, short
 
 # GGUF value type -> struct format; 8 and 9 have none
 SCALARS = {kind: code for kind, code in enumerate("BbHhIif?..Qqd") if code != "."}
@@ -28,12 +32,22 @@ COUNTS = [
     "context_length", "embedding_length", "block_count", "feed_forward_length",
     "attention.head_count",
 ]  # fmt: skip
+# fields that are at most the largest dimension of all tensors
+SIZES = [
+    "embedding_length", "feed_forward_length", "vocab_size", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "rope.dimension_count", "expert_count", "expert_feed_forward_length",
+]  # fmt: skip
 # of a layer
 MATRICES = [
     "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output",
     "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
 ]  # fmt: skip
-MAX_COUNT = 1 << 20  # a header with more fields or tensors is damaged
+MAX_COUNT = 1 << 20  # a header with more fields or tensors, or with a longer array, is damaged
+MAX_ITEMS = 1 << 22  # of all arrays together; the largest vocabularies need 1.5 million
+MAX_NAME = (1 << 16) - 1  # bytes of a key (as the specification says) or of a tensor's name
+# special token of a tokenizer -> its name in GGUF
+SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 QUANTIZATIONS = ["F32", "F16", "Q8_0", "Q4_0"]  # those that lm/gguf_export.py writes
 
 
@@ -57,6 +71,25 @@ class GGUFFile:
         return self.metadata["tokenizer.ggml.token_type"]
 
     @property
+    def special_tokens(self) -> dict[str, str]:
+        """The texts of the special tokens that the file names (`bos_token`, ...)."""
+        tokens = _list(self.metadata.get("tokenizer.ggml.tokens"))
+        found: dict[str, str] = {}
+        for name, key in SPECIAL.items():
+            index: Any = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
+            if _is_index(index, tokens):
+                found[name] = str(tokens[index])
+        return found
+
+    @property
+    def chat_templates(self) -> dict[str, Any]:
+        """The file's chat templates by name; the usual one is `default`."""
+        names = self.metadata.get("tokenizer.chat_templates", [])
+        keys = {str(name): f"tokenizer.chat_template.{name}" for name in _list(names)}
+        keys["default"] = "tokenizer.chat_template"
+        return {name: self.metadata[key] for name, key in keys.items() if key in self.metadata}
+
+    @property
     def context_length(self) -> int:
         return self.metadata["llama.context_length"]
 
@@ -67,32 +100,77 @@ class _Header:
     Raises ValueError if they end too early or if a type is unknown."""
 
     def __init__(self, data: mmap.mmap):
-        self.data, self.position, self.length = data, 0, "I"
+        self.data, self.position, self.length, self.items = data, 0, "I", 0
 
-    def take(self, size: int) -> bytes:
+    def check(self, size: int) -> None:
+        """Raises ValueError unless so many bytes are left."""
         if size > len(self.data) - self.position:
             raise ValueError(f"it ends inside its header, at byte {len(self.data)}")
+
+    def skip(self, size: int) -> None:
+        self.check(size)
         self.position += size
+
+    def take(self, size: int) -> bytes:
+        self.skip(size)
         return self.data[self.position - size : self.position]
 
-    def numbers(self, format: str, count: int = 1) -> tuple:
-        return struct.unpack(f"<{count}{format}", self.take(count * struct.calcsize(f"<{format}")))
+    def number(self, format: str) -> Any:
+        return struct.unpack(f"<{format}", self.take(struct.calcsize(f"<{format}")))[0]
 
     def count(self) -> int:
-        return self.numbers(self.length)[0]
+        return self.number(self.length)
+
+    def name(self) -> str:
+        size = self.count()
+        if size > MAX_NAME:
+            raise ValueError(f"its header is damaged (a name of {size} bytes)")
+        return self.take(size).decode(errors="replace")
 
     def text(self) -> str:
         return self.take(self.count()).decode(errors="replace")
 
+    def array(self) -> tuple[int, int]:
+        """(type of the items, their number), checked against the bytes that are left."""
+        kind, count = self.number("I"), self.count()
+        if kind == ARRAY:
+            raise ValueError("it has an array of arrays, which is not read")
+        size = struct.calcsize(f"<{self.length if kind == STRING else _format(kind)}")
+        if count > MAX_COUNT:
+            raise ValueError(f"its header is damaged (an array of {count} items)")
+        self.check(count * size)
+        return kind, count
+
+    def skip_value(self, kind: int) -> None:
+        if kind == STRING:
+            self.skip(self.count())
+        elif kind == ARRAY:
+            item, count = self.array()
+            self.items += count
+            if self.items > MAX_ITEMS:
+                raise ValueError(f"its header is damaged (arrays of {self.items} items)")
+            if item == STRING:
+                for _ in range(count):
+                    self.skip(self.count())
+            else:
+                self.skip(count * struct.calcsize(f"<{_format(item)}"))
+        else:
+            self.skip(struct.calcsize(f"<{_format(kind)}"))
+
     def value(self, kind: int) -> Any:
         if kind == STRING:
             return self.text()
-        if kind == ARRAY:
-            item, count = self.numbers("I")[0], self.count()
-            if item == STRING:
-                return [self.text() for _ in range(count)]
-            return list(self.numbers(_format(item), count))
-        return self.numbers(_format(kind))[0]
+        if kind != ARRAY:
+            return self.number(_format(kind))
+        item, count = self.array()
+        if item == STRING:
+            return [self.text() for _ in range(count)]
+        code = f"<{_format(item)}"
+        values = (v for (v,) in struct.iter_unpack(code, self.take(count * struct.calcsize(code))))
+        if struct.calcsize(code) > 2:
+            return list(values)
+        seen: dict[Any, Any] = {}  # one object for equal small numbers, which are many
+        return [seen.setdefault(v, v) for v in values]
 
 
 def _format(kind: int) -> str:
@@ -117,6 +195,7 @@ def read_gguf(path: str | Path, any_kind: bool = False) -> GGUFFile:
                 raise ValueError("it is no GGUF file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 metadata, tensors = _read(data, blocks)
+        _check_sizes(metadata, tensors)
         if not any_kind:
             _check(metadata, tensors)
     except OSError as error:
@@ -129,34 +208,73 @@ def read_gguf(path: str | Path, any_kind: bool = False) -> GGUFFile:
 def _read(
     data: mmap.mmap, blocks: dict[int, tuple[int, int]]
 ) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """(metadata, shape of every tensor). Raises ValueError if a tensor ends behind the file."""
+    """(metadata, shape of every tensor). Raises ValueError if the header is damaged."""
     header = _Header(data)
-    header.take(4)
-    version = header.numbers("I")[0]
+    header.skip(4)
+    version = header.number("I")
     _expect(1 <= version <= 3, f"it is GGUF version {version}, expected 1 to 3 (little-endian)")
     header.length = "I" if version == 1 else "Q"
     tensor_count, field_count = header.count(), header.count()
     counts = f"{tensor_count} tensors, {field_count} fields"
     _expect(max(tensor_count, field_count) <= MAX_COUNT, f"its header is damaged ({counts})")
-    metadata = {}
+    fields: dict[str, tuple[int, int]] = {}  # key -> (position of the value, type)
     for _ in range(field_count):
-        key = header.text()
-        metadata[key] = header.value(header.numbers("I")[0])
-    shapes, ends = {}, [0]
+        key, kind = header.name(), header.number("I")
+        _expect(key not in fields, f"its field {short(key)} is there twice")
+        fields[key] = header.position, kind
+        header.skip_value(kind)
+    shapes: dict[str, tuple[int, ...]] = {}
+    spans = []  # (start, end) of every tensor, from the end of the header
     for _ in range(tensor_count):
-        name, dimensions = header.text(), header.numbers("I")[0]
-        _expect(dimensions <= 4, f"its tensor {name!r} has {dimensions} dimensions")
-        shapes[name] = tuple(header.count() for _ in range(dimensions))
-        kind, offset = *header.numbers("I"), *header.numbers("Q")
+        name, dimensions = header.name(), header.number("I")
+        called = f"its tensor {short(name)}"
+        _expect(name not in shapes, f"{called} is there twice")
+        _expect(dimensions <= 4, f"{called} has {dimensions} dimensions")
+        shape = tuple(header.count() for _ in range(dimensions))
+        kind, offset = header.number("I"), header.number("Q")
         readable = "which the library cannot read (it reads F32, F16, Q4_0 to Q6_K)"
-        _expect(kind in blocks, f"its tensor {name!r} has type {kind}, {readable}")
+        _expect(kind in blocks, f"{called} has type {kind}, {readable}")
         block, size = blocks[kind]
-        ends.append(offset + prod(shapes[name]) // block * size)
-    alignment = metadata.get("general.alignment", 32)
-    _expect(isinstance(alignment, int) and alignment >= 1, f"its alignment is {alignment!r}")
-    needed = -(-header.position // alignment) * alignment + max(ends)
+        rows_fit = prod(shape) > 0 and prod(shape[:1]) % block == 0
+        _expect(rows_fit, f"{called} has the shape {shape}, in blocks of {block} numbers")
+        shapes[name] = shape
+        spans.append((offset, offset + prod(shape) // block * size))
+    end = header.position
+    alignment = 32
+    if "general.alignment" in fields:
+        header.position, kind = fields["general.alignment"]
+        alignment = header.value(kind) if SCALARS.get(kind, "?") in "BbHhIiQq" else 0
+    # a power of 2
+    is_alignment = 0 < alignment <= len(data) and alignment & (alignment - 1) == 0
+    _expect(is_alignment, f"its alignment is {alignment}")
+    spans.sort()
+    aligned = all(start % alignment == 0 for start, _ in spans)
+    _expect(aligned, f"a tensor begins at no multiple of {alignment} bytes")
+    overlap = any(later < stop for (_, stop), (later, _) in pairwise(spans))
+    _expect(not overlap, "two of its tensors overlap")
+    needed = -(-end // alignment) * alignment + (spans[-1][1] if spans else 0)
     _expect(needed <= len(data), f"it is cut off: {len(data)} bytes, its tensors need {needed}")
+    metadata = {}
+    for key, (position, kind) in fields.items():
+        header.position = position
+        metadata[key] = header.value(kind)
     return metadata, shapes
+
+
+def _check_sizes(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises ValueError if the model is said to be larger than its tensors, or a token is absurd.
+
+    A library would build what the fields say before it sees that the tensors differ."""
+    kind = metadata.get("general.architecture")
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    for key in ("block_count", *SIZES):
+        limit = len(shapes) if key == "block_count" else largest
+        value = metadata.get(f"{kind}.{key}")
+        for number in value if isinstance(value, list) else [value]:  # a list: one for each block
+            fits = not isinstance(number, int) or number <= limit
+            _expect(fits, f"its field '{kind}.{key}' is {number}, more than its tensors hold")
+    longest = max((len(str(t)) for t in _list(metadata.get("tokenizer.ggml.tokens"))), default=0)
+    _expect(longest <= MAX_NAME, f"one of its tokens has {longest} characters")
 
 
 def _check(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
@@ -190,7 +308,7 @@ def _check(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None
     has_bytes = {f"<0x{byte:02X}>" for byte in range(256)} <= set(tokens)
     _expect(has_bytes, "its vocabulary lacks some of the 256 byte tokens")
     for key in ("bos_token_id", "eos_token_id"):
-        is_token = metadata.get(f"tokenizer.ggml.{key}", 1) in range(len(tokens))
+        is_token = _is_index(metadata.get(f"tokenizer.ggml.{key}", 1), tokens)
         _expect(is_token, f"its field 'tokenizer.ggml.{key}' is no token id")
 
     expected = (metadata["llama.embedding_length"], len(tokens))
@@ -199,8 +317,16 @@ def _check(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None
         message = f"its tensor {name!r} is {shape}, expected the shape {expected}"
         _expect(shape == expected, message)
     layers = range(metadata["llama.block_count"])
-    for name in ["output_norm", *(f"blk.{k}.{part}" for k in layers for part in MATRICES)]:
+    for name in chain(["output_norm"], (f"blk.{k}.{part}" for k in layers for part in MATRICES)):
         _expect(f"{name}.weight" in shapes, f"its tensor '{name}.weight' is missing")
+
+
+def _list(value: Any) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _is_index(value: Any, items: list) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(items)
 
 
 def _expect(holds: bool, message: str) -> None:

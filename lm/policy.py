@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from common.errors import ModelError, PromptTooLong
+from lm.chat_template import check_answer
 from lm.decoding import Decoder, DecodingRow
 from lm.loading import load_model, scoring_device
 from lm.text_encoding import encode_prompt, encode_steps
@@ -138,7 +139,7 @@ class Policy:
     ) -> list[list[State]]:
         """n whole solutions that continue each open state by at most `max_new_tokens`.
 
-        They are sampled as in `next_steps`."""
+        They are sampled as in `next_steps`. Raises ModelError for a model that thinks first."""
         return self._sample(states, n, temperature, max_new_tokens, seed, progress, one_step=False)
 
     def _sample(
@@ -169,6 +170,8 @@ class Policy:
         ids = (*state.ids, *row.ids)
         ends = self.decoder.step_ends(row.ids)
         steps = [self.decoder.text(row.ids[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+        if steps and not state.steps:
+            check_answer(self.tokenizer, steps[0])
         if ends:
             all_ends = (*state.ends, *(start + end for end in ends))
         else:  # without a new step the ids belong to the last one
@@ -217,6 +220,7 @@ class Policy:
         for row in itertools.chain.from_iterable(decoded):
             if row.ended:
                 text = self.decoder.decode_text(row.ids).strip()
+                check_answer(self.tokenizer, text)
                 texts[row.prefix] = (text, row.ended == "finished")
         return texts
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from common.errors import PromptTooLong, ServerError, short
+from lm.chat_template import check_answer
 from lm.loading import load_tokenizer
 from lm.openai_client import OpenAIServer, TooLong, gather
 from lm.policy import Policy, Response, State, StepLogp, check_open
@@ -195,6 +196,8 @@ class ServerPolicy(Policy):
             status = "open" if one_step and written and not reply.is_eos else "finished"
         if status == "open" and ends_solution(list(steps)):
             status = "finished"
+        if steps and not state.steps and self.tokenizer is not None:
+            check_answer(self.tokenizer, steps[0])
         return State(state.prompt, (), (), steps, status, sampled)
 
     def _prompt(self, prompt: str, steps: Sequence[str] = ()) -> str:

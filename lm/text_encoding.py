@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from common.errors import ModelError, short
+from lm.chat_template import tokenizer_frame
 from reasoning.steps import ends_solution
 
 PLAIN_TEMPLATE = "Problem: {prompt}\nSolution:\n"
@@ -33,10 +34,9 @@ def format_prompt(prompt: str, tokenizer: Any = None, instruction: str = CHAT_IN
     """The text that a policy continues.
 
     A chat model (a tokenizer with a chat template) gets the instruction and the prompt as the
-    user's message."""
+    user's message, with thinking turned off. Raises ModelError if the template cannot be used."""
     if getattr(tokenizer, "chat_template", None):
-        message = {"role": "user", "content": instruction + prompt}
-        return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        return tokenizer_frame(tokenizer).fill(instruction + prompt)
     return PLAIN_TEMPLATE.format(prompt=prompt)
 
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from common.errors import JudgeError, ModelError
+from lm.chat_template import render_chat
 from lm.text_encoding import TextEncoder, format_prompt
 from reward_model.protocols import Solution, describe_step
 
@@ -134,8 +135,7 @@ class QwenMath(PublishedFormat):
     def text(self, prompt: str, steps: list[str]) -> str:
         answer = "".join(step + self.tag for step in steps)
         turns = [("system", self.system), ("user", prompt), ("assistant", answer)]
-        messages = [{"role": role, "content": content} for role, content in turns]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        return render_chat(self.tokenizer, turns)
 
     def log_odds(self, model: Any, rows: Tensor, places: Tensor, **inputs: Any) -> Tensor:
         logits = model.score(model.model(**inputs).last_hidden_state[rows, places])  # (N, 2)
@@ -182,11 +182,10 @@ class RLHFlow(SignTokens):
     is_chat = True
 
     def text(self, prompt: str, steps: list[str]) -> str:
-        messages = []
+        turns = []
         for turn in (f"{prompt} {steps[0]}", *steps[1:]):
-            messages.append({"role": "user", "content": turn})
-            messages.append({"role": "assistant", "content": "+"})
-        return self.tokenizer.apply_chat_template(messages, tokenize=False)
+            turns += [("user", turn), ("assistant", "+")]
+        return render_chat(self.tokenizer, turns)
 
     def places(self, ids: list[int], count: int) -> list[int]:
         # the last two for each step: the template may put a system message first

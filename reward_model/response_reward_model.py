@@ -32,6 +32,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from common.errors import JudgeError, ModelError, UserError, first_line, short
+from lm.chat_template import render_chat
 from lm.loading import (
     base_of,
     check_embeddings,
@@ -112,9 +113,7 @@ class ResponseTokens:
         if self.steps:
             return self.steps.text(prompt, split_steps(response))
         if self.is_chat:
-            turns = (("user", prompt), ("assistant", response))
-            messages = [{"role": role, "content": content} for role, content in turns]
-            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+            return render_chat(self.tokenizer, [("user", prompt), ("assistant", response)])
         question = f"\n{self.question}" if self.question else ""
         return PLAIN_TEMPLATE.replace("{prompt}", prompt) + response + question
 

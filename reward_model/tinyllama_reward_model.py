@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 from common.errors import JudgeError, ModelError, short
+from lm.chat_template import begins_thought
 from lm.gguf_file import GGUFFile, TokenType, read_gguf
 from reward_model.protocols import (
     Scores,
@@ -31,7 +32,14 @@ from reward_model.protocols import (
     nan_error,
     with_skip,
 )
-from reward_model.templates import NO, YES, JudgeTemplate, fitting_template, named_template
+from reward_model.templates import (
+    NO,
+    YES,
+    JudgeTemplate,
+    gguf_template,
+    named_template,
+    unusable_template,
+)
 
 MAX_CONTEXT = 4096  # default limit in tokens, since the cache grows with the context
 BATCH = 512  # tokens evaluated at once; the library crashes with more
@@ -47,10 +55,10 @@ Item = int | str  # a token id, or text to be tokenized
 class TinyLlamaRewardScorer(StepJudge):
     """A StepJudge on a GGUF file of the LLaMA architecture.
 
-    template: a name in TEMPLATES or a JudgeTemplate; by default the one that fits the file's
-    metadata. threads: at most the cores that this process may use; by default chosen by a short
-    trial. context_length: in tokens; by default the file's, at most 4096. Raises ModelError if the
-    file cannot be loaded.
+    template: a name in TEMPLATES or a JudgeTemplate; by default the file's own chat template, or
+    without one what the name of the model says. threads: at most the cores that this process may
+    use; by default chosen by a short trial. context_length: in tokens; by default the file's, at
+    most 4096. Raises ModelError if the file cannot be loaded.
 
     Scores are rounded to 6 decimals and depend only on the solution, not on earlier calls or on
     threads. Use the judge as a context manager, or `close` it."""
@@ -64,20 +72,25 @@ class TinyLlamaRewardScorer(StepJudge):
     ):
         self.file = read_gguf(model_path)
         check_positive(threads=threads, context_length=context_length)
+        self._text = _TextEncoder(self.file)
         if isinstance(template, JudgeTemplate):
             self.template_name, self.template = "given", template
+        elif template is not None:
+            self.template_name, self.template = template, named_template(template)
         else:
-            self.template_name = template or choose_template(self.file)
-            self.template = named_template(self.template_name)
+            self.template_name, self.template = gguf_template(self.file, self._text.leading)
         self.context_length = min(self.file.context_length, context_length or MAX_CONTEXT)
         self.tokens_evaluated = 0
-        self._text = _TextEncoder(self.file)
+        is_chat = self.template_name == "chat"
+        tokens = enumerate(self.file.tokens if is_chat else [])
         self._settings = {
             "path": os.path.abspath(model_path),
             "context_length": self.context_length,
             "threads": threads,
             "yes": self._text.spellings(YES),
             "no": self._text.spellings(NO),
+            # where the verdict is read, a model that begins to think has none yet
+            "thoughts": [k for k, token in tokens if begins_thought(token.replace("▁", " "))],
         }
         self._process: subprocess.Popen | None = None
         self._start()
@@ -118,6 +131,9 @@ class TinyLlamaRewardScorer(StepJudge):
         kind, value = reply
         if kind == "too long":
             return None
+        if kind == "thinks":
+            reason = "the model begins to think where its verdict is read"
+            raise unusable_template(self.file.path, reason)
         if kind == "not finite":
             raise nan_error(f"judge {self.file.path}", prompt, steps, skip + len(scores))
         self.tokens_evaluated += value
@@ -185,12 +201,6 @@ class TinyLlamaRewardScorer(StepJudge):
         return f"{self.file.path}: template {self.template_name}, {settings}"
 
 
-def choose_template(file: GGUFFile) -> str:
-    """The name in TEMPLATES that fits the file's chat template and name."""
-    keys = ("tokenizer.chat_template", "general.name")
-    return fitting_template("\n".join(str(file.metadata.get(key, "")) for key in keys))
-
-
 class _TextEncoder:
     """Splits a text into ids of control tokens and plain text.
 
@@ -209,6 +219,7 @@ class _TextEncoder:
         self._space = " " if file.metadata.get("tokenizer.ggml.add_space_prefix", True) else ""
         bos = file.metadata.get("tokenizer.ggml.bos_token_id", 1)
         self._bos = [bos] if file.metadata.get("tokenizer.ggml.add_bos_token", True) else []
+        self.leading = "".join(file.tokens[index] for index in self._bos)
 
     def spellings(self, words: Sequence[str]) -> list[int]:
         """Ids of the tokens that spell one of the words, alone or after a space."""
@@ -288,6 +299,7 @@ class _Model:
         self.llm = LLM(settings["path"], "gguf", config=config, lib="avx2" if has_avx2 else None)
         self.path, self.context_length = settings["path"], settings["context_length"]
         self.yes, self.no = settings["yes"], settings["no"]
+        self.thoughts = settings["thoughts"]
         self.edge = len(self._tokenize(EDGE))
         # the groups of tokens whose keys and values are in the cache
         self.held: list[list[int]] = []
@@ -357,12 +369,22 @@ class _Model:
                 self._evaluate(question_ids, past)
                 del self.held[k + 1 :]  # the question overwrote the groups after this one
                 evaluated += len(question_ids)
+                if self.thoughts and self._begins_thought():
+                    connection.send(("thinks", None))
+                    return
+                self.thoughts = []  # the first verdict tells
                 score = self._answer()
                 if not math.isfinite(score):
                     connection.send(("not finite", None))
                     return
                 connection.send(("score", score))
         connection.send(("done", evaluated))
+
+    def _begins_thought(self) -> bool:
+        """Whether the likeliest next token opens the model's thoughts."""
+        logits = self.llm.ctransformers_llm_logits_data()
+        vocabulary = range(self.llm.ctransformers_llm_vocab_size())
+        return max(vocabulary, key=logits.__getitem__) in self.thoughts
 
     def _answer(self) -> float:
         """P(yes) / (P(yes) + P(no)) of the next token."""

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -17,6 +18,8 @@ from transformers import (
 from common.errors import ModelError, UserError
 from lm.gguf_export import export_gguf
 from lm.gguf_file import read_gguf
+from tests.helpers.chat_models import CHATML, chat_model
+from utils.import_gguf import import_gguf
 
 TEXT = (
     "Problem: Mia has 12 apples. She buys 3 more. How many?\nSolution:\nStep 1: 12 + 3 = 15\nRight?"
@@ -82,6 +85,19 @@ def test_tied_embeddings_chat_template_and_rows_that_do_not_fit_a_block(tokenize
     back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf").eval()
     # 48 is no multiple of 32: mostly F16
     assert (logits_of(back, tokenizer) - logits_of(model, tokenizer)).abs().max() < 0.02
+
+
+def test_several_chat_templates(tiny_model_dir, tmp_path):
+    """They are in the file, and back in a directory that is made from it."""
+    templates = {"default": CHATML, "tool_use": "{{ messages }} and tools"}
+    chat_model(tiny_model_dir, tmp_path / "chat", templates)
+    export_gguf(tmp_path / "chat", tmp_path / "m.gguf", "F32")
+    file = read_gguf(tmp_path / "m.gguf")
+    assert file.chat_templates == templates
+    assert file.metadata["tokenizer.chat_template"] == CHATML
+    import_gguf(tmp_path / "m.gguf", tmp_path / "back", "float32", "")
+    back = AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert back.chat_template == templates
 
 
 @pytest.mark.parametrize(

@@ -4,22 +4,31 @@ import os
 import random
 import signal
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import JudgeError, ModelError
-from lm.gguf_file import GGUFFile, read_gguf
-from reward_model.templates import NO, PLAIN, TEMPLATES, YES, JudgeTemplate
-from reward_model.tinyllama_reward_model import (
-    TinyLlamaRewardScorer,
-    _Model,
-    _TextEncoder,
-    choose_template,
+from lm.chat_template import chat_frame
+from lm.gguf_export import export_gguf
+from lm.gguf_file import GGUFFile, TokenType, read_gguf
+from reward_model.judges.hf import HFJudge
+from reward_model.templates import (
+    CHAT,
+    NO,
+    PLAIN,
+    TEMPLATES,
+    YES,
+    JudgeTemplate,
+    chat_judge_template,
+    gguf_template,
 )
+from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer, _Model, _TextEncoder
+from tests.helpers.chat_models import CHATML, HEAD, THINKING, chat_model
 from tests.helpers.solutions import PROMPT, STEPS
 
 pytestmark = pytest.mark.process  # the judge has a process of its own
@@ -88,17 +97,138 @@ def test_control_tokens_are_ids_in_a_template_and_text_in_a_users_text(judge):
     assert judge._text.control("x</s>y {prompt}", "z</s>") == ["x", 2, " y z<", "/s>"]
 
 
-def test_the_template_fits_the_file():
-    def chosen(**metadata):
-        metadata = {key.replace("_", ".", 1): value for key, value in metadata.items()}
-        return choose_template(GGUFFile("x", metadata))
+# --- the template
 
-    assert chosen(general_name="judge-mini") == "plain"
-    assert chosen(general_name="tinyllama_tinyllama-1.1b-chat-v1.0") == "zephyr"
-    assert chosen(tokenizer_chat_template="{{'<|user|>\n' + message + eos_token}}") == "zephyr"
-    assert chosen(general_name="Llama-2-7b-chat-hf") == "llama-2"
-    chatml = "{{'<|im_start|>' + role}}"
-    assert chosen(tokenizer_chat_template=chatml, general_name="tinyllama-chat") == "chatml"
+
+def chat_file(tiny_model_dir, folder: Path, template: str, **options) -> str:
+    """The GGUF file of a tiny chat model."""
+    chat_model(tiny_model_dir, folder / "chat", template, **options)
+    export_gguf(folder / "chat", folder / "chat.gguf", "F32")
+    return str(folder / "chat.gguf")
+
+
+def changed(path: str, old: bytes, new: bytes) -> str:
+    """The file with bytes replaced by as many others."""
+    data = Path(path).read_bytes()
+    assert data.count(old) == 1 and len(old) == len(new)
+    Path(path).write_bytes(data.replace(old, new))
+    return path
+
+
+def ids_of(judge: TinyLlamaRewardScorer, prompt: str, steps: list[str]) -> list[int]:
+    native, text = _Model(judge._settings), judge._text
+    before = text.control(judge.template.before, prompt, is_start=True)
+    lines = [item for step in steps for item in text.plain(step + "\n")]
+    return native._ids([*before, *lines, *text.control(judge.template.question)])
+
+
+CONTENT = CHAT.before.format(prompt=PROMPT) + "\n".join(STEPS) + "\n" + CHAT.question
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING, CHATML.replace("{{ bos_token }}", "")])
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_file_is_asked_in_its_own_chat_template(tiny_model_dir, tmp_path, template, adds_bos):
+    path = chat_file(tiny_model_dir, tmp_path, template)
+    if not adds_bos:
+        key = b"tokenizer.ggml.add_bos_token" + struct.pack("<I", 7)
+        changed(path, key + b"\1", key + b"\0")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": CONTENT}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
+    )
+    assert ("<think>\n\n</think>" in whole) == (template == THINKING)
+    bos = tokenizer.bos_token
+    if adds_bos:  # once, whoever writes it
+        whole = bos + whole.removeprefix(bos)
+    expected = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    with TinyLlamaRewardScorer(path, threads=1) as judge:
+        assert judge.template_name == "chat" and "template chat" in str(judge)
+        assert ids_of(judge, PROMPT, STEPS) == expected
+        scores = judge.score_steps([(PROMPT, STEPS)])[0]
+    assert expected.count(1) == (adds_bos or template.startswith("{{ bos_token"))
+    hf = HFJudge(path, device="cpu")
+    assert hf._texts(PROMPT, STEPS, 2) == [expected] and hf.template_name == "chat"
+    assert hf.score_steps([(PROMPT, STEPS)])[0] == pytest.approx(scores, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (CHATML.replace(HEAD, HEAD + "<think>\n"), "makes the model think"),
+        (CHATML + "{{ raise_exception('no\x1b[31m') }}", r"TemplateError: 'no\\x1b"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+        ("{{ messages[0].content | upper }}", "does not write every message"),
+    ],
+)
+@pytest.mark.parametrize("judge", [TinyLlamaRewardScorer, HFJudge])
+def test_a_chat_template_that_cannot_be_used_names_the_flag(
+    tiny_model_dir, tmp_path, template, reason, judge
+):
+    path = chat_file(tiny_model_dir, tmp_path, template)
+    with pytest.raises(JudgeError, match=reason) as error:
+        judge(path)
+    message = str(error.value)
+    assert path in message and "choose one with --judge_template (plain, zephyr" in message
+    assert "\n" not in message and "\x1b" not in message
+    with judge(path, "chatml") as other:  # the flag chooses
+        assert len(other.score_steps([(PROMPT, STEPS)])[0]) == 3
+
+
+def test_a_model_that_begins_to_think_gives_no_verdict(tiny_model_dir, tmp_path):
+    asked = chat_judge_template(chat_frame(CHATML, {"bos_token": "<s>"}))
+    text = asked.before.format(prompt=PROMPT) + "\n".join(STEPS) + "\n" + asked.question
+    for says, thinks in (("<think>", True), ("Yes", False)):
+        (tmp_path / says).mkdir()
+        path = chat_file(tiny_model_dir, tmp_path / says, CHATML, says=says, after=text)
+        with TinyLlamaRewardScorer(path, threads=1) as judge:
+            if thinks:
+                with pytest.raises(JudgeError, match=r"begins to think .* --judge_template"):
+                    judge.score_steps([(PROMPT, STEPS)], skip=[2])
+            else:
+                assert judge.score_steps([(PROMPT, STEPS)])[0][2] > 0.9
+        with TinyLlamaRewardScorer(path, "chatml", threads=1) as judge:
+            assert judge.score_steps([(PROMPT, STEPS)])[0]
+
+
+def test_a_control_token_that_the_vocabulary_holds_as_text(tiny_model_dir, tmp_path):
+    path = chat_file(tiny_model_dir, tmp_path, CHATML)
+    file = read_gguf(path)
+    types = struct.pack(f"<{len(file.tokens)}i", *file.token_types)
+    start = file.tokens.index("<|im_start|>") * 4
+    changed(path, types, types[:start] + struct.pack("<i", TokenType.NORMAL) + types[start + 4 :])
+    with pytest.raises(JudgeError, match=r"'<\|im_start\|>', which the vocabulary holds as plain"):
+        TinyLlamaRewardScorer(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        ("judge-mini", "plain"),
+        ("tinyllama_tinyllama-1.1b-chat-v1.0", "zephyr"),
+        ("Llama-2-7b-chat-hf", "llama-2"),
+        ("Mistral-7B-Instruct-v0.1", "llama-2"),
+        ("dolphin-chatml", "chatml"),
+        (5, "plain"),
+    ],
+)
+def test_without_a_chat_template_the_name_decides_and_is_printed(name, template, capsys):
+    file = GGUFFile("x.gguf", {"general.name": name})
+    assert gguf_template(file) == (template, TEMPLATES[template])
+    printed = capsys.readouterr().out
+    assert not printed if template == "plain" else f"the template {template} is used" in printed
+
+
+def test_of_several_chat_templates_the_default_is_used(capsys):
+    key = "tokenizer.chat_template"
+    several = {f"{key}s": ["tool_use"], f"{key}.tool_use": "{{ raise_exception('no tools') }}"}
+    name, template = gguf_template(GGUFFile("x", {**several, key: CHATML}))
+    assert name == "chat" and template.question.endswith(f"<|im_end|>\n{HEAD}")
+    for wrong, reason in ((several, "none of tool_use is named default"), ({key: 5}, "no text")):
+        with pytest.raises(JudgeError, match=f"{reason}.*--judge_template"):
+            gguf_template(GGUFFile("x", wrong))
 
 
 # --- scores
@@ -240,6 +370,10 @@ def bad_files(good: bytes) -> dict[str, tuple[bytes, str]]:
         return struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, len(value)) + value
 
     architecture, model = b"general.architecture", b"tokenizer.ggml.model"
+    block_count, width = (
+        f"llama.{key}".encode() + struct.pack("<I", 4)
+        for key in ("block_count", "embedding_length")
+    )
     return {
         "empty": (b"", "no GGUF"),
         "text": (b"hello, this is no model\n" * 50, "no GGUF"),
@@ -270,6 +404,15 @@ def bad_files(good: bytes) -> dict[str, tuple[bytes, str]]:
             changed(b"blk.1.attn_q.weight", b"blk.1.attn_X.weight"),
             "'blk.1.attn_q.weight' is missing",
         ),
+        # one flipped byte of a number: a library would build all these layers
+        "blocks": (
+            changed(block_count + b"\2\0\0\0", block_count + b"\2\0\0\1"),
+            "'llama.block_count' is 16777218, more than its tensors hold",
+        ),
+        "width": (
+            changed(width + b"\x40\0\0\0", width + b"\x40\0\0\x80"),
+            "'llama.embedding_length' is 2147483712, more",
+        ),
         "no output": (
             changed(
                 struct.pack("<Q", 13) + b"output.weight", struct.pack("<Q", 13) + b"output.weighs"
@@ -283,8 +426,11 @@ def test_a_bad_file_is_one_line_that_names_it(tiny_gguf, tmp_path):
     for name, (content, expected) in bad_files(Path(tiny_gguf).read_bytes()).items():
         path = tmp_path / f"{name}.gguf"
         path.write_bytes(content)
+        tracemalloc.start()
         with pytest.raises(ModelError) as error:
             TinyLlamaRewardScorer(path)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000, name
+        tracemalloc.stop()
         message = str(error.value)
         assert str(path) in message and expected in message and "\n" not in message, name
 

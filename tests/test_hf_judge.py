@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import ModelError
 from common.files import read_records
+from lm.chat_template import chat_frame
 from lm.gguf_export import export_gguf
 from reasoning.records import PreferencePair
-from reward_model.judges.hf import HFJudge
-from reward_model.templates import CHAT, NO, PLAIN, TEMPLATES, YES, JudgeTemplate
+from reward_model.judges.hf import TRIAL, HFJudge
+from reward_model.templates import (
+    CHAT,
+    NO,
+    PLAIN,
+    TEMPLATES,
+    YES,
+    JudgeTemplate,
+    chat_judge_template,
+)
 from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer, _Model
+from tests.helpers.chat_models import CHATML, HEAD, THINKING, chat_model
 from tests.helpers.reward_models import TINY_SHAPE
 from tests.helpers.scripts import ROOT
 from tests.helpers.solutions import PROMPT, STEPS
@@ -261,6 +272,42 @@ def test_a_chat_model_is_asked_in_its_own_template(merging_dir):
     expected = judge.tokenizer.apply_chat_template(message, **options)["input_ids"]
     assert judge._texts(PROMPT, STEPS, 2) == [expected]
     agrees(judge)
+
+
+def test_a_chat_model_that_thinks_is_asked_with_thinking_off(tiny_model_dir, tmp_path):
+    judge = HFJudge(chat_model(tiny_model_dir, tmp_path, THINKING), device="cpu")
+    assert judge.template.question.endswith(f"{HEAD}<think>\n\n</think>\n\n")
+    content = CHAT.before.format(prompt=PROMPT) + STEPS[0] + "\n" + CHAT.question
+    options = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": True}
+    message = [{"role": "user", "content": content}]
+    expected = judge.tokenizer.apply_chat_template(message, **options)["input_ids"]
+    assert judge._texts(PROMPT, STEPS[:1], 0) == [expected]
+
+
+def test_a_chat_model_that_cannot_be_asked_names_the_flag(tiny_model_dir, tmp_path):
+    def refused(name: str, template: object, reason: str, **options: str) -> None:
+        path = chat_model(tiny_model_dir, tmp_path / name, template, **options)
+        with pytest.raises(
+            ModelError, match=rf"{reason}.*choose one with --judge_template"
+        ) as error:
+            HFJudge(path, device="cpu")
+        assert str(error.value).startswith(f"judge {path}: ") and "\n" not in str(error.value)
+        HFJudge(path, "chatml", device="cpu")
+
+    refused("forced", CHATML.replace(HEAD, f"{HEAD}<think>\n"), "makes the model think")
+    refused("fails", CHATML.replace("user", "x") + "{{ raise_exception('never') }}", "never")
+    refused("several", {"tool_use": CHATML}, "none of tool_use is named default")
+    asked = chat_judge_template(chat_frame(CHATML, {"bos_token": "<s>"}))
+    prompt, steps = TRIAL
+    after = asked.before.format(prompt=prompt) + "\n".join(steps) + "\n" + asked.question
+    refused("says", CHATML, "begins to think where", says="<think>", after=after)
+
+
+def test_without_a_chat_template_the_name_decides(tiny_model_dir, tmp_path, capsys):
+    shutil.copytree(tiny_model_dir, tmp_path / "Llama-2-7b-chat-hf")
+    judge = HFJudge(tmp_path / "Llama-2-7b-chat-hf", device="cpu")
+    assert judge.template == TEMPLATES["llama-2"] and judge.template_name == "llama-2"
+    assert "the template llama-2 is used because of its name" in capsys.readouterr().out
 
 
 def test_an_adapter_is_scored_on_its_base(tiny_model_dir, tokenizer, judge, tmp_path):

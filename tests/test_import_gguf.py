@@ -104,6 +104,12 @@ def damaged(source: Path, kind: str) -> bytes:
         return b""
     if kind == "text":
         return b"hello, I am no model"
+    if kind == "count":  # one flipped byte: the array seems to be as long as the file
+        place = data.index(b"tokenizer.ggml.scores") + 29 + 3
+        return data[:place] + b"\x80" + data[place + 1 :]
+    if kind == "blocks":
+        key = b"llama.block_count" + (4).to_bytes(4, "little")
+        return data.replace(key + b"\2\0\0\0", key + b"\2\0\0\1")
     if kind == "no matrix":  # transformers does not know this name
         return data.replace(b"blk.0.attn_q.weight", b"blk.0.attn_x.weight")
 
@@ -120,6 +126,8 @@ def damaged(source: Path, kind: str) -> bytes:
         ("empty", "it is no GGUF file"),
         ("text", "it is no GGUF file"),
         ("zebra", "cannot read this GGUF file (ValueError: GGUF model with architecture zebra"),
+        ("count", "its header is damaged (an array of 2147484297 items)"),
+        ("blocks", "'llama.block_count' is 16777218, more than its tensors hold"),
         ("no matrix", "cannot read this GGUF file (ValueError: weights are missing, for example"),
     ],
 )

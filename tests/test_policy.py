@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
+from transformers import AutoTokenizer
 
 from common.errors import ModelError, PromptTooLong
 from common.files import ROOT
@@ -16,6 +17,7 @@ from lm.policy import Policy
 from lm.text_encoding import encode_prompt, encode_steps, format_prompt
 from reasoning.problems import problems
 from reasoning.steps import split_steps
+from tests.helpers.chat_models import CHATML, HEAD, THINKING, chat_model
 
 PROMPTS = [
     "Mia has 3 apples.",
@@ -251,6 +253,26 @@ def test_a_chat_is_the_prompt_in_the_models_template(tiny_model_dir):
     assert policy.tokenizer.decode(ids) == "[Tell a story]:"
     with_instruction = policy.texts(["Tell a story"], max_new_tokens=5)
     assert policy.texts(["Tell a story"], max_new_tokens=5, chat=True) != with_instruction
+
+
+def test_a_model_that_thinks_first_is_refused(tiny_model_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.chat_template = CHATML
+    after = format_prompt(PROMPTS[0], tokenizer)
+    path = chat_model(tiny_model_dir, tmp_path / "thinks", CHATML, says="<think>", after=after)
+    policy = Policy.load(path)
+    for sample in (policy.generate, policy.texts):
+        with pytest.raises(ModelError, match=r"thinks before it answers \('<think>") as error:
+            sample(PROMPTS[:1], max_new_tokens=5)
+        assert path in str(error.value)
+    forced = CHATML.replace(HEAD, f"{HEAD}<think>\n")
+    policy = Policy.load(chat_model(tiny_model_dir, tmp_path / "forced", forced))
+    with pytest.raises(ModelError, match="makes the model think before it answers"):
+        policy.generate(PROMPTS[:1], max_new_tokens=5)
+    policy = Policy.load(chat_model(tiny_model_dir, tmp_path / "off", THINKING))
+    tokens = policy.tokenizer.convert_ids_to_tokens(policy.start(PROMPTS[0]).ids)
+    assert [token for token in tokens if "think" in token] == ["<think>", "</think>"]
+    assert format_prompt(PROMPTS[0], policy.tokenizer).endswith(f"{HEAD}<think>\n\n</think>\n\n")
 
 
 def test_logps_by_hand(policy):

@@ -164,6 +164,9 @@ def test_the_chat_template_of_the_model_and_one_bos(server, tokenizer, tmp_path,
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids.count(tokenizer.bos_token_id) == 1
     assert f"the chat template of {tmp_path / 'chat'}" in capsys.readouterr().err
+    server.answer = lambda number, body: completion("<think>\nWell, 1 + 1")
+    with pytest.raises(ModelError, match="thinks before it answers"):
+        policy.generate([PROMPT])
     policy_on(server, str(tmp_path / "plain"))
     assert "has no chat template" in capsys.readouterr().err
 

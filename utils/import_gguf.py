@@ -24,8 +24,6 @@ from lm.gguf_file import read_gguf
 PROBE = (
     "Mia has 12 apples. She buys 3 boxes of 4 apples.\nStep 1: 3 * 4 = 12, 12 + 12 = 24\nAnswer: 24"
 )
-# tokenizer -> GGUF
-SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 CARD = """---
 library_name: transformers{license}
@@ -63,7 +61,7 @@ def import_gguf(source: Path, output: Path, dtype: str, sha256: str) -> None:
     from lm.loading import LOAD_ERRORS, load_weights
 
     # first, because transformers trusts damaged lengths
-    header = read_gguf(source, any_kind=True).metadata
+    header = read_gguf(source, any_kind=True)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -73,10 +71,12 @@ def import_gguf(source: Path, output: Path, dtype: str, sha256: str) -> None:
     except (*LOAD_ERRORS, IndexError, AttributeError, NotImplementedError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{source}: transformers cannot read this GGUF file ({reason})") from None
-    for name, key in SPECIAL.items():  # transformers ignores them for some vocabularies
-        index = header.get(f"tokenizer.ggml.{key}_token_id")
-        if index is not None and getattr(tokenizer, name) is None:
-            setattr(tokenizer, name, header["tokenizer.ggml.tokens"][index])
+    # transformers ignores special tokens for some vocabularies, and all chat templates but one
+    for name, token in header.special_tokens.items():
+        if getattr(tokenizer, name) is None:
+            setattr(tokenizer, name, token)
+    if len(header.chat_templates) > 1:
+        tokenizer.chat_template = header.chat_templates
     # the weights are plain numbers now, and save_pretrained refuses a quantizer
     model.hf_quantizer = None
     del model.config.quantization_config
@@ -89,11 +89,11 @@ def import_gguf(source: Path, output: Path, dtype: str, sha256: str) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         check_copy(model, tokenizer, folder, dtype)
-        licence = header.get("general.license")
+        licence = header.metadata.get("general.license")
         card = CARD.format(
             license=f"\nlicense: {licence}" if licence else "",
             name=output.name,
-            title=header.get("general.name", source.stem),
+            title=header.metadata.get("general.name", source.stem),
             file=source.name,
             sha256=sha256,
             dtype=dtype,

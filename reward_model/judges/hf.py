@@ -25,15 +25,24 @@ from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import JudgeError, ModelError, first_line
-from lm.gguf_file import read_gguf
+from lm.chat_template import begins_thought, chat_frame, default_template
+from lm.gguf_file import GGUFFile, read_gguf
 from lm.loading import LOAD_ERRORS, load_model, load_weights, scoring_device
 from lm.text_encoding import TextEncoder, batches_by_length
 from lm.tree_attention import add_sequence, mask_dtype, tree_inputs
 from reasoning.steps import shared_prefix
 from reward_model.protocols import Scores, Solution, StepJudge, check_positive, nan_error, with_skip
-from reward_model.templates import CHAT, NO, YES, JudgeTemplate, fitting_template, named_template
+from reward_model.templates import (
+    NO,
+    YES,
+    JudgeTemplate,
+    chat_judge_template,
+    gguf_template,
+    named_template,
+    template_by_name,
+    unusable_template,
+)
 
-STEPS_HERE = "<<steps>>"  # stands for the steps while a chat template is applied
 TRIAL = ("2 + 3 = ?", ["Step 1: 2 + 3 = 5", "Step 2: 5 is 6", "Answer: 6"])
 
 
@@ -61,11 +70,11 @@ class HFJudge(StepJudge):
     """A StepJudge on any causal language model that transformers can load.
 
     model_path: a model directory, a PEFT adapter directory, a GGUF file, or a hub name. template: a
-    name in TEMPLATES or a JudgeTemplate; by default the chat template of a directory if it has one,
-    else the template that fits the model's metadata, as in the GGUF judge. batch_tokens: padded
-    tokens of one forward pass (a longer solution is read alone). device: by default the GPU if
-    there is one; the weights are in float32 on a CPU and in their stored dtype on a GPU. Code that
-    comes with a model is never run. Raises ModelError if the model cannot be loaded.
+    name in TEMPLATES or a JudgeTemplate; by default the model's chat template if it has one, else
+    the one that its name says, as in the GGUF judge, or plain. batch_tokens: padded tokens
+    of one forward pass (a longer solution is read alone). device: by default the GPU if there is
+    one; the weights are in float32 on a CPU and in their stored dtype on a GPU. Code that comes
+    with a model is never run. Raises ModelError if the model cannot be loaded.
 
     Scores are rounded to 6 decimals; the composition of a batch changes them by rounding errors
     only. Control tokens in a user's text are read as plain text."""
@@ -82,41 +91,49 @@ class HFJudge(StepJudge):
         if isinstance(template, str):
             named_template(template)  # a wrong name is found before the model is loaded
         device, dtype = scoring_device(device)
-        self.tokenizer, self.model, name = _load(self.path, device, dtype)
+        self.tokenizer, self.model, file = _load(self.path, device, dtype)
         self.device = self.model.device
         config = self.model.config.get_text_config()
         # tokens; None: without limit
         self.context_length = getattr(config, "max_position_embeddings", None)
         # the mask of a row ignores a sliding window, so longer texts are read alone
         self.window = getattr(config, "sliding_window", None)
-        chat_template = self.tokenizer.chat_template
-        is_chat = template is None and not self.path.endswith(".gguf") and bool(chat_template)
-        if isinstance(template, JudgeTemplate):
-            self.template, self.template_name = template, "given"
-        elif is_chat:
-            self.template, self.template_name = self._chat_template(), "chat"
-        else:
-            self.template_name = template or fitting_template(f"{chat_template or ''}\n{name}")
-            self.template = named_template(self.template_name)
         self._encoder = TextEncoder(self.tokenizer)
-        self._leading_ids = self._encoder.start(is_chat)
+        self._leading_ids = self._encoder.leading_ids
+        if isinstance(template, JudgeTemplate):
+            self.template_name, self.template = "given", template
+        elif template is not None:
+            self.template_name, self.template = template, named_template(template)
+        elif file is not None:
+            leading = "".join(self.tokenizer.convert_ids_to_tokens(self._leading_ids))
+            self.template_name, self.template = gguf_template(file, leading)
+        elif self.tokenizer.chat_template:
+            self.template_name, self.template = "chat", self._chat_template()
+            self._leading_ids = self._encoder.start(is_chat=True)
+        else:
+            name = Path(self.path).name
+            self.template_name, self.template = template_by_name(self.path, name)
         self._yes, self._no = self._spellings(YES), self._spellings(NO)
+        if self.template_name == "chat":
+            self._check_verdict()
         self.packed = self._supports_rows()
 
     # --- text
 
     def _chat_template(self) -> JudgeTemplate:
-        """The model's own chat template around the question, with thinking switched off."""
-        message = {"role": "user", "content": CHAT.before + STEPS_HERE + CHAT.question}
+        """The chat template of the tokenizer around the question. Raises JudgeError."""
         try:
-            text = self.tokenizer.apply_chat_template(
-                [message], tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-            before, question = text.split(STEPS_HERE)
-        except Exception as error:  # a chat template is a program and can raise anything
-            reason = f"its chat template fails ({first_line(error)})"
-            raise ModelError(f"judge {self.path}: {reason}: name a judge template") from None
-        return JudgeTemplate(before, question)
+            template = default_template(self.tokenizer.chat_template)
+            return chat_judge_template(chat_frame(template, self.tokenizer.special_tokens_map))
+        except ValueError as error:
+            raise unusable_template(self.path, error) from None
+
+    def _check_verdict(self) -> None:
+        """Raises JudgeError if the model begins to think where its verdict is read."""
+        logits = self._read_texts([_QuestionRow(0, 0, self._texts(*TRIAL, len(TRIAL[1]) - 1))])
+        if begins_thought(self.tokenizer.decode(logits.argmax(-1))):
+            reason = "the model begins to think where its verdict is read"
+            raise unusable_template(self.path, reason)
 
     def _spellings(self, words: Sequence[str]) -> torch.Tensor:
         """Ids of the tokens that spell one of the words, alone or after a space (SentencePiece or
@@ -254,29 +271,31 @@ class HFJudge(StepJudge):
         return f"{self.path}: template {self.template_name}, context {context}, on {self.device}"
 
 
-def _load(path: str, device: str, dtype: torch.dtype | str) -> tuple[Any, Any, str]:
-    """(tokenizer, model, name) of a directory, an adapter, a hub name or a GGUF file.
+def _load(path: str, device: str, dtype: torch.dtype | str) -> tuple[Any, Any, GGUFFile | None]:
+    """(tokenizer, model, header of a GGUF file) of a directory, an adapter, a hub name or a GGUF
+    file.
 
     Raises ModelError."""
+    file = None
     if path.endswith(".gguf"):
-        tokenizer, model, name = _load_gguf(path, dtype)
+        file = read_gguf(path, any_kind=True)  # finds a damaged file before it is loaded
+        tokenizer, model = _load_gguf(file, dtype)
     else:
         model, tokenizer = load_model(path, dtype)
-        name = Path(path).name
     if not tokenizer.is_fast:
         raise ModelError(f"judge {path}: it has no fast tokenizer (tokenizer.json)")
-    return tokenizer, model.to(device).eval(), name
+    return tokenizer, model.to(device).eval(), file
 
 
-def _load_gguf(path: str, dtype: torch.dtype | str) -> tuple[Any, Any, str]:
-    metadata = read_gguf(path, any_kind=True).metadata  # finds a damaged file before it is loaded
+def _load_gguf(file: GGUFFile, dtype: torch.dtype | str) -> tuple[Any, Any]:
+    """(tokenizer, model) of a GGUF file. Raises ModelError."""
+    path, metadata, name = file.path, file.metadata, "model.gguf"
     try:
         # transformers would also read other files in the folder of the GGUF file
         with TemporaryDirectory() as folder:
-            os.symlink(os.path.abspath(path), f"{folder}/model.gguf")
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
-            file = "model.gguf"
-            model = load_weights(AutoModelForCausalLM, folder, dtype=dtype, gguf_file=file)
+            os.symlink(os.path.abspath(path), f"{folder}/{name}")
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+            model = load_weights(AutoModelForCausalLM, folder, dtype=dtype, gguf_file=name)
     except (*LOAD_ERRORS, IndexError, AttributeError, NotImplementedError) as error:
         raise ModelError(f"judge {path} cannot be loaded: {first_line(error)}") from None
     is_llama = metadata.get("tokenizer.ggml.model") == "llama"
@@ -285,4 +304,4 @@ def _load_gguf(path: str, dtype: torch.dtype | str) -> tuple[Any, Any, str]:
         space = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(space)
         tokenizer.backend_tokenizer.pre_tokenizer = None
-    return tokenizer, model, str(metadata.get("general.name", ""))
+    return tokenizer, model
