@@ -7,6 +7,7 @@ or PM; what both name must agree. Answers that differ in form only are the same:
 and 0.5, a list in another order. docs/answers.md has the rates of error.
 """
 
+import bisect
 import re
 import unicodedata
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import NamedTuple
 from reasoning.math_process import same_expression
 
 LONGEST = 300  # characters; longer answers are compared as text only
+LONGEST_TEXT = 10_000  # characters; of a longer text the end is read
 DEEPEST = 30  # nested brackets of an expression for math-verify
 
 # --- one notation for both answers ---
@@ -157,10 +159,13 @@ _AMOUNT = re.compile(
     re.IGNORECASE,
 )
 # all other words of one or two letters are variables
-_SHORT_WORDS = re.compile(r"cm|mm|km|kg|mg|ml|ft|in|lb|oz|hr|mi|yd|sq|cu|is|he|we|it|an|at|by|so")
+_SHORT_WORDS = re.compile(
+    r"cm|mm|km|kg|mg|ml|ft|in|lb|oz|hr|mi|yd|sq|cu|is|he|we|it|an|at|by|so|of|to|on|up"
+    r"|my|us|me|if|be|as|no|or"
+)
 _WORD = re.compile(r"[^\W\d_]+")
 _NO_UNITS = re.compile(  # words that change the number beside them
-    r"\b(?:and|or|half|halves|thirds?|quarters?|of|to|times|plus|minus|negative|than|not|never|no|isn't"
+    r"\b(?:and|or|half|halves|thirds?|quarters?|times|plus|minus|negative|than|not|never|no|isn't"
     r"|least|most|between|except|without|if|mod|modulo|base|twice|double|triple|squared|cubed"
     r"|sqrt|sin|cos|tan|log|ln|exp|pi|hundreds|thousands|[mb]illions|a\.?m|p\.?m)\b",
     re.IGNORECASE,
@@ -192,7 +197,9 @@ class _Number(NamedTuple):
 
 
 def _number(text: str) -> _Number | None:
-    """The value of a text with one number and perhaps a unit (`18 dollars`, `1,234`, `2 1/2`)."""
+    """The value of a line with one number and perhaps a unit (`18 dollars`, `1,234`, `2 1/2`)."""
+    if "\n" in text:
+        return None
     before, _, text = _THOUSANDS.sub(lambda m: m[0].replace(",", ""), text).rpartition("=")
     if before and re.search(r"[,;:(]|\.\s|\b(?:and|or|since|because|as|so|if)\b", before):
         return None  # `9 eggs * $2 = $18` states 18, but `4, since 2 + 3 = 5` does not state 5
@@ -228,6 +235,8 @@ def _number(text: str) -> _Number | None:
         or re.search(r"\d\s*-?[a-zA-Z]$|[a-zA-Z]$", left)
         or _has_variables(f"{before} {left} {tail}")
         or _NO_UNITS.search(f"{left} {tail}")
+        or re.search(r"\b(?:of|to)\s*$", left)  # half of 18
+        or re.match(r"\s*to\b", right)
     ):
         return None
     value = _fraction(amount[0])
@@ -522,41 +531,39 @@ def _latex(text: str) -> str:
 
 # --- sentences ---
 
-_FORMULA = re.compile(
-    r"\$\$([^$]++)\$\$|\$((?:[^$\\]|\\.)++)\$|\\\(((?:[^\\]|\\(?!\)).)++)\\\)|\\\[((?:[^\\]|\\(?!\]).)++)\\\]",
-    re.DOTALL,
+_FORMULA = re.compile(  # a formula in a line does not go on in the next
+    r"\$\$([^$]++)\$\$|\$((?:[^$\\\n]|\\[^\n])++)\$|\\\(((?:[^\\\n]|\\(?![()]))++)\\\)"
+    r"|\\\[((?:[^\\]|\\(?![\[\]]))++)\\\]"
 )
 _SAYS = re.compile(r"\b(?:is|are|equals|it's|be)\s+", re.IGNORECASE)
 _COLON = re.compile(r"^[^\W\d_][^\d:,;]*+:\s+(?=[^:]*+$)")
+_JOINT = re.compile(r"(?:[\s,;]|and|or)*+")
 _CLOSING_WORDS = re.compile(r"I hope (?:it|this) is correct|<\|\w+\|>\w*")
 
 
 def _said(text: str) -> str | None:
-    """What a sentence says: its last formulas, or what follows its last `is`; None for no sentence.
+    """What a text says: the last formulas of its last sentence, or what follows the last `is`.
 
-    `Therefore $x = 5$ is the solution.` -> `x = 5`"""
-    text = _CLOSING_WORDS.split(text.strip(), maxsplit=1)[0].strip()
+    None if the text is no sentence. `Therefore $x = 5$ is the solution.` -> `x = 5`"""
+    text = _CLOSING_WORDS.split(text[-LONGEST_TEXT:].strip(), maxsplit=1)[0].strip()
     formulas = list(_FORMULA.finditer(text))
     if formulas and formulas[0].span() == (0, len(text)):
         return None
-    ends = [end.end() for end in re.finditer(r"(?<=[.!?])\$*\s+(?=[A-Z])", text)]
-    inside = [(f.start(), f.end()) for f in formulas]
-    ends = [end for end in ends if not any(a < end < b for a, b in inside)]
-    begin = ends[-1] if ends else 0
-    formulas = [formula for formula in formulas if formula.start() >= begin]
-    if formulas:
-        results = [formulas[-1]]
-        for formula in reversed(formulas[:-1]):
-            gap = text[formula.end() : results[0].start()]
-            if not re.fullmatch(r"(?:[\s,;]|and|or)*", gap):
-                break
-            results.insert(0, formula)
-        before = re.findall(r"[\w']+", text[begin : results[0].start()])[-3:]
-        if _NO_UNITS.search(" ".join(before[-2:])):
-            return None
-        return ", ".join(next(filter(None, formula.groups())).strip() for formula in results)
-    sentence = text[begin:]
-    says = list(_SAYS.finditer(sentence)) or list(_COLON.finditer(sentence))
-    if says:
-        return sentence[says[-1].end() :]
-    return sentence if begin else None
+    starts = [formula.start() for formula in formulas]
+    begin = 0
+    for match in re.finditer(r"(?<=[.!?])\$*\s+(?=[A-Z])", text):
+        k = bisect.bisect(starts, match.end()) - 1
+        if k < 0 or formulas[k].end() <= match.end():
+            begin = match.end()
+    formulas = formulas[bisect.bisect_left(starts, begin) :]
+    if not formulas:
+        sentence = text[begin:]
+        says = list(_SAYS.finditer(sentence)) or list(_COLON.finditer(sentence))
+        return sentence[says[-1].end() :] if says else sentence if begin else None
+    results = [formulas.pop()]
+    while formulas and _JOINT.fullmatch(text, formulas[-1].end(), results[0].start()):
+        results.insert(0, formulas.pop())
+    before = re.findall(r"[\w']+", text[max(begin, results[0].start() - 40) : results[0].start()])
+    if re.search(rf"{_NO_UNITS.pattern}|\bof$", " ".join(before[-2:]), re.IGNORECASE):
+        return None  # half of $18$
+    return ", ".join(next(filter(None, formula.groups())).strip() for formula in results)

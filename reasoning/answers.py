@@ -32,9 +32,9 @@ _IS = (
     r"|est|ist|lautet|es|é|è|jest|är|er|是|为|為|は|은|는"
 )
 _STATEMENT = re.compile(
-    rf"(?<![a-zA-ZÀ-ÿа-яА-Я])(?:{LABELS})(?![a-z])[*_}}]{{0,4}}"
+    rf"(?<![0-9a-zA-Z_À-ÿа-яА-Я])(?:{LABELS})(?![a-z])[*_}}]{{0,4}}"
     r"(?:\s?\([^()]{0,40}\))?"  # Answer (in cm): 5
-    r"(?P<of>\s(?:to|for|of|in)\s[^.:：=?!$]{1,60}?)?"  # the answer to the question is 5
+    r"(?P<of>\s(?:to|for|of|in)\s[^.,;:：=?!$]{1,60}?)?"  # the answer to the question is 5
     rf"\s*+(?:(?P<colon>[:：=＝])[*_}}]{{0,4}}|(?:(?<!\w)|(?<=[案え답]))(?:{_IS})(?![a-zé]))"
     r"\s*+[:：]?\s*+",
     re.IGNORECASE,
@@ -45,8 +45,8 @@ _HEADING = re.compile(
     re.IGNORECASE,
 )
 _BARE_LABEL = re.compile(rf"\s*+(?:{LABELS})\s?[:：]\s*+|\s*+<answer>\s*+", re.IGNORECASE)
-_HASHES = re.compile(r"\s*+####\s*+")
-_TAG = re.compile(r"<answer>([^<]++(?:<(?!/answer>)[^<]*+)*+)</answer>", re.IGNORECASE)
+_HASHES = re.compile(r"\s*+####\s*+(?!\d+[.)]\s+\w)")  # not a heading: `#### 1. Read the text`
+_TAG = re.compile(r"<answer>([^<]++(?:<(?!/?answer>)[^<]*+)*+)</answer>", re.IGNORECASE)
 MOST_STATEMENTS = 50  # in one line; of more, the last are looked at
 LONGEST_STATEMENT = 2000  # characters behind a label
 
@@ -68,10 +68,10 @@ _SENTENCE = re.compile(  # a formula, or the end of a sentence
 _ABBREVIATION = re.compile(r"\b(?:sq|cu|approx|ca|vs|no|mrs?|ms|dr|st|prof|[ap]\.\s?m)$", re.I)
 # what explains an answer: `4, since 2 + 3 = 5`; formulas are left alone
 _REASON = re.compile(
-    rf"{_FORMULA}|(?P<reason>(?<=\S)\s*+(?:[,;:，；]\s*+|\(|\s[-–—]\s+|\s)(?:"
-    r"since|because|as|so|which|where|hence|therefore|thus|but|not|i\.e\.|that is|meaning|given that"
-    r"|considering|I hope|when rounded|rounded|weil|denn|da|car|puisque|parce|porque|perché|因为|因為"
-    r"|所以|потому)(?![a-z]).*)",
+    rf"{_FORMULA}|(?P<reason>(?<=\S)(?:(?:\s*[,;:，；]\s*|\s*\(|\s+[-–—]\s+)(?:as|so|but|not|that is"
+    r"|meaning|considering|rounded|weil|denn|da|car|puisque|parce|porque|perché|потому|因为|因為|所以)"
+    r"|(?:\s*[,;:，；]\s*|\s*\(|\s+[-–—]\s+|\s+)(?:since|because|which|where|hence|therefore|thus"
+    r"|i\.e\.|given that|I hope|when rounded|as(?=\s+[\d(])))(?![a-z]).*)",
     re.IGNORECASE,
 )
 _GLOSS = re.compile(r"(?<=[\d$}])\s*+\((?!base|mod|a\.?m|p\.?m)[a-z][a-z -]++\)", re.IGNORECASE)
@@ -101,11 +101,15 @@ _VAGUE = re.compile(
     r"|positive|negative|wanted|hard|easy|simple|simpler|small|large|big|close|good|bad|fine|ready|done"
     r"|integers?|numbers?|whole|decimals?|fractions?|digits?|given|known|found|shown|written|likely"
     r"|important|reasonable|valid|invalid|exact|unique|finite|infinite|missing|follows|wrong|any|one\s+of"
-    r"|[sS]olution|[cC]onclusion|[eE]xplanation|[sS]teps?|[aA]nswers?|[rR]esults?"
-    r"|[sS]ummary|[vV]erification|[nN]otes?|[fF]inal|[aA]nalysis|[aA]pproach|[pP]roof|[kK]ey"
+    r""
     r"|must|should|can|cannot|could|would|will|may|might|need|needs|has|have|be|been|is|are|was|were|do"
     r"|does|and|or|so|because|since|then|next|only"
     r"|[a-z]{3,}(?<!e)ed|[a-z]{4,}[ai]ble|(?!evening|morning|nothing)[a-z]{5,}ing)"
+)
+_TITLE = re.compile(  # of a section, behind `####`
+    r"solution|conclusion|explanation|steps?|answers?|results?|summary|verification|check|notes?"
+    r"|final|analysis|approach|proof|key|calculations?|reasoning|given",
+    re.IGNORECASE,
 )
 _WORKING = re.compile(  # how a solution begins, not an answer
     r"(?:let\b|let['’]s|lets\b|to\s+[a-z]+|first(?:ly)?\b|since\b|because\b|suppose\b|consider\b|assume\b"
@@ -127,16 +131,17 @@ _YES_NO = re.compile(r"(yes|no|true|false)\b(?=\s*+[,;:.—–-])", re.IGNORECAS
 def extract_answer(text: str) -> str | None:
     """The final answer in the last line that states one, or None. `The answer is $52.` -> `52`."""
     boxes = _boxes(text)
-    end, following = len(text), ""
+    begin, following = len(text), ""
     for line in reversed(text.splitlines(keepends=True)):
-        begin = end - len(line)
-        inside = [box for box in boxes if begin <= box[0] < end]
-        answer = _stated_in(
-            line.strip(), following, [(a - begin, b - begin, c) for a, b, c in inside]
-        )
+        begin -= len(line)
+        inside = []
+        while boxes and boxes[-1][0] >= begin:
+            start, stop, content = boxes.pop()
+            inside.insert(0, (start - begin, stop - begin, content))
+        answer = _stated_in(line, following, inside)
         if answer:
             return answer
-        end, following = begin, line.strip() or following
+        following = line.strip() or following
     return None
 
 
@@ -149,7 +154,8 @@ def _stated_in(line: str, following: str, boxes: list[tuple[int, int, str]]) -> 
         if boxed and boxes[-1][0] >= statement.start():
             return boxed
         before = line[max(0, statement.start() - 60) : statement.start()]
-        asks = statement["colon"] and "form" in (statement["of"] or "")  # "answer in the form: a/b"
+        # "the answer in the form: a/b", "the answer of this = 5"
+        asks = statement["of"] and (statement["colon"] in ("=", "＝") or "form:" in statement[0])
         if not asks and not _NO_STATEMENT.search(before):
             most_words = MOST_WORDS if statement["colon"] else 3
             said = _stated(line[statement.end() :], most_words)
@@ -158,7 +164,7 @@ def _stated_in(line: str, following: str, boxes: list[tuple[int, int, str]]) -> 
     if boxed:
         return boxed
     for tagged in reversed(_TAG.findall(line)):
-        return None if _PLACEHOLDER.fullmatch(tagged) else _clean(tagged)
+        return None if _is_placeholder(tagged) else _clean(tagged[:LONGEST_STATEMENT])
     if hashes := _HASHES.match(line):
         return _stated(line[hashes.end() :], most_words=1)
     heading = _HEADING.match(line)
@@ -181,7 +187,7 @@ def _stated(text: str, most_words: int) -> str | None:
 
     most_words: of an answer in words; more than 3 for a label, behind which words may describe."""
     sentence, end = _first_sentence(text[:LONGEST_STATEMENT])
-    if end in ("?", "？") or _PLACEHOLDER.fullmatch(sentence):
+    if end in ("?", "？") or _is_placeholder(sentence):
         return None
     while adverb := _ADVERB.match(sentence):
         sentence = sentence[adverb.end() :]
@@ -191,10 +197,11 @@ def _stated(text: str, most_words: int) -> str | None:
     if _VALUE.match(sentence):
         return None if _NO_VALUE.search(sentence) else _clean(sentence)
     words = re.findall(r"[^\W_][\w'’.-]*+", sentence)
-    if not words or _PLACEHOLDER.fullmatch(sentence):
+    if not words or _is_placeholder(sentence):
         return None
     if most_words <= 3:
         vague = len(words) > most_words or any(map(_VAGUE.fullmatch, words))
+        vague = vague or (most_words == 1 and _TITLE.fullmatch(words[0]) is not None)
         return None if vague and words != ["neither"] else _clean(sentence)
     says = deque(_SAYS.finditer(sentence), maxlen=1)
     if _WORKING.match(sentence):
@@ -202,6 +209,10 @@ def _stated(text: str, most_words: int) -> str | None:
     if says and _VALUE.match(sentence[says[0].end() :]):
         return _clean(sentence[says[0].end() :])  # "the total number of apples is 12"
     return _clean(sentence) if len(words) <= most_words else None
+
+
+def _is_placeholder(text: str) -> bool:
+    return len(text) < 100 and _PLACEHOLDER.fullmatch(text) is not None
 
 
 def _first_sentence(text: str) -> tuple[str, str]:
@@ -251,8 +262,10 @@ def _clean(answer: str) -> str | None:
                 inner = answer[len(left) : -len(right)]
                 if left not in inner and right not in inner:
                     answer = inner
-        if answer.count("$") == 1 or answer.count("**") == 1:
+        if answer.count("$") == 1 or answer.strip("*").count("*") == 0:
             answer = answer.strip("$*")
+        if answer.count("`") == 1:
+            answer = answer.strip("`")
         if answer.count("}") > answer.count("{"):
             answer = answer.removesuffix("}")
     return answer or None
@@ -299,7 +312,7 @@ def _boxed(line: str, boxes: list[tuple[int, int, str]]) -> str | None:
         return None
     start, end, content = boxes[-1]
     before, after = line[max(0, start - 100) : start], line[end : end + 10]
-    if _PLACEHOLDER.fullmatch(content) or re.match(r"[\s$*)\\\]]*[?]", after):
+    if _is_placeholder(content) or re.match(r"[\s$*)\\\]]*[?]", after):
         return None
     if re.fullmatch(r"[a-zA-Z]|\\text\{[^{}]*\}", content) and _FORM.search(before):
         return None  # "write the answer in the form \boxed{n}"

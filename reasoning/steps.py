@@ -37,7 +37,7 @@ def split_text(text: str) -> list[str]:
     inside = _inside_of_displays(lines)
     numbered = any(map(STEP_NUMBER.match, lines))
     blank = any(not line.strip() and not within for line, within in zip(lines, inside, strict=True))
-    pieces: list[str] = []
+    pieces: list[list[str]] = []
     for k, line in enumerate(lines):
         if STEP_NUMBER.match(line) or CLOSING_STEP.match(line):
             begins = True
@@ -45,10 +45,10 @@ def split_text(text: str) -> list[str]:
             is_display = line.lstrip().startswith(("\\[", "$$", "\\begin{"))
             begins = not numbered and (not blank or not lines[k - 1].strip()) and not is_display
         if not pieces or (begins and not inside[k]):
-            pieces.append(line)
+            pieces.append([line])
         else:
-            pieces[-1] += f"\n{line}"
-    return [step for step in map(one_line, pieces) if step]
+            pieces[-1].append(line)
+    return [step for step in (one_line("\n".join(piece)) for piece in pieces) if step]
 
 
 def _inside_of_displays(lines: list[str]) -> list[bool]:
