@@ -73,6 +73,9 @@ def _tidy(text: str) -> str:
         )
     text = re.sub(r"\\?[$£€¥₹]", "", text)
     text = re.sub(r"^(?:\\approx|≈|~|approximately|about|roughly)\s*", "", text.strip(), flags=re.I)
+    text = re.sub(
+        r"^(?:all real numbers|all reals|the real numbers)$", r"\\mathbb{R}", text, flags=re.I
+    )
     return text.strip().rstrip(".,;").strip()
 
 
@@ -86,10 +89,13 @@ def _unwrapped(text: str) -> str:
 
 
 def _letters(text: str) -> str:
-    """The text without white space (but between digits); without case if it has a word."""
-    text = re.sub(r"(?<!\d)\s+|\s+(?!\d|\s)", "", _TEXT.sub(r"\1", text))
+    """The text without white space (but between digits); without case and article if it is words."""
+    text = re.sub(r"^(?:the|an?)\s+(?=[a-z]{3})", "", _TEXT.sub(r"\1", text), flags=re.IGNORECASE)
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d|\s)", "", text)
     text = re.sub(r"^\((\w)\)$", r"\1", text)
-    return text.casefold() if re.search(r"[^\W\d_]{2}", text) and "\\" not in text else text
+    if "\\" in text or not re.search(r"[^\W\d_]{2}", text):
+        return text
+    return text.casefold()
 
 
 # --- units ---
@@ -220,9 +226,11 @@ def _number(text: str) -> _Number | None:
     percent = _PERCENT.search(text)
     text = _PERCENT.sub(" ", text)
     amounts = list(_AMOUNT.finditer(text))
+    in_words = None
     if not amounts and (word := _IN_WORDS.match(text.lower().removeprefix("-"))):
         begin = text.startswith("-")
         value = sum(_NUMBER_WORDS[w] for w in word.groups() if w)
+        in_words = text[begin + word.end() :].strip() or None
         text = ("-" if begin else "") + f"{value} {text[begin + word.end() :]}"
         amounts = list(_AMOUNT.finditer(text))
     if len(amounts) != 1:
@@ -249,7 +257,7 @@ def _number(text: str) -> _Number | None:
         value *= _MULTIPLES[multiple[1].lower()]
         right = right.replace(multiple[1], " ", 1)
     decimals = len(amount[0].partition(".")[2]) if "e" not in amount[0].lower() else 0
-    return _Number(value, decimals, _unit(right), bool(percent), comma)
+    return _Number(value, decimals, _unit(right) or in_words, bool(percent), comma)
 
 
 _PARTS = re.compile(r"(?:(\d++)\s++)?(\d++)\s*+/\s*+(\d++)")
@@ -292,9 +300,10 @@ def _rounded(decimal: _Number, exact: _Number) -> bool:
     """Whether a decimal with at least 6 places is a fraction without end, cut off: 0.333333."""
     if decimal.decimals < 6 or exact.decimals or abs(decimal.value) < Fraction(1, 100):
         return False
-    places = 10**decimal.decimals
     unending = (exact.value * 10**LONGEST).denominator > 1
-    return unending and abs(decimal.value - exact.value) < Fraction(1, places)
+    rounded = round(exact.value, decimal.decimals)
+    cut = Fraction(int(exact.value * 10**decimal.decimals), 10**decimal.decimals)
+    return unending and decimal.value in (rounded, cut)
 
 
 def _has_variables(text: str) -> bool:
@@ -324,7 +333,7 @@ _NOON = {"noon": "12 pm", "midday": "12 pm", "midnight": "12 am"}
 
 def _time(text: str) -> _Time | None:
     """`4:30 PM`, `7 a.m.`, `16:30`, `noon`; a lone number can be an hour too."""
-    text = re.sub(r"^(?:at|12)\s+(?=[a-z])", "", text.strip().lower())
+    text = re.sub(r"^(?:at\s+|12\s+(?=noon|midnight))", "", text.strip().lower())
     match = _TIME.fullmatch(_NOON.get(text, text))
     if not match or int(match[1] or match[3]) > 24:
         return None
@@ -411,6 +420,7 @@ def _nothing(text: str) -> bool:
     return _NOTHING.fullmatch(text.lower()) is not None
 
 
+_KNOWN_WORDS = re.compile(r"and|inf|infinity|infty|sqrt|pi|sin|cos|tan|log|ln|exp")
 # functions in the notation of a programming language
 _FUNCTIONS = re.compile(r"(?<![a-zA-Z\\])(sqrt|pi|sin|cos|tan|log|ln|exp|infty)(?![a-zA-Z])")
 
@@ -418,18 +428,15 @@ _FUNCTIONS = re.compile(r"(?<![a-zA-Z\\])(sqrt|pi|sin|cos|tan|log|ln|exp|infty)(
 def _is_prose(text: str) -> bool:
     """Whether the text is words (not a product of one-letter variables), a time, or a ratio."""
     text = re.sub(r"\\(?:begin|end)\{\w+\}|\\[a-zA-Z]+", " ", text)
-    words = _WORD.findall(text)
-    if re.fullmatch(r"[^\W\d_]{2,}", text.strip()) or re.search(r"\d\s*:\s*\d", text):
+    if re.fullmatch(r"[^\W\d_]{4,}", text.strip()) or re.search(r"\d\s*:\s*\d", text):
         return True
-    return any(
-        len(word) > 2 and word not in ("and", "inf", "infinity") and not _FUNCTIONS.fullmatch(word)
-        for word in words
-    )
+    words = [word for word in _WORD.findall(text) if len(word) > 2]
+    return text.strip() not in words and not all(map(_KNOWN_WORDS.fullmatch, words))
 
 
 _UNIT_BEHIND = re.compile(
     r"\\(?:text|textbf|textrm|textnormal|mbox|mathrm)\s*\{([^{}]*)\}(\s*\^\s*\{?[23]\}?)?$"
-    r"|(?<=[\d)}])\s*((?:[a-zA-Z]{2,}\.?\s*|/\s*)+(?:\^\{?[23]\}?)?)$"
+    r"|(?<=[\d)}])(?:\s*(?=[a-zA-Z/]{2}|/)|\s+(?=[mgslhLNJWVK]$))((?:[a-zA-Z]+\.?\s*|/\s*)+(?:\^\{?[23]\}?)?)$"
 )
 
 
@@ -480,7 +487,10 @@ def _same(first: str, second: str) -> bool:
     times = _time(words[0]), _time(words[1])
     if times[0] and times[1] and any(":" in text or time.half for text, time in zip(words, times)):
         return _same_time(*times)
-    for kind in (_date, _choices, _ratio, _nothing):
+    dates = _date(words[0]), _date(words[1])
+    if any(dates):
+        return dates[0] == dates[1]
+    for kind in (_choices, _ratio, _nothing):
         readings = [kind(text) for text in words]
         if all(readings):
             return readings[0] == readings[1]
@@ -500,29 +510,39 @@ def _same_otherwise(texts: tuple[str, str], numbers: tuple[_Number | None, ...])
             expression, unit = _without_unit(text)
             if _is_prose(expression) or len(re.findall(r"[(\[{]", expression)) > DEEPEST:
                 return False
-        expressions.append(expression)
+        expressions.append(_latex(expression))
         units.append(unit)
-    if not _agree(*units) or _differ_in_kind(*expressions):
+    if not _agree(*units) or _differ(*expressions):
         return False
-    return same_expression(*sorted(map(_latex, expressions)))
+    return same_expression(*sorted(expressions))
 
 
-def _differ_in_kind(first: str, second: str) -> bool:
-    """What math-verify takes for the same: a set and a point, `x + y = 5` and 5."""
+def _differ(first: str, second: str) -> bool:
+    """Whether two expressions differ that math-verify takes for the same.
+
+    It reads capital letters as small ones and words as products, and takes a set for a point, and
+    x + y = 5 for 5."""
+    names = [
+        re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", text.rpartition("=")[2]) for text in (first, second)
+    ]
+    if set(names[0]) != set(names[1]) and {n.lower() for n in names[0]} == {
+        n.lower() for n in names[1]
+    }:
+        return True
+    if first.isalpha() and second.isalpha():
+        return True
     for one, other in ((first, second), (second, first)):
         if one.startswith(r"\{") and re.match(r"[(\[].*,.*[)\]]$", other):
             return True
-        left = one.partition("=")[0]
-        if (
-            "=" in one
-            and "=" not in other
-            and re.search(r"\+|\w\s*-", re.sub(r"_\{[^{}]*\}", "", left))
-        ):
+        left = re.sub(r"_\{[^{}]*\}", "", one.partition("=")[0])
+        if "=" in one and "=" not in other and re.search(r"\+|\w\s*-", left):
             return True
     return False
 
 
 def _latex(text: str) -> str:
+    text = re.sub(r"\\(?:text|mbox|textrm)\{\s*,?\s*(?:and|or)\s*,?\s*\}", ", ", text)
+    text = re.sub(r",\s*,", ",", text)
     text = re.sub(r"\bsqrt\(([^()]*)\)", r"\\sqrt{\1}", text.replace("**", "^"))
     text = re.sub(r"(?<![a-zA-Z\\])(?:infinity|inf)(?![a-zA-Z])", r"\\infty", text)
     text = re.sub(r"([)\]])\s*U\s*([(\[])", r"\1 \\cup \2", text)
