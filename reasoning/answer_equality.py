@@ -43,6 +43,8 @@ _LAYOUT = re.compile(
 _ESCAPED_TWICE = re.compile(  # as in JSON that was escaped twice
     r"\\\\(?=(?:text|boxed|[dt]?frac|sqrt|leq?|geq?|neq|pi|infty|left|right|cup|cdot|times)(?![a-z]))"
 )
+_TRIGONOMETRY = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
+_DEGREES = re.compile(r"(?<![\d.])(\d++(?:\.\d++)?)\s*+\^\s*+\{?\s*+\\circ\s*+\}?")
 _CURRENCIES = {"$": "dollars", "£": "pounds", "€": "euros", "¥": "yen", "₹": "rupees"}
 _AMOUNT_OF_MONEY = re.compile(
     r"(\\?\$|[£€¥₹])\s*+(\d[\d,]*+(?:\.\d++)?|\.\d++)|(\d)\s*+(\\\$|[£€¥₹])"
@@ -66,6 +68,8 @@ def _tidy(text: str) -> str:
     text = _ESCAPED_TWICE.sub(lambda _: "\\", text).replace("{,}", ",").replace("\\%", "%")
     text = re.sub(r"\\boxed\s*+\{(?=[^{}]*+(?:\{[^{}]*+\}[^{}]*+)*+$)", "", text)  # never closed
     text = re.sub(r"(?<=[\d)])\s*+(and|or)(?=[\d(A-Z\s])", r" \1 ", text)
+    if _TRIGONOMETRY.search(text):
+        text = _DEGREES.sub(r"{(\1 \\pi / 180)}", text)
     text = _LAYOUT.sub("", _SPACES.sub(" ", text))
     if text.count("$") - text.count("\\$") <= 1:  # not the marks of a formula
         text = _AMOUNT_OF_MONEY.sub(
@@ -398,7 +402,8 @@ def _same_based(first: str, second: str) -> bool | None:
     return digits[0] == digits[1] and _agree(*(based and based[1] for based in bases))
 
 
-_CHOICES = re.compile(r"\(?[A-Z]\)?(?:\s*(?:,\s*and|,|and)\s*\(?[A-Z]\)?)*")
+_CHOICE = r"(?:[A-Z]|\(?[A-Za-z]\))"
+_CHOICES = re.compile(rf"{_CHOICE}(?:\s*(?:,\s*and|,|and)\s*{_CHOICE})*")
 _RATIO = re.compile(r"\d+(?:\s*:\s*\d+)+|\d+\s+to\s+\d+(?:\s+to\s+\d+)*")
 _NOTHING = re.compile(
     r"\\(?:emptyset|varnothing)|\\\{\s*\\\}|(?:the )?empty set|(?:there (?:is|are) )?no (?:real )?solutions?"
@@ -407,7 +412,9 @@ _NOTHING = re.compile(
 
 def _choices(text: str) -> list[str] | None:
     """The letters of `B`, `(B)`, `A, C and E`; their order does not matter."""
-    return sorted(re.findall("[A-Z]", text)) if _CHOICES.fullmatch(text) else None
+    if not _CHOICES.fullmatch(text):
+        return None
+    return sorted(letter.upper() for letter in re.findall(r"\b[A-Za-z]\b", text))
 
 
 def _ratio(text: str) -> list[int] | None:
@@ -436,7 +443,7 @@ def _is_prose(text: str) -> bool:
 
 _UNIT_BEHIND = re.compile(
     r"\\(?:text|textbf|textrm|textnormal|mbox|mathrm)\s*\{([^{}]*)\}(\s*\^\s*\{?[23]\}?)?$"
-    r"|(?<=[\d)}])(?:\s*(?=[a-zA-Z/]{2}|/)|\s+(?=[mgslhLNJWVK]$))((?:[a-zA-Z]+\.?\s*|/\s*)+(?:\^\{?[23]\}?)?)$"
+    r"|(?<=[\d)}])(?:\s*(?=[a-zA-Z/]{2}|/)|\s+(?=[mgslhLNJWVK](?:\^\{?[23]\}?)?$))((?:[a-zA-Z]+\.?\s*|/\s*)+(?:\^\{?[23]\}?)?)$"
 )
 
 
@@ -447,7 +454,7 @@ def _without_unit(text: str) -> tuple[str, str | None]:
         return text, None
     words = match[1] if match[1] is not None else match[3]
     power = match[2] or ""
-    words = _LETTERS.get(words.strip(), words)
+    words = re.sub(r"^\s*([a-zA-Z])(?![a-zA-Z])", lambda m: _LETTERS.get(m[1], m[1]), words)
     unit = _unit(words + power)
     if match[1] is None and unit is None:
         return text, None
@@ -469,6 +476,8 @@ def same_answer(answer: str | None, reference: str) -> bool:
     Raises RuntimeError if an answer needs math-verify and its process cannot be started."""
     if answer is None:
         return False
+    if answer.strip() == reference.strip():
+        return bool(answer.strip())
     if _same(_tidy(answer), _tidy(reference)):
         return True
     said = [_said(text) or text for text in (answer, reference)]

@@ -9,6 +9,7 @@ from fractions import Fraction
 
 from reasoning.answers import extract_answer, same_answer
 from reasoning.records import Problem
+from reasoning.steps import stated_answer
 
 _NUMBER = r"\d++(?:\.\d++)?+"
 _EQUATION = re.compile(  # also a number or a sum without `=`, so that no part is read twice
@@ -79,7 +80,7 @@ def _same_step(step: str, reference: str) -> bool:
 
 def is_correct(steps: list[str], problem: Problem) -> bool:
     """Whether the last step states the right final answer."""
-    return bool(steps) and same_answer(extract_answer(steps[-1]), problem.answer)
+    return same_answer(stated_answer(steps), problem.answer)
 
 
 def step_accuracy(steps: list[str], problem: Problem) -> float:
