@@ -66,7 +66,7 @@ def encode_steps(
     that ends the solution gets EOS, which belongs to its last step. Raises ModelError for text that
     is not Unicode, and for a tokenizer that has no EOS or gives no offsets."""
     encoder = text_encoder(tokenizer)
-    finished = ends_solution(steps)
+    finished = bool(steps) and ends_solution([*prefix, *steps])
     prompt, guarded = encoder.guard(prompt, [*prefix, *steps])
     prefix, steps = guarded[: len(prefix)], guarded[len(prefix) :]
     before = format_prompt(prompt, tokenizer) + "".join(response_pieces(prefix, finished=False))

@@ -9,11 +9,14 @@ from fractions import Fraction
 
 from reasoning.answers import extract_answer, same_answer
 from reasoning.records import Problem
+from reasoning.steps import stated_answer
 
-_NUMBER = r"\d+(?:\.\d+)?"
-_EQUATION = re.compile(
-    rf"(?P<left>-?\s*{_NUMBER}(?:\s*[-+*/]\s*{_NUMBER})+)\s*=\s*(?P<right>-?\s*{_NUMBER})"
+_NUMBER = r"\d++(?:\.\d++)?+"
+_EQUATION = re.compile(  # also a number or a sum without `=`, so that no part is read twice
+    rf"(?P<left>(?:-\s*+)?+{_NUMBER}(?P<terms>(?:\s*+[-+*/]\s*+{_NUMBER})++)?+)"
+    rf"(?(terms)(?:\s*+=\s*+(?P<right>(?:-\s*+)?+{_NUMBER}))?+)"
 )
+LONGEST = 1000  # characters of an equation that is checked; a longer one counts as false
 _TERM = re.compile(rf"([-+*/]?)\s*({_NUMBER})")
 
 
@@ -36,11 +39,14 @@ def _evaluate(expression: str) -> Fraction | None:
 def step_value(step: str) -> tuple[Fraction | None, bool]:
     """(value, true): the right side of the last equation, and whether all equations are true.
 
-    (None, True) for a step without an equation."""
+    (None, True) for a step without an equation, (None, False) for an equation over LONGEST."""
     value, true = None, True
     for equation in _EQUATION.finditer(step):
-        value = Fraction(equation["right"].replace(" ", ""))
-        true = true and _evaluate(equation["left"]) == value
+        if equation["right"] and len(equation[0]) > LONGEST:
+            value, true = None, False
+        elif equation["right"]:
+            value = Fraction("".join(equation["right"].split()))
+            true = true and _evaluate(equation["left"]) == value
     return value, true
 
 
@@ -74,7 +80,7 @@ def _same_step(step: str, reference: str) -> bool:
 
 def is_correct(steps: list[str], problem: Problem) -> bool:
     """Whether the last step states the right final answer."""
-    return bool(steps) and same_answer(extract_answer(steps[-1]), problem.answer)
+    return same_answer(stated_answer(steps), problem.answer)
 
 
 def step_accuracy(steps: list[str], problem: Problem) -> float:

@@ -5,9 +5,10 @@ the final answer (lm/text_encoding.py then adds EOS), and with a newline if more
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
-from reasoning.answers import extract_answer
+from reasoning.answers import extract_answer, opens_answer
 
 
 def split_steps(text: str) -> list[str]:
@@ -37,7 +38,7 @@ def split_text(text: str) -> list[str]:
     inside = _inside_of_displays(lines)
     numbered = any(map(STEP_NUMBER.match, lines))
     blank = any(not line.strip() and not within for line, within in zip(lines, inside, strict=True))
-    pieces: list[str] = []
+    pieces: list[list[str]] = []
     for k, line in enumerate(lines):
         if STEP_NUMBER.match(line) or CLOSING_STEP.match(line):
             begins = True
@@ -45,10 +46,10 @@ def split_text(text: str) -> list[str]:
             is_display = line.lstrip().startswith(("\\[", "$$", "\\begin{"))
             begins = not numbered and (not blank or not lines[k - 1].strip()) and not is_display
         if not pieces or (begins and not inside[k]):
-            pieces.append(line)
+            pieces.append([line])
         else:
-            pieces[-1] += f"\n{line}"
-    return [step for step in map(one_line, pieces) if step]
+            pieces[-1].append(line)
+    return [step for step in (one_line("\n".join(piece)) for piece in pieces) if step]
 
 
 def _inside_of_displays(lines: list[str]) -> list[bool]:
@@ -61,25 +62,42 @@ def _inside_of_displays(lines: list[str]) -> list[bool]:
     return inside
 
 
+_BRACKETS = re.compile(r"\\begin\{|\\end\{|\\\[|\\\]|[{}$]")
+
+
 def split_sentences(text: str) -> list[str]:
     """The sentences of the steps of `split_text`; none ends inside a formula or braces."""
     sentences = []
     for piece in split_text(text):
-        begin = 0
+        begin, read, count = 0, 0, Counter[str]()
         for end in _SENTENCE.finditer(piece):
-            so_far = piece[begin : end.start()]
-            brackets = [("{", "}"), ("\\[", "\\]"), ("\\begin{", "\\end{")]
-            balanced = all(so_far.count(left) == so_far.count(right) for left, right in brackets)
-            if balanced and so_far.count("$") % 2 == 0:
-                sentences.append(so_far)
+            count.update(_BRACKETS.findall(piece, read, end.start()))
+            read = end.start()
+            environments = count["\\begin{"], count["\\end{"]
+            if (
+                count["$"] % 2 == 0
+                and count["{"] + sum(environments) == count["}"]
+                and count["\\["] == count["\\]"]
+                and environments[0] == environments[1]
+            ):
+                sentences.append(piece[begin:read])
                 begin = end.end()
         sentences.append(piece[begin:])
     return [sentence for sentence in sentences if sentence]
 
 
-def ends_solution(steps: list[str]) -> bool:
+def stated_answer(steps: Sequence[str]) -> str | None:
+    """The final answer that the last step states, alone or below a heading such as `### Answer`."""
+    if not steps:
+        return None
+    if len(steps) > 1 and opens_answer(steps[-2]):
+        return extract_answer(f"{one_line(steps[-2])}\n{one_line(steps[-1])}")
+    return extract_answer(steps[-1])
+
+
+def ends_solution(steps: Sequence[str]) -> bool:
     """Whether the last step states a final answer, so that only EOS follows."""
-    return bool(steps) and extract_answer(steps[-1]) is not None
+    return stated_answer(steps) is not None
 
 
 def shared_prefix(first: Sequence, second: Sequence) -> int:

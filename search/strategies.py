@@ -20,7 +20,8 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import TYPE_CHECKING
 
-from reasoning.answers import extract_answer, same_answer
+from reasoning.answers import same_answer
+from reasoning.steps import stated_answer
 from reward_model.protocols import ResponseScorer, StepJudge
 from search.candidates import (
     RESOLUTION,
@@ -82,7 +83,7 @@ def votes(pool: Sequence[Candidate]) -> list[int]:
     found = []
     for k, sample in enumerate(pool):
         state = sample.state
-        result = extract_answer(state.steps[-1]) if state.steps and state.status != "cut" else None
+        result = stated_answer(state.steps) if state.status != "cut" else None
         if result is not None and result not in first_of:
             same = (first for other, first in first_of.items() if same_answer(result, other))
             first_of[result] = next(same, k)
