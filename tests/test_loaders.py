@@ -10,7 +10,7 @@ import pytest
 from common.errors import RecordError
 from common.files import read_rows, write_records
 from lm.text_encoding import encode_steps, response_pieces
-from reasoning.datasets.files import is_local, load_rows
+from reasoning.datasets.files import Dropped, is_local, load_rows
 from reasoning.datasets.loading import (
     find_shape,
     load_pairs,
@@ -78,7 +78,7 @@ def test_every_shape(name, tokenizer, tmp_path):
     shape, kinds = FILES[name]
     assert find_shape(str(DATA / name)).name == shape
     for kind, (count, drops) in kinds.items():
-        dropped = Counter()
+        dropped = Dropped()
         records = list(LOAD[kind](str(DATA / name), dropped=dropped))
         assert (len(records), dropped) == (count, drops)
         write_records(tmp_path / kind, records)
