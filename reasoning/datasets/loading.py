@@ -49,11 +49,14 @@ def convert_rows(
 ) -> Iterator[tuple[str, Any]]:
     """Stream (where, record) of the records of all rows.
 
-    A row for which `convert` raises RecordError is left out and counted in `dropped`. Raises
-    RecordError at the end if no row, or almost none, gave a record."""
-    kept = 0
-    for number, (where, row) in enumerate(rows):
-        seen = _Seen(row)
+    A row for which `convert` raises RecordError is left out and counted in `dropped`. A column that
+    a row lacks is empty there if the first rows have it. Raises RecordError at the end if no row,
+    or almost none, gave a record."""
+    rows, kept = iter(rows), 0
+    first = list(itertools.islice(rows, FIRST_ROWS))
+    columns = dict.fromkeys(column for _, row in first for column in row)
+    for number, (where, row) in enumerate(itertools.chain(first, rows)):
+        seen = _Seen({**columns, **row})
         try:
             records = list(convert(seen, dropped))
         except RecordError as error:

@@ -255,6 +255,8 @@ def _prm800k_labels(row: dict, dropped: Dropped) -> Iterator[LabelledSolution]:
     alternatives: list[tuple[list[str], list[float | None]]] = []
     for k, step in enumerate(_field(row, "label.steps", list, "a list of steps"), 1):
         where = f"field 'label.steps', step {k}"
+        if not isinstance(step, dict):
+            raise RecordError(f"{where}: expected an object with completions, got {show(step)}")
         completions = _field(step, "completions", (list, type(None)), "a list") or []
         rated = [_prm800k_completion(completion, where) for completion in completions]
         chosen, human = _whole(step.get("chosen_completion")), step.get("human_completion")
@@ -472,7 +474,7 @@ def _turns(value: Any, name: str) -> Turns | None:
 def _context(row: dict) -> Turns | None:
     """The turns before the answer, from the columns of a row; None if no column has them."""
     turns: Turns | None = None
-    if isinstance(row.get("prompt"), str) or is_empty(row.get("prompt")):
+    if not isinstance(row.get("prompt"), list | dict):
         text = _column_prompt(row)
         if text is not None:
             turns = _turns(text, "prompt") or [("user", text)]
@@ -609,10 +611,10 @@ def _trl_pair(row: dict, dropped: Dropped) -> Iterator[PreferencePair]:
 
 def group_of(row: dict, dropped: Dropped) -> Iterator[RankedGroup]:
     """A ranked group, or a pair as a group of two whole answers. Raises RecordError."""
-    if "answers" in row and "ranks" in row:
+    if not is_empty(row.get("answers")) and not is_empty(row.get("ranks")):
         yield RankedGroup.from_row({name: row.get(name) for name in ("prompt", "answers", "ranks")})
     elif "initial_reason_steps" in row or _has_steps(row):
-        convert = _step_dpo_pair if "initial_reason_steps" in row else _own_pair
+        convert = _own_pair if _has_steps(row) else _step_dpo_pair
         for pair in convert(row, dropped):
             sides = (pair.chosen, pair.rejected)
             answers = ["\n".join([*pair.prefix, *side]) for side in sides]
