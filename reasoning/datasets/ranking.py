@@ -73,13 +73,13 @@ class RankedGroup:
     @classmethod
     def from_row(cls, row: Any) -> "RankedGroup":
         """Raises RecordError if the row is no group."""
+        row = row if isinstance(row, dict) else {}
         answers, ranks = row.get("answers"), row.get("ranks")
         if not isinstance(answers, list) or len(answers) < 2:
             raise RecordError("field 'answers': expected a list of two texts or more")
         for k, answer in enumerate(answers, 1):
             check_text(answer, f"field 'answers', item {k}")
-        is_rank = all(type(rank) is int and 1 <= rank <= len(answers) for rank in ranks or [None])
-        if not isinstance(ranks, list) or not is_rank:
+        if not isinstance(ranks, list) or any(type(rank) is not int or rank < 1 for rank in ranks):
             raise RecordError("field 'ranks': expected a list of whole numbers from 1 on")
         group = cls(check_text(row.get("prompt"), "field 'prompt'"), answers, ranks)
         if len(group.answers) != len(group.ranks):
