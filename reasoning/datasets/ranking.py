@@ -1,7 +1,8 @@
 """Ranked responses: several answers to a prompt, ranked by a person, a rule or a model.
 
 The file is a CSV table that spreadsheets can open, with one row for each (prompt, answer, ranker).
-The ranks of a second ranker are further rows with the same answers.
+The ranks of a second ranker are further rows with the same answers. A text that a spreadsheet would
+run as a formula (`=1+1`) is written with `'` before it, and read back without.
 """
 
 import math
