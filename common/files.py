@@ -95,7 +95,10 @@ def read_json(path: str | Path) -> Iterator[tuple[int, Any]]:
         except _NotJSON as error:
             # one value a line, the first one damaged? the lines of a list do not count
             is_list = re.match(r"\s*\[\s*[{\n]", text)
-            if is_list or not any(isinstance(_decode(line), dict) for line in text.split("\n")):
+            of_lines = len(start) == 1 or any(
+                isinstance(_decode(x), dict) for x in text.split("\n")
+            )
+            if is_list or not of_lines:
                 raise RecordError(f"{path}:{error.line}: {error}") from None
     with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
