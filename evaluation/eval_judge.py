@@ -5,7 +5,6 @@ are used instead.
 """
 
 import sys
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,6 +19,7 @@ from evaluation.judge_card import Judged, RankedPolicy, card, print_card
 from evaluation.metrics import Metric, mean_metric, rate_metric, spearman_metric
 from evaluation.results import output_paths, print_metrics, write_result
 from evaluation.value_calibration import measure_values, roll_out
+from reasoning.datasets.files import Dropped
 from reasoning.datasets.loading import load_step_labels
 from reasoning.grading import grade_steps, is_correct
 from reasoning.records import LabelledSolution, Problem
@@ -117,10 +117,10 @@ def read_problems(args: CardArgs) -> list[Problem]:
 
 def read_labels(labels: str, args: CardArgs, notes: list[str]) -> list[Judged]:
     """The labelled solutions. Raises RecordError, or UserError if no step is right or wrong."""
-    dropped: Counter[str] = Counter()
+    dropped = Dropped()
     rows = load_step_labels(labels, split=args.labels_split, dropped=dropped)
     judged = [Judged(solution) for solution in islice(rows, args.limit)]
-    notes += [f"{labels}: {count} {reason} left out" for reason, count in dropped.items()]
+    notes += dropped.report(labels)
     if not any(label in (0, 1) for row in judged for label in row.solution.labels):
         raise UserError(
             f"{labels}: none of {len(judged)} solutions has a step that is labelled right or wrong"

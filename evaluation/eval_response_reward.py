@@ -9,7 +9,7 @@ is compared with a majority vote and with the policy's own log-prob.
 import math
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations, islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_input, check_least, parse_args, run
-from common.errors import RecordError, UserError
+from common.errors import UserError
 from common.files import at_root, file_type, read_records
 from evaluation.metrics import (
     Bin,
@@ -34,8 +34,10 @@ from evaluation.metrics import (
 )
 from evaluation.results import output_paths, print_metrics, print_table, write_result
 from lm.registry import PolicyArgs, check_policy, open_policy
-from reasoning.datasets.files import load_rows
-from reasoning.datasets.ranking import RankedGroup, check_groups, groups, read_answers
+from reasoning.datasets.files import Dropped, load_rows
+from reasoning.datasets.loading import convert_rows
+from reasoning.datasets.ranking import check_groups, groups, read_answers
+from reasoning.datasets.shapes import group_of
 from reasoning.grading import is_correct
 from reasoning.records import Problem
 from reward_model.protocols import ResponseScorer
@@ -144,16 +146,18 @@ def read_groups(args: RewardEvalArgs) -> tuple[list[Group], bool]:
                 "worse answer"
             )
         return found[: args.limit], False
-    for where, row in islice(load_rows(args.data, split=args.data_split), args.limit):
-        try:
-            group = RankedGroup.from_row(row)
-        except RecordError as error:
-            raise RecordError(f"{where}: {error}") from None
+    dropped = Dropped()
+
+    def convert(row: dict, dropped: Dropped) -> Iterator[Group]:
         subset = str(row.get("subset") or "")
-        ranked_texts = zip(group.answers, group.ranks, strict=True)
-        found.append(
-            (group.prompt, [RankedAnswer(*pair, category=subset) for pair in ranked_texts])
-        )
+        for group in group_of(row, dropped):
+            ranked_texts = zip(group.answers, group.ranks, strict=True)
+            yield group.prompt, [RankedAnswer(*pair, category=subset) for pair in ranked_texts]
+
+    source = load_rows(args.data, split=args.data_split, dropped=dropped)
+    converted = convert_rows(args.data, source, convert, dropped)
+    found = [group for _, group in islice(converted, args.limit)]
+    dropped.print(args.data)
     return found, True
 
 

@@ -11,7 +11,7 @@ import os
 import random
 import re
 import threading
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from common.errors import RecordError, UserError
 from common.files import read_rows, write_records
+from reasoning.datasets.files import Dropped
 from reasoning.datasets.loading import load_records
 from reasoning.datasets.ranking import RankedResponse, check_groups, read_answers, write_answers
 from reasoning.records import LabelledSolution, PreferencePair
@@ -243,7 +244,7 @@ def load_solutions(path: str) -> list[AnnotationTask]:
     Solutions are both sides of preference pairs, labelled solutions (their labels are not shown),
     or the reference solutions of problems. The random order hides which side of a pair a solution
     was, and whoever stops early has labelled a random sample. Raises RecordError."""
-    dropped: Counter[str] = Counter()
+    dropped = Dropped()
     solutions: dict[AnnotationTask, None] = {}
     for _, record in load_records(["pairs", "step_labels", "problems"], path, dropped=dropped):
         if isinstance(record, PreferencePair):
@@ -251,10 +252,9 @@ def load_solutions(path: str) -> list[AnnotationTask]:
         else:
             sides = [record.steps] if record.steps else []
         solutions |= {AnnotationTask(record.prompt, tuple(steps)): None for steps in sides}
+    dropped.print(path)
     if not solutions:
-        reasons = ", ".join(f"{count} {what}" for what, count in dropped.items())
-        detail = f" ({reasons})" if reasons else ""
-        raise RecordError(f"{path}: no solutions with steps to label{detail}")
+        raise RecordError(f"{path}: no solutions with steps to label")
     shuffled = list(solutions)
     random.Random(0).shuffle(shuffled)
     return shuffled

@@ -189,16 +189,23 @@ def _object(row: Any) -> dict:
 def _kind(value: Any) -> str:
     names: dict[type, str] = {dict: "an object", list: "a list", str: "a text"}
     names |= {bool: "true or false", type(None): "null"}
-    return names.get(type(value), f"the number {value}")
+    if type(value) in names:
+        return names[type(value)]
+    try:
+        digits = str(value)
+    except ValueError:  # Python does not print more than 4,300 digits
+        digits = ""
+    return f"the number {digits}" if 0 < len(digits) <= 40 else "a number of too many digits"
 
 
 def _text(row: dict, name: str) -> str:
     if name not in row:
         raise RecordError(f"field '{name}' is missing: expected a text")
-    return _check_text(row[name], f"field '{name}'")
+    return check_text(row[name], f"field '{name}'")
 
 
-def _check_text(value: Any, where: str) -> str:
+def check_text(value: Any, where: str) -> str:
+    """The value, if it is a text. Raises RecordError, which begins with `where`, if it is none."""
     if not isinstance(value, str):
         raise RecordError(f"{where}: expected a text, got {_kind(value)}")
     if not value.strip():
@@ -232,7 +239,7 @@ def _steps(row: dict, name: str, optional: bool = False) -> list[str]:
     steps = _list(row, name, lambda value: True, "texts", optional)
     if not steps and not optional:
         raise RecordError(f"field '{name}': expected at least one step, got an empty list")
-    return [_check_text(step, f"field '{name}', step {k + 1}") for k, step in enumerate(steps)]
+    return [check_text(step, f"field '{name}', step {k + 1}") for k, step in enumerate(steps)]
 
 
 def _is_score(value: Any) -> bool:

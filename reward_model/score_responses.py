@@ -6,8 +6,6 @@
 Input and output are a table (.csv) or rows (.jsonl); both may be compressed (.csv.gz, .jsonl.gz).
 """
 
-import csv
-import io
 import json
 import math
 import sys
@@ -19,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import arg, check_input, check_output, parse_args, run
 from common.errors import RecordError, UserError
 from common.files import at_root, file_type, read_rows, write_records, write_text
-from reasoning.datasets.files import read_table
+from reasoning.datasets.files import read_table, table_lines
 from reasoning.records import PreferencePair, Prompt
 from reasoning.splits import refuse_held_out
 from reasoning.steps import split_steps
@@ -59,12 +57,7 @@ class Table:
         if self.columns is None:
             write_records(path, rows)
             return
-        text = io.StringIO(newline="")
-        # with \r\n at the end of lines, csv quotes a cell that holds a single \r
-        writer = csv.DictWriter(text, self.columns, delimiter=self.delimiter, lineterminator="\r\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(path, [text.getvalue()])
+        write_text(path, table_lines(self.columns, rows, self.delimiter))
 
 
 def read_responses(path: str) -> tuple[Table, list[Response]]:

@@ -329,7 +329,7 @@ HELD_OUT = (ROOT / "data/problems_test.jsonl").read_text().splitlines()[3]
         (["--input", "empty.jsonl"], "empty.jsonl: no rows"),
         (
             ["--input", "odd.jsonl"],
-            "odd.jsonl:2: field 'prompt': expected a text, got an empty one",
+            "odd.jsonl:1: field 'prompt': expected a text, got an empty one",
         ),
         (["--input", "number.jsonl"], "number.jsonl:1: field 'category': expected a text, got 3"),
         (["--answers", "1"], "--answers: expected 2 or more, got 1"),
@@ -356,7 +356,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(
         "held_out.jsonl": f'{{"prompt": "x", "answer": "1", "steps": ["Answer: 1"]}}\n{HELD_OUT}\n',
         "bare.jsonl": '{"prompt": "1 + 1?", "answer": "2"}\n',
         "empty.jsonl": "\n",
-        "odd.jsonl": '{"prompt": "x"}\n{"prompt": " "}\n',
+        "odd.jsonl": '{"prompt": " "}\n',
         "number.jsonl": '{"prompt": "x", "category": 3}\n',
         "there.csv": "mine",
     }

@@ -190,4 +190,6 @@ def test_pairs_by_subset(tmp_path, monkeypatch, scorer, capsys):
     write_records(tmp_path / "bench.jsonl.gz", [{"prompt": "p", "chosen": ["a"], "rejected": "b"}])
     with pytest.raises(SystemExit) as stopped:
         run(script.main)
-    assert stopped.value.code == 2 and "bench.jsonl.gz:1: field 'chosen'" in capsys.readouterr().err
+    assert (
+        stopped.value.code == 2 and "bench.jsonl.gz:1: field 'rejected'" in capsys.readouterr().err
+    )

@@ -10,9 +10,10 @@ import pytest
 from common.errors import RecordError
 from common.files import read_rows, write_records
 from lm.text_encoding import encode_steps, response_pieces
-from reasoning.datasets.files import is_local, load_rows
+from reasoning.datasets.files import Dropped, folder_files, is_local, load_rows, split_of
 from reasoning.datasets.loading import (
     find_shape,
+    load_groups,
     load_pairs,
     load_problems,
     load_step_labels,
@@ -34,7 +35,10 @@ LOAD = {
 # file -> its shape, and for each kind of record: how many come out, what is dropped
 FILES = {
     "gsm8k.jsonl": ("GSM8K", {"problems": (4, {})}),
-    "math.jsonl": ("MATH", {"problems": (2, {"problems without a final answer": 1})}),
+    "math.jsonl": ("MATH", {"problems": (2, {"problems without a checkable answer": 1})}),
+    "numina.jsonl": ("MATH", {"problems": (2, {"problems without a checkable answer": 2})}),
+    "svamp.csv": ("GSM8K", {"problems": (1, {})}),
+    "big_math.jsonl": ("problem and answer", {"problems": (2, {})}),
     "prm800k.jsonl": (
         "PRM800K",
         {"step_labels": (14, {}), "step_values": (25, {}), "problems": (2, {})},
@@ -51,17 +55,24 @@ FILES = {
     ),
     "step_dpo.jsonl": (
         "Step-DPO",
-        {"pairs": (2, {"pairs with an empty 'rejected'": 1}), "problems": (3, {})},
+        {"pairs": (2, {"rows with an empty 'rejected'": 1}), "problems": (3, {})},
     ),
     "trl_preference.jsonl": (
         "TRL preference",
-        {"pairs": (1, {"pairs with an empty 'rejected'": 1})},
+        {"pairs": (1, {"rows with an empty 'rejected'": 1})},
     ),
     "trl_conversational.jsonl": (
         "TRL preference",
         {"pairs": (1, {"prompts of more than one turn": 1})},
     ),
     "trl_implicit.jsonl": ("TRL preference", {"pairs": (2, {})}),
+    "ultrafeedback.jsonl": ("TRL preference", {"pairs": (2, {"rows with an empty 'chosen'": 1})}),
+    "orca.jsonl": ("TRL preference", {"pairs": (2, {})}),
+    "alpaca.json": ("TRL preference", {"pairs": (1, {"rows with an empty 'rejected'": 1})}),
+    "hh_rlhf.jsonl": ("TRL preference", {"pairs": (1, {"prompts of more than one turn": 1})}),
+    "sharegpt.jsonl": ("TRL preference", {"pairs": (1, {})}),
+    "responses.jsonl": ("responses", {"pairs": (1, {})}),
+    "ms_swift.jsonl": ("messages", {"pairs": (1, {})}),
     "three_columns.csv": ("three columns", {"step_values": (5, {})}),
 }
 
@@ -78,7 +89,7 @@ def test_every_shape(name, tokenizer, tmp_path):
     shape, kinds = FILES[name]
     assert find_shape(str(DATA / name)).name == shape
     for kind, (count, drops) in kinds.items():
-        dropped = Counter()
+        dropped = Dropped()
         records = list(LOAD[kind](str(DATA / name), dropped=dropped))
         assert (len(records), dropped) == (count, drops)
         write_records(tmp_path / kind, records)
@@ -223,6 +234,197 @@ def test_trl_preference():
     ]
 
 
+QUESTION = "A crate holds 6 jars. How many do 4 crates hold?"
+SYSTEM = f"You count.\n\n{QUESTION}"
+PROMPTS = {
+    "ultrafeedback.jsonl": [QUESTION, SYSTEM],
+    "orca.jsonl": [SYSTEM, QUESTION],
+    "alpaca.json": ["Multiply the numbers.\n4 and 6"],
+    "hh_rlhf.jsonl": [QUESTION],
+    "sharegpt.jsonl": [SYSTEM],
+    "responses.jsonl": [QUESTION],
+    "ms_swift.jsonl": [SYSTEM],
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_preferences_as_they_are_published(name):
+    """The prompt comes from the column or the turns that hold it, for pairs and for groups."""
+    pairs = load("pairs", name)
+    assert [pair.prompt for pair in pairs] == PROMPTS[name]
+    for pair in pairs:
+        sides = (["4 * 6 = 24", "Answer: 24"], ["4 + 6 = 10", "Answer: 10"])
+        assert (pair.prefix, pair.chosen, pair.rejected) == ([], *sides)
+    groups = [group for _, group in load_groups(str(DATA / name))]
+    assert [group.prompt for group in groups] == PROMPTS[name]
+    assert groups[0].answers == ["4 * 6 = 24\nAnswer: 24", "4 + 6 = 10\nAnswer: 10"]
+
+
+def test_problems_as_they_are_published():
+    assert [problem.answer for problem in load("problems", "numina.jsonl")] == ["24", "none"]
+    assert load("problems", "svamp.csv") == [Problem(QUESTION, "24.0")]
+    assert [problem.answer for problem in load("problems", "big_math.jsonl")] == ["24", "10"]
+
+
+SIDES = {"chosen": "4 * 6 = 24\nAnswer: 24", "rejected": "4 + 6 = 10\nAnswer: 10"}
+PREFERENCES = {
+    "another name": ({"frage": QUESTION}, "if it is in 'frage', rename that column"),
+    "two parts": (
+        {"context": "A crate holds 6 jars.", "question": "4?"},
+        "'question' and 'context'",
+    ),
+    "task and question": (
+        {"instruction": "Answer.", "question": "4?"},
+        "'question' and 'instruction'",
+    ),
+    "nothing, and the name of a source": ({"source": "mine"}, "4"),  # guessed
+    "part of the question": ({"question": QUESTION, "context": "6 jars"}, QUESTION),
+    "prompt and more": ({"prompt": QUESTION, "context": "elsewhere", "question": "4?"}, QUESTION),
+    "earlier turns": ({"instruction": QUESTION, "history": [["a", "b"]]}, None),
+    "number": ({"prompt": 24}, "24"),
+    "messages": ({"messages": [{"role": "user", "content": QUESTION}]}, QUESTION),
+    "null, then text": ({"prompt": None, "question": QUESTION}, QUESTION),
+    "NaN": ({"prompt": float("nan"), "query": QUESTION}, QUESTION),
+    "a transcript": ({"prompt": f"\n\nHuman: {QUESTION}\n\nAssistant:"}, QUESTION),
+    "sides repeat it": (
+        {"prompt": QUESTION, **{k: f"{QUESTION}\n{v}" for k, v in SIDES.items()}},
+        QUESTION,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_the_prompt_of_a_preference(tmp_path, name):
+    """A column that holds the prompt is used, or named in the error; nothing is guessed instead."""
+    columns, expected = PREFERENCES[name]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**SIDES, **columns}))
+    try:
+        (pair,) = load_pairs(str(tmp_path / "rows.jsonl"))
+    except RecordError as error:
+        assert expected is None or expected in str(error)
+    else:
+        assert (pair.prompt, pair.chosen[-1]) == (expected, "Answer: 24")
+
+
+def test_a_guess_and_unused_columns_are_said(tmp_path):
+    rows = [{"chosen": "The sky is blue.", "rejected": "The sky is green.", "id": 7}]
+    write_records(tmp_path / "rows.jsonl", rows)
+    dropped = Dropped()
+    (pair,) = load_pairs(str(tmp_path / "rows.jsonl"), dropped=dropped)
+    assert pair.prompt == "The sky is"
+    assert dropped.report("rows.jsonl") == [
+        "1 rows without a prompt: guessed, the words with which both sides begin",
+        "columns not used: id",
+    ]
+
+
+NO_ANSWERS = [
+    "proof",
+    "Proof.",
+    "notfound",
+    "not found",
+    "N/A",
+    "n/a",
+    "-",
+    "--",
+    "?",
+    "see solution",
+]
+NO_ANSWERS += [
+    "See the proof above"[:13],
+    "\\text{proof}",
+    "$\\boxed{\\text{N/A}}$",
+    "unknown",
+    "Q.E.D.",
+    "null",
+]
+NO_ANSWERS += [
+    "  ",
+    "...",
+    "answer not found",
+    "[not provided]",
+    "\\blacksquare",
+    "nan",
+    None,
+    "none",
+]
+ANSWERS = [
+    "no solution",
+    "\\text{no solution}",
+    "undefined",
+    "does not exist",
+    "\\emptyset",
+    "0",
+    "-5",
+]
+ANSWERS += [
+    "\\{\\}"[:0] or "DNE",
+    "\\text{No}",
+    "proofreading",
+    "x - y",
+    "A",
+    "\\infty",
+    "empty set",
+    "None of these",
+]
+
+
+@pytest.mark.parametrize("answer", NO_ANSWERS)
+def test_words_in_place_of_an_answer(tmp_path, answer):
+    rows = [{"problem": "p?", "solution": "Some words.", "answer": answer}]
+    rows += [{"problem": "q?", "solution": "Some words.", "answer": "4"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    dropped = Dropped()
+    (problem,) = load_problems(str(tmp_path / "rows.jsonl"), dropped=dropped)
+    assert problem.answer == "4" and dropped == {"problems without a checkable answer": 1}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_words_that_are_an_answer(tmp_path, answer):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"problem": "p?", "answer": answer}))
+    (problem,) = load_problems(str(tmp_path / "rows.jsonl"))
+    assert problem.answer == answer
+
+
+def test_none_is_an_answer_where_the_solution_says_so(tmp_path):
+    rows = [
+        {"problem": "p?", "solution": f"There are {word}.", "answer": "None"}
+        for word in ("none", "5")
+    ]
+    rows += [{"problem": "q?", "answer": "none"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows[:2]))
+    assert [problem.answer for problem in load_problems(str(tmp_path / "rows.json"))] == ["None"]
+    (tmp_path / "rows.json").write_text(json.dumps(rows[2:]))
+    assert [problem.answer for problem in load_problems(str(tmp_path / "rows.json"))] == ["none"]
+
+
+EMPTY = [None, "", " \n", float("nan"), "null", "NaN", "<NA>", [], "missing"]
+
+
+@pytest.mark.parametrize("value", EMPTY)
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_empty_cell_is_dropped_by_its_name(tmp_path, value, column, first):
+    """Wherever the row stands, as null, NaN, white space or missing; in every type of file."""
+    good = {"prompt": QUESTION, **SIDES}
+    bad = {name: text for name, text in good.items() if value != "missing" or name != column}
+    bad |= {column: value} if value != "missing" else {}
+    rows = [bad, good] if first else [good, bad]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [tmp_path / "rows.jsonl"]
+    if value in (None, ""):
+        import pandas as pd
+
+        pd.DataFrame(rows).to_csv(tmp_path / "rows.csv", index=False)
+        pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+        files += [tmp_path / "rows.csv", tmp_path / "rows.parquet"]
+    for file in files:
+        for load_all in (load_pairs, load_groups):
+            dropped = Dropped()
+            assert len(list(load_all(str(file), dropped=dropped))) == 1
+            assert dropped == {f"rows with an empty '{column}'": 1}
+
+
 def test_omegaprm():
     values = load("step_values", "omegaprm.jsonl")
     assert [value.score for value in values] == [0.0, 0.125, 0.21875, 0.0, 0.21875, 0.34375]
@@ -361,10 +563,10 @@ def test_files_of_every_type(tmp_path):
         for where, _ in load_rows(str(tmp_path / name))
     ]
     assert [where.removeprefix(str(tmp_path)) for where in wheres[1::3]] == [
-        "/rows.json, row 2",
+        "/rows.json:6",
         "/lines.json:2",
     ]
-    assert wheres[-1].endswith("test.csv:3")  # the row's last line: its answer has two
+    assert wheres[-1].endswith("test.csv:2")  # the row's first line
     # compressed files give the same rows as plain ones
     for name in ("rows.json", "lines.json", "set/test.csv"):
         packed = tmp_path / f"{name}.gz"
@@ -391,28 +593,10 @@ def prm(**step) -> dict:
 
 
 BAD = {
-    "no final answer": (
-        GSM,
-        {**GSM, "answer": "a\nb"},
-        "rows.jsonl:2: field 'answer': no final answer",
-    ),
-    "missing field": (
-        GSM,
-        {"question": "x"},
-        "rows.jsonl:2: field 'answer' is missing in a file of GSM8K (question, answer)",
-    ),
-    "empty question": (
-        GSM,
-        {**GSM, "question": " "},
-        "rows.jsonl:2: field 'question': expected a text, got an empty one",
-    ),
+    "no final answer": (GSM, {**GSM, "answer": "a\nb"}, "problems without a checkable answer"),
+    "missing field": (GSM, {"question": "x"}, "problems without a checkable answer"),
+    "empty question": (GSM, {**GSM, "question": " "}, "rows with an empty 'question'"),
     "no object": (GSM, [1], "rows.jsonl:2: expected a JSON object, got [1]"),
-    "unknown shape": (
-        {"text": "x", "n": 1},
-        GSM,
-        "rows.jsonl:1: fields text, n are of no known shape; known: Step-DPO (prompt, ",
-    ),
-    "ranked answers": ({"prompt": "x", "answer": "y", "rank": 1}, GSM, "of no known shape"),
     "rating": (
         PRM,
         prm(completions=[{"text": "a", "rating": 2}]),
@@ -424,11 +608,7 @@ BAD = {
         "step 1: chosen_completion 3 is none of its 1 completions",
     ),
     "completion": (PRM, prm(completions=["a"]), "step 1: expected a completion with a text, got"),
-    "problem": (
-        PRM,
-        {**PRM, "question": {}},
-        "rows.jsonl:2: field 'question.problem': expected a text, got nothing",
-    ),
+    "problem": (PRM, {**PRM, "question": {}}, "rows with an empty 'question'"),
     "first error": (
         {"problem": "x", "steps": ["a"], "label": 0},
         {"problem": "x", "steps": ["a"], "label": 1},
@@ -466,22 +646,96 @@ BAD = {
         {"question": "x", "reasoning_steps": [{"solution_prefix": "x\n\na", "mc_value": 2}]},
         "rows.jsonl:2: field 'score': expected a score from 0 to 1, got the number 2",
     ),
+    "number of 5,000 digits": (
+        GSM,
+        {**GSM, "answer": "5000 digits"},
+        "rows.jsonl:2: field 'answer'",
+    ),
+    "score of 400 digits": (
+        {"prompt": "x", "step": "a", "score": 1},
+        {"prompt": "x", "step": "a", "score": 10**400},
+        "field 'score': expected a score from 0 to 1, got a number of too many digits",
+    ),
+    "label of 400 digits": (
+        {"prompt": "x", "completions": ["a"], "labels": [True]},
+        {"prompt": "x", "completions": ["a"], "labels": [10**400]},
+        "field 'labels': expected true, false, null or a number",
+    ),
+    "half of a character": (
+        GSM,
+        {**GSM, "question": "\ud83d?"},
+        "field 'prompt': expected a text, got half",
+    ),
+    "rating that is a list": (
+        PRM,
+        prm(completions=[{"text": "a", "rating": []}]),
+        "expected a rating of",
+    ),
+    "choice that is a text": (
+        PRM,
+        prm(chosen_completion="first"),
+        'chosen_completion "first" is none of its',
+    ),
+    "steps that are numbers": (
+        PRM,
+        {**PRM, "question": {"problem": "x", "pre_generated_steps": 3}},
+        "field 'question.pre_generated_steps': expected a list of texts",
+    ),
+    "step that is a text": (
+        PRM,
+        {**PRM, "label": {"steps": ["a"]}},
+        "step 1: expected an object with completions",
+    ),
+    "not JSON": (GSM, '{"question": ', "rows.jsonl:2: not JSON (Expecting value at column 13)"),
+    "deep": (GSM, "[" * 100_000, "rows.jsonl:2: nested too deeply"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_row_is_one_line_with_file_and_line(tmp_path, monkeypatch, name):
+def test_an_odd_row_is_left_out_counted_and_shown(tmp_path, monkeypatch, name):
+    """The row alone is an error of one line."""
     good, bad, message = BAD[name]
     monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (good, bad)))
+    line = bad if isinstance(bad, str) else json.dumps(bad)
+    line = line.replace('"5000 digits"', "9" * 5000)
+    Path("rows.jsonl").write_text(f"{json.dumps(good)}\n{line}\n")
+    kind = next(iter(find_shape("rows.jsonl").gives))
+    expected = len(list(LOAD[kind]("rows.jsonl")))
+    dropped = Dropped()
+    assert len(list(LOAD[kind]("rows.jsonl", dropped=dropped))) == expected == 1
+    assert (dropped.read, dropped.total()) == (2, 1)
+    assert message in "\n".join(dropped.report("rows.jsonl"))
+    Path("rows.jsonl").write_text(f"{line}\n{json.dumps(good)}\n")  # the odd row first
+    assert len(list(LOAD[kind]("rows.jsonl"))) == 1
+    Path("rows.jsonl").write_text(f"{line}\n")
     with pytest.raises(RecordError) as error:
-        kind = next(iter(find_shape("rows.jsonl").gives))
         list(LOAD[kind]("rows.jsonl"))
-    assert (
-        message in str(error.value)
-        and str(error.value).startswith("rows.jsonl:")
-        and "\n" not in str(error.value)
-    )
+    assert str(error.value).startswith("rows.jsonl:") and "\n" not in str(error.value)
+
+
+def test_almost_no_usable_row_is_an_error(tmp_path):
+    rows = [{"prompt": "x", "step": "a", "score": 1}] + [
+        {"prompt": "x", "step": "a", "score": 7}
+    ] * 20
+    write_records(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(
+        RecordError, match=r"only 1 of its 21 rows can be used; .*rows.jsonl:2: field"
+    ):
+        list(load_step_values(str(tmp_path / "rows.jsonl")))
+    write_records(tmp_path / "rows.jsonl", rows[:1] * 3 + rows)
+    dropped = Dropped()
+    assert len(list(load_step_values(str(tmp_path / "rows.jsonl"), dropped=dropped))) == 4
+    assert len(dropped.examples) == 3 and dropped.report("x")[-1] == "left out: 17 more odd rows"
+
+
+@pytest.mark.parametrize("row", [{"text": "x", "n": 1}, {"prompt": "x", "answer": "y", "rank": 1}])
+def test_an_unknown_shape_is_one_line(tmp_path, monkeypatch, row):
+    monkeypatch.chdir(tmp_path)
+    write_records("rows.jsonl", [row])
+    fields = ", ".join(row)
+    expected = f"rows.jsonl:1: fields {fields} are of no known shape; known: Step-DPO \\(prompt, "
+    with pytest.raises(RecordError, match=expected):
+        find_shape("rows.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -490,14 +744,17 @@ def test_a_bad_row_is_one_line_with_file_and_line(tmp_path, monkeypatch, name):
         ("none.jsonl", None, "none.jsonl not found"),
         ("empty.jsonl", b"", "empty.jsonl: no rows"),
         ("list.json", b"[]", "list.json: no rows"),
-        ("torn.json", b'[{"question": ', "torn.json: not JSON"),
+        ("torn.json", b'[{"question": ', "torn.json:1: not JSON"),
         ("torn.jsonl", b'{"question": ', "torn.jsonl:1: not JSON"),
+        ("latin.csv", b"question,answer\na,\xe9\n", "latin.csv:2: not UTF-8 (byte 1 of the line)"),
         (
-            "cells.csv",
-            b"question,answer\na,b\nc\n",
-            "cells.csv:3: expected 2 cells, as in the first line",
+            "latin.jsonl",
+            b'{"question": "\xe9?", "answer": "1"}\n' * 2 + b'{"question": "b?", "answer": "2"}\n',
+            "2 of 3 rows are not UTF-8, so the file has another encoding; save it as UTF-8",
         ),
-        ("latin.csv", b"question,answer\na,\xe9\n", "not CSV in UTF-8"),
+        ("quote.csv", b'question,answer\na,"b\nc,d\n', "quote.csv:2: not CSV: a quote that begins"),
+        ("open.json", b'[{"question": "a", "answer": "1"},\n', "the list does not end"),
+        ("two.json", b'{"train": [{"a": 1}], "test": [{"a": 1}]}', "holds the lists train, test"),
         ("torn.csv.gz", b"question", "torn.csv.gz: not a complete gzip file"),
         (
             "torn.json.gz",
@@ -522,3 +779,166 @@ def test_a_bad_file_is_one_line(tmp_path, monkeypatch, name, content, message):
     with pytest.raises(RecordError) as error:
         list(load_rows("folder" if name.startswith("folder") else name))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+GSM_ROWS = [
+    {"question": 'Añade 2 + 2, \n or "more"; ok?', "answer": "2 + 2 = 4\n#### 4"},
+    {"question": "3 + 3?", "answer": "#### 6"},
+]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in GSM_ROWS)
+WHOLE = json.dumps(GSM_ROWS, indent=1, ensure_ascii=False)
+
+
+def table(delimiter: str = ",", end: str = "\n", last: str = "") -> str:
+    rows = [["question", "answer"], *([f'"{cell}"' for cell in row] for row in CELLS)]
+    return "".join(delimiter.join(row) + last + end for row in rows)
+
+
+CELLS = [[row[name].replace('"', '""') for name in ("question", "answer")] for row in GSM_ROWS]
+WRITTEN = {  # name of a file -> its bytes
+    "bom.jsonl": b"\xef\xbb\xbf" + LINES.encode(),
+    "utf16.jsonl": LINES.encode("utf-16"),
+    "utf16le.jsonl": LINES.encode("utf-16-le"),
+    "utf16be.jsonl": LINES.encode("utf-16-be"),
+    "utf32.jsonl": LINES.encode("utf-32"),
+    "crlf.jsonl": LINES.replace("\n", "\r\n").encode(),
+    "cr.jsonl": LINES.replace("\n", "\r").encode(),
+    "blank.jsonl": LINES.replace("\n", "\n\n  \n").encode(),
+    "commas.jsonl": LINES.replace("}\n", "},\n").encode(),
+    "joined.jsonl": LINES.replace("}\n", "}").encode(),
+    "list.jsonl": WHOLE.encode(),
+    "one_line_list.jsonl": json.dumps(GSM_ROWS).encode(),
+    "list_of_lines.json": f"[\n{LINES.replace('}', '},', 1)}]\n".encode(),
+    "trailing_comma.json": WHOLE.replace("\n]", ",\n]").encode(),
+    "indented.json": "\n".join(json.dumps(row, indent=4) for row in GSM_ROWS).encode(),
+    "bom.json": b"\xef\xbb\xbf" + WHOLE.encode(),
+    "utf16.json": WHOLE.encode("utf-16"),
+    "data.json": json.dumps({"version": "1", "data": GSM_ROWS}).encode(),
+    "train.json": json.dumps({"train": GSM_ROWS}, indent=2).encode(),
+    "hub.json": json.dumps({"rows": [{"row_idx": 0, "row": row} for row in GSM_ROWS]}).encode(),
+    "bom.csv": b"\xef\xbb\xbf" + table().encode(),
+    "utf16.csv": table().encode("utf-16"),
+    "crlf.csv": table(end="\r\n").encode(),
+    "capitals.csv": table().replace("question,answer", " Question ,ANSWER").encode(),
+    "blank.csv": ("\n\n" + table() + "\n,\n").encode(),
+    "trailing_comma.csv": table(last=",").encode(),
+    "semicolon.csv": table(";").encode(),
+    "sep.csv": ("sep=;\r\n" + table(";", "\r\n")).encode(),
+    "tab.csv": table("\t").encode("utf-16"),
+    "cr.csv": table(end="\r").encode(),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_files_as_editors_spreadsheets_and_tools_write_them(tmp_path, name):
+    (tmp_path / name).write_bytes(WRITTEN[name])
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(WRITTEN[name]))
+    for path in (tmp_path / name, tmp_path / f"{name}.gz"):
+        dropped = Dropped()
+        assert [row for _, row in load_rows(str(path), dropped=dropped)] == GSM_ROWS
+        assert not dropped
+
+
+def test_a_damaged_line_does_not_end_the_file(tmp_path):
+    good = LINES.encode().splitlines()
+    (tmp_path / "rows.jsonl").write_bytes(
+        b"\n".join([b'{"question', *good, b"\xff\xfe", b"[1]", b"7"])
+    )
+    dropped = Dropped()
+    assert [row for _, row in load_rows(str(tmp_path / "rows.jsonl"), dropped=dropped)] == GSM_ROWS
+    assert (dropped.read, dropped.odd) == (6, 4)
+    (tmp_path / "rows.csv").write_text('question,answer\na,b\nc\n"d"e,f\ng,h,i\nj,k\n')
+    dropped = Dropped()
+    found = [row["question"] for _, row in load_rows(str(tmp_path / "rows.csv"), dropped=dropped)]
+    assert found == ["a", "j"] and dropped == {"rows of another form": 3}
+    assert dropped.examples[0].endswith("rows.csv:3: 1 cells, the header has 2")
+
+
+def test_cells_with_lists_and_cells_that_only_look_like_one(tmp_path):
+    """JSON, or as pandas writes them; an interval and a set stay texts."""
+    sides = [f"[{{'role': 'assistant', 'content': 'Answer: {k}'}}]" for k in (4, 5)]
+    (tmp_path / "pairs.csv").write_text(
+        f'prompt,chosen,rejected\n2 + 2?,"{sides[0]}","{sides[1]}"\n'
+    )
+    assert list(load_pairs(str(tmp_path / "pairs.csv"))) == [
+        PreferencePair("2 + 2?", ["Answer: 4"], ["Answer: 5"])
+    ]
+    (tmp_path / "problems.csv").write_text(
+        'prompt,answer\na,"[1, 2]"\nb,"{1, 2}"\nc,"[0, 1)"\nd,-5\n'
+    )
+    answers = [problem.answer for problem in load_problems(str(tmp_path / "problems.csv"))]
+    assert answers == ["[1, 2]", "{1, 2}", "[0, 1)", "-5"]
+    table = 'prompt,steps,labels,final_correct\nx,"[""a"", ""b""]","[1, null]",True\n'
+    (tmp_path / "labels.csv").write_text(table)
+    assert list(load_step_labels(str(tmp_path / "labels.csv"))) == [
+        LabelledSolution("x", ["a", "b"], [1.0, None], True)
+    ]
+
+
+SPLIT_OF = {
+    "train.jsonl": "train",
+    "data/train-00000-of-00001.parquet": "train",
+    "train/algebra/1.json": "train",
+    "train/algebra/test_17.json": "train",
+    "MATH/test/algebra/1.json": "test",
+    "gsm8k_test.jsonl": "test",
+    "Test.csv": "test",
+    "validation-00000-of-00002.parquet": "validation",
+    "dev.jsonl": "validation",
+    "main/test.jsonl.gz": "test",
+    "train_test_split/train.csv": "train",
+    "latest/rows.jsonl": None,
+    "training/contest.jsonl": "train",
+    "phase1_train.jsonl": "train",
+    "train_prefs-00000.parquet": "train",
+}
+
+
+@pytest.mark.parametrize("name", SPLIT_OF)
+def test_the_split_of_a_file(name):
+    assert split_of(Path(name)) == SPLIT_OF[name]
+
+
+def test_the_files_of_a_folder(tmp_path):
+    row = {"question": "1 + 1?", "answer": "2"}
+    names = [
+        "rows.jsonl",
+        "algebra/more.jsonl",
+        "test/1.jsonl",
+        "dev.jsonl",
+        ".cache/x/train.jsonl",
+    ]
+    for name in names:
+        write_records(tmp_path / name, [row])
+
+    def files(split: str | None = None) -> list[str]:
+        return [str(path.relative_to(tmp_path)) for path in folder_files(str(tmp_path), split)]
+
+    assert files() == ["algebra/more.jsonl", "rows.jsonl"]  # no train file; never those of test
+    assert files("test") == ["test/1.jsonl"] and files("validation") == files("dev") == [
+        "dev.jsonl"
+    ]
+    assert files("algebra") == ["algebra/more.jsonl"]
+    write_records(tmp_path / "train_x.jsonl", [row])
+    dropped = Dropped()
+    list(load_rows(str(tmp_path), dropped=dropped))
+    assert files() == ["train_x.jsonl"] and dropped.notes == {
+        "files not read: of split none": 2,
+        "files not read: of split test": 1,
+        "files not read: of split validation": 1,
+    }
+    with pytest.raises(RecordError, match="for split 'geometry'"):
+        files("geometry")
+
+
+def test_an_odd_file_of_a_folder_is_left_out(tmp_path):
+    """MATH is a file for each problem."""
+    for k in range(3):
+        problem = {"problem": f"{k} + 1?", "solution": f"\\boxed{{{k + 1}}}"}
+        (tmp_path / f"{k}.json").write_text(json.dumps(problem, indent=4))
+    (tmp_path / "3.json").write_text('{\n "problem": "3')
+    (tmp_path / "4.json").write_text("")
+    dropped = Dropped()
+    assert len(list(load_problems(str(tmp_path), dropped=dropped))) == 3
+    assert dropped.examples[0].startswith(f"{tmp_path}/3.json:2: not JSON")
+    assert dropped.examples[1] == f"{tmp_path}/4.json: a file without rows"

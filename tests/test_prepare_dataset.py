@@ -1,7 +1,10 @@
 """utils/prepare_dataset.py: all shapes become records, and no problem is on both sides."""
 
+import errno
 import gzip
 import json
+import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -52,6 +55,16 @@ def both_sides(kind: str) -> tuple[list, list]:
 SHAPES = [  # file, --to, kind of record that comes out, how many in train and test
     ("gsm8k.jsonl", None, "problems", (3, 1)),
     ("math.jsonl", None, "problems", (1, 1)),
+    ("numina.jsonl", None, "problems", (1, 1)),
+    ("svamp.csv", None, "problems", (1, 0)),
+    ("big_math.jsonl", None, "problems", (1, 1)),
+    ("ultrafeedback.jsonl", None, "pairs", (1, 1)),
+    ("orca.jsonl", None, "pairs", (1, 1)),
+    ("alpaca.json", None, "pairs", (1, 0)),
+    ("hh_rlhf.jsonl", None, "pairs", (1, 0)),
+    ("sharegpt.jsonl", None, "pairs", (1, 0)),
+    ("responses.jsonl", None, "pairs", (1, 0)),
+    ("ms_swift.jsonl", None, "pairs", (1, 0)),
     ("step_dpo.jsonl", None, "pairs", (1, 1)),
     ("step_dpo.jsonl", "problems", "problems", (2, 1)),
     ("trl_preference.jsonl", None, "pairs", (1, 0)),
@@ -213,7 +226,7 @@ def test_a_folder_keeps_its_sides(prepare):
             ["--dataset_name", "odd.jsonl"],
             "odd.jsonl:1: fields a, b are of no known shape; known: ",
         ),
-        (["--dataset_name", "torn.jsonl"], "torn.jsonl:2: field 'answer' is missing"),
+        (["--dataset_name", "torn.jsonl"], "torn.jsonl:1: not JSON"),
         (
             ["--dataset_name", DATA / "gsm8k.jsonl", "--to", "pairs"],
             "gives problems, which cannot become pairs",
@@ -245,8 +258,141 @@ def test_refusals(prepare, args, message):
     for name in ("old.jsonl", "older_test.jsonl"):
         Path(name).write_text("mine")
     write_records("odd.jsonl", [{"a": 1, "b": 2}])
-    write_records("torn.jsonl", [{"question": "1?", "answer": "1"}, {"question": "2?"}])
+    Path("torn.jsonl").write_text('{"question": "1?"')
     assert message in prepare(*args, *([] if "--output" in args else ["--output", "out.jsonl"]))
+
+
+def math_folder(name: str, indent: int | None) -> None:
+    """MATH as published: a file for each problem, in folders of the side and the subject."""
+    for side, numbers in (("train", range(1, 5)), ("test", range(4, 7))):
+        for k in numbers:
+            row = {
+                "problem": f"What is {k} + 1?",
+                "solution": f"$\\boxed{{{k + 1}}}$",
+                "level": "1",
+            }
+            path = Path(name, side, "algebra", f"{k}.json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(row, indent=indent))
+
+
+@pytest.mark.parametrize("indent", [None, 4])
+def test_math_as_published_keeps_its_sides(prepare, indent):
+    """Test rows land on the test side; a problem of both sides is no training problem."""
+    math_folder("MATH", indent)
+    printed = prepare("--dataset_name", "MATH", "--output", "out.jsonl")
+    train, test = both_sides("problems")
+    assert [problem.answer for problem in train] == ["2", "3", "4"]
+    assert [problem.answer for problem in test] == ["5", "6", "7"]
+    assert "columns not used: level\n" in printed and "not read" not in printed
+    again = ("--dataset_name", "MATH", "--output", "out.jsonl", "--overwrite", "--test_size", 0)
+    prepare(*again, "--dataset_split", "train")
+    assert [problem.answer for problem in both_sides("problems")[0]] == ["2", "3", "4", "5"]
+
+
+def test_files_without_a_side_are_the_train_side(prepare):
+    Path("own").mkdir()
+    for name, k in (("rows", 1), ("more_rows", 2), ("rows_test", 3), ("rows_dev", 4)):
+        write_records(f"own/{name}.jsonl", [{"question": f"{k}?", "answer": f"{k}"}])
+    printed = prepare("--dataset_name", "own", "--output", "out.jsonl")
+    train, test = both_sides("problems")
+    assert ({p.answer for p in train}, {p.answer for p in test}) == ({"1", "2"}, {"3"})
+    assert "1 files not read: of split validation" in printed and "split test" not in printed
+
+
+def test_what_is_left_out_is_said(prepare):
+    rows = [{"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "id": 1}]
+    rows += [{"prompt": "a?", "chosen": "4", "rejected": None}] * 2
+    rows += [{"prompt": "a?", "chosen": "4", "rejected": [k]} for k in range(5)]
+    write_records("rows.jsonl", rows)
+    printed = prepare("--dataset_name", "rows.jsonl", "--output", "out.jsonl").splitlines()
+    assert [" ".join(line.split()) for line in printed[:7]] == [
+        "rows.jsonl: pairs",
+        "pairs read 1",
+        "dropped, rows with an empty 'rejected' 2",
+        "dropped, rows with a wrong 'rejected' 5",
+        *(
+            f"left out: rows.jsonl:{k + 4}: field 'rejected': expected a text or messages with "
+            f"role and content, got [{k}]"
+            for k in range(3)
+        ),
+    ]
+    assert printed[7:9] == ["left out: 2 more odd rows", "columns not used: id"]
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 4])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_both_sides_or_none(prepare, monkeypatch, calls, overwrite):
+    """The disk is full in the first or second file, or the process ends before or after the first
+    name: never one side of one run beside the other side of another, and the command goes on."""
+    old = ("out.jsonl", "out_test.jsonl") if overwrite else ()
+    for name in old:
+        Path(name).write_text("old")
+    args = ("--dataset_name", DATA / "gsm8k.jsonl", "--output", "out.jsonl")
+    args += ("--overwrite",) * overwrite
+
+    def failing(function, number):
+        def call(*given):
+            nonlocal number
+            number -= 1
+            if number == 0:
+                raise OSError(errno.ENOSPC, "No space left on device", str(given[0]))
+            return function(*given)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        if calls < 3:
+            patch.setattr(prepare_dataset, "write_records", failing(write_records, calls))
+        else:
+            patch.setattr(prepare_dataset.os, "replace", failing(os.replace, calls - 2 + 2))
+            # write_records calls os.replace for each of its two files
+        monkeypatch.setattr(sys, "argv", ["prepare_dataset.py", *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            run(prepare_dataset.main)
+    assert stopped.value.code == 2
+    left = {path.name: path.read_text() for path in Path().iterdir()}
+    if calls < 3:
+        assert left == dict.fromkeys(old, "old")
+    else:  # the side that is there is the test side of this run, or nothing but an old test side
+        assert "out.jsonl" not in left and len(left) <= 1
+    prepare(*args)
+    train, test = both_sides("problems")
+    assert (len(train), len(test)) == (3, 1)
+    assert {path.name for path in Path().iterdir()} == {"out.jsonl", "out_test.jsonl"}
+
+
+def test_a_killed_run_leaves_nothing_that_stops_the_next(prepare):
+    """The folder of a run that was killed, and its test file, which is written first."""
+    args = ("--dataset_name", DATA / "gsm8k.jsonl", "--output", "out.jsonl")
+    prepare(*args)
+    first = [Path(name).read_bytes() for name in ("out.jsonl", "out_test.jsonl")]
+    Path("out.jsonl").unlink()
+    Path(".out.jsonl.tmp").mkdir()
+    Path(".out.jsonl.tmp/out.jsonl").write_text("torn")
+    prepare(*args)
+    assert [Path(name).read_bytes() for name in ("out.jsonl", "out_test.jsonl")] == first
+    assert not Path(".out.jsonl.tmp").exists()
+    Path("out.jsonl").unlink()
+    Path("out_test.jsonl").write_text("another")
+    assert "out_test.jsonl exists: give --overwrite" in prepare(*args)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", ["gsm8k", "MATH"])
+def test_the_printed_commands_work(run_script, tmp_path, monkeypatch, name):
+    """From problems as published to sampling: each command is the one that was printed."""
+    monkeypatch.chdir(tmp_path)
+    if name == "MATH":
+        math_folder("MATH", 4)
+    source = tmp_path / "MATH" if name == "MATH" else DATA / "gsm8k.jsonl"
+    output = ("--output", "my data/mine.jsonl")
+    done = run_script("utils/prepare_dataset.py", "--dataset_name", source, *output)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "my data/mine_test.jsonl").exists()
+    _, script, *args = shlex.split(done.stdout.splitlines()[-1].removeprefix("next: "))
+    done = run_script(script, *args, "--limit", 2, "--samples", 2, "--max_new_tokens", 8)
+    assert "no pairs could be made" in done.stderr or done.returncode == 0, done.stderr
 
 
 @pytest.mark.process

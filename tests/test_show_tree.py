@@ -137,3 +137,11 @@ def test_the_script(tree, run_script, tmp_path):
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, (
             done.stderr
         )
+
+
+def test_a_tree_that_is_too_deep_is_one_line(run_script, tmp_path):
+    steps = tuple(f"Step {k}: 1" for k in range(1500))
+    root = TreeNode((), [Rollout(steps, "right", 9)], 1)
+    write_records(tmp_path / "trees.jsonl", [Tree("q", "omegaprm", "budget", {(): root}).to_row()])
+    done = run_script(SCRIPT, "--trees", "trees.jsonl")
+    assert done.returncode == 2 and "trees.jsonl: this tree has a solution of 1500" in done.stderr

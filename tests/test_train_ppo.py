@@ -171,7 +171,7 @@ def test_any_judge_rewards(folder, monkeypatch, judge):
     [
         ({"dataset_name": "none.jsonl"}, "none.jsonl not found"),
         ({"dataset_name": "test.jsonl"}, "test.jsonl:1: a held-out problem (problems_test.jsonl)"),
-        ({"dataset_name": "bad.jsonl"}, "bad.jsonl:2: field 'score'"),
+        ({"dataset_name": "bad.jsonl"}, "bad.jsonl:1: field 'score'"),
         ({"total_episodes": 0}, "total_episodes: expected 1 or more, got 0"),
         ({"temperature": 0}, "temperature: expected a number above 0"),
         ({"states": "some"}, "argument --states: invalid choice"),
@@ -194,7 +194,7 @@ def test_any_judge_rewards(folder, monkeypatch, judge):
     ],
 )
 def test_mistakes_are_one_line(folder, monkeypatch, capsys, given, message):
-    write_records(folder / "bad.jsonl", [STEP_VALUES[0], {**vars(STEP_VALUES[1]), "score": 2}])
+    write_records(folder / "bad.jsonl", [{**vars(STEP_VALUES[1]), "score": 2}])
     with open(ROOT / "data/problems_test.jsonl", encoding="utf-8") as file:
         write_records(folder / "test.jsonl", [json.loads(file.readline())])
     options = {**GIVEN, "output_dir": "new", **given}

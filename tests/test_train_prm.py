@@ -597,7 +597,7 @@ def test_two_processes_train_as_one(folder):
     [
         (["--dataset_name", "none.jsonl"], "none.jsonl not found"),
         (["--dataset_name", "pairs.jsonl"], "gives pairs, no step_values or step_labels"),
-        (["--dataset_name", "bad.jsonl"], "bad.jsonl:2: field 'score'"),
+        (["--dataset_name", "bad.jsonl"], "bad.jsonl:1: field 'score'"),
         (
             ["--dataset_name", "test.jsonl"],
             "test.jsonl:1: a held-out problem (problems_test.jsonl)",
@@ -615,7 +615,7 @@ def test_two_processes_train_as_one(folder):
 )
 def test_mistakes_are_one_line(folder, monkeypatch, capsys, args, message):
     write_records(folder / "pairs.jsonl", [{"prompt": "p", "chosen": ["a"], "rejected": ["b"]}])
-    write_records(folder / "bad.jsonl", [STEP_VALUES[0], {**asdict(STEP_VALUES[1]), "score": 2}])
+    write_records(folder / "bad.jsonl", [{**asdict(STEP_VALUES[1]), "score": 2}])
     with open(ROOT / "data/problems_test.jsonl", encoding="utf-8") as file:
         write_records(
             folder / "test.jsonl", [StepValue(json.loads(file.readline())["prompt"], "a", 1.0)]

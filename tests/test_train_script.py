@@ -19,6 +19,8 @@ from common.files import ROOT, write_records
 from reasoning.splits import is_kept_out
 from tests.helpers.scripts import run_script
 from tests.helpers.training import flags, make_pairs, refused
+from trainer.session import DataArgs, read_dataset
+from trainer.stepwise_dpo_trainer import RECIPE
 
 pytestmark = pytest.mark.process
 ROWS = make_pairs(30)
@@ -193,14 +195,22 @@ BAD_ROWS = {
         json.dumps({**ROW, "chosen_scores": [1]}).encode(),
         "expected one score for each of",
     ),
-    "nan.jsonl": (
-        json.dumps(ROW).encode()
-        + b"\n"
-        + json.dumps({**ROW, "rejected_scores": [float("nan")]}).encode(),
-        "nan.jsonl:2: ",
-    ),
+    "nan.jsonl": (json.dumps({**ROW, "rejected_scores": [float("nan")]}).encode(), "nan.jsonl:1: "),
     "step.jsonl": (json.dumps({**ROW, "chosen": [" "]}).encode(), "'chosen', step 1"),
 }
+
+
+def test_an_odd_row_among_others_is_left_out_and_shown(tmp_path, capsys):
+    bad = [
+        {**ROW, "rejected_scores": [2.0]},
+        {**ROW, "chosen_scores": None, "rejected_scores": None},
+    ]
+    write_records(tmp_path / "rows.jsonl", [ROW, bad[0], ROW, bad[1]])
+    records = read_dataset(RECIPE, DataArgs(dataset_name=str(tmp_path / "rows.jsonl")))
+    assert len(records) == 2
+    printed = capsys.readouterr().out
+    assert "rows.jsonl:2: field 'rejected_scores'" in printed
+    assert "rows.jsonl:4: field 'chosen_scores' is missing: score the pairs first" in printed
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)

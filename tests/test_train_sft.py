@@ -259,7 +259,7 @@ def test_rows_that_are_no_solutions(row, message):
     ("args", "message"),
     [
         (["--dataset_name", "none.jsonl"], "none.jsonl not found"),
-        (["--dataset_name", "bare.jsonl"], "bare.jsonl:2: field 'steps' is missing"),
+        (["--dataset_name", "bare.jsonl"], "bare.jsonl:1: field 'steps' is missing"),
         (["--dataset_name", "test.jsonl"], ":2: a held-out problem (problems_test.jsonl)"),
         (["--completion_only_loss", "false"], "the loss is always on the steps' tokens"),
         (["--assistant_only_loss", "true"], "the loss is always on the steps' tokens"),
@@ -273,7 +273,7 @@ def test_rows_that_are_no_solutions(row, message):
     ],
 )
 def test_mistakes_are_one_line(folder, monkeypatch, capsys, args, message):
-    write_records(folder / "bare.jsonl", [PROBLEMS[0], Problem("1 + 1?", "2")])
+    write_records(folder / "bare.jsonl", [Problem("1 + 1?", "2")])
     with open(ROOT / "data/problems_test.jsonl", encoding="utf-8") as file:
         write_records(folder / "test.jsonl", [PROBLEMS[0], json.loads(file.readline())])
     given = flags(

@@ -35,11 +35,12 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import RewardConfig, RewardTrainer
 
 from common.cli import arg, check_input
-from common.errors import RecordError, UserError
+from common.errors import UserError
 from common.files import file_type
 from lm.loading import base_of, load_model
 from lm.text_encoding import PLAIN_QUESTION
-from reasoning.datasets.files import load_rows
+from reasoning.datasets.files import Dropped
+from reasoning.datasets.loading import load_groups
 from reasoning.datasets.ranking import RankedGroup, check_groups, groups, read_answers
 from reasoning.splits import refuse_held_out
 from reward_model.response_reward_model import (
@@ -224,7 +225,7 @@ class ResponseRewardTrainer(RewardTrainer):
 
 
 def read_ranked(recipe: Recipe, args: DataArgs) -> list[RankedGroup]:
-    """The training groups of a table of ranked answers; pairs of texts become groups of two.
+    """The training groups of a table of ranked answers; pairs become groups of two answers.
 
     Raises RecordError, or UserError for a held-out problem."""
     name = args.dataset_name
@@ -250,13 +251,10 @@ def _groups_of_table(name: str) -> list[RankedGroup]:
 
 
 def _groups_of_pairs(args: DataArgs) -> list[RankedGroup]:
-    source = (args.dataset_name, args.dataset_config, args.dataset_train_split)
-    records = []
-    for where, row in load_rows(*source):
-        try:
-            records.append(RankedGroup.from_row(row))
-        except RecordError as error:
-            raise RecordError(f"{where}: {error}") from None
+    dropped, name = Dropped(), args.dataset_name
+    source = (name, args.dataset_config, args.dataset_train_split)
+    records = [group for _, group in load_groups(*source, dropped)]
+    dropped.print(name)
     return records
 
 

@@ -12,7 +12,6 @@ import os
 import shutil
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -40,6 +39,7 @@ from lm.loading import (
     merge_adapter,
     pick_device,
 )
+from reasoning.datasets.files import Dropped
 from reasoning.datasets.loading import load_records
 from reasoning.splits import held_out_prompts, is_kept_out
 
@@ -103,22 +103,25 @@ class DataArgs:
 def read_dataset(recipe: "Recipe", args: DataArgs) -> list:
     """All rows of the data set as checked records of the recipe's class.
 
-    Raises RecordError for a bad row, UserError for a held-out problem."""
+    Odd rows are left out, and printed. Raises RecordError if no row can be used, UserError for a
+    held-out problem."""
     name, held_out, records = args.dataset_name, held_out_prompts(), []
-    dropped: Counter[str] = Counter()  # reason -> number of rows
+    dropped = Dropped()
     source = (name, args.dataset_config, args.dataset_train_split)
     for where, record in load_records(recipe.kinds, *source, dropped):
         try:
             records.append(recipe.record.from_row(asdict(record)))
-        except RecordError as error:
-            raise RecordError(f"{where}: {error}") from None
+        except RecordError as error:  # the others may have scores, or steps
+            dropped.add(where, error)
+            continue
         if record.prompt in held_out:
             raise UserError(
                 f"{where}: a held-out problem ({held_out[record.prompt]}); training on it would "
                 "spoil every comparison"
             )
-    for reason, count in dropped.items():
-        print(f"{count} rows of {name} left out: {reason}")
+    if not records:
+        raise RecordError(f"{name}: none of its rows can be used; {'; '.join(dropped.examples)}")
+    dropped.print(name)
     return records
 
 

@@ -100,7 +100,8 @@ class StepSFTTrainer(SFTTrainer):
         text_encoder(processing_class)  # it refuses a tokenizer without offsets
         streaming = isinstance(dataset, IterableDataset)
         options = {} if streaming else {"num_proc": args.dataset_num_proc}
-        unfinished = 0 if streaming else sum(not ends_solution(steps) for steps in dataset["steps"])
+        solutions = () if streaming else zip(dataset["prefix"], dataset["steps"], strict=True)
+        unfinished = sum(not ends_solution([*prefix, *steps]) for prefix, steps in solutions)
         with global_then_local_main_first():
             encode = {"fn_kwargs": {"tokenizer": processing_class}, "remove_columns": list(first)}
             dataset = dataset.map(encode_solution, **encode, **options)

@@ -9,9 +9,7 @@ also writes the trees: utils/show_tree.py shows them, and `--from_trees` compute
 them. File names may end in .gz.
 """
 
-import csv
 import hashlib
-import io
 import itertools
 import json
 import sys
@@ -29,6 +27,7 @@ from common.cli import arg, check_input, check_least, check_output, parse_args, 
 from common.errors import PromptTooLong, RecordError, UserError
 from common.files import ResumableRows, at_root, read_records, write_records, write_text
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
+from reasoning.datasets.files import Dropped, table_lines
 from reasoning.datasets.loading import load_problems
 from reasoning.datasets.shapes import three_columns
 from reasoning.grading import is_correct
@@ -96,10 +95,9 @@ class TreeArguments(PolicyArgs):
 def read_problems(args: TreeArguments) -> list[Problem]:
     if args.input is None:
         return list(itertools.islice(problems("train"), args.limit or 500))
-    dropped: Counter[str] = Counter()
+    dropped = Dropped()
     by_prompt = {problem.prompt: problem for problem in load_problems(args.input, dropped=dropped)}
-    for reason, count in dropped.items():
-        print(f"{count} rows of {args.input} left out: {reason}")
+    dropped.print(args.input)
     selected = list(itertools.islice(by_prompt.values(), args.limit))
     refuse_held_out(args.input, selected)
     return selected
@@ -213,15 +211,13 @@ def check_outputs(args: TreeArguments, overwrite: bool) -> None:
 
 def write_csv(path: str, values: list[StepValue]) -> None:
     """Write the three-column table, without the values that it cannot hold (see three_columns)."""
-    text, left_out = io.StringIO(newline=""), 0
-    writer = csv.DictWriter(text, ["question", "next_step", "score"], lineterminator="\n")
-    writer.writeheader()
+    rows, left_out = [], 0
     for value in values:
         try:
-            writer.writerow(three_columns(value))
+            rows.append(three_columns(value))
         except RecordError:
             left_out += 1
-    write_text(path, [text.getvalue()])
+    write_text(path, table_lines(["question", "next_step", "score"], rows))
     if left_out:
         print(
             f"{path}: {left_out} of {len(values)} rows left out: their solution does not begin "

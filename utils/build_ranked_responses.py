@@ -40,8 +40,8 @@ from common.errors import RecordError, UserError
 from common.files import ResumableRows, at_root
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
 from reasoning.answers import extract_answer
-from reasoning.datasets.files import load_rows
-from reasoning.datasets.loading import load_problems
+from reasoning.datasets.files import Dropped, load_rows
+from reasoning.datasets.loading import convert_rows, load_problems
 from reasoning.datasets.ranking import RankedResponse, check_groups, write_answers
 from reasoning.grading import grade_steps, is_correct, step_value
 from reasoning.problems import changed_numbers, problems
@@ -139,11 +139,14 @@ def read_tasks(args: AnswerArguments) -> list[PromptTask]:
             PromptTask(problem.prompt, "", problem, number in VALIDATION)
             for number, problem in itertools.islice(unused, args.limit)
         ]
+    dropped = Dropped()
     if args.rank_by == "exact":
-        rows = (PromptTask(problem.prompt, "", problem) for problem in load_problems(args.input))
+        loaded = load_problems(args.input, dropped=dropped)
+        rows = (PromptTask(problem.prompt, "", problem) for problem in loaded)
     else:
-        rows = _prompts(args.input)
+        rows = _prompts(args.input, dropped)
     tasks = list(itertools.islice({task.prompt: task for task in rows}.values(), args.limit))
+    dropped.print(args.input)
     refuse_held_out(args.input, tasks)
     if args.rank_by == "exact" and (bare := [task for task in tasks if not task.problem.steps]):
         prompt = repr(bare[0].prompt[:60])
@@ -151,20 +154,22 @@ def read_tasks(args: AnswerArguments) -> list[PromptTask]:
     return tasks
 
 
-def _prompts(name: str) -> Iterator[PromptTask]:
+def _prompts(name: str, dropped: Dropped) -> Iterator[PromptTask]:
     _, first = next(load_rows(name))
     if "prompt" not in first:
-        yield from (PromptTask(problem.prompt) for problem in load_problems(name))
+        loaded = load_problems(name, dropped=dropped)
+        yield from (PromptTask(problem.prompt) for problem in loaded)
         return
-    for where, row in load_rows(name):
-        try:
-            category = row.get("category") or ""
-            if not isinstance(category, str):
-                got = json.dumps(category)[:40]
-                raise RecordError(f"field 'category': expected a text, got {got}")
-            yield PromptTask(Prompt.from_row(row).prompt, category)
-        except RecordError as error:
-            raise RecordError(f"{where}: {error}") from None
+
+    def convert(row: dict, dropped: Dropped) -> Iterator[PromptTask]:
+        category = row.get("category") or ""
+        if not isinstance(category, str):
+            got = json.dumps(category)[:40]
+            raise RecordError(f"field 'category': expected a text, got {got}")
+        yield PromptTask(Prompt.from_row(row).prompt, category)
+
+    rows = convert_rows(name, load_rows(name, dropped=dropped), convert, dropped)
+    yield from (task for _, task in rows)
 
 
 # --- groups of four, ranked by the exact checker ---

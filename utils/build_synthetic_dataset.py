@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from common.cli import arg, check_least, check_output, parse_args, run
 from common.errors import UserError
 from common.files import ResumableRows, at_root, read_records, write_records
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
+from reasoning.datasets.files import Dropped
 from reasoning.datasets.loading import load_problems
 from reasoning.grading import is_correct
 from reasoning.problems import problems
@@ -78,8 +80,11 @@ def read_problems(args: PairArguments) -> Selected:
     if args.input is None:
         return list(itertools.islice(problems("train"), args.limit or 2000))
     by_answer = args.pair_by == "answer"
-    rows = load_problems(args.input) if by_answer else read_records(args.input, Prompt)
+    dropped = Dropped()
+    problems_of = partial(load_problems, dropped=dropped)
+    rows = problems_of(args.input) if by_answer else read_records(args.input, Prompt)
     selected = list(itertools.islice({row.prompt: row for row in rows}.values(), args.limit))
+    dropped.print(args.input)
     refuse_held_out(args.input, selected)
     return selected
 

@@ -10,8 +10,12 @@ same prefix. A tenth of the problems goes to a second file, NAME_test.jsonl. If 
 folder with train and test files, these are the two sides. No problem is on both sides.
 """
 
+import filecmp
 import itertools
+import os
 import random
+import shlex
+import shutil
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -27,7 +31,7 @@ from common.errors import RecordError, UserError
 from common.files import at_root, file_stem, write_records
 from reasoning.answers import same_answer
 from reasoning.datasets import loading
-from reasoning.datasets.files import folder_files
+from reasoning.datasets.files import NOT_READ, Dropped, folder_files
 from reasoning.datasets.shapes import KINDS
 from reasoning.records import PreferencePair, StepValue
 from reasoning.steps import one_line
@@ -62,8 +66,12 @@ class PrepareArguments:
 # --- conversion ---
 
 
-def load_side(args: PrepareArguments, split: str | None, counts: Counter) -> tuple[str, list]:
-    """(kind, records) of one side of the data set, without duplicates."""
+def load_side(
+    args: PrepareArguments, split: str | None, counts: Counter, remarks: list[str]
+) -> tuple[str, list]:
+    """(kind, records) of one side of the data set, without duplicates.
+
+    counts: of what is read and dropped. remarks: gets the first odd rows, and what else to say."""
     source = (args.dataset_name, args.dataset_config, split)
     shape = loading.find_shape(*source)
     best = next(iter(shape.gives))
@@ -79,11 +87,12 @@ def load_side(args: PrepareArguments, split: str | None, counts: Counter) -> tup
         "step_labels": loading.load_step_labels,
         "step_values": loading.load_step_values,
     }[kind]
-    dropped = Counter[str]()
+    dropped = Dropped()
     records = list(itertools.islice(load(*source, dropped=dropped), args.limit))
     counts["labelled steps read" if make_pairs else f"{kind} read"] += len(records)
     for reason, count in dropped.items():
         counts[f"  dropped, {reason}"] += count
+    remarks += dropped.remarks()
     if make_pairs:
         return kind, pair_steps(records, counts)
     return kind, drop_duplicates(kind, records, counts)
@@ -196,20 +205,56 @@ def split_by_problem(records: list, test_size: float, seed: int) -> tuple[list, 
 
 
 def has_two_sides(args: PrepareArguments) -> bool:
-    """Whether the data set is a folder with train files and test files."""
+    """Whether the data set is a folder with test files, and with others to train on."""
     if args.dataset_split or not Path(args.dataset_name).is_dir():
         return False
     try:
-        return all(folder_files(args.dataset_name, split) for split in ("train", "test"))
+        sides = [folder_files(args.dataset_name, split) for split in (None, "test")]
     except RecordError:
         return False
+    return not {*sides[0]} & {*sides[1]}
 
 
-NEXT = {
-    "problems": "python utils/build_synthetic_dataset.py --input {output}",
-    "pairs": "python reward_model/evaluate_steps.py --input {output}",
-    "scored pairs": "python train.py --dataset_name {output}",
-}
+def write_sides(sides: dict[Path, list], overwrite: bool) -> None:
+    """Write both files or none; a side without records leaves no file.
+
+    Both are complete before the first gets its name, and the train file is the last: whoever finds
+    it finds the test file that belongs to it. After a kill in between, the same command goes on: a
+    test file with the same bytes counts as written. Raises UserError if another one is there."""
+    (output, _), (test_output, test) = sides.items()
+    folder = output.parent / f".{output.name}.tmp"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    folder.mkdir(parents=True)
+    try:
+        new, new_test = (folder / path.name for path in sides)
+        for path, side in zip((new, new_test), sides.values(), strict=True):
+            write_records(path, side)
+        is_ours = (
+            test and test_output.exists() and filecmp.cmp(test_output, new_test, shallow=False)
+        )
+        check_output(str(test_output), overwrite or bool(is_ours))
+        if overwrite:
+            output.unlink(missing_ok=True)
+        if test:
+            os.replace(new_test, test_output)
+        else:
+            test_output.unlink(missing_ok=True)
+        os.replace(new, output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def next_command(kind: str, output: Path) -> str | None:
+    """The command that takes these records further, with a name for its output."""
+    stem = file_stem(output)
+    names = [output, *(output.with_name(f"{stem}_{what}.jsonl") for what in ("pairs", "scored"))]
+    records, pairs, scored = (shlex.quote(str(name)) for name in names)
+    commands = {
+        "problems": f"python utils/build_synthetic_dataset.py --input {records} --output {pairs}",
+        "pairs": f"python reward_model/evaluate_steps.py --input {records} --output {scored}",
+        "scored pairs": f"python train.py --dataset_name {records}",
+    }
+    return commands.get(kind)
 
 
 def main() -> None:
@@ -217,37 +262,41 @@ def main() -> None:
     output = Path(args.output)
     stem = file_stem(output)
     test_output = output.with_name(f"{stem}_test{output.name.removeprefix(stem)}")
-    for path in (output, test_output):
-        check_output(str(path), args.overwrite)
+    check_output(str(output), args.overwrite)
 
-    counts = Counter[str]()
+    counts, remarks = Counter[str](), list[str]()
     if has_two_sides(args):
-        (kind, train), (_, test) = (load_side(args, split, counts) for split in ("train", "test"))
+        (kind, train), (other, test) = (
+            load_side(args, split, counts, remarks) for split in (None, "test")
+        )
+        remarks = [line for line in remarks if not line.endswith(NOT_READ.format("test"))]
+        if kind != other:
+            raise UserError(f"{args.dataset_name}: train files give {kind}, test files {other}")
         test_keys = {problem_key(record.prompt) for record in test}
         disjoint = [record for record in train if problem_key(record.prompt) not in test_keys]
         counts["  dropped from train, problem is on the test side"] += len(train) - len(disjoint)
         train = disjoint
     else:
-        kind, records = load_side(args, args.dataset_split, counts)
+        kind, records = load_side(args, args.dataset_split, counts, remarks)
         train, test = split_by_problem(records, args.test_size, args.seed)
     print(f"{args.dataset_name}: {kind}")
     for what, count in counts.items():
         if count:
             print(f"{what:<60}{count:>8}")
+    for line in dict.fromkeys(remarks):
+        print(line)
     if not train:
         raise UserError(
             f"{args.dataset_name}: no {kind} were found (see above), nothing was written"
         )
+    write_sides({output: train, test_output: test}, args.overwrite)
     for path, side in ((output, train), (test_output, test)):
         if side:
-            write_records(path, side)
             problems = len({problem_key(record.prompt) for record in side})
             print(f"wrote {len(side)} {kind} of {problems} problem{'s' * (problems > 1)} to {path}")
-        else:
-            path.unlink(missing_ok=True)  # of an earlier run; --overwrite allows to remove it
     scored = kind == "pairs" and train[0].chosen_scores is not None
-    if kind in NEXT:
-        print(f"next: {NEXT['scored pairs' if scored else kind].format(output=args.output)}")
+    if command := next_command("scored pairs" if scored else kind, output):
+        print(f"next: {command}")
 
 
 if __name__ == "__main__":

@@ -135,6 +135,9 @@ def as_page(tree: Tree) -> str:
     return PAGE.format(headline=html.escape(headline(tree)), tree=element(lines_of(tree)))
 
 
+MOST_STEPS = 200  # of a solution; every step is a level of the page
+
+
 def find_tree(args: ShowArguments) -> Tree:
     """The tree that the arguments select. Raises UserError if there is none."""
     found = 0
@@ -156,6 +159,11 @@ def main() -> None:
     if not tree.nodes:
         prompt = f"{tree.prompt[:60]!r} ..."
         raise UserError(f"{args.trees}: this problem was not searched ({tree.ended}): {prompt}")
+    if (longest := max(map(len, tree.counts()))) > MOST_STEPS:
+        raise UserError(
+            f"{args.trees}: this tree has a solution of {longest} steps, expected {MOST_STEPS} at "
+            "most; choose another with --index or --prompt"
+        )
     print(as_text(tree))
     if args.html:
         write_text(args.html, [as_page(tree)])

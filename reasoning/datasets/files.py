@@ -1,23 +1,75 @@
 """Rows of a data set: of a local file, of a folder of files, or of a data set on the hub.
 
 Files are .jsonl, .json, .csv or .parquet. All but .parquet may be compressed (.jsonl.gz).
+A row that cannot be read is left out, counted and shown (`Dropped`); the others are used.
 """
 
+import ast
 import csv
 import io
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.errors import RecordError
-from common.files import file_stem, file_type, open_bytes, read_rows
+from common.files import file_stem, file_type, not_utf8, open_text, read_json
 from reasoning.steps import one_line
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+# Lists of rows in a JSON file that is one object: {"version": 1, "data": [{...}, {...}]}
+ROW_LISTS = ("data", "rows", "examples", "items", "records", "instances", "samples", "dataset")
+
+csv.field_size_limit(2**31 - 1)  # a solution may be longer than csv's 131,072 characters
+
+
+class Dropped(Counter[str]):
+    """What a reading leaves out: reason -> number of rows (of parts of a row, where it has many).
+
+    Conversions count rows that have the right form and no use, for example an empty `rejected`.
+    `add` counts odd rows: those that do not have the form of the data set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = 0  # rows, the odd ones included
+        self.odd = 0
+        self.examples: list[str] = []  # the first odd rows
+        self.notes: Counter[str] = Counter()  # what else to say, after the number
+        self.columns: dict[str, bool] = {}  # column -> whether a conversion looked at it
+
+    def add(self, where: str, error: RecordError) -> None:
+        """Count an odd row, and keep its place and error if it is one of the first three."""
+        text = str(error)
+        field = re.match(r"fields? '([^']+)'", text)
+        kind = re.match(r"not (JSON|UTF-8)\b", text)
+        wrong = f"with a wrong '{field[1]}'" if field else "of another form"
+        self[f"rows {'that are ' + kind[0] if kind else wrong}"] += 1
+        self.odd += 1
+        if len(self.examples) < 3:
+            self.examples.append(f"{where}: {text}")
+
+    def report(self, name: str) -> list[str]:
+        """Lines for a person: how many rows were left out and why, and the remarks."""
+        lines = [f"{count} rows of {name} left out: {reason}" for reason, count in self.items()]
+        return lines + self.remarks()
+
+    def print(self, name: str) -> None:
+        """Print the report."""
+        for line in self.report(name):
+            print(line)
+
+    def remarks(self) -> list[str]:
+        """The first odd rows, the notes, and the columns that were not used."""
+        lines = [f"left out: {example}" for example in self.examples]
+        if self.odd > len(lines):
+            lines.append(f"left out: {self.odd - len(lines)} more odd rows")
+        lines += [f"{count} {note}" for note, count in self.notes.items()]
+        unused = [column for column, used in self.columns.items() if not used]
+        return lines + ([f"columns not used: {', '.join(unused)}"] if unused else [])
 
 
 def is_local(name: str) -> bool:
@@ -31,104 +83,194 @@ def is_local(name: str) -> bool:
 
 
 def load_rows(
-    name: str, config: str | None = None, split: str | None = None
+    name: str, config: str | None = None, split: str | None = None, dropped: Dropped | None = None
 ) -> Iterator[tuple[str, dict]]:
     """Stream (where, row) of a data set; `where` is `file:line` or similar, for error messages.
 
-    config: of a hub data set. split: of a folder, the files that have this word in their name
-    (default: train if there are any, else all); of a hub data set, its split (default: train, or
-    the only one). A file has no splits. Raises RecordError."""
+    Names of columns are in lower case, without white space around them. config: of a hub data set.
+    split: of a folder, see `folder_files`; of a JSON file with several lists of rows, the name of
+    one; of a hub data set, its split (default: train, or the only one). All other files have no
+    splits. dropped: counts what cannot be read. Raises RecordError."""
+    dropped = Dropped() if dropped is None else dropped
     if not is_local(name):
         rows = _hub_rows(name, config, split)
     elif Path(name).is_dir():
-        rows = itertools.chain.from_iterable(map(_file_rows, folder_files(name, split)))
+        rows = _folder_rows(name, split, dropped)
     else:
-        rows = _file_rows(Path(name))
-    count = 0
+        rows = _file_rows(Path(name), split)
+    found, before = False, dropped.odd
     for where, row in rows:
-        if not isinstance(row, dict):
-            raise RecordError(f"{where}: expected a JSON object, got {show(row)}")
-        count += 1
-        yield where, row
-    if not count:
-        raise RecordError(f"{name}: no rows")
+        dropped.read += 1
+        if isinstance(row, RecordError):
+            dropped.add(where, row)
+        elif not isinstance(row, dict):
+            dropped.add(where, RecordError(f"expected a JSON object, got {show(row)}"))
+        else:
+            found = True
+            yield where, _lower(row)
+    if not found:
+        what = "; ".join(dropped.examples) if dropped.odd > before else ""
+        raise RecordError(f"{name}: no rows" + (f" that can be read; {what}" if what else ""))
 
 
-def folder_files(name: str, split: str | None = None) -> list[Path]:
-    """The data files of a folder and its subfolders that belong to a split (see `load_rows`)."""
-    visible = sorted(path for path in Path(name).rglob("*") if not path.name.startswith("."))
-    files = [path for path in visible if file_type(path) in FILE_TYPES]
-    word = split or "train"
-    matching = [path for path in files if word in re.split(r"[^a-zA-Z0-9]+", file_stem(path))]
-    if not files or (split and not matching):
+def _lower(row: dict) -> dict:
+    lower = {str(name).strip().lower(): value for name, value in row.items()}
+    return lower if len(lower) == len(row) else row
+
+
+# --- folders ---
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+NOT_READ = "files not read: of split {}"
+_SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
+
+
+def split_of(path: Path) -> str | None:
+    """The split of a file, from its path relative to the data set: a key of SPLITS, or None.
+
+    A file or folder that is called `test` decides, the one nearest to the file first; otherwise a
+    word of such a name does (`test-00000-of-00001`, `gsm8k_test`). A name with words of two splits
+    does not count."""
+    names = [file_stem(path), *(part for part in reversed(path.parts[:-1]))]
+    for name in names:
+        if name.lower() in _SPLIT_OF:
+            return _SPLIT_OF[name.lower()]
+    for name in names:
+        splits = {_SPLIT_OF[word] for word in _words(name) if word in _SPLIT_OF}
+        if len(splits) == 1:
+            return splits.pop()
+    return None
+
+
+def folder_files(name: str, split: str | None = None, dropped: Dropped | None = None) -> list[Path]:
+    """The data files of a folder and its subfolders that belong to a split. Raises RecordError.
+
+    The split of a file is that of `split_of`. With other words as `split`, it is the files that
+    have them in their name or in that of a folder. With None, it is the train files if there are
+    any, otherwise the files without a split, otherwise all; `dropped` notes how many are not read.
+    """
+    root = Path(name)
+    found = sorted(path.relative_to(root) for path in root.rglob("*"))
+    visible = [path for path in found if not any(part.startswith(".") for part in path.parts)]
+    files = [path for path in visible if file_type(path) in FILE_TYPES and (root / path).is_file()]
+    if split is None:
+        chosen = [path for path in files if split_of(path) == "train"]
+        chosen = chosen or [path for path in files if split_of(path) is None] or files
+    else:
+        known, words = _SPLIT_OF.get(split.lower()), {*_words(split)}
+        chosen = [
+            path
+            for path in files
+            if (split_of(path) == known if known else words <= {*_words(str(path))})
+        ]
+    if not chosen:
         missing = f" for split '{split}'" if files else ""
         raise RecordError(f"{name}: no {', '.join(FILE_TYPES)} file in this folder{missing}")
-    return matching or files
+    if dropped is not None and split is None:
+        for path in {*files} - {*chosen}:
+            dropped.notes[NOT_READ.format(split_of(path) or "none")] += 1
+    return [root / path for path in chosen]
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _folder_rows(name: str, split: str | None, dropped: Dropped) -> Iterator[tuple[str, Any]]:
+    """The rows of all files. A .json file that cannot be read counts as one row."""
+    for path in folder_files(name, split, dropped):
+        count = 0
+        try:
+            for where, row in _file_rows(path):
+                count += 1
+                yield where, row
+        except RecordError as error:
+            if file_type(path) != ".json":
+                raise
+            place, _, text = str(error).removeprefix(f"{path}:").partition(": ")
+            yield f"{path}:{place}", RecordError(text)
+        else:
+            if not count:
+                yield str(path), RecordError("a file without rows")
+
+
+# --- files ---
+
+
+def _file_rows(path: Path, split: str | None = None) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a file; a RecordError in place of a row that cannot be read."""
     if not path.is_file():
         raise RecordError(
             f"{path} not found: expected a file, a folder, or the name of a data set on the hub"
         )
-    if file_type(path) == ".parquet":
-        return _parquet_rows(path)
-    if file_type(path) == ".csv":
-        return _csv_rows(path)
-    if file_type(path) not in FILE_TYPES:
+    kind = file_type(path)
+    if kind == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    if kind not in FILE_TYPES:
         raise RecordError(f"{path}: expected one of {', '.join(FILE_TYPES)}")
-    with open_bytes(path) as file:
-        is_list = file.read(64).lstrip().startswith(b"[")
-    if is_list:
-        return _json_rows(path)
-    return ((f"{path}:{number}", row) for number, row in read_rows(path))
+    lines = undecoded = 0
+    rows: Iterator[tuple[int | str, Any]]
+    rows = _csv_rows(path) if kind == ".csv" else _json_rows(path, split)
+    for line, row in rows:
+        lines += 1
+        undecoded += isinstance(row, RecordError) and str(row).startswith("not UTF-8")
+        yield f"{path}:{line}", row
+    if undecoded > max(1, lines / 100):
+        raise RecordError(
+            f"{path}: {undecoded} of {lines} rows are not UTF-8, so the file has another encoding; "
+            "save it as UTF-8"
+        )
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with open_bytes(path) as file:
-            rows = json.load(file)
-    except RecordError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{path}: not JSON ({error})") from None
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row
+def _json_rows(path: Path, split: str | None) -> Iterator[tuple[int | str, Any]]:
+    """The rows of a JSON file (see `read_json`), or of the list in a file that is one object."""
+    rows = read_json(path)
+    start = list(itertools.islice(rows, 2))
+    lists = _row_lists(start[0][1]) if len(start) == 1 else {}
+    if not lists:
+        yield from itertools.chain(start, rows)
+        return
+    wanted = split if split in lists else next(iter(lists))
+    if len(lists) > 1 and split not in lists:
+        raise RecordError(
+            f"{path}: holds the lists {', '.join(lists)}; choose one as the split of the data set"
+        )
+    for number, row in enumerate(lists[wanted], 1):
+        # as the web page of the hub gives rows: {"row_idx": 0, "row": {...}}
+        inner = row["row"] if isinstance(row.get("row"), dict) else row
+        yield f"{wanted}[{number}]", inner
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """Cells with a JSON list or object are decoded, all others are texts; an empty cell is None."""
-    with open_bytes(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        rows = csv.DictReader(text, strict=True)
-        try:
-            for row in rows:
-                where = f"{path}:{rows.line_num}"
-                if None in row or None in row.values():
-                    columns = len(rows.fieldnames or [])
-                    raise RecordError(f"{where}: expected {columns} cells, as in the first line")
-                yield where, {field: _cell(value) for field, value in row.items()}
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise RecordError(f"{path}:{rows.line_num + 1}: not CSV in UTF-8 ({error})") from None
-
-
-def _cell(value: str) -> Any:
-    if value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value or None
+def _row_lists(value: Any) -> dict[str, list[dict]]:
+    """The lists of rows of an object, by name."""
+    known = {*ROW_LISTS, *_SPLIT_OF}
+    return {
+        name: rows
+        for name, rows in (value.items() if isinstance(value, dict) else ())
+        if name.lower() in known
+        and isinstance(rows, list)
+        and rows
+        and all(isinstance(row, dict) for row in rows)
+    }
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    from datasets import load_dataset  # takes seconds, and only Parquet needs it
+    from pyarrow import ArrowException  # takes a while, and only Parquet needs it
+    from pyarrow.parquet import ParquetFile
 
+    number = 0
     try:
-        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        for number, row in enumerate(rows, 1):
-            yield f"{path}, row {number}", row
-    except (OSError, ValueError, RuntimeError) as error:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except (ArrowException, OSError, ValueError, RuntimeError) as error:
         raise RecordError(f"{path}: cannot be read as Parquet ({one_line(str(error))})") from None
 
 
@@ -153,42 +295,174 @@ def _hub_rows(name: str, config: str | None, split: str | None) -> Iterator[tupl
 
 def show(value: Any) -> str:
     """The first 60 characters of a value, for an error message."""
-    return json.dumps(value, ensure_ascii=False, default=str)[:60]
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)[:60]
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
+
+
+# --- tables ---
+
+
+class _Table:
+    """A CSV table as spreadsheets and other tools write it, in any of the encodings of `open_text`.
+
+    The delimiter is comma, semicolon or tab: the one that gives the header most columns, or that of
+    a first line `sep=;`. `names` are the columns; `rows` yields (number of the first line, cells).
+    Rows without any text are skipped. Columns without name and text, as after a comma at the end of
+    each line, are left out. In place of a row that is not CSV there is a RecordError."""
+
+    def __init__(self, lines: Iterable[str]):
+        numbered = enumerate(lines, 1)
+        self._first, header = next(((k, line) for k, line in numbered if line.strip()), (1, ""))
+        if given := re.fullmatch(r"\"?sep=(.)\"?\s*", header):
+            self.delimiter = given[1]
+            self._first, header = next(numbered, (1, ""))
+        else:
+            self.delimiter = max(
+                ",;\t", key=lambda mark: len(next(csv.reader([header], delimiter=mark)))
+            )
+        rest = (line for _, line in numbered)
+        self._reader = csv.reader(
+            itertools.chain([header], rest), delimiter=self.delimiter, strict=True
+        )
+        _, names = next(self._read())
+        if isinstance(names, RecordError):
+            raise names
+        self.names = list(map(unescape_cell, names))
+        while self.names and not self.names[-1].strip():
+            self.names.pop()
+
+    @property
+    def rows(self) -> Iterator[tuple[int, list[str] | RecordError]]:
+        width = len(self.names)
+        for line, cells in self._read():
+            if isinstance(cells, RecordError):
+                yield line, cells
+            elif not any(cell.strip() for cell in cells):
+                continue
+            elif len(cells) < width or any(cell.strip() for cell in cells[width:]):
+                yield line, RecordError(f"{len(cells)} cells, the header has {width}")
+            else:
+                yield line, list(map(unescape_cell, cells[:width]))
+
+    def _read(self) -> Iterator[tuple[int, list[str] | RecordError]]:
+        while True:
+            line = self._reader.line_num + self._first
+            try:
+                cells = next(self._reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if "unexpected end of data" in str(error):
+                    raise RecordError(
+                        f"{line}: not CSV: a quote that begins in this row does not end"
+                    ) from None
+                yield line, RecordError(f"not CSV ({error})")
+                continue
+            problem = next(filter(None, map(not_utf8, cells)), None)
+            yield line, RecordError(problem) if problem else cells
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int | str, Any]]:
+    """Cells with a list or an object are decoded, all others are texts; an empty cell is None."""
+    with open_text(path, newline="") as lines:
+        try:
+            table = _Table(lines)
+            for line, cells in table.rows:
+                if isinstance(cells, RecordError):
+                    yield line, cells
+                    continue
+                try:
+                    named = zip(table.names, cells, strict=True)
+                    yield line, {name: _cell(name, value) for name, value in named}
+                except RecordError as error:
+                    yield line, error
+        except RecordError as error:
+            raise RecordError(f"{path}:{error}") from None
+
+
+def _cell(name: str, value: str) -> Any:
+    """The value of a cell: a list of texts or objects, an object, in the columns `labels` and
+    `..._scores` a list of numbers, a text, or None. Lists are JSON, or as Python prints them."""
+    if value.lstrip()[:1] not in ("[", "{"):
+        return value if value.strip() else None
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        try:
+            found = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            if re.match(r"\s*\[?\s*\{\s*['\"]\w+['\"]\s*:", value):
+                raise RecordError(
+                    f"field '{name}': expected JSON, got {show(value)}; save the file as JSONL"
+                ) from None
+            return value
+    if isinstance(found, dict):
+        return found if all(isinstance(key, str) for key in found) else value
+    if not isinstance(found, list):
+        return value
+    of_numbers = name.strip().lower().endswith(("labels", "scores"))
+    texts = all(isinstance(item, str | dict) for item in found)
+    return found if texts or of_numbers else value
 
 
 def read_table(
     path: str | Path, needed: Sequence[str]
 ) -> tuple[str, list[str], list[tuple[int, list[str]]]]:
-    """Read a table as spreadsheets write it: (delimiter, column names, rows).
+    """Read a table as spreadsheets write it (see `_Table`): (delimiter, column names, rows).
 
-    The delimiter is comma, semicolon or tab; a byte-order mark is allowed. Column names are as in
-    the file. A row is (number of its first line, cells); rows with only empty cells are left out.
-    needed: columns that the table must have, in lower case; the case in the file does not matter.
-    Raises RecordError with file and line."""
-    try:
-        with open_bytes(path) as file:
-            text = file.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecordError(
-            f"{path}: not UTF-8 (byte {error.start + 1}); save the table as CSV UTF-8"
-        ) from None
-    for delimiter in ",;\t":
-        names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
-        if {*needed} <= {name.strip().lower() for name in names}:
-            break
-    else:
-        found = text[:60].splitlines()[:1]
-        raise RecordError(f"{path}:1: expected a header with {', '.join(needed)}, got {found}")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows, line = [], 1
-    try:
-        for cells in reader:
-            rows.append((line, cells))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise RecordError(f"{path}:{line}: not CSV ({error})") from None
-    rows = [(line, cells) for line, cells in rows[1:] if any(cells)]
-    for line, cells in rows:
-        if len(cells) != len(names):
-            raise RecordError(f"{path}:{line}: {len(cells)} cells, the header has {len(names)}")
-    return delimiter, names, rows
+    Column names are as in the file. A row is (number of its first line, cells); rows with only
+    empty cells are left out. needed: columns that the table must have, in lower case; the case in
+    the file does not matter. Raises RecordError with file and line."""
+    rows = []
+    with open_text(path, newline="") as lines:
+        try:
+            table = _Table(lines)
+        except RecordError as error:
+            raise RecordError(f"{path}:1: {error}") from None
+        if not {*needed} <= {name.strip().lower() for name in table.names}:
+            found = ", ".join(table.names)[:60]
+            raise RecordError(
+                f"{path}:1: expected a header with {', '.join(needed)}, got {found!r}"
+            )
+        try:
+            for line, cells in table.rows:
+                if isinstance(cells, RecordError):
+                    raise RecordError(f"{line}: {cells}")
+                rows.append((line, cells))
+        except RecordError as error:
+            raise RecordError(f"{path}:{error}") from None
+    return table.delimiter, table.names, rows
+
+
+# A spreadsheet runs a cell that begins with one of these; full-width signs count in some languages.
+_FORMULA = re.compile(r"('*)[=+\-@\t\r\n＝＋－＠]")
+_PLAIN_NUMBER = re.compile(r"[-+]?(\d+([.,]\d*)?|[.,]\d+)([eE][-+]?\d+)?")
+
+
+def escape_cell(value: Any) -> Any:
+    """A text as it is written to a table: `'` before what a spreadsheet would run as a formula.
+
+    Numbers stay numbers, `-5` as a text too. `unescape_cell` gives the text back."""
+    if isinstance(value, str) and _FORMULA.match(value) and not _PLAIN_NUMBER.fullmatch(value):
+        return f"'{value}"
+    return value
+
+
+def unescape_cell(text: str) -> str:
+    """The text that `escape_cell` was given."""
+    found = _FORMULA.match(text)
+    return text[1:] if found and found[1] else text
+
+
+def table_lines(
+    columns: Sequence[str], rows: Iterable[Mapping[str, Any]], delimiter: str = ","
+) -> Iterator[str]:
+    """The lines of a CSV table, the header first, with `escape_cell` on every text."""
+    for cells in (columns, *([row.get(name) for name in columns] for row in rows)):
+        line = io.StringIO(newline="")
+        # csv quotes a lone \r only if it is part of the line terminator
+        writer = csv.writer(line, delimiter=delimiter, lineterminator="\r\n")
+        writer.writerow(map(escape_cell, cells))
+        yield line.getvalue().removesuffix("\r\n") + "\n"

@@ -1,33 +1,96 @@
 """Load a data set as records: a local file, a folder of files, or a name on the hub.
 
-The shape of a data set is recognized from the fields of its first row (reasoning/datasets/shapes.py
-lists the shapes). Every error is a RecordError with file and line.
+The shape of a data set is recognized from the fields of its first rows
+(reasoning/datasets/shapes.py lists the shapes). A row that is empty or odd is left out, counted and
+shown (`Dropped`); a data set in which no row or almost none can be used is a RecordError.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from common.errors import RecordError
-from reasoning.datasets.files import load_rows
-from reasoning.datasets.shapes import SHAPES, Shape
+from reasoning.datasets.files import Dropped, load_rows
+from reasoning.datasets.ranking import RankedGroup
+from reasoning.datasets.shapes import KINDS, SHAPES, Shape, drop_empty, group_of
 from reasoning.records import StepValue
 
+FIRST_ROWS = 100  # decide on the shape of a data set
+ODD_ROWS = 10  # and more are too many if they are nine tenths of the rows
 
-def shape_of(row: dict, where: str) -> Shape:
-    """The shape of a row. Raises RecordError with the fields of the row and the known shapes."""
-    for shape in SHAPES:
-        if all(row.get(field) is not None for field in shape.fields) and shape.test(row):
-            return shape
-    found, known = ", ".join(row) or "none", "; ".join(map(str, SHAPES))
-    raise RecordError(f"{where}: fields {found} are of no known shape; known: {known}")
+Convert = Callable[[dict, Dropped], Iterable[Any]]
+
+
+def shape_of(rows: Sequence[tuple[str, dict]]) -> Shape:
+    """The shape of most of the (where, row) that have one, so that no single odd row decides.
+
+    Raises RecordError with the fields of the first row and the known shapes."""
+    for with_values in (True, False):
+        shapes: list[Shape] = []
+        for _, row in rows:
+            shapes += [shape for shape in SHAPES if shape.fits(row, with_values)][:1]
+        if shapes:
+            names = Counter(shape.name for shape in shapes)
+            return next(shape for shape in shapes if shape.name == names.most_common(1)[0][0])
+    (where, row), known = rows[0], "; ".join(map(str, SHAPES))
+    found = ", ".join(row) or "none"
+    raise RecordError(f"{where}: fields {found[:200]} are of no known shape; known: {known}")
 
 
 def find_shape(name: str, config: str | None = None, split: str | None = None) -> Shape:
-    """The shape of a data set, from its first row. Raises RecordError."""
-    where, row = next(load_rows(name, config, split))
-    return shape_of(row, where)
+    """The shape of a data set, from its first rows. Raises RecordError."""
+    return shape_of(list(itertools.islice(load_rows(name, config, split), FIRST_ROWS)))
+
+
+def convert_rows(
+    name: str, rows: Iterable[tuple[str, dict]], convert: Convert, dropped: Dropped
+) -> Iterator[tuple[str, Any]]:
+    """Stream (where, record) of the records of all rows.
+
+    A row for which `convert` raises RecordError is left out and counted in `dropped`. A column that
+    a row lacks is empty there if the first rows have it. Raises RecordError at the end if no row,
+    or almost none, gave a record."""
+    rows, kept = iter(rows), 0
+    first = list(itertools.islice(rows, FIRST_ROWS))
+    columns = dict.fromkeys(column for _, row in first for column in row)
+    for number, (where, row) in enumerate(itertools.chain(first, rows)):
+        seen = _Seen({**columns, **row})
+        try:
+            records = list(convert(seen, dropped))
+        except RecordError as error:
+            dropped.add(where, error)
+            continue
+        kept += bool(records)
+        if number < FIRST_ROWS:
+            for column in row:
+                dropped.columns[column] = dropped.columns.get(column) or column in seen.columns
+        yield from ((where, record) for record in records)
+    if not kept or (dropped.odd >= ODD_ROWS and dropped.odd > ODD_ROWS * kept):
+        reasons = dropped.examples or [
+            f"{count} rows left out: {why}" for why, count in dropped.items()
+        ]
+        used = f"only {kept}" if kept else "none"
+        raise RecordError(
+            f"{name}: {used} of its {dropped.read} rows can be used; {'; '.join(reasons)}"
+        )
+
+
+class _Seen(dict):
+    """A row that remembers which of its columns were looked at."""
+
+    def __init__(self, row: dict):
+        super().__init__(row)
+        self.columns: set[str] = set()
+
+    def __getitem__(self, column: str) -> Any:
+        self.columns.add(column)
+        return super().__getitem__(column)
+
+    def get(self, column: str, default: Any = None) -> Any:
+        self.columns.add(column)
+        return super().get(column, default)
 
 
 def load_records(
@@ -35,30 +98,40 @@ def load_records(
     name: str,
     config: str | None = None,
     split: str | None = None,
-    dropped: Counter | None = None,
+    dropped: Dropped | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Stream (where, record) of a data set, in the first of `kinds` that its shape can give.
 
     kinds: keys of reasoning.datasets.shapes.KINDS. config: of a hub data set. split: of a hub data
     set or a folder. dropped: counts the rows that are left out, by reason. Raises RecordError."""
-    convert, dropped = None, Counter() if dropped is None else dropped
-    for where, row in load_rows(name, config, split):
-        if convert is None:
-            shape = shape_of(row, where)
-            convert = next((shape.gives[kind] for kind in kinds if kind in shape.gives), None)
-            if convert is None:
-                raise RecordError(
-                    f"{name}: {shape} gives {' or '.join(shape.gives)}, no {' or '.join(kinds)}; "
-                    "python utils/prepare_dataset.py makes some of one kind from another"
-                )
-        missing = [field for field in shape.fields if field not in row]
-        if missing:
-            raise RecordError(f"{where}: field '{missing[0]}' is missing in a file of {shape}")
-        try:
-            for record in convert(row, dropped):
-                yield where, record
-        except RecordError as error:
-            raise RecordError(f"{where}: {error}") from None
+    dropped = Dropped() if dropped is None else dropped
+    rows = load_rows(name, config, split, dropped)
+    first = list(itertools.islice(rows, FIRST_ROWS))
+    shape = shape_of(first)
+    kind = next((kind for kind in kinds if kind in shape.gives), None)
+    if kind is None:
+        raise RecordError(
+            f"{name}: {shape} gives {' or '.join(shape.gives)}, no {' or '.join(kinds)}; "
+            "python utils/prepare_dataset.py makes some of one kind from another"
+        )
+
+    def convert(row: dict, dropped: Dropped) -> Iterator[Any]:
+        if drop_empty({field: row.get(field) for field in shape.needed}, dropped):
+            return
+        for record in shape.gives[kind](row, dropped):
+            yield KINDS[kind].from_row(vars(record))
+
+    yield from convert_rows(name, itertools.chain(first, rows), convert, dropped)
+
+
+def load_groups(
+    name: str, config: str | None = None, split: str | None = None, dropped: Dropped | None = None
+) -> Iterator[tuple[str, RankedGroup]]:
+    """Stream (where, group) of a data set of ranked groups, or of pairs of any shape that gives
+    pairs: a pair is a group of two whole answers. Raises RecordError."""
+    dropped = Dropped() if dropped is None else dropped
+    rows = load_rows(name, config, split, dropped)
+    yield from convert_rows(name, rows, group_of, dropped)
 
 
 def _load(
@@ -66,7 +139,7 @@ def _load(
     name: str,
     config: str | None = None,
     split: str | None = None,
-    dropped: Counter | None = None,
+    dropped: Dropped | None = None,
 ) -> Iterator[Any]:
     """The records of one kind; for step values also the labels of labelled steps."""
     kinds = ["step_values", "step_labels"] if kind == "step_values" else [kind]

@@ -1,21 +1,21 @@
 """Ranked responses: several answers to a prompt, ranked by a person, a rule or a model.
 
 The file is a CSV table that spreadsheets can open, with one row for each (prompt, answer, ranker).
-The ranks of a second ranker are further rows with the same answers.
+The ranks of a second ranker are further rows with the same answers. A text that a spreadsheet would
+run as a formula (`=1+1`) is written with `'` before it, and read back without.
 """
 
-import csv
-import io
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from common.errors import RecordError
 from common.files import write_text
-from reasoning.datasets.files import read_table
+from reasoning.datasets.files import read_table, table_lines
+from reasoning.records import check_text
 
 
 # One row of data/answers.csv.gz, one line for each cell. Published tables have only the first three
@@ -64,7 +64,7 @@ class RankedResponse:
 #   {"prompt": "Mia has 12 apples. ...",
 #    "answers": ["Step 1: 12 + 14 = 26\\n...", "Step 1: 12 + 14 = 16\\n..."],
 #    "ranks": [1, 2]}                              1 = best; ties are allowed
-# A published pair (`prompt`, `chosen`, `rejected`: texts) becomes a group of two.
+# A pair of any shape of reasoning/datasets/shapes.py becomes a group of two.
 @dataclass(frozen=True)
 class RankedGroup:
     prompt: str
@@ -73,19 +73,16 @@ class RankedGroup:
 
     @classmethod
     def from_row(cls, row: Any) -> "RankedGroup":
-        """From a group or a pair. Raises RecordError if the row is neither."""
-        if not isinstance(row, dict):
-            raise RecordError(f"expected an object, got {str(row)[:60]!r}")
-        is_group = "answers" in row and "ranks" in row
-        names = ("prompt",) if is_group else ("prompt", "chosen", "rejected")
-        for name in names:
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise RecordError(
-                    f"field '{name}': expected a text, got {str(row.get(name))[:60]!r}"
-                )
-        if not is_group:
-            return cls(row["prompt"], [row["chosen"], row["rejected"]], [1, 2])
-        group = cls(row["prompt"], row["answers"], row["ranks"])
+        """Raises RecordError if the row is no group."""
+        row = row if isinstance(row, dict) else {}
+        answers, ranks = row.get("answers"), row.get("ranks")
+        if not isinstance(answers, list) or len(answers) < 2:
+            raise RecordError("field 'answers': expected a list of two texts or more")
+        for k, answer in enumerate(answers, 1):
+            check_text(answer, f"field 'answers', item {k}")
+        if not isinstance(ranks, list) or any(type(rank) is not int or rank < 1 for rank in ranks):
+            raise RecordError("field 'ranks': expected a list of whole numbers from 1 on")
+        group = cls(check_text(row.get("prompt"), "field 'prompt'"), answers, ranks)
         if len(group.answers) != len(group.ranks):
             expected = f"one for each of {len(group.answers)} answers"
             raise RecordError(f"field 'ranks': expected {expected}, got {len(group.ranks)}")
@@ -148,14 +145,7 @@ def read_answers(path: str | Path) -> list[RankedResponse]:
 def write_answers(path: str | Path, rows: Iterable[RankedResponse]) -> None:
     """Write a table, whole or not at all."""
 
-    def lines() -> Iterator[str]:
-        for cells in (COLUMNS, *(asdict(row).values() for row in rows)):
-            line = io.StringIO(newline="")
-            # csv quotes a lone \r only if it is part of the line terminator
-            csv.writer(line, lineterminator="\r\n").writerow(cells)
-            yield line.getvalue().removesuffix("\r\n") + "\n"
-
-    write_text(path, lines())
+    write_text(path, table_lines(COLUMNS, map(asdict, rows)))
 
 
 def groups(rows: Iterable[RankedResponse]) -> dict[tuple[str, str], list[RankedResponse]]:
