@@ -9,6 +9,8 @@ from common.errors import JudgeError, short
 Solution = tuple[str, Sequence[str]]  # (prompt, steps)
 Response = tuple[str, str]  # (prompt, response)
 Scores = list[list[float] | None]  # for every solution the scores of its steps, see StepJudge
+# the reason of a judge that met such a text, see StepJudge.unscored_reason
+NOT_UNICODE = "longer than the judge's context, or hold half of a Unicode surrogate pair"
 
 
 class Closing(Protocol):
