@@ -117,7 +117,7 @@ def _length(body: Body, words: str, name: str) -> Change | None:
 def _logprobs(body: Body, words: str, name: str) -> Change:
     """Fewer log-probs, or log-probs in the form of other servers, or none."""
     flag = body["logprobs"]
-    count = body["top_logprobs"] if "top_logprobs" in body else flag
+    count: Any = body.get("top_logprobs", flag)
     if flag is True and name == "logprobs" and _AN_INTEGER.search(words):
         return Change("takes the number of log-probs as logprobs", _as_number)
     if flag is not True and _A_FLAG.search(words):

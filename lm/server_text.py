@@ -71,11 +71,6 @@ def without_half_surrogates(text: str) -> str:
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
-def is_unicode(*texts: str) -> bool:
-    """Whether no text holds half of a surrogate pair, which no file and no request can hold."""
-    return not any(re.search("[\ud800-\udfff]", text) for text in texts)
-
-
 # --- the body of an answer
 
 

@@ -20,15 +20,7 @@ from common.errors import JudgeError, UserError, short
 from common.files import AppendedRows
 from common.terminal import printable
 from lm.openai_client import NoLogprobs, OpenAIServer, TooLong, gather
-from lm.server_text import is_unicode
-from reward_model.protocols import (
-    NOT_UNICODE,
-    Scores,
-    Solution,
-    StepJudge,
-    check_positive,
-    with_skip,
-)
+from reward_model.protocols import Scores, Solution, StepJudge, check_positive, with_skip
 from reward_model.templates import CHAT, PLAIN, named_template
 from reward_model.verdicts import find_verdict, p_yes, spelling
 
@@ -110,8 +102,7 @@ class OpenAIJudge(StepJudge):
 
     async def _score(self, question: Question) -> float | None:
         prompt, steps = question
-        if not is_unicode(prompt, *steps):
-            self.unscored_reason = NOT_UNICODE
+        if not self.can_read(prompt, steps):
             return None
         lines = "".join(f"{step}\n" for step in steps)
         text = self.template.before.replace("{prompt}", prompt) + lines + self.template.question
