@@ -14,11 +14,13 @@ from reward_model.templates import CHAT, PLAIN
 from tests.helpers.scripts import ROOT
 from tests.helpers.servers import (
     FAILURES,
+    STAND_INS,
     SURE,
     Server,
     chat,
     completion,
     error,
+    openai_api,
     transformers_serve,
 )
 from tests.helpers.solutions import PROMPT, STEPS
@@ -85,6 +87,129 @@ def test_skipped_steps_are_not_asked_about_and_shared_prefixes_once(server):
     scores = judge(server).score_steps(solutions, skip=[0, 1, 0, 3])
     assert scores == [[0.75, 0.6, 0.6], [0.6, 0.6], [], []]
     assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_servers_that_answer_and_refuse_as_documented(server, name):
+    answer, template, score, (first, second) = STAND_INS[name]
+    server.answer = lambda number, body: answer(body)
+    asked = judge(server, template=template, samples=3)
+    assert asked.score_steps(FOUR[:1]) == [[score]]
+    assert len(server.requests) == first
+    assert asked.score_steps(FOUR[1:2]) == [[score]]  # what was refused is not asked again
+    assert len(server.requests) == first + second
+
+
+def test_what_a_server_refuses_is_said_once(server, capsys):
+    server.answer = lambda number, body: openai_api(body, most=5, reasons="logprobs" not in body)
+    assert judge(server).score_steps(FOUR) == [[0.8]] * 4
+    assert capsys.readouterr().err == f"judge {server.url} gives 5 log-probs a token at most\n"
+
+
+PLACES = [  # the tokens that are chosen, each with its listed words, and the score
+    # the same verdict in many clothes: .9 and .1 at its place, and misleading places around it
+    ([{"Yes": 0.9, "No": 0.1}], 0.9),
+    ([{" yes": 0.6, "YES": 0.3, " No": 0.05, "no.": 0.05}], 0.9),
+    ([{"**": 0.9, "No": 0.0001}, {"Yes": 0.9, "No": 0.1}, {"**": 1.0}], 0.9),
+    ([{'"': 0.9, "No": 0.1}, {"Yes": 0.9, "No": 0.1}, {'"': 1.0}], 0.9),
+    ([{"\n\n": 0.99, "No": 0.01}, {"Yes": 0.9, "No": 0.1}], 0.9),
+    ([{"The": 0.99, "No": 0.01}, {" answer": 1.0}, {" is": 1.0}, {" Yes": 0.9, " No": 0.1}], 0.9),
+    ([{"Verdict": 0.9, "Yes": 0.1}, {":": 1.0}, {" No": 0.9, " Yes": 0.1}], 0.1),
+    ([{"Step": 1.0}, {" 2": 1.0}, {" is": 1.0}, {" wrong": 0.9, " no": 0.1}, {".": 1.0},
+      {" No": 0.8, " Yes": 0.2}], 0.2),
+    ([{"<think>": 1.0}, {"No": 0.9, "Yes": 0.1}, {"</think>": 1.0}, {"Yes": 0.9, "No": 0.1}], 0.9),
+    ([{"No": 0.9, "Yes": 0.1}, {" error": 0.9, ".": 0.1}, {",": 1.0}, {" so": 1.0},
+      {" Yes": 0.7, " No": 0.3}], 0.7),
+    ([{"Y": 0.9, "N": 0.1}, {"es": 1.0}], 0.9),  # in two tokens
+    ([{"Y": 0.45, "No": 0.05, "The": 0.5}, {"es": 1.0}], 0.9),
+    ([{"Yes": 0.2, "No": 0.05, "The": 0.2}], 0.8),  # the place of the verdict, however unlikely
+    ([{"Sure": 0.4, "Yes": 0.45, "No": 0.15}], 0.75),  # no verdict, and a likely yes or no
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("places", "score"), PLACES)
+@pytest.mark.parametrize("template", [None, "chatml"])
+def test_the_place_of_the_verdict(server, places, score, template):
+    text = "".join(next(iter(place)) for place in places)
+    form = completion if template else chat
+    server.answer = lambda number, body: form(text, *places)
+    assert judge(server, template=template).score_steps([(PROMPT, STEPS[:1])]) == [[score]]
+    assert len(server.requests) == 1
+
+
+def test_places_of_the_text_alone_count(server):
+    """A server that parses the reasoning away gives the log-probs of all tokens."""
+    answer = chat("Yes", {"No": 0.9, "Yes": 0.1}, {"Hm": 1.0}, {"Yes": 0.9, "No": 0.1})
+    answer["choices"][0]["message"]["reasoning_content"] = "No Hm"
+    server.answer = lambda number, body: answer
+    assert judge(server).score_steps([(PROMPT, STEPS[:1])]) == [[0.9]]
+
+
+def test_logprobs_of_one_token_are_no_distribution(server, capsys):
+    """With the chosen word alone every score would be 0 or 1."""
+    server.answer = lambda number, body: chat(
+        "Yes" if body.get("seed", 0) else "No", *([{"No": 0.6}] if "logprobs" in body else [])
+    )
+    assert judge(server, samples=4).score_steps([(PROMPT, STEPS[:1])]) == [[0.75]]
+    assert "4 sampled verdicts" in capsys.readouterr().out
+
+
+# --- long answers
+
+
+def long_answers(thoughts: str, verdict: dict[str, float] | str, tokens: int):
+    """A server whose model writes `thoughts` of that many tokens before its verdict."""
+
+    def answer(number, body):
+        if body["max_tokens"] < tokens:
+            reply = chat(thoughts, *([{"Hm": 0.9, "No": 0.1}] if "logprobs" in body else []))
+            reply["choices"][0]["finish_reason"] = "length"
+            return reply
+        if isinstance(verdict, str):
+            return chat(f"{thoughts} {verdict}")
+        return chat(
+            f"{thoughts} Yes", {thoughts: 1.0}, {" Yes": verdict["Yes"], " No": verdict["No"]}
+        )
+
+    return answer
+
+
+def test_an_answer_that_holds_no_verdict_yet_is_asked_for_in_full(server, tmp_path):
+    server.answer = long_answers("Let me see. 6 is right.", {"Yes": 0.6, "No": 0.4}, 30)
+    for asked in (5, 0):  # once in short, then in full; a new run finds both
+        with judge(server, cache=tmp_path / "cache", in_flight=1) as long:
+            assert long.score_steps(FOUR) == [[0.6]] * 4
+        assert [request["max_tokens"] < 30 for request in server.requests].count(True) == asked // 5
+        assert len(server.requests) == asked
+        server.requests.clear()
+
+
+def test_thoughts_that_fill_an_answer_are_no_verdict(server):
+    thoughts = "<think>No, wait. Yes? The answer is no. Answer: No"
+    server.answer = long_answers(thoughts, "", 10**6)
+    with pytest.raises(JudgeError, match=r"answered neither, .*\(2 answers were cut at 2048"):
+        judge(server, samples=2).score_steps([(PROMPT, STEPS[:1])])
+
+
+def test_a_context_without_room_for_a_long_answer(server):
+    thoughtful = long_answers("Let me see. 6 is right.", {"Yes": 0.6, "No": 0.4}, 30)
+    server.answer = lambda number, body: (
+        error(
+            422, "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 4000 `inputs` tokens"
+        )
+        if body["max_tokens"] > 100
+        else thoughtful(number, body)
+    )
+    assert judge(server).score_steps([(PROMPT, STEPS[:1])]) == [[0.6]]
+    assert [request["max_tokens"] for request in server.requests] == [
+        8,
+        2048,
+        1024,
+        512,
+        256,
+        128,
+        64,
+    ]
 
 
 # --- sampled verdicts
@@ -260,8 +385,6 @@ def test_bad_arguments_are_one_line(monkeypatch, tmp_path):
     ]:
         with pytest.raises(UserError, match=expected):
             OpenAIJudge(**{"base_url": "http://localhost:1/v1", "model": "m", **arguments})
-    with pytest.raises(ServerError, match="surrogate"):
-        OpenAIJudge("http://localhost:1/v1", "m").score_steps([("\ud800", ["Answer: 1"])])
 
 
 # --- a real server
