@@ -50,7 +50,7 @@ _GOES_ON = re.compile(
 # words that may stand before a verdict that is stated, and around them
 _LABEL = r"answer|verdict|judge?ment|conclusion|assessment|result|decision|boxed"
 _FILLER = (
-    r"is|would|be|should|must|therefore|thus|hence|so|a|an|clearly|definitely|simply|the|my|final"
+    r"is|be|should|must|therefore|thus|hence|so|a|an|clearly|definitely|simply|the|my|final"
     r"|short|correct|text|textbf|mathrm"
 )
 _LABELS, _FILLERS = re.compile(_LABEL), re.compile(_FILLER)
@@ -145,7 +145,7 @@ def _lower(text: str) -> list[str]:
 def spelling(token: str) -> str | None:
     """`yes` or `no` or their first letters, if a token spells that and nothing else but marks and
     white space."""
-    letters = re.sub(r"[\W_]+", "", token).lower()
+    letters = re.sub(r"[\W_ĠĊ]+", "", token).lower()  # Ġ and Ċ: byte-level space and newline
     return letters if letters and ("yes".startswith(letters) or letters in ("n", "no")) else None
 
 

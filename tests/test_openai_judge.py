@@ -1,16 +1,22 @@
 """The judge on a server: against recorded answers on loopback, and against a real server."""
 
+import gzip
+import itertools
+import json
 import socket
 import subprocess
 import sys
 import time
+import traceback
 
 import pytest
 
 from common.errors import JudgeError, ServerError, UserError
+from reward_model import evaluate_steps
 from reward_model.judges.hf import HFJudge
 from reward_model.judges.openai import OpenAIJudge
 from reward_model.templates import CHAT, PLAIN
+from tests.helpers.mains import call_main
 from tests.helpers.scripts import ROOT
 from tests.helpers.servers import (
     FAILURES,
@@ -24,6 +30,7 @@ from tests.helpers.servers import (
     transformers_serve,
 )
 from tests.helpers.solutions import PROMPT, STEPS
+from utils import build_synthetic_dataset
 
 FOUR = [(f"Problem {k}", ["Answer: 1"]) for k in range(4)]
 
@@ -281,6 +288,85 @@ def test_a_slow_server(server):
     assert len(server.requests) == 2
 
 
+def test_a_server_that_never_ends(server):
+    """The time and the size of an answer have limits, whatever arrives before them."""
+
+    def drip():
+        while True:
+            time.sleep(0.05)
+            yield b" "
+
+    server.answer = lambda number, body: (200, {}, drip())
+    start = time.monotonic()
+    with pytest.raises(ServerError, match=r"did not answer within 0\.3 s, 2 times"):
+        judge(server, timeout=0.3, max_retries=1).score_steps(FOUR[:1])
+    assert time.monotonic() - start < 5 and len(server.requests) == 2
+    server.answer = lambda number, body: (200, {}, itertools.repeat(b" " * 2**20))
+    with pytest.raises(ServerError, match="its answer has more than 16 MB"):
+        judge(server).score_steps(FOUR[:1])
+    assert len(server.requests) == 3
+
+
+def test_a_compressed_answer(server, monkeypatch):
+    """A megabyte of spaces is a kilobyte: what is unpacked has the same limit."""
+    monkeypatch.setattr("lm.openai_client.MOST_BYTES", 2**20)
+    whole = gzip.compress(json.dumps(SURE).encode())
+    for status, content, expected in [
+        (200, gzip.compress(b" " * 2**21), "more than 1 MB"),
+        (500, gzip.compress(b" " * 2**21), "500: no word of a reason"),
+        (200, b"no gzip", "no completion"),
+        (200, whole[:20], "no completion"),
+    ]:
+        reply = (status, {"Content-Encoding": "gzip"}, content)
+        server.answer = lambda number, body: reply  # noqa: B023
+        with pytest.raises(ServerError, match=expected):
+            judge(server).score_steps(FOUR[:1])
+    server.answer = lambda number, body: (200, {"Content-Encoding": "gzip"}, whole)
+    assert judge(server).score_steps(FOUR[:1]) == [[0.9]]
+
+
+def test_no_other_host_gets_the_key(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with Server() as other:
+        for status in (301, 302, 307, 308):
+            place = {"Location": f"{other.url}/chat/completions?key=sk-secret"}
+            server.answer = lambda number, body: (status, place, b"")  # noqa: B023
+            with pytest.raises(ServerError, match=f"{status}: redirects to {other.url}") as raised:
+                judge(server).score_steps(FOUR[:1])
+            assert "sk-secret" not in str(raised.value)
+        assert not other.requests
+
+
+def test_an_error_with_the_status_200_is_an_error(server):
+    """It is repeated, or ends the run, as its own code says."""
+    busy = {"error": {"code": 503, "message": "busy"}}
+    server.answer = lambda number, body: busy if number == 0 else SURE
+    assert judge(server, max_retries=1).score_steps(FOUR[:1]) == [[0.9]]
+    server.answer = lambda number, body: {"error": {"message": "no such model", "code": 404}}
+    with pytest.raises(ServerError, match=r"404: no such model: is some-model a model"):
+        judge(server, max_retries=1).score_steps(FOUR[:1])
+    assert len(server.requests) == 3
+    capped = {"error": "top_logprobs must be at most 5"}
+    server.answer = lambda number, body: capped if body["top_logprobs"] > 5 else SURE
+    assert judge(server).score_steps(FOUR[:1]) == [[0.9]]
+
+
+def test_any_content_type_is_read(server):
+    content = b"\xef\xbb\xbf" + json.dumps(SURE).encode()
+    for kind in ("text/plain; charset=latin-1", "text/html", "application/json; charset=none", ""):
+        server.answer = lambda number, body: (200, {"Content-Type": kind}, content)  # noqa: B023
+        assert judge(server).score_steps(FOUR[:1]) == [[0.9]]
+
+
+def test_a_long_retry_after_is_not_waited_for(server):
+    for wait in ("86400", "Wed, 21 Oct 2099 07:28:00 GMT", "1e999"):
+        server.answer = lambda number, body: error(429, "slow down", **{"Retry-After": wait})  # noqa: B023
+        start = time.monotonic()
+        with pytest.raises(ServerError, match="429: slow down: wait"):
+            judge(server, max_retries=3).score_steps(FOUR[:1])
+        assert time.monotonic() - start < 5
+
+
 def test_a_server_that_is_down():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -371,6 +457,119 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(
         judge(server).score_steps(FOUR[:1])
     written = [str(raised.value), str(ours), *capfd.readouterr(), (tmp_path / "cache").read_text()]
     assert "secret" not in "".join(written)
+
+
+SECRET = "sk-sEcret/123+x"
+
+
+def echo(number: int, body: dict) -> tuple:
+    words = f"no such thing: Authorization: Bearer {SECRET}; {SECRET[:-2]}, {SECRET!r}"
+    return [error(400, words), error(401, words), error(500, words), (503, {}, words.encode())][
+        number
+    ]
+
+
+def test_a_server_that_repeats_the_key(server, monkeypatch, tmp_path, capfd):
+    """Neither a message nor what it was raised from has it."""
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    answers = [
+        *(echo(number, {}) for number in range(4)),
+        {"headers": {"Authorization": f"Bearer {SECRET}"}},
+        chat(f"Yes {SECRET}", {"Yes": 0.9, "No": 0.1}, {f" {SECRET}": 1.0}),
+        chat("Yes", {"Yes": 0.9, "No": 0.1}, {SECRET[:6]: 1.0}, {SECRET[6:]: 1.0}),
+        error(400, f"logprobs are not supported for {SECRET}"),
+        error(400, f"max_tokens must be at least 16, not {SECRET}"),
+        (302, {"Location": f"http://ann:{SECRET}@elsewhere/"}, b""),
+    ]
+    for answer in answers:
+        server.answer = lambda number, body: answer  # noqa: B023
+        with judge(server, cache=tmp_path / "cache") as ours, pytest.raises(UserError) as raised:
+            ours.score_steps(FOUR[:1])
+        text = "".join(traceback.format_exception(raised.value))
+        for cause in (raised.value.__cause__, raised.value.__context__):
+            text += f"{cause!r}"
+        assert "sEcret" not in text
+        assert "\n" not in str(raised.value)
+    assert "sEcret" not in "".join(capfd.readouterr())
+    assert "sEcret" not in (tmp_path / "cache").read_text()
+
+
+def test_the_word_in_place_of_a_key_may_be_in_an_answer(server, monkeypatch):
+    for word in ("EMPTY", "none", "anything"):
+        monkeypatch.setenv("OPENAI_API_KEY", word)
+        server.answer = lambda number, body: chat(f"Yes {word}", {"Yes": 0.9, "No": 0.1})  # noqa: B023
+        assert judge(server).score_steps(FOUR[:1]) == [[0.9]]
+
+
+def test_a_url_with_a_password_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    url = "http://ann:passw0rd@127.0.0.1:9/v1?api_key=passw0rd"
+    pair = {"prompt": PROMPT, "chosen": STEPS[:1], "rejected": STEPS[1:2]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    out = ["--output", str(tmp_path / "out.jsonl")]
+    judged = ["--judge", "openai", "--judge_base_url", url, "--judge_model", "m"]
+    judged += ["--judge_cache", str(tmp_path / "cache"), "--input", str(tmp_path / "pairs.jsonl")]
+    for main, flags in [
+        (evaluate_steps.main, judged),
+        (build_synthetic_dataset.main, ["--policy_base_url", url]),
+    ]:
+        code, printed, err = call_main(main, *flags, *out, monkeypatch=monkeypatch, capsys=capsys)
+        assert (code, printed, len(err.splitlines())) == (2, "", 1)
+        assert "set OPENAI_API_KEY" in err and "passw0rd" not in err
+        assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+# --- text that no file can hold
+
+
+def test_a_solution_that_is_not_unicode_gets_none(server):
+    solutions = [FOUR[0], ("half \ud83d", ["Answer: 1"]), ("x", ["a", "\udcff"]), FOUR[1]]
+    asked = judge(server)
+    assert asked.score_steps(solutions) == [[0.9], None, None, [0.9]]
+    assert "not Unicode" in asked.unscored_reason and len(server.requests) == 3
+
+
+def test_an_answer_with_half_a_surrogate_pair_is_read(server, tmp_path):
+    half = json.dumps(chat("Yes \ud83d", {"Yes": 0.9, "No": 0.1}, {" \ud83d": 0.5, "\udcff": 0.5}))
+    server.answer = lambda number, body: (200, {}, half.encode())
+    for asked in (1, 0):
+        with judge(server, cache=tmp_path / "cache") as ours:
+            assert ours.score_steps(FOUR[:1]) == [[0.9]]
+        assert len(server.requests) == asked
+        server.requests.clear()
+    server.answer = lambda number, body: error(404, "no such \ud83d")
+    with pytest.raises(ServerError, match="no such \ufffd"):
+        judge(server).score_steps(FOUR[:1])
+
+
+FOREIGN = [  # lines of a cache that this judge did not write, with %s for the key of a question
+    "\x00\x00\x00", "[1, 2]", "null", "{}", '{"key": "%s"}',
+    '{"key": "%s", "text": 3, "cut": false}',
+    '{"key": ["%s"], "text": "No", "cut": false}', '{"key": {}, "text": "No", "cut": false}',
+    '{"key": "%s", "text": "No", "top": 7, "cut": false}', '{"key": "%s", "text": "No"}',
+    '{"key": "%s", "text": "No", "top": [1], "cut": false}',
+    '{"key": "%s", "text": "No", "top": [[0, 2, []]], "cut": false}',
+    '{"key": "%s", "text": "No", "top": [["0", 2, {"no": 1}]], "cut": false}',
+    '{"key": "%s", "text": "No", "top": [[0, 2, {"no": "1"}]], "cut": false}',
+    '{"key": "%s", "text": "No", "top": [[0, 2, {"no": NaN}]], "cut": false}',
+    '{"key": "%s", "text": "No", "top": [[0, 2, {"no": 7}]], "cut": false}',
+    '{"key": "%s", "text": "No", "top": [{"No": 0.9}]}', "9" * 5000, "[" * 50_000, "\ud83d",
+    '{"key": "%s", "text": "No", "cut": "no"}',
+]  # fmt: skip
+
+
+def test_foreign_lines_in_the_cache_are_passed_over(server, tmp_path):
+    cache = tmp_path / "cache"
+    with judge(server, cache=cache) as ours:
+        ours.score_steps(FOUR[:1])
+    key = json.loads(cache.read_text())["key"]
+    lines = [line.replace("%s", key).encode(errors="surrogatepass") for line in FOREIGN]
+    cache.write_bytes(b"\n".join([*lines, b"\xff\xfe", b""]))
+    server.requests.clear()
+    for asked in (1, 0):
+        with judge(server, cache=cache) as ours:
+            assert ours.score_steps(FOUR[:1]) == [[0.9]]
+        assert len(server.requests) == asked
+        server.requests.clear()
 
 
 def test_bad_arguments_are_one_line(monkeypatch, tmp_path):

@@ -29,6 +29,8 @@ SHORT, LONG = 8, 2048
 LEAST = 4  # if the context has no room for more
 # the most log-probs that OpenAI's own endpoints give
 TOP = {"chat": {"logprobs": True, "top_logprobs": 20}, "text": {"logprobs": 5}}
+# how vocabularies write spaces and newlines
+VOCABULARY_SPACES = str.maketrans("▁ĠĊ", "  \n")
 
 Question = tuple[str, tuple[str, ...]]  # (prompt, steps): is the last of them right?
 # {"text": the answer, "top": its Places (reward_model/verdicts.py) as lists, None without
@@ -207,6 +209,8 @@ class OpenAIJudge(StepJudge):
         if tokens and text.strip():
             # the tokens may hold a block of reasoning that is not part of the text
             whole = self._server.own_text("".join(token for token, _ in tokens))
+            if text.strip() not in whole:  # some servers give tokens as their vocabulary has them
+                whole = whole.translate(VOCABULARY_SPACES)
             start = max(0, whole.rfind(text.strip()))
             text = whole[start:]
         if not self._may_be_long:

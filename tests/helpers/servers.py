@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -48,8 +48,9 @@ JSON = {"Content-Type": "application/json"}
 class Server:
     """An HTTP server on loopback that gives prepared answers; a context manager.
 
-    `answer(number of the request, its body)` returns a JSON object, (status, headers, bytes), or
-    None to drop the connection. `requests` holds all requests, `most` the most at once."""
+    `answer(number of the request, its body)` returns a JSON object, (status, headers, bytes or an
+    iterator of them), or None to drop the connection. `requests` holds all requests, `most` the
+    most at once."""
 
     def __init__(self):
         self.requests: list[dict] = []
@@ -79,11 +80,16 @@ class Server:
                     reply = 200, {}, json.dumps(reply).encode()
                 status, headers, content = reply
                 self.send_response(status)
-                headers = JSON | headers | {"Content-Length": str(len(content))}
+                headers = JSON | headers
+                if isinstance(content, bytes):
+                    headers["Content-Length"] = str(len(content))
+                    content = [content]
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(content)
+                with suppress(ConnectionError):  # the client has read enough
+                    for piece in content:
+                        self.wfile.write(piece)
 
             def log_message(self, *args):
                 pass
