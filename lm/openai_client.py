@@ -92,7 +92,12 @@ class OpenAIServer:
             raise ServerError(f"in_flight must be at least 1, got {in_flight}")
         self.base_url, self.in_flight, self.kept = base_url.rstrip("/"), in_flight, kept
         self._timeout, self._max_retries = timeout, max_retries
-        self._secret = os.environ.get("OPENAI_API_KEY") or None
+        self._secret = os.environ.get("OPENAI_API_KEY", "").strip() or None
+        if self._secret and not re.fullmatch(r"[!-~]+", self._secret):
+            raise ServerError(
+                f"{name} {base_url}: OPENAI_API_KEY holds a space or a letter that is not ASCII: "
+                "copy the key again"
+            )
         if self._secret is None and not _is_loopback(host):
             raise ServerError(
                 f"{name} {base_url}: no key: set OPENAI_API_KEY in the environment "
@@ -147,9 +152,11 @@ class OpenAIServer:
                     body = body | {"max_tokens": max(least_tokens, body["max_tokens"] // 2)}
 
     def own_text(self, text: Any) -> str:
-        """A text of an answer, as it can be written to a file.
+        """A text of an answer, or its parts, as it can be written to a file.
 
         Raises TypeError if it is no text, and ServerError if it repeats the key."""
+        if isinstance(text, list):  # {"type": "thinking", ...}, {"type": "text", "text": "Yes"}
+            text = "".join(part["text"] for part in text if part["type"] == "text")
         if not isinstance(text, str):
             raise TypeError("no text")
         # a short word may be the placeholder of a server without keys, and a model may write it
@@ -227,7 +234,9 @@ class OpenAIServer:
             )
         if status == 413 or (status in (400, 422, 500) and TOO_LONG.search(words)):
             return TooLong()
-        if status in (400, 422):
+        # some servers fail at log-probs instead of refusing them
+        fails = status >= 500 and "logprobs" in body and "logprob" in words.lower()
+        if status in (400, 422) or fails:
             return _Refused(status, words, parameter)
         advice = {
             401: "set OPENAI_API_KEY to a key that the server accepts",

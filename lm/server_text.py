@@ -22,7 +22,8 @@ _SECRETS = re.compile(
     r"|(?P<field>\b(?:api[-_ ]?key(?:\s+provided)?|access[-_]?token|token|secret|passw(?:or)?d"
     r"|authorization)[\"']?\s*[=:]\s*[\"']?)(?!(?:bearer|basic)\b)[^\s\"'&,;}]{3,}"
     r"|(?P<url>://)[^\s/@]{1,200}(?=@)"
-    r"|\b(?:sk|pk|gsk|xai|nvapi)-[\w*.-]{6,}|\b(?:hf|gsk)_\w{10,}|\bAIza[\w-]{20,}",
+    r"|\b(?:sk|pk|gsk|xai|nvapi)-[\w*.-]{6,}|\b(?:hf|gsk)_\w{10,}|\bAIza[\w-]{20,}"
+    r"|\borg-\w{8,}|\bproj_\w{8,}",
     re.I,
 )
 HIDDEN = "[hidden]"

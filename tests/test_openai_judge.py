@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -144,6 +145,23 @@ def test_the_place_of_the_verdict(server, places, score, template):
     assert len(server.requests) == 1
 
 
+def test_forms_of_an_answer(server):
+    """A content in parts, raw tokens of a vocabulary, and two tokens that read alike."""
+    place = {"Yes": 0.9, "No": 0.1}
+    parts = chat("", {"Hm": 1.0}, place)
+    parts["choices"][0]["message"]["content"] = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "No"}]},
+        {"type": "text", "text": "Yes"},
+    ]
+    raw = chat("It is a Yes", {"It": 1.0}, {"Ġis": 1.0}, {"▁a": 1.0}, {"ĠYes": 0.9, "ĠNo": 0.1})
+    twice = chat("Yes", place)
+    top = twice["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    top[:] = [top[0] | {"logprob": math.log(0.45)}] * 2 + [top[1]]
+    for answer in (parts, raw, twice):
+        server.answer = lambda number, body: answer  # noqa: B023
+        assert judge(server).score_steps(FOUR[:1]) == [[0.9]]
+
+
 def test_places_of_the_text_alone_count(server):
     """A server that parses the reasoning away gives the log-probs of all tokens."""
     answer = chat("Yes", {"No": 0.9, "Yes": 0.1}, {"Hm": 1.0}, {"Yes": 0.9, "No": 0.1})
@@ -222,14 +240,16 @@ def test_a_context_without_room_for_a_long_answer(server):
 # --- sampled verdicts
 
 
-@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("refused", [None, 400, 422, 500, 501])
 def test_without_logprobs_verdicts_are_sampled(server, refused, capsys):
     verdicts = ["Yes.", "**No**", "I think", "yes, it is", "\nYES", "", None]
 
     def answer(number, body):
         if "logprobs" not in body:
             return chat(verdicts[body["seed"]])
-        return error(400, "logprobs are not supported by this model") if refused else chat("Yes")
+        return (
+            error(refused, "Logprobs are not supported by this model") if refused else chat("Yes")
+        )
 
     server.answer = answer
     assert judge(server, samples=7).score_steps([(PROMPT, STEPS[:2])]) == [[0.75, 0.75]]
@@ -516,6 +536,20 @@ def test_a_url_with_a_password_is_refused_before_anything_is_written(tmp_path, m
         assert (code, printed, len(err.splitlines())) == (2, "", 1)
         assert "set OPENAI_API_KEY" in err and "passw0rd" not in err
         assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_a_key_that_no_header_can_hold(monkeypatch):
+    for key in ("sk-sEcret 1", "sk-sEcret\n1", "sk-sEcret\u00e9"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(ServerError, match="copy the key again") as raised:
+            OpenAIJudge("http://localhost:1/v1", "m")
+        assert "sEcret" not in str(raised.value)
+
+
+def test_a_key_with_a_line_end_around_it(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\r\n")
+    assert judge(server).score_steps(FOUR[:1]) == [[0.9]]
+    assert server.requests[0]["key"] == "Bearer sk-secret"
 
 
 # --- text that no file can hold

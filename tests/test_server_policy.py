@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 import shutil
 import time
 from functools import partial
@@ -325,6 +326,11 @@ def test_inference_from_a_server(server, monkeypatch, capsys):
     code, out, _ = call(monkeypatch=monkeypatch, capsys=capsys)
     assert out == printable("\n".join(one_line(line) for line in attack.split("\n"))) + "\n"
     assert "\x1b" not in out and "Step 1: 1" in out
+    for flags in (["--search", "majority_vote", "--n", "2"], []):
+        for shown in ([], ["--show_scores"] if flags else []):
+            arguments = [*flags, *shown]
+            _, out, err = call(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+            assert "[2J" in out and not re.search("[\x1b\r\x9b\u202e]", out + err)
     server.answer = lambda number, body: error(404, "no such model \x1b[2J")
     code, out, err = call(monkeypatch=monkeypatch, capsys=capsys)
     assert "\x1b" not in err and "[2J" in err

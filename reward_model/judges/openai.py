@@ -262,12 +262,13 @@ def _listed(place: dict) -> tuple[str, list[tuple[str, float]]]:
     """The token and the listed probabilities of one place in the chat form."""
     if "probs" in place:  # llama.cpp before 2025
         return place["content"], [(top["tok_str"], float(top["prob"])) for top in place["probs"]]
-    rows = [place, *(place.get("top_logprobs") or place.get("top_probs") or [])]
-    listed = {
-        row["token"]: float(row["prob"]) if "prob" in row else _p(row.get("logprob"))
+    rows = place.get("top_logprobs") or place.get("top_probs") or []
+    if all(row["token"] != place["token"] for row in rows):
+        rows = [place, *rows]
+    return place["token"], [
+        (row["token"], float(row["prob"]) if "prob" in row else _p(row.get("logprob")))
         for row in rows
-    }
-    return place["token"], list(listed.items())
+    ]
 
 
 def _p(logprob: float | None) -> float:
