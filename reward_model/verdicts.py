@@ -25,7 +25,8 @@ _CLOSED = re.compile(
 _OPENED = re.compile(
     rf"<{_THOUGHT}>|\[THINK\]|<\|begin_of_thought\|>|◁think▷|<\|channel\|>analysis", re.I
 )
-_WORD = re.compile(r"(?<![^\W_])(yes|no)(?![^\W_]|['’-]\w)", re.I)
+# a base model may go on without a space: "YesAnswer: 4"
+_WORD = re.compile(r"(?<![^\W_])((?:[Yy]es|[Nn]o)(?![^\W_A-Z])|(?:YES|NO)(?![^\W_]))(?!['’-]\w)")
 _WORDS = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 NEAR = 60  # letters around a word that decide what it means
 LONGEST = 100_000  # letters of an answer that are read
@@ -43,7 +44,7 @@ _NEGATED = re.compile(
 _NUMBERED = re.compile(r"\b(?:step|line|problem|question|equation|example|case|item)s?\s+$", re.I)
 # words that go on behind the verdict "no"; before any other word it is "no error", "no mistake"
 _GOES_ON = re.compile(
-    r"the|that|this|it|it's|its|there|there's|because|since|as|for|from|so|but|and|or|if|when|while"
+    r"yes|no|the|that|this|it|it's|its|there|there's|because|since|as|for|from|so|but|and|or|if|when|while"
     r"|where|i|i'm|i'd|we|you|they|he|she|in|on|at|not|wait|however|although|though|due|is|was"
     r"|based|given|after|before|according|unfortunately"
 )
@@ -161,8 +162,12 @@ def p_yes(text: str, places: Sequence[Place]) -> float | None:
         if verdict is not None:
             if first <= verdict.start < last and yes + no > 0:
                 return yes / (yes + no)
-        elif first >= start and yes + no > MOST_LIKELY and not spelling(text[first:last]):
-            return yes / (yes + no)
+        elif last > start and yes + no > MOST_LIKELY:
+            # a whole word that is no verdict says something else ("no error"); one that runs into
+            # the next token is what a base model writes ("Yes4")
+            word = _WORD.search(text, first, first + LONGEST)
+            if word is None or word.start() >= last:
+                return yes / (yes + no)
     return None
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from common.errors import ServerError
 from common.terminal import printable
+from evaluation.results import print_table
 from lm.refusals import remedy
 from lm.server_text import check_url, decode, error_words, hide_secrets
 
@@ -274,6 +275,12 @@ def test_control_characters_are_printed_as_escapes():
         ("line\r\nline", "line\nline"),
     ]:
         assert printable(text) == shown
+
+
+def test_tables_are_printed_without_them(capsys):
+    print_table("a \x1b[31mtitle", ["name"], [["cell \x1b[2J\u202e"]])
+    out = capsys.readouterr().out
+    assert "\\x1b[31mtitle" in out and "cell \\x1b[2J\\u202e" in out and "\x1b" not in out
 
 
 @pytest.mark.property

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from reward_model.verdicts import answer_start, find_verdict, p_yes, spelling
 
 YES = [
+    "YesAnswer: 4", "Yes No Yes",
     "Yes", "yes", "YES", " yes.", "Yes!", "Yes, it is.", "yes it is right", "**Yes**", "_Yes_",
     '"Yes"', "“Yes”", "`Yes`", "(Yes)", "\n\nYes", "Yes\n\nStep 2 is 12 * 3 = 36.", "Yes</s>",
     "1. Yes", "The answer is Yes", "The answer is: yes", "the final answer is **Yes**.",
@@ -32,7 +33,8 @@ YES = [
     "Yes. Is there an error? No.",
 ]  # fmt: skip
 NO = [
-    "No", "no", "NO", " No.", "No, it is not.", "No the step is wrong", "No because 2 + 2 = 4",
+    "No", "no", "NO", "No No Yes No", "NoAnswer: 4", " No.", "No, it is not.",
+    "No the step is wrong", "No because 2 + 2 = 4",
     "**No**", '"No"', "No\n", "No—the product is 36", "No; 36", "No. 2 + 2 = 4, not 5.",
     "No: yes would be wrong", "The answer is No", "The answer is no, since 2 + 2 = 4",
     "Verdict: No", "Answer: **No**", "Step 2 is wrong. No", "Step 2 is wrong.\nNo",
@@ -131,6 +133,7 @@ def test_the_probability_at_the_verdict():
         pytest.approx(2 / 3)
     )
     assert p_yes("Sure", [(0, 4, {"yes": 0.3, "no": 0.2})]) is None
+    assert p_yes("Yes4", [(-1, 3, {"yes": 0.8, "no": 0.2})]) == 0.8  # from a base model
     assert p_yes("No error", [(0, 2, {"no": 0.9, "yes": 0.1})]) is None  # it says something else
     assert p_yes("<think>No", [(7, 9, {"no": 0.9, "yes": 0.1})]) is None
 
