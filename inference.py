@@ -2,7 +2,8 @@
 
 The loop asks for prompts. With `--search` a judge guides the search: `--search beam --show_scores`
 shows what was proposed for every step, what was kept, and why. With `--search best_of_n --scorer
-MODEL` a response reward model chooses among whole answers.
+MODEL` a response reward model chooses among whole answers. Control characters in an answer are
+printed as escapes (`\\x1b`), in a pipe too; --output has the text as it is.
 """
 
 import itertools
@@ -27,6 +28,7 @@ from common.cli import (
 )
 from common.errors import JudgeError, UserError
 from common.files import at_root, read_records, write_records
+from common.terminal import printable
 from lm.registry import BASE, PolicyArgs, check_policy, open_policy
 from reasoning.records import Prompt
 from reward_model.protocols import SCORE_AGGREGATES, ResponseScorer, StepJudge
@@ -181,8 +183,8 @@ def answer(policy: "Policy", judge: Guide, prompt: str, args: InferenceArgs, see
             if step:
                 steps.append(step)
                 score = f"   [{_score_last(judge, prompt, steps)}]" if judge else ""
-                print(text + score)
-        print(rest, end="", flush=True)
+                print(printable(text) + score)
+        print(printable(rest), end="", flush=True)
         line += rest
 
 
@@ -194,13 +196,14 @@ def _score_last(judge: StepJudge, prompt: str, steps: list[str]) -> str:
 def show(found: SearchResult, args: InferenceArgs) -> None:
     """Print the answer of a search; with --show_scores also the rounds, the scores and the cost."""
     if not args.show_scores:
-        print("\n".join(found.steps))
+        print(printable("\n".join(found.steps)))
         return
     for number, candidates in enumerate(found.rounds, 1):
-        print("\n".join(_round(number, candidates, args)) + "\n")
+        print(printable("\n".join(_round(number, candidates, args))) + "\n")
     scores = found.scores or []
     for k, step in enumerate(found.steps):
-        print(step + (f"   [{scores[k]:.2f}]" if scores and not args.scorer else ""))
+        score = f"   [{scores[k]:.2f}]" if scores and not args.scorer else ""
+        print(printable(step) + score)
     judged = f"score {scores[0]:.3f}" if args.scorer else f"{found.judged} steps judged"
     cost = f"{found.proposals} proposals, {found.tokens} tokens, {judged}, {found.seconds:.1f} s"
     cost += f", {found.left_out} proposals left out" if found.left_out else ""
@@ -251,7 +254,7 @@ def ask(policy: "Policy", judge: Guide, args: InferenceArgs) -> None:
             try:
                 answer(policy, judge, prompt, args, seed)
             except (UserError, JudgeError) as error:
-                print(error, file=sys.stderr)
+                print(printable(error), file=sys.stderr)
     except (EOFError, KeyboardInterrupt):
         print()
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import UserError
+from common.terminal import printable
 
 
 def fail(message: object) -> NoReturn:
     """Print one line on stderr and exit with code 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    line = printable(" ".join(str(message).split()))
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common.cli import check_output
 from common.files import ROOT, write_text
+from common.terminal import printable
 from evaluation.metrics import Metric
 
 PACKAGES = (
@@ -79,10 +80,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
     table = Table(*columns, box=MARKDOWN)
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*map(printable, row))
     console = Console(markup=False, highlight=False, emoji=False)
     console.width = max(console.width, 160)  # rows are not wrapped in pipes and narrow terminals
-    console.print(title, "", sep="\n", soft_wrap=True)
+    console.print(printable(title), "", sep="\n", soft_wrap=True)
     console.print(table)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from common.cli import arg, check_least, check_model
 from common.errors import UserError
 from common.files import at_root, content_hash
+from lm.server_text import check_url
 
 if TYPE_CHECKING:
     from lm.policy import Policy
@@ -35,7 +36,9 @@ class PolicyArgs:
 def check_policy(args: PolicyArgs) -> None:
     """Raises UserError for a mistake in the policy's arguments. Imports nothing heavy."""
     check_least(args, policy_requests=1)
-    if args.policy_base_url is None:
+    if args.policy_base_url is not None:
+        check_url("policy", args.policy_base_url)
+    else:
         if args.policy_requests != PolicyArgs.policy_requests:
             raise UserError("argument --policy_requests: needs --policy_base_url")
         made_by = "make models" if args.model_name_or_path == BASE else None

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from common.errors import PromptTooLong, ServerError, short
+from common.terminal import printable
 from lm.chat_template import check_answer
 from lm.loading import load_tokenizer
 from lm.openai_client import OpenAIServer, TooLong, gather
@@ -218,25 +219,22 @@ class ServerPolicy(Policy):
         Servers refuse a request for more tokens than the context has room for: then half as many
         are asked for, down to one. Raises TooLong if there is no room for one."""
         content = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
-        while True:
-            body = {"model": self._name, **content, "max_tokens": max_tokens, **settings}
-            try:
-                return await self._server.ask("chat" if chat else "text", body, self._read)
-            except TooLong:
-                if max_tokens == 1:
-                    raise
-                max_tokens //= 2
+        body = {"model": self._name, **content, "max_tokens": max_tokens, **settings}
+        return await self._server.ask("chat" if chat else "text", body, self._read, least_tokens=1)
 
     def _read(self, answer: Any) -> _Reply:
         choice = answer["choices"][0]
-        # adding "" raises TypeError if it is no text
-        text = (choice["message"]["content"] or "" if "message" in choice else choice["text"]) + ""
+        text = choice["message"]["content"] or "" if "message" in choice else choice["text"]
+        text = self._server.own_text(text)
         tokens = (answer.get("usage") or {}).get("completion_tokens")
         if tokens is None:
             self._note("the server does not count tokens: words are counted instead")
             tokens = len(text.split())
-        is_eos = "stop_reason" in choice and choice["stop_reason"] != "\n"
-        return _Reply(text, int(tokens), choice["finish_reason"], is_eos)
+        reason = choice["finish_reason"]
+        # vLLM names what stopped it; TGI's `eos_token` is EOS and its `stop_sequence` a stop text
+        is_eos = reason == "eos_token" or choice.get("stop_reason", "\n") != "\n"
+        reason = "stop" if reason in ("eos_token", "stop_sequence") else reason
+        return _Reply(text, int(tokens), reason, is_eos)
 
     def _all(self, requests: list[Coroutine[Any, Any, T]]) -> list[T]:
         async def ask_all() -> list[T]:
@@ -249,7 +247,7 @@ class ServerPolicy(Policy):
         """Print a note on stderr, once."""
         if note not in self._notes:
             self._notes.add(note)
-            print(f"{self._server}: {note}", file=sys.stderr)
+            print(printable(f"{self._server}: {note}"), file=sys.stderr)
 
 
 def _settings(key: tuple, temperature: float, top_p: float) -> dict[str, Any]:

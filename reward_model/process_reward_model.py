@@ -229,7 +229,12 @@ class ProcessRewardModel(StepJudge):
         """As in StepJudge."""
         results: Scores = [[] for _ in solutions]
         requests = list(with_skip(solutions, skip))
-        asked = [i for i, (_, steps, first) in enumerate(requests) if first < len(steps)]
+        asked = []
+        for i, (prompt, steps, first) in enumerate(requests):
+            if not self.can_read(prompt, steps):
+                results[i] = None
+            elif first < len(steps):
+                asked.append(i)
         encoded = self.format.encode([solutions[i] for i in asked])
         texts: list[_SolutionText] = []
         for i, (ids, places) in zip(asked, encoded, strict=True):

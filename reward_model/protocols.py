@@ -33,6 +33,17 @@ class StepJudge(Closing, Protocol):
     # why score_steps returns None for a solution, in words that follow "is" or "are"
     unscored_reason: str = "longer than the judge's context"
 
+    def can_read(self, prompt: str, steps: Sequence[str]) -> bool:
+        """Whether all texts are Unicode: half of a surrogate pair (`"\\ud83d"` in JSON) is not.
+
+        If not, `unscored_reason` names this reason too."""
+        try:
+            "".join((prompt, *steps)).encode()
+        except UnicodeEncodeError:
+            self.unscored_reason = f"{type(self).unscored_reason} or not Unicode text"
+            return False
+        return True
+
     def score_steps(
         self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
     ) -> Scores:
@@ -42,8 +53,9 @@ class StepJudge(Closing, Protocol):
         The first skip[i] steps of solution i (default 0) are context and get no score; if no step
         is left, the list is empty. None means that the judge cannot score the solution, usually
         because it is longer than the judge's context; the caller leaves the solution out and counts
-        it. One call with many solutions is cheaper than many calls. Raises JudgeError if the judge
-        itself fails; scores returned before stay valid."""
+        it. So does a judge with a text that is not Unicode. One call with many solutions is cheaper
+        than many calls. Raises JudgeError if the judge itself fails; scores returned before stay
+        valid."""
         ...
 
 

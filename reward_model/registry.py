@@ -18,6 +18,7 @@ from tqdm import tqdm
 from common.cli import arg, check_input, check_model, is_model_directory
 from common.errors import UserError
 from common.files import at_root, content_hash, read_records
+from lm.server_text import check_url
 from reasoning.problems import problems
 from reasoning.records import Problem
 from reasoning.splits import held_out_files
@@ -191,6 +192,8 @@ def check_judge(args: JudgeArgs) -> None:
     for name, what in NEEDED.items():
         if name in used and not getattr(args, name):
             raise UserError(f"argument --{name}: --judge {inner} needs {what}")
+    if args.judge_base_url is not None:
+        check_url("judge", args.judge_base_url)
     command = made_by if args.judge_path == default_path else None
     if inner == "gguf" or (inner == "hf" and args.judge_path.endswith(".gguf")):
         check_input(args.judge_path, command)

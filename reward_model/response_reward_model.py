@@ -321,15 +321,17 @@ class ResponseJudge(StepJudge):
     def score_steps(
         self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
     ) -> Scores:
-        counts: list[int] = []
+        counts: list[int | None] = []
         texts: list[Response] = []
         for prompt, steps, first in with_skip(solutions, skip):
-            counts.append(len(steps) - first)
+            counts.append(len(steps) - first if self.can_read(prompt, steps) else None)
             if counts[-1]:
                 texts.append((prompt, "\n".join(steps)))
         rewards = torch.tensor(self.scorer.score(texts), dtype=torch.float64)
         scores = iter(rewards.sigmoid().tolist())
-        return [[next(scores)] * count if count else [] for count in counts]
+        return [
+            None if count is None else [next(scores)] * count if count else [] for count in counts
+        ]
 
     def close(self) -> None:
         self.scorer.close()

@@ -20,7 +20,7 @@ from itertools import pairwise
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-from common.errors import JudgeError, ModelError, short
+from common.errors import JudgeError, ModelError
 from lm.chat_template import begins_thought
 from lm.gguf_file import GGUFFile, TokenType, read_gguf
 from reward_model.protocols import (
@@ -107,15 +107,13 @@ class TinyLlamaRewardScorer(StepJudge):
         return [self._score(prompt, steps, first) for prompt, steps, first in requests]
 
     def _score(self, prompt: str, steps: Sequence[str], skip: int) -> list[float] | None:
+        if not self.can_read(prompt, steps):
+            return None
         if skip >= len(steps):
             return []
-        try:
-            before = self._text.control(self.template.before, prompt, is_start=True)
-            lines = [self._text.plain(step + "\n") for step in steps]
-            question = self._text.control(self.template.question)
-        except UnicodeEncodeError:
-            reason = "half of a Unicode surrogate pair cannot be scored"
-            raise JudgeError(f"prompt {short(prompt)}: {reason}") from None
+        before = self._text.control(self.template.before, prompt, is_start=True)
+        lines = [self._text.plain(step + "\n") for step in steps]
+        question = self._text.control(self.template.question)
         scores: list[float] = []
         try:
             self._start()

@@ -366,8 +366,7 @@ def test_a_vocabulary_without_the_words(tiny_model_dir, tmp_path):
 
 
 def test_what_cannot_be_scored_is_named(judge, tiny_model_dir, tmp_path):
-    with pytest.raises(ModelError, match="surrogate"):
-        judge.score_steps([("\ud800", ["Answer: 1"])])
+    assert judge.score_steps([("\ud800", ["Answer: 1"])]) == [None]
     broken = HFJudge(tiny_model_dir, device="cpu")
     broken.model.model.norm.weight.data[:] = float("nan")
     place = r"not finite at step 2 'Step 2: 12 \+ 36 = 48' of prompt 'Mia has"

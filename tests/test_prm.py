@@ -329,8 +329,9 @@ def test_what_cannot_be_used_is_an_error_of_one_line(prm_dir, tiny_model_dir, tm
 
 
 def test_what_cannot_be_scored_is_named(judge, prm_dir):
-    with pytest.raises(ModelError, match="surrogate"):
-        judge.score_steps([("\ud800", ["Answer: 1"])])
+    solutions = [(PROMPT, STEPS), (PROMPT, [*STEPS[:2], "\udcff"]), (PROMPT, STEPS)]
+    whole, half, again = judge.score_steps(solutions, skip=[0, 2, 0])
+    assert half is None and whole == again and len(whole) == 3
     with ProcessRewardModel(prm_dir, device="cpu") as broken:
         broken.model.model.norm.weight.data[:] = float("nan")
         place = r"not finite at step 2 'Step 2: 12 \+ 36 = 48' of prompt 'Mia has"

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 import shutil
 import time
 from functools import partial
@@ -12,11 +13,13 @@ import pytest
 import inference
 from common.errors import ModelError, PromptTooLong, UserError
 from common.files import read_records, write_records
+from common.terminal import printable
 from lm.policy import Policy, State
 from lm.registry import PolicyArgs, check_policy
 from lm.server_policy import ServerPolicy
 from lm.text_encoding import PLAIN_TEMPLATE, format_prompt
 from reasoning.records import PreferencePair, Problem
+from reasoning.steps import one_line
 from tests.helpers.mains import call_main
 from tests.helpers.scripts import ROOT
 from tests.helpers.servers import FAILURES, Server, error, transformers_serve
@@ -206,6 +209,70 @@ def test_a_failing_server_is_one_line(server, name):
     assert str(raised.value).startswith(f"policy {server.url}") and "\n" not in str(raised.value)
 
 
+def test_what_a_server_refuses_is_asked_for_in_another_way(server, capsys):
+    """OpenAI's reasoning models, and servers that know few parameters."""
+    refused = {
+        "max_tokens": "use max_completion_tokens",
+        "seed": "Extra inputs",
+        "top_p": "unknown",
+    }
+
+    def answer(number, body):
+        for name, words in refused.items():
+            if name in body:
+                return error(400, f"Unsupported parameter: '{name}': {words}")
+        reply = {"message": {"content": "48"}, "finish_reason": "stop"}
+        return {"choices": [reply], "usage": {"completion_tokens": 1}}
+
+    server.answer = answer
+    policy = policy_on(server)
+    for _ in range(2):
+        assert policy.texts([PROMPT, PROMPT], max_new_tokens=9, chat=True) == [("48", True)] * 2
+    assert server.requests[-1].pop("key")
+    assert server.requests[-1] == {
+        "path": "/v1/chat/completions",
+        "model": "./some-model",
+        "messages": [{"role": "user", "content": PROMPT}],
+        "max_completion_tokens": 9,
+        "temperature": 0.0,
+    }
+    said = [line for line in capsys.readouterr().err.splitlines() if "refuses" in line]
+    assert len(said) == 3
+    server.requests.clear()
+    policy.texts([PROMPT], chat=True)
+    assert len(server.requests) == 1
+
+
+def test_a_context_is_asked_for_less_after_a_renamed_parameter_too(server):
+    def answer(number, body):
+        if "max_tokens" in body:
+            return error(400, "Unknown parameter: 'max_tokens'")
+        if body["max_completion_tokens"] > 40:
+            return error(400, "maximum context length is 50 tokens")
+        return completion("Answer: 1")
+
+    server.answer = answer
+    assert policy_on(server).generate([PROMPT], max_new_tokens=64)[0][0].steps == ["Answer: 1"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "status"), [("eos_token", "finished"), ("stop_sequence", "open"), ("length", "cut")]
+)
+def test_the_ends_that_tgi_reports(server, reason, status):
+    server.answer = lambda number, body: completion("So be it.", reason)
+    policy = policy_on(server)
+    ((child,),) = policy.next_steps([policy.start(PROMPT)])
+    assert (child.steps, child.status) == (("So be it.",), status)
+
+
+def test_an_answer_with_half_a_surrogate_pair_can_be_written(server, tmp_path):
+    answer = json.dumps(completion("Step 1: \ud83d\nAnswer: 1\udcff"))
+    server.answer = lambda number, body: (200, {}, answer.encode())
+    ((response,),) = policy_on(server).generate([PROMPT])
+    assert response.steps == ["Step 1: \ufffd", "Answer: 1\ufffd"]
+    write_records(tmp_path / "answers.jsonl", [{"prompt": PROMPT, "steps": response.steps}])
+
+
 def test_a_slow_server_and_one_that_recovers(server):
     server.answer = lambda number, body: time.sleep(1) or completion("")
     with pytest.raises(ModelError, match=r"policy .* did not answer within 0\.1 s, 2 times"):
@@ -257,8 +324,19 @@ def test_inference_from_a_server(server, monkeypatch, capsys):
     arguments = ["--prompt", PROMPT, "--model_name_or_path", "./some-model"]
     call = partial(call_main, inference.main, *arguments, "--policy_base_url", server.url)
     assert call(monkeypatch=monkeypatch, capsys=capsys)[:2] == (0, "\n".join([*STEPS, ""]))
-    server.answer = lambda number, body: error(404, "no such model")
+    attack = "\x1b]52;c;ZWNobw==\x07\x1b[2J Step 1: 1\r\u202e2\x9b\nAnswer:\t3"
+    server.answer = lambda number, body: completion(attack)
+    code, out, _ = call(monkeypatch=monkeypatch, capsys=capsys)
+    assert out == printable("\n".join(one_line(line) for line in attack.split("\n"))) + "\n"
+    assert "\x1b" not in out and "Step 1: 1" in out
+    for flags in (["--search", "majority_vote", "--n", "2"], []):
+        for shown in ([], ["--show_scores"] if flags else []):
+            arguments = [*flags, *shown]
+            _, out, err = call(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+            assert "[2J" in out and not re.search("[\x1b\r\x9b\u202e]", out + err)
+    server.answer = lambda number, body: error(404, "no such model \x1b[2J")
     code, out, err = call(monkeypatch=monkeypatch, capsys=capsys)
+    assert "\x1b" not in err and "[2J" in err
     assert (code, out) == (2, "")
     assert "./some-model a model of this server" in err.splitlines()[-1]
 

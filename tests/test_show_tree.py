@@ -7,6 +7,8 @@ import pytest
 
 from common.files import write_records
 from search.tree_search import Rollout, Tree, TreeNode
+from tests.helpers.mains import call_main
+from utils import show_tree
 from utils.show_tree import as_page, as_text
 
 SCRIPT = "utils/show_tree.py"
@@ -50,6 +52,14 @@ here or below
 
 def test_text(tree):
     assert as_text(tree) == TEXT
+
+
+def test_a_terminal_gets_no_control_characters(tree, tmp_path, monkeypatch, capsys):
+    tree.nodes[()].rollouts[0] = Rollout(("Step 1: \x1b[2J\u202e", "Answer: 0"), "wrong", 30)
+    write_records(tmp_path / "trees.jsonl", [tree.to_row()])
+    arguments = ["--trees", tmp_path / "trees.jsonl"]
+    code, out, _ = call_main(show_tree.main, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0 and "Step 1: \\x1b[2J\\u202e" in out and "\x1b" not in out
 
 
 def test_a_closing_step_can_be_the_first_error():

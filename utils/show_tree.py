@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import arg, check_input, check_least, check_output, parse_args, run
 from common.errors import UserError
 from common.files import at_root, read_records, write_text
+from common.terminal import printable
 from reasoning.steps import one_line
 from search.tree_search import Tree
 
@@ -164,7 +165,7 @@ def main() -> None:
             f"{args.trees}: this tree has a solution of {longest} steps, expected {MOST_STEPS} at "
             "most; choose another with --index or --prompt"
         )
-    print(as_text(tree))
+    print(printable(as_text(tree)))
     if args.html:
         write_text(args.html, [as_page(tree)])
         print(f"\nwrote {args.html}")

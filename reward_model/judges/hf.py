@@ -164,15 +164,16 @@ class HFJudge(StepJudge):
     ) -> Scores:
         """As in StepJudge."""
         scores: list[list[float]] = []
-        too_long: set[int] = set()
+        unscored: set[int] = set()
         packed: list[_QuestionRow] = []
         single: list[_QuestionRow] = []
         for i, (prompt, steps, first) in enumerate(with_skip(solutions, skip)):
-            texts = self._texts(prompt, steps, first) if first < len(steps) else []
+            readable = self.can_read(prompt, steps)
+            texts = self._texts(prompt, steps, first) if readable and first < len(steps) else []
             scores.append([0.0] * len(texts))
             longest = len(texts[-1]) if texts else 0
-            if self.context_length and longest > self.context_length:
-                too_long.add(i)
+            if not readable or (self.context_length and longest > self.context_length):
+                unscored.add(i)
             elif self.packed and texts and not (self.window and longest > self.window):
                 packed.append(_QuestionRow(i, 0, texts))
             else:
@@ -188,7 +189,7 @@ class HFJudge(StepJudge):
                             prompt, steps = solutions[row.solution]
                             step = len(steps) - len(found) + k
                             raise nan_error(f"judge {self.path}", prompt, steps, step)
-        return [None if i in too_long else found for i, found in enumerate(scores)]
+        return [None if i in unscored else found for i, found in enumerate(scores)]
 
     def _score(
         self, read: Callable[[list[_QuestionRow]], torch.Tensor], batch: list[_QuestionRow]
