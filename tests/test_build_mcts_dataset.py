@@ -170,7 +170,7 @@ def test_held_out_problems_are_refused(built, run_script, tmp_path):
         (["--search", "beam"], "--search"),
         (["--labels", "hard"], "--labels"),
         (["--model_name_or_path", "."], "is no model directory"),
-        (["--csv", "steps.jsonl"], "expected different files"),
+        (["--csv", "steps.jsonl"], "are the same file"),
         (["--csv", "there.csv"], "--overwrite"),
         (["--from_trees", "nowhere.jsonl"], "nowhere.jsonl not found"),
         (["--from_trees", "there.csv"], "there.csv:1: no search tree"),

@@ -121,7 +121,7 @@ def evaluate(folder, monkeypatch, scorer: str, *args: object) -> dict:
         ["eval_response_reward.py", "--scorer", scorer, "--output_dir", "results", *map(str, args)],
     )
     script.main()
-    assert (folder / "plots" / "response_reward.png").stat().st_size > 10_000
+    assert (folder / "response_reward.png").stat().st_size > 10_000
     return json.loads((folder / "results" / "response_reward.json").read_text())
 
 

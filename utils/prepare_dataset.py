@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_least, check_output, parse_args, run
+from common.cli import arg, check_least, check_outputs, parse_args, run
 from common.errors import RecordError, UserError
 from common.files import at_root, file_stem, write_records
 from reasoning.answers import same_answer
@@ -217,8 +217,9 @@ def main() -> None:
     output = Path(args.output)
     stem = file_stem(output)
     test_output = output.with_name(f"{stem}_test{output.name.removeprefix(stem)}")
-    for path in (output, test_output):
-        check_output(str(path), args.overwrite)
+    source = Path(args.dataset_name)
+    read = [path for path in (source, *source.rglob("*")) if path.is_file()]
+    check_outputs([output, test_output], read, args.overwrite)
 
     counts = Counter[str]()
     if has_two_sides(args):
