@@ -70,7 +70,7 @@ def test_a_run_is_reported_and_resumed(run_script, tiny_model_dir, tmp_path):
         assert f"hard/policy-mini/{best}-{control}/2/accuracy_improvement" in metrics
     assert metrics[f"hard/policy-mini/{best}-agreement/2/judged_steps"]["value"] == 0
     assert "hard/policy-mini/best_of_n/trend" in metrics
-    assert (tmp_path / "plots/search.png").stat().st_size > 10_000
+    assert (tmp_path / "results/search.png").stat().st_size > 10_000
     assert "| greedy " in first.stdout and "over majority vote" in first.stdout
 
     path = tmp_path / "results/search.jsonl"

@@ -526,7 +526,8 @@ def checkpoint_to_resume(
     before = _job_in(folder)
     changed = _differences(before, job)
     finished = any((folder / name).exists() for name in FINISHED)
-    finished = finished and not (folder / STAGING).exists()  # killed while files were moved
+    if (folder / STAGING).exists() or (IS_MAIN and was_killed(folder / JOB)):
+        finished = False  # killed at its very end
     resume = None if str(resume).lower() in ("none", "false", "") else resume
     if resume:
         if finished and changed and not overwrite:

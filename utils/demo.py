@@ -88,7 +88,7 @@ def main() -> None:
     why = "One held-out problem, with the judge's score beside each step."
     step("5/5 Answer: the base", why, *answer, BASE)
     step("5/5 Answer: the tuned model", "The same problem after training.", *answer, TUNED)
-    plot = at_root(f"{DEMO}/plots/reward_score_comparison.png")
+    plot = at_root(f"{RESULTS}/reward_score_comparison.png")
     minutes = (time.monotonic() - start) / 60
     print(f"\nThe table of step 4 as a plot: {plot} (the whole loop took {minutes:.1f} minutes)")
 
