@@ -333,7 +333,7 @@ def _check_kind(target: Path, is_folder: bool) -> None:
     if target.name in ("", "..") or "\0" in str(target):
         raise UserError(f"output {str(target)!r}: expected the name of {expected}")
     try:
-        if target.is_dir() != is_folder and target.exists():
+        if target.exists() and not (target.is_dir() if is_folder else target.is_file()):
             found = "a file" if target.is_file() else "a folder" if target.is_dir() else "no file"
             raise UserError(f"{target} is {found}, expected {expected} to write to")
     except OSError as error:

@@ -118,8 +118,8 @@ def evaluate(folder, monkeypatch, scorer: str, *args: object) -> dict:
     monkeypatch.setattr(
         sys,
         "argv",
-        ["eval_response_reward.py", "--scorer", scorer, "--overwrite", *map(str, args)]
-        + ["--output_dir", "results"],
+        ["eval_response_reward.py", *("--scorer", scorer, "--output_dir", "results"), "--overwrite"]
+        + [str(arg) for arg in args],
     )
     script.main()
     assert (folder / "results" / "response_reward.png").stat().st_size > 10_000

@@ -79,7 +79,9 @@ def test_a_run_is_reported_and_resumed(run_script, tiny_model_dir, tmp_path):
     assert len(set(keys)) == len(keys)
     last = rows.splitlines()[-1]
     path.write_text(rows[: rows.rindex(last)] + last[: len(last) // 2])
-    again = run_script("evaluation/eval_search.py", *given)
+    refused = run_script("evaluation/eval_search.py", *given)
+    assert refused.returncode == 2 and "search.png exists: give --overwrite" in refused.stderr
+    again = run_script("evaluation/eval_search.py", *given, "--overwrite")
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "results/search.json").read_text())["chosen"] == chosen
     repeated = [json.loads(line) | {"seconds": 0} for line in path.read_text().splitlines()]

@@ -11,25 +11,33 @@ from pathlib import Path
 
 from tests.helpers.scripts import _FORKSERVER, _run, streams_of
 
+# audit event -> how many of its arguments are paths; `open` is looked at separately
 CHANGES = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.rmdir": 1, "os.truncate": 1}
 
 
 def run_until(
-    script: str, *args: object, cwd: Path, kill_at: int | None, timeout: float = 300
+    script: str,
+    *args: object,
+    cwd: Path,
+    kill_at: int | str | None = None,
+    seconds: float | None = None,
 ) -> tuple[int, list[str], str]:
-    """Run a script and kill it before its change number `kill_at` (from 0; None: never).
+    """Run a script, and kill it before a change of a file, or after some seconds.
 
-    Returns (exit code, its changes, stderr): the code is -9 if it was killed."""
+    kill_at: the number of the change from 0 on, or the end of the line that describes it ("EVENT
+    PATHS"). Returns (exit code, the lines of its changes, stderr): the code is -9 if it was
+    killed."""
     with streams_of(script, *args) as (argv, streams):
         record = streams[0].with_name("changes")
         target = (argv, str(cwd), dict(os.environ), list(map(str, streams)), str(record), kill_at)
         process = _FORKSERVER.Process(target=_watched, args=target)
         process.start()
-        process.join(timeout)
+        process.join(300 if seconds is None else seconds)
         if process.is_alive():
             process.kill()
             process.join()
-            raise TimeoutError(f"{argv}: not finished after {timeout} s")
+            if seconds is None:
+                raise TimeoutError(f"{argv}: not finished after 300 s")
         changes = record.read_text().splitlines() if record.exists() else []
         return process.exitcode, changes, streams[2].read_text(errors="replace")
 
@@ -40,7 +48,7 @@ def _watched(
     environment: dict[str, str],
     streams: list[str],
     record: str,
-    kill_at: int | None,
+    kill_at: int | str | None,
 ) -> None:
     """In the new process: as `_run`, with a hook that counts and kills."""
     root, count = os.path.realpath(cwd) + os.sep, 0
@@ -48,21 +56,17 @@ def _watched(
 
     def hook(event: str, args: tuple) -> None:
         nonlocal count
-        if event == "open":
-            path, mode, flags = args
-            writes = bool((flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-            names = [path] if writes and isinstance(path, str | bytes) else []
-        else:
-            names = [
-                name for name in args[: CHANGES.get(event, 0)] if isinstance(name, str | bytes)
-            ]
-        places = [os.path.join(cwd, os.fsdecode(name)) for name in names]
-        if not any(os.path.abspath(place).startswith(root) for place in places):
+        paths = args[: CHANGES.get(event, 0)]
+        if event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            paths = args[:1]
+        names = [os.fsdecode(path) for path in paths if isinstance(path, str | bytes | os.PathLike)]
+        if not any(os.path.abspath(os.path.join(cwd, name)).startswith(root) for name in names):
             return
-        if count == kill_at:
+        line = f"{event} {' '.join(names)}"
+        if count == kill_at or (isinstance(kill_at, str) and line.endswith(kill_at)):
             os.kill(os.getpid(), signal.SIGKILL)
         count += 1
-        os.write(log, f"{event} {' '.join(map(os.fsdecode, names))}\n".encode())
+        os.write(log, f"{line}\n".encode())
 
     sys.addaudithook(hook)
     _run(argv, cwd, environment, streams)
