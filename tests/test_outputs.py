@@ -20,6 +20,7 @@ from common.files import (
     write_records,
     write_text,
 )
+from evaluation.results import output_paths
 from tests.helpers.scripts import run_script
 
 
@@ -127,6 +128,21 @@ def test_score_does_not_delete_its_input(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "x.left_out.jsonl would replace x.left_out.jsonl" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [rows.name]
+
+
+def test_an_evaluation_writes_inside_its_folder_and_replaces_nothing(here):
+    paths = output_paths("results", "card", ["in.jsonl"], overwrite=False)
+    assert paths == tuple(Path("results", f"card.{end}") for end in ("png", "jsonl", "json"))
+    release()
+    for path in paths:
+        write_text(path, ["mine"])
+        with pytest.raises(UserError, match=f"{path} exists: give --overwrite"):
+            output_paths("results", "card", [], overwrite=False)
+        path.unlink()
+    write_text(paths[1], ["rows of an earlier run"])
+    assert output_paths("results", "card", [], overwrite=False, appends_rows=True) == paths
+    with pytest.raises(UserError, match="which this run reads"):
+        output_paths("results", "card", ["results/card.jsonl"], True, appends_rows=True)
 
 
 # --- several files at once ---

@@ -66,8 +66,7 @@ class OpenAIJudge(StepJudge):
         self._cache = _open_cache(cache)
         self._answers: dict[str, Reply] = {}  # by the hash of the request
         for row in self._cache.rows if self._cache else ():
-            if {"key", "text"} <= row.keys():
-                self._answers[row["key"]] = {"text": row["text"], "top": row.get("top")}
+            self._answers[row["key"]] = {"text": row["text"], "top": row.get("top")}
 
     def score_steps(
         self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
@@ -190,10 +189,20 @@ class OpenAIJudge(StepJudge):
 
 # One row of the cache; "top" is missing if the server gives no log-probs:   {"key": "<SHA-256 of
 # URL, endpoint and request>", "text": " Yes", "top": [{"Yes": 0.91, "No": 0.08}]}
+def _is_answer(row: dict) -> bool:
+    tops = row.get("top") or []
+    return (
+        all(isinstance(row.get(name), str) for name in ("key", "text"))
+        and isinstance(tops, list)
+        and all(isinstance(top, dict) for top in tops)
+        and all(isinstance(share, float | int) for top in tops for share in top.values())
+    )
+
+
 def _open_cache(path: str | Path | None) -> AppendedRows | None:
     """The answers of earlier runs. Raises UserError if the file cannot be written."""
     try:
-        return None if path is None else AppendedRows(path)
+        return None if path is None else AppendedRows(path, _is_answer)
     except OSError as error:
         reason = f"cannot be written ({error.strerror}): give another --judge_cache"
         raise UserError(f"cache {path} {reason}") from None
