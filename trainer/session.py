@@ -419,6 +419,7 @@ class Training:
         self._announce(trainer, note, say)
         if isinstance(trainer, transformers.Trainer):
             trainer.add_callback(PlainCheckpoints())
+            trainer.add_callback(NoStepTooMany())
         for callback in callbacks:
             trainer.add_callback(callback)
         # step PPO shows a progress bar of its own
@@ -428,7 +429,11 @@ class Training:
 
         started = time.monotonic()
         checkpoint = None if self.checkpoint is None else str(self.checkpoint)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except AlreadyTrained:
+            if config.load_best_model_at_end:
+                trainer._load_best_model()
         seconds = time.monotonic() - started
 
         state = trainer.state
@@ -605,6 +610,21 @@ def staged_model(trainer: Any, folder: Path, card: str) -> Iterator[None]:
     finally:
         if is_main:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+class AlreadyTrained(Exception):
+    """The checkpoint to resume from is the last one: the model has its weights."""
+
+
+class NoStepTooMany(TrainerCallback):
+    """Raises AlreadyTrained instead of the step that Trainer would add to a finished training.
+
+    Trainer looks whether it has finished after a step only, so it adds one to the last checkpoint
+    of a training that ended within an epoch."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise AlreadyTrained
 
 
 class PlainCheckpoints(TrainerCallback):
