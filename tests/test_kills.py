@@ -14,7 +14,7 @@ import pytest
 
 from common.files import write_records
 from reasoning.problems import problems
-from tests.helpers.kills import run_until
+from tests.helpers.kills import limited, run_until
 from tests.helpers.training import STEP_VALUES, flags, make_pairs
 
 pytestmark = pytest.mark.process
@@ -149,6 +149,27 @@ def test_a_training_that_is_killed_at_its_ends_goes_on(inputs, tmp_path, uninter
         code, _, error = run_until(script, *args, cwd=folder, kill_at=at)
         assert code == -9, error
         assert finish("sft", folder) == expected, changes[at]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["dpo", "ppo"])
+def test_a_training_on_a_full_disk_is_one_line_and_goes_on(inputs, tmp_path, uninterrupted, job):
+    """Whichever library finds the disk full: safetensors, torch, or Python."""
+    expected, _ = uninterrupted(job)
+    script, args = JOBS[job]
+    sizes = sorted({path.stat().st_size for path in (tmp_path / "whole").rglob("*.*")})
+    folder, failed = shutil.copytree(inputs, tmp_path / "full"), 0
+    for size in (sizes[len(sizes) // 3], sizes[-1] - 1, sizes[-2] - 1, sizes[-3] - 1):
+        if size > 1000:
+            wrapped = limited(script, size, tmp_path)
+            code, _, error = run_until(str(wrapped), *args, cwd=folder)
+            failed += code == 2
+            last = error.splitlines()[-1]
+            assert code == 0 or (code == 2 and "cannot be written whole" in last), error
+            assert "Traceback" not in error
+    assert failed
+    if code == 2:
+        assert finish(job, folder) == expected
 
 
 @pytest.mark.slow

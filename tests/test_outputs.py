@@ -21,6 +21,7 @@ from common.files import (
     write_text,
 )
 from evaluation.results import output_paths
+from tests.helpers.kills import limited
 from tests.helpers.scripts import run_script
 
 
@@ -260,23 +261,6 @@ def test_a_stopped_run_cleans_up_at_once(tmp_path, name, code):
 
 
 # --- a full disk ---
-
-LIMITED = """
-import resource, runpy, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
-sys.argv[0] = {script!r}
-sys.path[0] = {folder!r}
-runpy.run_path({script!r}, run_name="__main__")
-"""
-
-
-def limited(script: str, size: int, folder: Path) -> Path:
-    """A script that runs another one, in which no file may have more than `size` bytes."""
-    path = folder / "limited.py"
-    script = str(ROOT / script)
-    values = {"script": script, "size": size, "folder": str(Path(script).parent)}
-    path.write_text(LIMITED.format(**values))
-    return path
 
 
 @pytest.mark.process

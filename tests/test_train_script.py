@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.files import ROOT, write_records
 from reasoning.splits import is_kept_out
 from tests.helpers.scripts import run_script
-from tests.helpers.training import as_if_killed, flags, make_pairs, refused
+from tests.helpers.training import flags, make_pairs, refused
 
 pytestmark = pytest.mark.process
 ROWS = make_pairs(30)
@@ -134,7 +134,9 @@ def test_an_adapter_with_evaluation_replaces_a_model(folder):
 
 def test_what_has_changed_since_it_was_killed_is_refused(folder, monkeypatch, capsys):
     """Not by its path: a model that was moved is the same model."""
-    as_if_killed(folder / "out", folder / "stopped")
+    shutil.copytree(folder / "out", folder / "stopped")
+    for name in ("config.json", "model.safetensors"):
+        (folder / "stopped" / name).unlink()
     shutil.copytree(folder / "model", folder / "moved")
     given = flags(dataset_name="pairs.jsonl", model_name_or_path="moved", logs_dir="logs", **SMALL)
     given += ["--output_dir", "stopped"]
@@ -154,7 +156,7 @@ def test_what_has_changed_since_it_was_killed_is_refused(folder, monkeypatch, ca
             (folder / "moved" / name).unlink()
         else:
             (folder / "moved" / name).write_bytes(before)
-    write_records(folder / "fewer.jsonl", ROWS[:-1])
+    write_records(folder / "fewer.jsonl", ROWS[:9])
     line = refused(folder, monkeypatch, capsys, *given, "--dataset_name", "fewer.jsonl")
     assert "has changed since: pairs, pairs_sha256" in line
     assert "resuming from stopped/checkpoint-" in trained(folder, *given)

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from tests.helpers.scripts import _FORKSERVER, _run, streams_of
+from tests.helpers.scripts import _FORKSERVER, ROOT, _run, streams_of
 
 # audit event -> how many of its arguments are paths; `open` is looked at separately
 CHANGES = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.rmdir": 1, "os.truncate": 1}
@@ -70,3 +70,21 @@ def _watched(
 
     sys.addaudithook(hook)
     _run(argv, cwd, environment, streams)
+
+
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+sys.argv[0] = {script!r}
+sys.path[0] = {folder!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def limited(script: str, size: int, folder: Path) -> Path:
+    """A script that runs another one, in which no file may have more than `size` bytes."""
+    path = folder / "limited.py"
+    script = str(ROOT / script)
+    values = {"script": script, "size": size, "folder": str(Path(script).parent)}
+    path.write_text(LIMITED.format(**values))
+    return path
