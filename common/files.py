@@ -436,12 +436,8 @@ class ResumableRows(AppendedRows):
 
     def __init__(self, output: str | Path, job: dict, unit: int = 1, overwrite: bool = False):
         path = Path(f"{output}.partial")
+        self.may_replace(output, job, overwrite)
         if not self.pending(output, job):
-            if not overwrite and path.exists() and not _is_blank(path):
-                raise RecordError(
-                    f"{path}: holds the rows of another job (different arguments, input or "
-                    "models), or is damaged; finish that job, remove the file, or give --overwrite"
-                )
             write_text(path, [to_line({"job": job})])
         with open(path, "rb") as file:
             lines = list(file)
@@ -465,6 +461,20 @@ class ResumableRows(AppendedRows):
             return False
         with open(path, "rb") as file:
             return file.readline(len(header) + 1) == header
+
+    @classmethod
+    def may_replace(cls, output: str | Path, job: dict, overwrite: bool) -> bool:
+        """Whether this job may write the output if that exists: with `overwrite`, or if it resumes.
+
+        Raises RecordError as the constructor does; scripts call it before they load models."""
+        path = Path(f"{output}.partial")
+        resumes = cls.pending(output, job)
+        if not (resumes or overwrite) and path.exists() and not _is_blank(path):
+            raise RecordError(
+                f"{path}: holds the rows of another job (different arguments, input or models), "
+                "or is damaged; finish that job, remove the file, or give --overwrite"
+            )
+        return resumes or overwrite
 
     def append(self, *rows: dict) -> None:
         """Append rows, all or none of them."""

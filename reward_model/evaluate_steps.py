@@ -87,7 +87,7 @@ def main() -> None:
     }
     # pairs in one call; gguf scores solutions one by one, so a kill need not lose any
     unit = 1 if args.judge == "gguf" else CHUNK // 2
-    may_replace = args.overwrite or ResumableRows.pending(output, job)
+    may_replace = ResumableRows.may_replace(output, job, args.overwrite)
     check_outputs([output, left_out_path], [args.input, *judge_files(args)], may_replace)
     pairs = list(read_records(args.input, PreferencePair))
     if args.limit is not None and args.limit < len(pairs):

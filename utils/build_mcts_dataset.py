@@ -112,7 +112,7 @@ def search_problems(args: TreeArguments) -> tuple[list[Tree], ResumableRows]:
     job = {name: getattr(args, name) for name in SEARCH} | policy_identity(args)
     content = json.dumps([vars(problem) for problem in to_search])
     job["problems"] = hashlib.sha256(content.encode()).hexdigest()
-    check(args, args.overwrite or ResumableRows.pending(args.output, job))
+    check(args, ResumableRows.may_replace(args.output, job, args.overwrite))
 
     policy = open_policy(args)
     rows = ResumableRows(args.output, job, overwrite=args.overwrite)

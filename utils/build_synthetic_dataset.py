@@ -117,7 +117,8 @@ def main() -> None:
     if args.pair_by == "judge":
         job |= judge_identity(args)
     read = [args.input, args.model_name_or_path, *judge_files(args)]
-    check_output(args.output, args.overwrite or ResumableRows.pending(args.output, job), read)
+    may_replace = ResumableRows.may_replace(args.output, job, args.overwrite)
+    check_output(args.output, may_replace, read)
 
     with open_judge(args) if args.pair_by == "judge" else nullcontext() as judge:
         policy = open_policy(args)
