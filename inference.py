@@ -37,6 +37,7 @@ from reward_model.registry import (
     JudgeArgs,
     check_judge,
     check_scorer,
+    judge_files,
     open_judge,
     open_scorer,
     score_all,
@@ -314,7 +315,8 @@ def main() -> None:
     prompts = []
     if args.input is not None:
         check_input(args.input)
-        check_output(args.output, args.overwrite)
+        read = [args.input, args.model_name_or_path, args.scorer, *judge_files(args)]
+        check_output(args.output, args.overwrite, read)
         prompts = [row.prompt for row in read_records(args.input, Prompt)]
     if args.uses_judge:
         check_judge(args)

@@ -85,7 +85,7 @@ def main() -> None:
     (args,) = parse_args(PPOTableArguments, description=__doc__)
     check_input(DATA, "python utils/build_mcts_dataset.py")
     output = Path(args.output_dir)
-    store = AppendedRows(output / "ppo.jsonl")
+    store = AppendedRows(output / "ppo.jsonl", lambda row: "key" in row)
     done = {
         (row["name"], row["seed"]): row
         for row in store.rows

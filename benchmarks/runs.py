@@ -133,7 +133,7 @@ def run_all(runs: Sequence[dict], path: Path, workers: int) -> list[dict]:
     """All rows of the runs; those in the file `path` are not computed again.
 
     `workers` runs are trained at once, each on its share of the cores."""
-    store = AppendedRows(path)
+    store = AppendedRows(path, lambda row: "key" in row)
     done = {row["key"] for row in store.rows}
     todo = [run for run in runs if key_of(run) not in done]
     threads = max(1, (os.cpu_count() or 1) // workers)

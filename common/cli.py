@@ -1,16 +1,23 @@
 """Shared by all scripts: arguments, one-line errors with exit code 2, and checks of paths."""
 
 import argparse
+import errno
 import inspect
 import json
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import UserError
+from common.files import adapter_base, hold, model_files, release, was_killed
 from common.terminal import printable
 
 
@@ -22,21 +29,86 @@ def fail(message: object) -> NoReturn:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main. A UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
+    """Call a script's main.
+
+    A UserError, or a disk that is full or cannot be written, becomes one line and exit code 2.
+    Ctrl-C is exit code 130, SIGTERM 143; both clean up. The outputs that main holds are freed."""
     try:
-        main()
+        with _stopped_by_signals():
+            main()
     except UserError as error:
         fail(error)
     except BrokenPipeError:  # the reader of the output has closed it (`... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
-    except OSError as error:
-        if error.filename is None:
-            raise
-        fail(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        if (problem := _disk_problem(error)) is None:
+            raise
+        fail(problem)
+    finally:
+        release()
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP raise SystemExit, so that what is half-written goes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def stop(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # a signal that is ignored stays ignored (nohup)
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) == signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# what the libraries say that write files without Python: safetensors, torch, sqlite, arrow
+NO_ROOM = re.compile(
+    r"No space left on device|Disk quota exceeded|File too large|disk is full"
+    r"|os error (28|122|27)\b|PytorchStreamWriter failed|inline_container\.cc.*unexpected pos",
+    re.DOTALL,
+)
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def _disk_problem(error: BaseException) -> str | None:
+    """One line on a file that could not be read or written; None for any other error."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+        causes.append(cause)
+    for cause in causes:
+        is_full = getattr(cause, "errno", None) in FULL or NO_ROOM.search(str(cause))
+        if is_full and not isinstance(cause, UserError):
+            named = getattr(cause, "filename", None)
+            where = (
+                f"{named} cannot be written whole" if named else "a file cannot be written whole"
+            )
+            return (
+                f"{where}: the disk is full, or a limit is reached ({_first_line(cause)}); "
+                "make room and give the same command again, which goes on"
+            )
+    if isinstance(error, OSError) and error.errno is not None:
+        if error.filename is not None:
+            return f"{error.filename}: {error.strerror}"
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR):
+            return f"a file cannot be read or written: {error.strerror}"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (getattr(error, "strerror", None) or str(error)).splitlines()[0]
 
 
 # --- arguments ---
@@ -186,17 +258,113 @@ def check_input(path: str, made_by: str | None = None) -> None:
         raise UserError(f"{path} {problem}" + (f": run `{made_by}` first" if made_by else ""))
 
 
-def check_output(path: str, overwrite: bool = False) -> None:
-    """Raises UserError if an output exists and `overwrite` is false, or if it cannot be written."""
+def check_output(
+    path: str | Path,
+    overwrite: bool = False,
+    inputs: Sequence[str | Path | None] = (),
+    folder: bool = False,
+) -> None:
+    """`check_outputs` of one output, a file or a folder."""
+    check_outputs([] if folder else [path], inputs, overwrite, [path] if folder else [])
+
+
+def check_outputs(
+    files: Sequence[str | Path],
+    inputs: Sequence[str | Path | None] = (),
+    overwrite: bool = False,
+    folders: Sequence[str | Path] = (),
+) -> None:
+    """Check everything that a run writes before it begins, and hold it until `run` ends.
+
+    files, folders: the outputs; a folder is a model directory, which is replaced as a whole.
+    inputs: the files and folders that the run reads; None and names that are no paths pass. An
+    output that exists needs `overwrite`, unless the same command was killed while it wrote it.
+
+    Raises UserError for an output that exists, that cannot be written, that another process writes,
+    or that is the same file as an input or another output, be it through links or another
+    spelling."""
+    outputs = [*files, *folders]
+    check_different(outputs, inputs)
+    for path in outputs:
+        is_folder = path in folders
+        target = Path(path)
+        _check_kind(target, is_folder)
+        exists = holds_something(target) if is_folder else target.exists()
+        if not was_killed(target) and exists and not overwrite:
+            raise UserError(f"{path} exists: give --overwrite to replace it, or another output")
+        if is_folder and exists and not is_model_directory(target):
+            raise UserError(
+                f"{path} is no model directory: it is not replaced, give another output"
+            )
+    for path in outputs:
+        hold_output(path)
+
+
+def check_different(
+    outputs: Sequence[str | Path], inputs: Sequence[str | Path | None] = ()
+) -> None:
+    """Raises UserError if an output, or its rows of a killed run, is an input or another output."""
+    paths = [path for path in inputs if path is not None]
+    paths += [base for base, _ in map(adapter_base, paths) if base]
+    read = [Path(path) for path in paths if Path(path).exists()]
+    read += [file for folder in read if folder.is_dir() for file in model_files(folder)]
+    for place, output in enumerate(map(Path, outputs)):
+        for path in read:
+            partial = Path(f"{output}.partial")
+            if any(target.exists() and path.samefile(target) for target in (output, partial)):
+                raise UserError(
+                    f"{output} would replace {path}, which this run reads: give another output"
+                )
+            if output.is_dir() and output.resolve() in path.resolve().parents:
+                raise UserError(f"{path} lies in the output {output}: give another output")
+        for other in map(Path, outputs[:place]):
+            if _spelling(output) == _spelling(other) or (
+                output.exists() and other.exists() and output.samefile(other)
+            ):
+                raise UserError(f"{output} and {other} are the same file: give different outputs")
+
+
+def _spelling(path: Path) -> str:
+    """Equal for paths that some file systems take for the same: case, composed letters, links."""
+    return unicodedata.normalize("NFC", os.path.realpath(path)).casefold()
+
+
+def _check_kind(target: Path, is_folder: bool) -> None:
+    """Raises UserError for an output of the wrong kind, or with a name that no file can have."""
+    expected = "a folder" if is_folder else "a file"
+    if target.name in ("", "..") or "\0" in str(target):
+        raise UserError(f"output {str(target)!r}: expected the name of {expected}")
+    try:
+        if target.exists() and not (target.is_dir() if is_folder else target.is_file()):
+            found = "a file" if target.is_file() else "a folder" if target.is_dir() else "no file"
+            raise UserError(f"{target} is {found}, expected {expected} to write to")
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}") from None
+
+
+def hold_output(path: str | Path) -> None:
+    """As `hold`. Raises UserError if it cannot be written there, or another process does."""
     target = Path(path)
-    holds_something = target.is_file() or (target.is_dir() and any(target.iterdir()))
-    if holds_something and not overwrite:
-        raise UserError(f"{path} exists: give --overwrite to replace it, or another output")
-    parent = target.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{path} cannot be written: {parent} is not a writable folder")
+    try:
+        parent = target.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"{target} cannot be written: {parent} is not a writable folder")
+        longest = os.pathconf(parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+        if len(os.fsencode(target.name)) > longest - 14:  # of a temporary name: .NAME.xxxxxxxx.tmp
+            raise UserError(f"{target} cannot be written: its name is too long")
+        hold(target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}") from None
+
+
+def holds_something(folder: Path) -> bool:
+    """Whether a folder holds more than what a killed run left: hidden temporary files."""
+    return folder.is_dir() and any(
+        not (path.name.startswith(".") and path.name.endswith((".tmp", ".lock")))
+        for path in folder.iterdir()
+    )
 
 
 def check_model(path: str, made_by: str | None = None) -> None:

@@ -3,8 +3,11 @@
 A file whose name ends in .gz is compressed: `data/trees.jsonl.gz` works like `data/trees.jsonl`.
 """
 
+import atexit
 import codecs
 import contextlib
+import errno
+import glob
 import gzip
 import hashlib
 import io
@@ -13,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +24,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Protocol, Self, TypeVar
 
-from common.errors import RecordError
+try:
+    import fcntl
+except ImportError:  # Windows: outputs are not locked
+    fcntl = None  # type: ignore[assignment]
+
+from common.errors import RecordError, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -258,26 +267,61 @@ def write_records(path: str | Path, records: Iterable[Any]) -> int:
 
 # --- whole or not at all ---
 
+_moves: list[tuple[str, Path]] | None = None  # within `together`: (temporary file, its place)
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary file that replaces `path` when the block ends without an error.
 
     It is in the folder of `path`. After an error it is removed and `path` is unchanged. Missing
-    folders are made."""
-    path = Path(path)
+    folders are made. A link stays a link: the file that it leads to is replaced."""
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
+    with _names(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        try:
+            yield Path(name)
+            with open(name, "rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(name, 0o666 & ~_umask())
+            if _moves is None:
+                os.replace(name, path)
+            else:
+                _moves.append((name, path))
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Within the block, files are written beside their places and moved there at its end, in order.
+
+    So a full disk or an error leaves all of them as they were. A run writes the file that says it
+    has finished last."""
+    global _moves
+    _moves = []
     try:
-        yield Path(name)
-        with open(name, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        yield
+        for name, path in _moves:
+            os.replace(name, path)
+    finally:
+        for name, _ in _moves:
+            Path(name).unlink(missing_ok=True)
+        _moves = None
+
+
+@contextlib.contextmanager
+def _names(path: Path) -> Iterator[None]:
+    """Errors of the system within the block name this file if they name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _umask() -> int:
@@ -290,17 +334,26 @@ def _umask() -> int:
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder beside `folder`, which replaces it when the block ends without an error.
 
-    After an error the temporary folder is removed. Missing parent folders are made."""
-    folder = Path(folder)
-    temporary = folder.parent / f".{folder.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    After an error the temporary folder is removed. Missing parent folders are made. A process that
+    is killed between two renames leaves the old folder as `.NAME.old.tmp`; the next call puts it
+    back."""
+    folder = Path(os.path.realpath(folder))
+    temporary, old = (folder.parent / f".{folder.name}.{kind}.tmp" for kind in ("new", "old"))
+    if old.is_dir() and not folder.exists():
+        os.replace(old, folder)
+    for left in (temporary, old):
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
         os.replace(temporary, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if old.is_dir() and not folder.exists():
+            os.replace(old, folder)
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_text(path: str | Path, chunks: Iterable[str]) -> None:
@@ -314,30 +367,187 @@ def write_text(path: str | Path, chunks: Iterable[str]) -> None:
             raw.writelines(chunk.encode() for chunk in chunks)
 
 
+# --- one run at a time ---
+
+# output -> the handle that locks it, and the folders that were made for it
+_held: dict[Path, tuple[IO[str], list[Path]]] = {}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # errors of a file system without locks
+
+
+ADVICE = "wait until it ends, or give another output"
+
+
+def _lock_file(path: str | Path) -> Path:
+    target = Path(os.path.realpath(path))
+    return target.with_name(f".{target.name}.lock")
+
+
+def _command() -> str:
+    """A hash of the command of this process and its folder."""
+    command = json.dumps([os.getcwd(), sys.argv])
+    return hashlib.sha256(command.encode(errors="surrogateescape")).hexdigest()
+
+
+def _flock(path: str | Path, handle: IO[str], how: str, advice: str) -> None:
+    """Lock an open lock file. Raises UserError if another process holds the lock."""
+    try:
+        if fcntl:
+            fcntl.flock(handle, getattr(fcntl, how) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        process = handle.read().partition(" ")[0].strip() or "unknown"
+        handle.close()
+        raise UserError(f"{path}: another process ({process}) writes to it: {advice}") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            handle.close()
+            raise
+
+
+def lock(path: str | Path, advice: str = ADVICE) -> IO[str]:
+    """Lock a file or folder against other processes as long as the returned handle is open.
+
+    The lock is on the file .NAME.lock beside it, and ends with the process, however that ends. A
+    killed process leaves this file, which locks nothing. Raises UserError if another handle holds
+    the lock, OSError if the lock file cannot be made."""
+    place = _lock_file(path)
+    while True:
+        handle = open(place, "a+", encoding="utf-8")  # noqa: SIM115 (returned)
+        _flock(path, handle, "LOCK_EX", advice)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samefile(place, handle.fileno()):
+                break
+        handle.close()  # its holder removed it in between
+    handle.truncate(0)
+    handle.write(f"{os.getpid()} {_command()}\n")
+    handle.flush()
+    return handle
+
+
+def was_killed(path: str | Path) -> bool:
+    """Whether the same command was killed while it held this output: what is there is its own.
+
+    Changes nothing. Raises UserError if another process holds the output now."""
+    if Path(os.path.realpath(path)) in _held:
+        return False
+    try:
+        with open(_lock_file(path), encoding="utf-8", errors="replace") as handle:
+            _flock(path, handle, "LOCK_SH", ADVICE)
+            return handle.read().partition(" ")[2].strip() == _command()
+    except OSError:
+        return False  # no lock file, or none that can be read: `hold` reports it
+
+
+def hold(path: str | Path) -> None:
+    """Lock an output until `release`, and remove the temporary files that a killed run left for it.
+
+    Missing folders are made; `release` removes those that stay empty. Raises UserError if another
+    process holds it, OSError if nothing can be written there."""
+    target = Path(os.path.realpath(path))
+    if target in _held:
+        return
+    made = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _held[target] = (lock(path), made)
+    except BaseException:
+        _remove_empty(made)
+        raise
+    for left in target.parent.glob(f".{glob.escape(target.name)}.????????.tmp"):  # by mkstemp
+        left.unlink()
+
+
+def release() -> None:
+    """Unlock everything that `hold` locked."""
+    while _held:
+        _, (handle, made) = _held.popitem()
+        Path(handle.name).unlink(missing_ok=True)
+        handle.close()
+        _remove_empty(made)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove these folders, each of which is in the next one, as long as they are empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _forget() -> None:
+    """In a forked process: the locks are the parent's."""
+    for handle, _ in _held.values():
+        handle.close()
+    _held.clear()
+
+
+atexit.register(release)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
 # --- append and resume ---
 
 
 class AppendedRows:
     """Rows that a long job appends to a JSONL file. If the job is killed, no appended row is lost.
 
-    `rows` are all rows of the file, those of earlier runs first. An incomplete last line is
-    removed. A line that is not a JSON object is skipped: the job computes its row again. The file
-    is never compressed, whatever its name."""
+    `rows` are the rows of the file, those of earlier runs first. is_row: tells the rows of this
+    kind of file from other JSON objects. An incomplete last line is removed, and a line that is no
+    such row is skipped: the job computes its row again. Several processes may append to one file.
+    The file is never compressed, whatever its name. Raises RecordError if the file has lines but
+    none of this kind: it is another file, and stays as it is."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, is_row: Callable[[dict], bool] = lambda row: True):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")  # noqa: SIM115 (stays open)
-        self._file.seek(0)
-        whole = [line for line in self._file if line.endswith(b"\n")]
-        self._file.truncate(sum(map(len, whole)))
-        self.rows: list[dict] = [row for row in map(_row, whole) if row is not None]
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (stays open)
+        with self._alone():
+            self._file.seek(0)
+            content = self._file.readall()
+            *whole, rest = content.split(b"\n")
+            found = [row for row in map(_row, whole) if row is not None and is_row(row)]
+            # after a power cut a file may hold zeros
+            is_foreign = any(line.strip(b"\0 \r") for line in whole) and not found
+            if is_foreign or rest.strip(b"\0")[:1] not in (b"", b"{"):
+                self._file.close()
+                raise RecordError(
+                    f"{path}: holds something else than the rows that are kept there; "
+                    "it stays as it is, give another file"
+                )
+            self.rows: list[dict] = found
+            if rest:
+                self._file.truncate(len(content) - len(rest))
 
     def append(self, *rows: dict) -> None:
-        """Append rows in one write, and flush."""
-        self._file.write("".join(map(to_line, rows)).encode())
-        self._file.flush()
+        """Append rows, all or none of them."""
+        self._write("".join(map(to_line, rows)))
         self.rows += rows
+
+    def _write(self, lines: str) -> None:
+        data = memoryview(lines.encode())
+        with _names(self.path), self._alone():
+            end = self._file.seek(0, os.SEEK_END)
+            if end and os.pread(self._file.fileno(), 1, end - 1) != b"\n":
+                data = memoryview(b"\n" + data)  # behind what another process left when killed
+            try:
+                while data:
+                    data = data[self._file.write(data) :]
+            except OSError:
+                self._file.truncate(end)
+                raise
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process changes the file within the block."""
+        with contextlib.suppress(OSError):  # a file system without locks
+            if fcntl:
+                fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if fcntl and not self._file.closed:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def close(self) -> None:
         self._file.close()
@@ -354,28 +564,29 @@ def _row(line: bytes) -> dict | None:
 class ResumableRows(AppendedRows):
     """Rows of one job, appended to `<output>.partial` until the output is written.
 
-    The first line is the job, so that a different job never continues these rows. `unit` rows
-    belong together, for example a batch that is only reproducible as a whole. An incomplete unit at
-    the end is dropped and computed again, so that the result equals that of an uninterrupted run.
-    Raises RecordError if the file holds the rows of a different job, unless `overwrite`."""
+    The first line is the job, so that a different job never continues these rows. Every other line
+    has its number: after a line that is damaged, lost or from elsewhere all rows are computed
+    again. `unit` rows belong together, for example a batch that is only reproducible as a whole. An
+    incomplete unit at the end is dropped and computed again, so that the result equals that of an
+    uninterrupted run. Raises RecordError if the file holds something else, unless `overwrite`."""
 
     def __init__(self, output: str | Path, job: dict, unit: int = 1, overwrite: bool = False):
         path = Path(f"{output}.partial")
+        self.may_replace(output, job, overwrite)
         if not self.pending(output, job):
-            if path.exists() and not overwrite:
-                raise RecordError(
-                    f"{path}: holds the rows of another job (different arguments or input); "
-                    "finish that job, remove the file, or give --overwrite"
-                )
             write_text(path, [to_line({"job": job})])
-        lines = path.read_bytes().splitlines(keepends=True)[1:]
-        rows = 0
-        while rows < len(lines) and lines[rows].endswith(b"\n") and _row(lines[rows]) is not None:
-            rows += 1
-        dropped = lines[rows // unit * unit :]
-        os.truncate(path, path.stat().st_size - sum(map(len, dropped)))
+        with open(path, "rb") as file:
+            lines = list(file)
+        rows: list[dict] = []
+        for line in lines[1:]:
+            row = _row(line) if line.endswith(b"\n") else None
+            if row is None or row.keys() != {"n", "row"} or row["n"] != len(rows):
+                break
+            rows.append(row["row"])
+        del rows[len(rows) // unit * unit :]
+        os.truncate(path, sum(map(len, lines[: 1 + len(rows)])))
         super().__init__(path)
-        del self.rows[0]  # the line with the job
+        self.rows = rows
 
     @staticmethod
     def pending(output: str | Path, job: dict) -> bool:
@@ -385,7 +596,27 @@ class ResumableRows(AppendedRows):
         if not path.is_file():
             return False
         with open(path, "rb") as file:
-            return file.readline() == header
+            return file.readline(len(header) + 1) == header
+
+    @classmethod
+    def may_replace(cls, output: str | Path, job: dict, overwrite: bool) -> bool:
+        """Whether this job may write the output if that exists: with `overwrite`, or if it resumes.
+
+        Raises RecordError as the constructor does; scripts call it before they load models."""
+        path = Path(f"{output}.partial")
+        resumes = cls.pending(output, job)
+        if not (resumes or overwrite) and path.exists() and not _is_blank(path):
+            raise RecordError(
+                f"{path}: holds the rows of another job (different arguments, input or models), "
+                "or is damaged; finish that job, remove the file, or give --overwrite"
+            )
+        return resumes or overwrite
+
+    def append(self, *rows: dict) -> None:
+        """Append rows, all or none of them."""
+        numbered = enumerate(rows, len(self.rows))
+        self._write("".join(f'{{"n": {n}, "row": {to_line(row)[:-1]}}}\n' for n, row in numbered))
+        self.rows += rows
 
     def finish(self) -> None:
         """Remove the partial rows. Call it when the output is written."""
@@ -393,18 +624,78 @@ class ResumableRows(AppendedRows):
         self.path.unlink()
 
 
-# --- hashes ---
+def _is_blank(path: Path) -> bool:
+    """Whether a file holds nothing, or only the zeros that a power cut leaves."""
+    with open(path, "rb") as file:
+        return not any(block.strip(b"\0") for block in iter(lambda: file.read(1 << 20), b""))
 
-MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".gguf")
+
+# --- identities: what a job was computed from, whatever its path ---
+
+# the suffixes and names of a model's configuration, weights, tokenizer, chat templates and code
+MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".jinja", ".tiktoken", ".py")
+VOCABULARIES = ("vocab.txt", "merges.txt")
+NO_MODEL_FILES = ("training_job.json", "trainer_state.json", "training_args.bin")
+
+
+def model_files(folder: str | Path) -> list[Path]:
+    """The files of a model directory that change what the model does, sorted by name."""
+    found = [*Path(folder).glob("*"), *Path(folder, "additional_chat_templates").glob("*.jinja")]
+    return sorted(
+        file
+        for file in found
+        if (file.suffix in MODEL_SUFFIXES or file.name in VOCABULARIES)
+        and file.name not in NO_MODEL_FILES
+        and file.is_file()
+    )
 
 
 def content_hash(path: str | Path) -> str | None:
-    """SHA-256 of a file, or of the configuration, weights and tokenizer files of a model directory.
+    """SHA-256 of a file, or of the `model_files` of a folder, for an adapter with its base.
 
-    None if the path is neither."""
+    None if the path is neither a file nor a model directory."""
     if Path(path).is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted(file for file in Path(path).glob("*") if file.suffix in MODEL_FILES)
-    lines = "".join(f"{file.name} {content_hash(file)}\n" for file in files)
-    return hashlib.sha256(lines.encode()).hexdigest() if files else None
+    lines = [f"{file.name} {content_hash(file)}\n" for file in model_files(path)]
+    if base := _base_identity(Path(path)):
+        lines.append(f"base {base}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None
+
+
+def adapter_base(folder: str | Path) -> tuple[str | None, str | None]:
+    """(base model, its revision) that the adapter in a folder names; (None, None) without one."""
+    try:
+        config = json.loads(Path(folder, "adapter_config.json").read_bytes())
+        base, revision = config["base_model_name_or_path"], config.get("revision")
+    except (OSError, ValueError, TypeError, KeyError):
+        return None, None
+    return (base, revision) if isinstance(base, str) else (None, None)
+
+
+def _base_identity(folder: Path) -> str:
+    """What the base of an adapter is; "" for a folder without an adapter."""
+    base, revision = adapter_base(folder)
+    if base is None:
+        return ""
+    hashes = [f"{file.name} {content_hash(file)}" for file in model_files(base)]
+    return "\n".join(hashes) if hashes else hub_identity(base, revision)
+
+
+def identity(name: str, revision: str | None = None) -> str:
+    """What a model is, for the `job` of a run that can resume: the hash of a local file or
+    directory, or the name of a hub model with its commit."""
+    return content_hash(name) or hub_identity(name, revision)
+
+
+def hub_identity(name: str, revision: str | None = None) -> str:
+    """NAME@COMMIT, for an adapter with its base; NAME alone if the hub and its cache lack it."""
+    from huggingface_hub import hf_hub_download  # would slow --help
+
+    for file in ("adapter_config.json", "config.json"):
+        try:
+            found = Path(hf_hub_download(name, file, revision=revision))
+        except (OSError, ValueError):
+            continue  # no such file; if there is no such model, the loader says so
+        return f"{name}@{found.parent.name} {_base_identity(found.parent)}".strip()
+    return name

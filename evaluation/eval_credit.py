@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_input, check_model, parse_args, run
 from common.errors import UserError
-from common.files import at_root, read_records
+from common.files import at_root, read_records, together
 from evaluation.metrics import Metric, clustered_mean_metric
 from evaluation.results import output_paths, print_table, write_result
 from reasoning.grading import grade_steps
@@ -51,11 +51,10 @@ class CreditArgs:
         at_root("data/rewarded.jsonl"), "JSONL of pairs; only those kept out of training are used"
     )
     input: str = arg(at_root("data/problems_test.jsonl"), "JSONL of held-out problems with traps")
-    output_dir: str = arg(
-        at_root("evaluation/results"), "folder of credit.json; the plot goes to ../plots"
-    )
+    output_dir: str = arg(at_root("evaluation/results"), "folder of credit.json and its plot")
     limit: int | None = arg(None, "use the first LIMIT problems")
     seed: int = arg(0, "seed of the bootstrap")
+    overwrite: bool = arg(False, "replace an existing result")
 
 
 def kinds_of(pair: PreferencePair, problem: Problem, side: str) -> list[str]:
@@ -86,7 +85,8 @@ def check(args: CreditArgs) -> tuple[list[str], Path, Path]:
         check_model(model)
     check_input(args.input, "make data")
     check_input(args.pairs, "make data")
-    result, _, plot = output_paths(args.output_dir, "credit")
+    read = [args.base_model, *args.models, args.pairs, args.input]
+    plot, _, result = output_paths(args.output_dir, "credit", read, args.overwrite)
     return names, result, plot
 
 
@@ -173,8 +173,9 @@ def main() -> None:
             metrics[f"{name}/next_step_accuracy/{place}"] = metric
 
     counts = {"pairs": len(pairs), "problems": len(problems)}
-    write_result(result, metrics, asdict(args), [args.seed], **counts)
-    credit_plot(plot, metrics, list(models), KINDS)
+    with together():
+        credit_plot(plot, metrics, list(models), KINDS)
+        write_result(result, metrics, asdict(args), [args.seed], **counts)
     title = f"change of the log-prob of a step, nats, {len(pairs)} pairs kept out of training"
     print_by_model(title, metrics, names, "logp_change", list(KINDS))
     title = f"share of right greedy steps after a right prefix, {len(problems):,} test problems"

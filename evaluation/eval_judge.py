@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_input, check_least, check_model, parse_args, run
 from common.errors import UserError
-from common.files import at_root, file_stem, read_records
+from common.files import at_root, file_stem, read_records, together
 from evaluation.judge_card import Judged, RankedPolicy, card, print_card
 from evaluation.metrics import Metric, mean_metric, rate_metric, spearman_metric
 from evaluation.results import output_paths, print_metrics, write_result
@@ -24,7 +24,14 @@ from reasoning.datasets.loading import load_step_labels
 from reasoning.grading import grade_steps, is_correct
 from reasoning.records import LabelledSolution, Problem
 from reward_model.protocols import StepJudge, aggregate
-from reward_model.registry import JudgeArgs, check_judge, judge_name, open_judge, score_all
+from reward_model.registry import (
+    JudgeArgs,
+    check_judge,
+    judge_files,
+    judge_name,
+    open_judge,
+    score_all,
+)
 
 if TYPE_CHECKING:
     from lm.policy import Policy
@@ -52,10 +59,7 @@ class CardArgs(JudgeArgs):
         "three or more models, for example checkpoints: compares their ranks by the "
         "judge with their ranks by exact accuracy",
     )
-    output_dir: str = arg(
-        at_root("evaluation/results"),
-        "folder of judge_NAME.json (replaced); the plot goes to ../plots",
-    )
+    output_dir: str = arg(at_root("evaluation/results"), "folder of judge_NAME.json and its plot")
     limit: int | None = arg(500, "use the first LIMIT problems, or solutions of --labels")
     samples: int = arg(4, "samples a problem, at temperature 1; best of n picks one of them")
     rollouts: int = arg(0, "rollouts after each step, for value calibration; 0: none")
@@ -66,6 +70,7 @@ class CardArgs(JudgeArgs):
     )
     max_new_tokens: int = arg(256, "longest sample, in tokens")
     seed: int = arg(0, "seed of samples, rollouts, the bootstrap and a shuffled judge")
+    overwrite: bool = arg(False, "replace an existing result")
 
     def __post_init__(self) -> None:
         check_least(self, limit=1, samples=1, rollouts=0, max_new_tokens=1, seed=0)
@@ -94,12 +99,15 @@ def check(args: CardArgs) -> tuple[Path, Path]:
         name += f"_on_{file_stem(args.labels)}"
     elif args.labels_split is not None:
         raise UserError("argument --labels_split: give --labels, or leave it out")
-    result, _, plot = output_paths(args.output_dir, f"judge_{name}")
     if args.labels is None:
         check_model(args.model_name_or_path, made_by("model_name_or_path", "make models"))
         for policy in args.policies or []:
             check_model(policy)
         check_input(args.input, made_by("input", "make data"))
+    read = [args.labels or args.input, *(args.policies or []), *judge_files(args)]
+    if args.labels is None:
+        read.append(args.model_name_or_path)
+    plot, _, result = output_paths(args.output_dir, f"judge_{name}", read, args.overwrite)
     return result, plot
 
 
@@ -256,21 +264,19 @@ def main() -> None:
     )
     from evaluation.plots import judge_plot  # slow to import (matplotlib)
 
-    judge_plot(plot, title, found)
-    write_result(
-        result,
-        found.metrics,
-        asdict(args),
-        [args.seed],
-        judge=judge_name(args),
-        right_steps=right,
-        left_out=left_out,
-        samples_a_problem=found.samples,
-        notes=notes,
-        reliability=[asdict(row) for row in found.reliability],
-        value_reliability=[asdict(row) for row in found.values],
-        policies=[asdict(row) for row in policies],
-    )
+    extras = {
+        "judge": judge_name(args),
+        "right_steps": right,
+        "left_out": left_out,
+        "samples_a_problem": found.samples,
+        "notes": notes,
+        "reliability": [asdict(row) for row in found.reliability],
+        "value_reliability": [asdict(row) for row in found.values],
+        "policies": [asdict(row) for row in policies],
+    }
+    with together():
+        judge_plot(plot, title, found)
+        write_result(result, found.metrics, asdict(args), [args.seed], **extras)
     print_card(f"{title}; {right:.3f} of the steps are right", found, spearman)
     if value_metrics:
         heading = f"values of {len(outcomes):,} prefixes, {args.rollouts} rollouts each"

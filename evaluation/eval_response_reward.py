@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_input, check_least, parse_args, run
 from common.errors import UserError
-from common.files import at_root, file_type, read_records
+from common.files import at_root, file_type, read_records, together
 from evaluation.metrics import (
     Bin,
     Metric,
@@ -72,11 +72,10 @@ class RewardEvalArgs(ScorerArgs, PolicyArgs):
     )
     n: int = arg(8, "samples a problem; 0: no best of n")
     max_new_tokens: int = arg(256, "longest sample, in tokens")
-    output_dir: str = arg(
-        at_root("evaluation/results"), f"folder of {NAME}.json; the plot goes to ../plots"
-    )
+    output_dir: str = arg(at_root("evaluation/results"), f"folder of {NAME}.json and its plot")
     limit: int | None = arg(None, "use the first LIMIT groups and problems")
     seed: int = arg(0, "seed of samples and bootstrap")
+    overwrite: bool = arg(False, "replace an existing result")
 
     def __post_init__(self) -> None:
         check_least(self, limit=1, n=0, max_new_tokens=1, seed=0)
@@ -317,7 +316,8 @@ def main() -> None:
         problems = list(islice(read_records(args.problems, Problem), args.limit))
         check_policy(args)
     check_scorer(args)
-    result, _, plot = output_paths(args.output_dir, NAME)
+    read = [args.data, args.problems, args.scorer, args.model_name_or_path]
+    plot, _, result = output_paths(args.output_dir, NAME, read, args.overwrite)
 
     with open_scorer(args) as scorer:
         texts = [(prompt, answer.text) for prompt, answers in found for answer in answers]
@@ -337,24 +337,26 @@ def main() -> None:
     from evaluation.plots import response_plot  # slow to import (matplotlib)
 
     title = f"{Path(args.scorer).name} on {len(found):,} groups of {Path(args.data).name}"
-    response_plot(
-        plot,
-        title,
-        [
-            (answer.rank, len(answer.text), score, answer.category)
-            for (_, answers), group_scores in zip(found, scores, strict=True)
-            for answer, score in zip(answers, group_scores, strict=True)
-        ],
-        bins,
-        {
-            name.removesuffix("pairwise_accuracy").strip("/").replace("/", ", ") or "all": metric
-            for name, metric in by_kind.items()
-        },
-        {name: best[f"best_of_{args.n}/{name}/accuracy"] for name in picked},
-        metrics,
-    )
     extras = {"groups": len(found), "reliability": [asdict(row) for row in bins], "cut": cut}
-    write_result(result, metrics | best, asdict(args), [args.seed], **extras)
+    with together():
+        response_plot(
+            plot,
+            title,
+            [
+                (answer.rank, len(answer.text), score, answer.category)
+                for (_, answers), group_scores in zip(found, scores, strict=True)
+                for answer, score in zip(answers, group_scores, strict=True)
+            ],
+            bins,
+            {
+                name.removesuffix("pairwise_accuracy").strip("/").replace("/", ", ")
+                or "all": metric
+                for name, metric in by_kind.items()
+            },
+            {name: best[f"best_of_{args.n}/{name}/accuracy"] for name in picked},
+            metrics,
+        )
+        write_result(result, metrics | best, asdict(args), [args.seed], **extras)
     print_metrics(f"{title} (n: pairs, or groups; 95 % intervals by prompt)", metrics)
     if best:
         heading = f"best of {args.n}: {len(problems):,} problems of {Path(args.problems).name}"

@@ -14,14 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_input, check_least, check_model, parse_args, run
 from common.errors import UserError
-from common.files import at_root, read_records, write_records
+from common.files import at_root, read_records, together, write_records
 from evaluation.metrics import Metric, compare
 from evaluation.results import output_paths, print_comparison, write_result
 from reasoning.grading import is_correct, step_accuracy
 from reasoning.records import PreferencePair, Problem
 from reasoning.splits import is_kept_out
 from reward_model.protocols import aggregate
-from reward_model.registry import JudgeArgs, check_judge, open_judge, score_all
+from reward_model.registry import JudgeArgs, check_judge, judge_files, open_judge, score_all
 
 if TYPE_CHECKING:
     from lm.policy import Policy, Response
@@ -46,12 +46,12 @@ class EvalArgs(JudgeArgs):
         at_root("data/rewarded.jsonl"), "JSONL of pairs; only those kept out of training are used"
     )
     output_dir: str = arg(
-        at_root("evaluation/results"),
-        f"folder of {NAME}.json (replaced); the plot goes to ../plots",
+        at_root("evaluation/results"), f"folder of {NAME}.json, its answers and its plot"
     )
     limit: int | None = arg(None, "use the first LIMIT problems; all if not given")
     max_new_tokens: int = arg(256, "longest answer, in tokens")
     seed: int = arg(0, "seed of the bootstrap and of --judge shuffled (the answers are greedy)")
+    overwrite: bool = arg(False, "replace an existing result")
 
     def __post_init__(self) -> None:
         check_least(self, limit=1, max_new_tokens=1, seed=0)
@@ -122,7 +122,8 @@ def margins(policy: "Policy", pairs: Sequence[PreferencePair]) -> list[float]:
 def main() -> None:
     (args,) = parse_args(EvalArgs, description=__doc__)
     problems, pairs = check(args)
-    result, rows, plot = output_paths(args.output_dir, NAME)
+    read = [args.base_model, args.tuned_model, args.input, args.pairs, *judge_files(args)]
+    plot, rows, result = output_paths(args.output_dir, NAME, read, args.overwrite)
     models = {"base": args.base_model, "tuned": args.tuned_model}
     prompts = [problem.prompt for problem in problems]
     answers, logp_margins = {}, {}
@@ -168,21 +169,19 @@ def main() -> None:
 
     from evaluation.plots import comparison_plot  # slow to import (matplotlib)
 
-    write_records(rows, (row.row() for row in compared))
     title = f"{len(scored):,} held-out problems, greedy answers"
     shown = {"reward": "mean step reward (judge)", "accuracy": "exact accuracy"}
-    comparison_plot(plot, metrics, shown, title)
-    write_result(
-        result,
-        metrics,
-        asdict(args),
-        [args.seed],
-        base_avg_score_diff=metrics["base_reward"].value,
-        tuned_avg_score_diff=metrics["tuned_reward"].value,
-        improvement=metrics["reward_improvement"].value,
-        num_examples=len(scored),
-        left_out=left_out,
-    )
+    extras = {
+        "base_avg_score_diff": metrics["base_reward"].value,
+        "tuned_avg_score_diff": metrics["tuned_reward"].value,
+        "improvement": metrics["reward_improvement"].value,
+        "num_examples": len(scored),
+        "left_out": left_out,
+    }
+    with together():
+        write_records(rows, (row.row() for row in compared))
+        comparison_plot(plot, metrics, shown, title)
+        write_result(result, metrics, asdict(args), [args.seed], **extras)
     names = "".join(f"\n{side}: {model}" for side, model in models.items())
     print_comparison(f"{title}{names}\njudge: {judge}", metrics)
     if left_out:

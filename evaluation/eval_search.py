@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import check_input, check_model, parse_args, run
 from common.errors import UserError
-from common.files import at_root, file_stem, read_records
+from common.files import at_root, file_stem, read_records, together
 from evaluation.results import output_paths, print_table, write_result
 from evaluation.search_measurement import (
     POOL_SIZES,
@@ -32,7 +32,7 @@ from evaluation.search_report import Report
 from lm.registry import check_policy
 from reasoning.records import Problem
 from reasoning.splits import HELD_OUT
-from reward_model.registry import check_judge, judge_name
+from reward_model.registry import check_judge, judge_files, judge_name
 
 Splits = dict[str, list[Problem]]  # name -> problems
 
@@ -107,7 +107,10 @@ def controls(args: SearchArgs, choice: Choice) -> list[Setting]:
 def main() -> None:
     (args,) = parse_args(SearchArgs, description=__doc__)
     splits, for_choosing = check(args)
-    result, rows, plot = output_paths(args.output_dir, "search")
+    names = [*args.splits, *args.choose_on]
+    files = [at_root(f"data/problems_{name}.jsonl") if name in HELD_OUT else name for name in names]
+    read = [*files, args.model_name_or_path, args.other_model, *judge_files(args)]
+    plot, rows, result = output_paths(args.output_dir, "search", read, args.overwrite, True)
     measurements = SearchMeasurements(args, rows)
     try:
         choice = choose(args, measurements, for_choosing)
@@ -130,14 +133,15 @@ def main() -> None:
     title = f"{report.policy}, guided by {judge_name(args)}"
     lines = {split: report.frontier(split) for split in splits}
     dashed = {setting.name for setting in controls(args, choice)}
-    frontier_plot(plot, lines, dashed, title)
     extras = {
         "chosen": asdict(choice),
         "equal_tokens": report.matched_n,
         "trend_p": report.trend_p,
         "left_out": report.left_out,
     }
-    write_result(result, report.metrics, asdict(args), [args.seed], **extras)
+    with together():
+        frontier_plot(plot, lines, dashed, title)
+        write_result(result, report.metrics, asdict(args), [args.seed], **extras)
     compared = sorted(choice.accuracies.items(), key=lambda item: -item[1])
     counts = ", ".join(f"{len(problems)} {split}" for split, problems in for_choosing.items())
     print_table(

@@ -1,5 +1,8 @@
 """The plots of the evaluation scripts; the only module that imports matplotlib."""
 
+import itertools
+import textwrap
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -57,8 +60,27 @@ def _panels(
         _no_frame(axes)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
-    figure.suptitle(title, fontsize=10)
+    _title(figure, title)
     _save(figure, path)
+
+
+def _text(text: str, most: int = 60) -> str:
+    """A text from a user, such as the name of a folder, as matplotlib shows it unchanged.
+
+    Dollars do not begin a formula, a leading underscore does not hide a label, bytes that are no
+    text become question marks, and more than `most` characters lose their middle."""
+    text = text.encode("utf-8", "replace").decode().replace("\0", " ")
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[len(text) - most // 2 + 5 :]}"
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def _title(figure: Figure, title: str) -> None:
+    """The title above all panels, on as many lines as it needs."""
+    across = int(13 * figure.get_figwidth())  # characters, at this size
+    lines = textwrap.wrap(title, across, max_lines=4, placeholder=" ...")
+    figure.suptitle(_text("\n".join(lines), 5 * across), fontsize=10)
 
 
 def _no_frame(axes: plt.Axes) -> None:
@@ -108,7 +130,7 @@ def _diagram(axes: plt.Axes, bins: Sequence[Bin], share: str) -> None:
 
 
 def _name_point(axes: plt.Axes, name: str, point: tuple[float, float]) -> None:
-    axes.annotate(name, point, (5, 4), textcoords="offset points", fontsize=7)
+    axes.annotate(_text(name), point, (5, 4), textcoords="offset points", fontsize=7)
 
 
 def _in_brackets(name: str, metric: Metric | None) -> str:
@@ -116,9 +138,10 @@ def _in_brackets(name: str, metric: Metric | None) -> str:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG, whole or not at all. A character that the font lacks becomes a box."""
     try:
-        with replacing(path) as temporary:
+        with replacing(path) as temporary, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")
             figure.savefig(temporary, format="png", dpi=150)
     finally:
         plt.close(figure)
@@ -144,7 +167,7 @@ def comparison_plot(
     axes.set_ylim(0, 1.12)  # space for the number above a bar of height 1
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.set_ylabel("share, 0 to 1 (95 % intervals)")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(_text(title), fontsize=10)
     _no_frame(axes)
     figure.legend(frameon=False, loc="outside lower center", ncols=2)
     _save(figure, path)
@@ -286,7 +309,9 @@ def _score_over_length(
     for k, name in enumerate(dict.fromkeys(category for *_, category in answers)):
         points = [(length, score) for _, length, score, category in answers if category == name]
         lengths, scores = zip(*points, strict=True)
-        axes.scatter(lengths, scores, s=5, alpha=0.5, color=f"C{k % 10}", label=name or "answers")
+        axes.scatter(
+            lengths, scores, s=5, alpha=0.5, color=f"C{k % 10}", label=_text(name or "answers")
+        )
     axes.set(xlabel="length, characters", ylabel="score")
     bracket = _in_brackets("Spearman within groups", spearman)
     axes.set_title("score over length" + bracket, fontsize=9)
@@ -304,7 +329,7 @@ def _pairwise_accuracies(axes: plt.Axes, accuracies: dict[str, Metric]) -> None:
     places = range(len(metrics))[::-1]
     colors, ends = [TUNED] + [BASE] * (len(metrics) - 1), _whiskers(metrics)
     axes.barh(places, _values(metrics), 0.7, xerr=ends, color=colors, capsize=2)
-    axes.set_yticks(places, [*accuracies], fontsize=7)
+    axes.set_yticks(places, [_text(name) for name in accuracies], fontsize=7)
     axes.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
     axes.set(xlim=(0, 1.02), xlabel="share of pairs in the right order")
     axes.set_title("pairwise accuracy", fontsize=9)
@@ -401,7 +426,7 @@ def stability_plot(
     grid.flat[0].set_ylabel("exact accuracy")
     handles = grid.flat[0].get_legend_handles_labels()
     figure.legend(*handles, frameon=False, fontsize=8, loc="outside lower center", ncols=4)
-    figure.suptitle(title, fontsize=10)
+    _title(figure, title)
     _save(figure, path)
 
 
@@ -414,7 +439,8 @@ def credit_plot(
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=[len(kinds), 3]
     )
-    colors = dict(zip(models, [BASE, *plt.get_cmap("tab10").colors], strict=False))
+    palette = itertools.cycle(plt.get_cmap("tab10").colors)
+    colors = dict(zip(models, itertools.chain([BASE], palette), strict=False))
     for axes, group, names, labels in (
         (left, "logp_change", models[1:], kinds),
         (right, "next_step_accuracy", models, {"trap": "at traps", "elsewhere": "elsewhere"}),
@@ -425,7 +451,11 @@ def credit_plot(
             values = [metrics[key] for key in keys if key in metrics]
             offset = (m - (len(names) - 1) / 2) * width
             places = [k + offset for k, key in enumerate(keys) if key in metrics]
-            style = {"color": colors[name], "label": name if axes is right else None, "capsize": 2}
+            style = {
+                "color": colors[name],
+                "label": _text(name) if axes is right else None,
+                "capsize": 2,
+            }
             axes.bar(places, _values(values), width, yerr=_whiskers(values), **style)
         axes.set_xticks(range(len(labels)), labels.values(), fontsize=8)
         _no_frame(axes)
@@ -434,7 +464,7 @@ def credit_plot(
     left.set_title("log-prob of steps, tuned minus base, pairs kept out of training", fontsize=10)
     right.set(ylim=(0, 1.02), ylabel="share right")
     right.set_title("greedy next step after a right prefix", fontsize=10)
-    figure.legend(frameon=False, loc="outside lower center", ncols=len(models))
+    figure.legend(frameon=False, loc="outside lower center", ncols=min(6, len(models)))
     _save(figure, path)
 
 
@@ -456,19 +486,25 @@ def frontier_plot(
     )
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     palette = plt.get_cmap("tab20").colors
-    colors = dict(zip(names, palette[::2] + palette[1::2], strict=False))
+    colors = dict(zip(names, itertools.cycle(palette[::2] + palette[1::2]), strict=False))
     for axes, (split, lines) in zip(grid.flat, panels.items(), strict=True):
         for name, points in lines.items():
             accuracies = [accuracy for _, accuracy in points]
             places = _values([tokens for tokens, _ in points])
             color, style = colors[name], "o--" if name in controls else "o-"
-            look = {"fmt": style, "color": color, "capsize": 2, "markersize": 4, "label": name}
+            look = {
+                "fmt": style,
+                "color": color,
+                "capsize": 2,
+                "markersize": 4,
+                "label": _text(name),
+            }
             axes.errorbar(places, _values(accuracies), _whiskers(accuracies), **look)
             if len(points) == 1:
                 axes.axhline(accuracies[0].value, color=color, linewidth=0.8, linestyle=":")
         axes.set(xscale="log", ylim=(0, 1))
         axes.set(xlabel="sampled tokens a problem", ylabel="exact accuracy (95 % intervals)")
-        axes.set_title(split, fontsize=10)
+        axes.set_title(_text(split), fontsize=10)
         _no_frame(axes)
     handles = {
         label: handle
@@ -477,5 +513,5 @@ def frontier_plot(
     }
     look = {"frameon": False, "fontsize": 8, "loc": "outside lower center"}
     figure.legend(handles.values(), handles.keys(), ncols=4 * len(panels), **look)
-    figure.suptitle(title, fontsize=10)
+    _title(figure, title)
     _save(figure, path)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from common.cli import check_output
+from common.cli import check_different, check_outputs
 from common.files import ROOT, write_text
 from common.terminal import printable
 from evaluation.metrics import Metric
@@ -42,16 +42,21 @@ def versions() -> dict[str, str]:
     return found
 
 
-def output_paths(output_dir: str, name: str) -> tuple[Path, Path, Path]:
-    """The paths of result (NAME.json), rows (NAME.jsonl) and plot (../plots/NAME.png).
+def output_paths(
+    output_dir: str,
+    name: str,
+    inputs: Sequence[str | Path | None],
+    overwrite: bool,
+    appends_rows: bool = False,
+) -> tuple[Path, Path, Path]:
+    """The paths of plot, rows and result, all in output_dir: NAME.png, NAME.jsonl and NAME.json.
 
-    Raises UserError if one of them cannot be written."""
-    folder = Path(output_dir)
-    result, rows = folder / f"{name}.json", folder / f"{name}.jsonl"
-    plot = folder.parent / "plots" / f"{name}.png"
-    for path in (result, rows, plot):
-        check_output(str(path), overwrite=True)
-    return result, rows, plot
+    A script writes the result last. inputs: what the script reads. appends_rows: it keeps the rows
+    of earlier runs. Raises UserError as `check_outputs` does."""
+    plot, rows, result = (Path(output_dir, f"{name}.{end}") for end in ("png", "jsonl", "json"))
+    check_different([plot, rows, result], inputs)
+    check_outputs([plot, *([] if appends_rows else [rows]), result], inputs, overwrite)
+    return plot, rows, result
 
 
 def write_result(
@@ -63,7 +68,7 @@ def write_result(
     result = {
         **more,
         "metrics": {name: asdict(metric) for name, metric in metrics.items()},
-        "config": config,
+        "config": {key: value for key, value in config.items() if key != "overwrite"},
         "seeds": list(seeds),
         "commit": commit(),
         "versions": versions(),

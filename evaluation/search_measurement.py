@@ -73,10 +73,11 @@ class SearchArgs(JudgeArgs, PolicyArgs):
     )
     output_dir: str = arg(
         at_root("evaluation/results"),
-        "folder of search.json and search.jsonl; the plot goes to ../plots",
+        "folder of search.json, its plot, and the measurements, which are kept: search.jsonl",
     )
     limit: int | None = arg(None, "use the first LIMIT problems of each split")
     seed: int = arg(0, "seed of samples, bootstrap and random scores")
+    overwrite: bool = arg(False, "replace an existing search.json and its plot")
 
     def __post_init__(self) -> None:
         check_least(self, limit=1, choose_limit=1, seed=0)
@@ -152,7 +153,7 @@ class SearchMeasurements:
             self._policy_args["other"] = PolicyArgs(args.other_model)
         self._policies = {name: policy_identity(a) for name, a in self._policy_args.items()}
         self._judge = judge_identity(args)
-        self._store = AppendedRows(path)
+        self._store = AppendedRows(path, _is_measurement)
         self._rows: dict[str, dict] = {row["key"]: row for row in self._store.rows}
 
     def close(self) -> None:
@@ -271,6 +272,10 @@ def _row(
     }
     outcomes = {"correct": correct, **counts, "seconds": [round(a.seconds, 4) for a in answers]}
     return {"key": key, "what": label, **asdict(setting), **outcomes}
+
+
+def _is_measurement(row: dict) -> bool:
+    return {"key", *vars(Outcomes())} <= row.keys()
 
 
 def setting_groups(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import arg, check_least, check_model
 from common.errors import UserError
-from common.files import at_root, content_hash
+from common.files import at_root, identity
 from lm.server_text import check_url
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def open_policy(args: PolicyArgs, chat: bool = False) -> "Policy":
 
 
 def policy_identity(args: PolicyArgs) -> dict[str, str]:
-    """All that changes a policy's samples, for the `job` of ResumableRows."""
-    identity = {"model": content_hash(args.model_name_or_path) or args.model_name_or_path}
-    return identity | ({"policy_base_url": args.policy_base_url} if args.policy_base_url else {})
+    """All that changes a policy's samples, for the `job` of a run that can resume."""
+    if args.policy_base_url is not None:
+        return {"model": args.model_name_or_path, "policy_base_url": args.policy_base_url}
+    return {"model": identity(args.model_name_or_path)}

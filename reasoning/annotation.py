@@ -5,9 +5,7 @@ state is in the file: it is written whole after each task, and read again if ano
 changed it. A page that is killed therefore loses nothing and resumes.
 """
 
-import fcntl
 import hashlib
-import os
 import random
 import re
 import threading
@@ -15,10 +13,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from common.errors import RecordError, UserError
-from common.files import read_rows, write_records
+from common.files import lock, read_rows, write_records
 from reasoning.datasets.files import Dropped
 from reasoning.datasets.loading import load_records
 from reasoning.datasets.ranking import RankedResponse, check_groups, read_answers, write_answers
@@ -45,26 +43,9 @@ def check_name(name: str) -> str:
     return name
 
 
-def hold(path: str | Path) -> TextIO:
-    """Lock a file against other pages as long as the returned handle is open.
-
-    The lock is on PATH.lock and ends with the process, however that ends. The file PATH.lock stays
-    and then means nothing. Raises UserError if another page holds the lock."""
-    handle = open(f"{Path(path).resolve()}.lock", "a+", encoding="utf-8")  # noqa: SIM115 (returned)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.seek(0)
-        holder = handle.read().strip() or "unknown"
-        handle.close()
-        raise UserError(
-            f"{path}: another page (process {holder}) writes to this file; use that page, which "
-            "serves several people, stop it, or give another file"
-        ) from None
-    handle.truncate(0)
-    handle.write(f"{os.getpid()}\n")
-    handle.flush()
-    return handle
+def hold(path: str | Path) -> IO[str]:
+    """`lock` for a page. Raises UserError if another page writes to this file."""
+    return lock(path, "use that page, which serves several people, stop it, or give another file")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_input, check_least, check_output, parse_args, run
+from common.cli import arg, check_input, check_least, check_outputs, parse_args, run
 from common.errors import UserError
 from common.files import (
     ResumableRows,
@@ -25,11 +25,19 @@ from common.files import (
     content_hash,
     file_stem,
     read_records,
+    together,
     write_records,
 )
 from reasoning.records import PreferencePair
 from reward_model.protocols import StepJudge, mean
-from reward_model.registry import CHUNK, JudgeArgs, check_judge, judge_identity, open_judge
+from reward_model.registry import (
+    CHUNK,
+    JudgeArgs,
+    check_judge,
+    judge_files,
+    judge_identity,
+    open_judge,
+)
 
 
 @dataclass
@@ -71,8 +79,6 @@ def main() -> None:
     left_out_path = output.with_name(f"{file_stem(output)}.left_out.jsonl{compressed}")
     check_input(args.input, "python utils/build_synthetic_dataset.py")
     check_judge(args)
-    if output.resolve() == Path(args.input).resolve():
-        raise UserError(f"{output} is the input: give another --output")
     check_least(args, limit=1)
     job = judge_identity(args) | {
         "input": content_hash(args.input),
@@ -81,9 +87,8 @@ def main() -> None:
     }
     # pairs in one call; gguf scores solutions one by one, so a kill need not lose any
     unit = 1 if args.judge == "gguf" else CHUNK // 2
-    if not ResumableRows.pending(output, job):
-        check_output(args.output, args.overwrite)
-        check_output(str(left_out_path), args.overwrite)
+    may_replace = ResumableRows.may_replace(output, job, args.overwrite)
+    check_outputs([output, left_out_path], [args.input, *judge_files(args)], may_replace)
     pairs = list(read_records(args.input, PreferencePair))
     if args.limit is not None and args.limit < len(pairs):
         drawn = random.Random(args.seed).sample(range(len(pairs)), args.limit)
@@ -103,14 +108,17 @@ def main() -> None:
     results = [PreferencePair.from_row(row) for row in rows.rows]
     scored = [pair for pair in results if pair.chosen_scores is not None]
     unscored = [pair for pair in results if pair.chosen_scores is None]
-    left_out_path.unlink(missing_ok=True)
-    if unscored:
-        write_records(left_out_path, unscored)
+    with together():
+        if unscored:
+            write_records(left_out_path, unscored)
+        if scored:
+            write_records(output, scored)
+    if not unscored:
+        left_out_path.unlink(missing_ok=True)  # of an earlier run
     if not scored:
         rows.finish()
         reason = f"all {len(pairs)} are {judge.unscored_reason}"
         raise UserError(f"no pair was scored, {reason}: see {left_out_path}")
-    write_records(output, scored)
     rows.finish()
 
     chosen = [mean(pair.chosen_scores or []) for pair in scored]

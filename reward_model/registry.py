@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common.cli import arg, check_input, check_model, is_model_directory
 from common.errors import UserError
-from common.files import at_root, content_hash, read_records
+from common.files import at_root, identity, read_records
 from lm.server_text import check_url
 from reasoning.problems import problems
 from reasoning.records import Problem
@@ -215,14 +215,20 @@ def open_judge(args: JudgeArgs) -> StepJudge:
     return ShuffledJudge(judge, args.seed)
 
 
+def judge_files(args: JudgeArgs) -> list[str | None]:
+    """The files and folders that a judge reads or keeps, for `check_outputs`."""
+    names = [name for name in (*FILES, "judge_cache") if name in USES[_inner(args)]]
+    return [getattr(args, name) for name in names]
+
+
 def judge_identity(args: JudgeArgs) -> dict:
-    """What determines a judge's scores, for the `job` of ResumableRows: its name, its arguments,
-    and hashes of its files."""
+    """What determines a judge's scores, for the `job` of a run that can resume: its name, its
+    arguments, and what its files hold."""
     inner = _inner(args)
     values = {name: getattr(args, name) for name in USES[inner] if name not in CHANGE_NO_SCORE}
     for name in FILES:
         if values.get(name):
-            values[name] = content_hash(values[name]) or values[name]
+            values[name] = identity(values[name])
     if args.judge == SHUFFLED:
         values |= {"shuffled_judge": args.shuffled_judge, "seed": args.seed}
     return {"judge": args.judge, **values}

@@ -100,7 +100,7 @@ def scored(args: ScoreArgs) -> tuple[Table, list[Response], list[float]]:
     if not args.output:
         raise UserError("argument --output: expected a file for the result")
     check_input(args.input)
-    check_output(args.output, args.overwrite)
+    check_output(args.output, args.overwrite, [args.input, args.scorer])
     table, responses = read_responses(args.input)
     check_scorer(args)
     with open_scorer(args) as scorer:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.cli import run
-from common.files import ROOT, read_records
+from common.files import ROOT, read_records, release
 from reasoning.problems import SPLITS, problems
 from reasoning.records import Problem
 from reasoning.splits import HELD_OUT
@@ -18,6 +18,7 @@ def build(folder: Path, monkeypatch, *args: object) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["build_problems.py", *map(str, args)])
     build_problems.main()
+    release()
 
 
 @pytest.mark.process

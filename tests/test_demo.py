@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 def test_the_demo_writes_into_its_own_folder_alone(tmp_path):
     """In a copy of the repository without its history, in which a user has results."""
-    ignored = shutil.ignore_patterns(".git", ".venv", "saved_model", "logs", "results", "plots")
+    ignored = shutil.ignore_patterns(".git", ".venv", "saved_model", "logs", "results")
     repo = shutil.copytree(ROOT, tmp_path / "repo", ignore=ignored)
     own = [repo / "evaluation/results/mine.json", repo / "saved_model/stepwise_dpo_tinyllama/mine"]
     for path in own:

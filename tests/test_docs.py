@@ -14,7 +14,7 @@ PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.m
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 # what scripts write: named in the pages, absent from a fresh clone
 GENERATED = (
-    *("saved_model/", "logs/", "evaluation/results", "evaluation/plots", "docs/_build", "walk/"),
+    *("saved_model/", "logs/", "evaluation/results", "docs/_build", "walk/"),
     *(
         "data/demo",
         "data/main_table",

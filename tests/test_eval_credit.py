@@ -84,7 +84,7 @@ def test_the_script(run_script, tiny_model_dir, pairs, tmp_path):
     for place, least in (("elsewhere", 0.9), ("trap", 0.0)):
         base, same = (metrics[f"{name}/next_step_accuracy/{place}"] for name in ("base", "same"))
         assert base == same and base["value"] >= least
-    assert (tmp_path / "plots/credit.png").stat().st_size > 10_000
+    assert (tmp_path / "results/credit.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_any_judge_on_any_labels(evaluate, tmp_path):
     names = ("answer_auroc", "best_of_n", "best_of_n_over_chance", "best_of_n_below_oracle")
     assert row[1:] == [text for name in names for text in shown_value(result, f"{name}/min")]
     assert "1 of 7 solutions left out" in out and out.rstrip().endswith("judge_human-2_on_1.png")
-    assert (tmp_path / "plots" / "judge_human-2_on_1.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "results" / "judge_human-2_on_1.png").read_bytes().startswith(b"\x89PNG")
 
 
 def shown_value(result: dict, name: str) -> list[str]:

@@ -118,10 +118,11 @@ def evaluate(folder, monkeypatch, scorer: str, *args: object) -> dict:
     monkeypatch.setattr(
         sys,
         "argv",
-        ["eval_response_reward.py", "--scorer", scorer, "--output_dir", "results", *map(str, args)],
+        ["eval_response_reward.py", *("--scorer", scorer, "--output_dir", "results"), "--overwrite"]
+        + [str(arg) for arg in args],
     )
     script.main()
-    assert (folder / "plots" / "response_reward.png").stat().st_size > 10_000
+    assert (folder / "results" / "response_reward.png").stat().st_size > 10_000
     return json.loads((folder / "results" / "response_reward.json").read_text())
 
 

@@ -70,7 +70,7 @@ def test_a_run_is_reported_and_resumed(run_script, tiny_model_dir, tmp_path):
         assert f"hard/policy-mini/{best}-{control}/2/accuracy_improvement" in metrics
     assert metrics[f"hard/policy-mini/{best}-agreement/2/judged_steps"]["value"] == 0
     assert "hard/policy-mini/best_of_n/trend" in metrics
-    assert (tmp_path / "plots/search.png").stat().st_size > 10_000
+    assert (tmp_path / "results/search.png").stat().st_size > 10_000
     assert "| greedy " in first.stdout and "over majority vote" in first.stdout
 
     path = tmp_path / "results/search.jsonl"
@@ -79,7 +79,9 @@ def test_a_run_is_reported_and_resumed(run_script, tiny_model_dir, tmp_path):
     assert len(set(keys)) == len(keys)
     last = rows.splitlines()[-1]
     path.write_text(rows[: rows.rindex(last)] + last[: len(last) // 2])
-    again = run_script("evaluation/eval_search.py", *given)
+    refused = run_script("evaluation/eval_search.py", *given)
+    assert refused.returncode == 2 and "search.png exists: give --overwrite" in refused.stderr
+    again = run_script("evaluation/eval_search.py", *given, "--overwrite")
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "results/search.json").read_text())["chosen"] == chosen
     repeated = [json.loads(line) | {"seconds": 0} for line in path.read_text().splitlines()]

@@ -157,7 +157,7 @@ def test_bad_files_and_flags(evaluate, tiny_gguf, tmp_path):
         (["--input", good, "--judge_template", "x"], {}, "invalid choice: 'x'"),
         (["--input", good, "--threads", "0"], {}, "threads must be at least 1"),
         (["--input", good, "--limit", "0"], {}, "argument --limit: expected 1 or more"),
-        (["--input", good, "--output", good], {}, "is the input"),
+        (["--input", good, "--output", good], {}, "which this run reads"),
         (["--input", good, "--output", good / "r.jsonl"], {}, "cannot be written"),
         (["--input", good, "--nonsense"], {}, "--nonsense"),
     ]

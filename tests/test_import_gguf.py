@@ -150,7 +150,7 @@ def test_a_file_that_is_no_model_is_one_line(
         ),
         (
             ["--input", "chat.gguf", "--output", "chat.gguf", "--overwrite"],
-            "chat.gguf is no model directory",
+            "would replace chat.gguf",
         ),
         (["--input", "chat.gguf", "--output", "chat.gguf/out"], "cannot be written"),
         (

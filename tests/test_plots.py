@@ -1,5 +1,7 @@
 """Plots show what the history or the card holds, and their files are complete."""
 
+import warnings
+
 import pytest
 
 from evaluation import plots
@@ -128,3 +130,65 @@ def test_stability_has_a_panel_a_rate_and_a_line_a_loss(tmp_path, drawn):
     assert lines["dpo, no anchor"] == ([0, 1, 2], [0.4, 0.5, 0.1]) and drawn[1][1][
         "dpo, anchor"
     ] == ([0, 1], [0.4, 0.2])
+
+
+NAMES = {
+    "dollars": "cost_$5 and $6^2",
+    "formula": r"\frac{1}{0}$x$ \$",
+    "braces": "{a}_^^{",
+    "other letters": "モデル-модель-🍎",
+    "no text": "caf\udce9\0\x07",
+    "long": "x" * 250,
+    "hidden": "_mine",
+}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_any_name_can_stand_in_a_plot(tmp_path, name, monkeypatch):
+    """Names of folders, models, data sets and categories are shown as they are, in one piece."""
+    shown = set()
+
+    def texts(figure, path):
+        save(figure, path)
+        shown.update(text.get_text() for text in figure.findobj(plots.matplotlib.text.Text))
+
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", texts)
+    half, path = Metric(0.5, [0.4, 0.6], 4), tmp_path / "plot.png"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert training_plot(TRAIN, path, f"{name}: {name}")
+        metrics = {f"{model}/next_step_accuracy/trap": half for model in ("base", name)}
+        metrics |= {f"{name}/logp_change/chosen": half, f"{name}2/logp_change/chosen": half}
+        plots.credit_plot(path, metrics, ["base", name, f"{name}2"], {"chosen": "chosen"})
+        plots.frontier_plot(path, {name: {name: [(half, half)], "other": [(half, half)]}}, [], name)
+        answers, bins = [(1, 9, 0.5, name), (2, 8, 0.4, name)], [Bin(0.2, 0.3, 0.2, half)]
+        error = {"calibration_error": half}
+        plots.response_plot(path, name, answers, bins, {"all": half, name: half}, {}, error)
+        card = Card(error, [JudgedStep(1, 0.9, 1, 0)], bins, [("1", half, None)])
+        card.policies = [RankedPolicy(name, half, half, 1, 1)]
+        judge_plot(path, name, card)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    if len(name) < 30 and name.isprintable():
+        assert any(name.replace("$", r"\$") in text for text in shown), shown
+
+
+def test_more_models_and_lines_than_colours(tmp_path):
+    half, names = Metric(0.5, [0.4, 0.6], 4), [f"model-{k}" for k in range(30)]
+    metrics = {f"{name}/next_step_accuracy/trap": half for name in names}
+    plots.credit_plot(tmp_path / "credit.png", metrics, names, {"chosen": "chosen"})
+    lines = {name: [(half, half)] for name in names}
+    plots.frontier_plot(tmp_path / "frontier.png", {"test": lines}, [], "many")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_log_without_bad_steps(tmp_path, drawn):
+    """Whatever a log shows may be absent: from the last row, from all rows, or but for held-out."""
+    good = {"step": 1, "loss": 0.7, "values/good": 0.6}
+    held_out = {"step": 2, "eval_values/bad": 0.2}
+    assert training_plot([good, {"step": 2, "loss": 0.6}], tmp_path / "a.png", "none is bad")
+    assert training_plot([good, held_out], tmp_path / "b.png", "held-out alone")
+    panels = [lines for title, lines in drawn if title == "mean value of steps"]
+    assert [*panels[0]] == ["label 0.5 or more"]
+    assert [*panels[1]] == ["label 0.5 or more", "label below 0.5, held-out"]

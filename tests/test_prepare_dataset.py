@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import common.files
 from common.cli import run
 from common.files import read_records, write_records
 from reasoning.datasets.shapes import KINDS
@@ -320,62 +321,59 @@ def test_what_is_left_out_is_said(prepare):
     assert printed[7:9] == ["left out: 2 more odd rows", "columns not used: id"]
 
 
-@pytest.mark.parametrize("calls", [1, 2, 3, 4])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_both_sides_or_none(prepare, monkeypatch, calls, overwrite):
-    """The disk is full in the first or second file, or the process ends before or after the first
-    name: never one side of one run beside the other side of another, and the command goes on."""
+@pytest.mark.parametrize("number", [1, 2])
+def test_on_a_full_disk_no_side_is_written(prepare, monkeypatch, number, overwrite):
+    """In the first or in the second file; the same command goes on when there is room."""
     old = ("out.jsonl", "out_test.jsonl") if overwrite else ()
     for name in old:
         Path(name).write_text("old")
     args = ("--dataset_name", DATA / "gsm8k.jsonl", "--output", "out.jsonl")
     args += ("--overwrite",) * overwrite
+    written = []
 
-    def failing(function, number):
-        def call(*given):
-            nonlocal number
-            number -= 1
-            if number == 0:
-                raise OSError(errno.ENOSPC, "No space left on device", str(given[0]))
-            return function(*given)
-
-        return call
+    def full(path, side):
+        written.append(path)
+        if len(written) == number:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write_records(path, side)
 
     with monkeypatch.context() as patch:
-        if calls < 3:
-            patch.setattr(prepare_dataset, "write_records", failing(write_records, calls))
-        else:
-            patch.setattr(prepare_dataset.os, "replace", failing(os.replace, calls - 2 + 2))
-            # write_records calls os.replace for each of its two files
-        monkeypatch.setattr(sys, "argv", ["prepare_dataset.py", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            run(prepare_dataset.main)
-    assert stopped.value.code == 2
-    left = {path.name: path.read_text() for path in Path().iterdir()}
-    if calls < 3:
-        assert left == dict.fromkeys(old, "old")
-    else:  # the side that is there is the test side of this run, or nothing but an old test side
-        assert "out.jsonl" not in left and len(left) <= 1
+        patch.setattr(prepare_dataset, "write_records", full)
+        assert "the disk is full" in prepare(*args)
+    assert {path.name: path.read_text() for path in Path().iterdir()} == dict.fromkeys(old, "old")
     prepare(*args)
-    train, test = both_sides("problems")
-    assert (len(train), len(test)) == (3, 1)
+    assert tuple(map(len, both_sides("problems"))) == (3, 1)
     assert {path.name for path in Path().iterdir()} == {"out.jsonl", "out_test.jsonl"}
 
 
-def test_a_killed_run_leaves_nothing_that_stops_the_next(prepare):
-    """The folder of a run that was killed, and its test file, which is written first."""
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("number", [1, 2])
+def test_after_a_kill_the_same_command_goes_on(prepare, monkeypatch, number, overwrite):
+    """Killed before the first or the second file gets its name: no side of one run stands beside
+    the other side of another."""
+    for name in ("out.jsonl", "out_test.jsonl") if overwrite else ():
+        Path(name).write_text("old")
     args = ("--dataset_name", DATA / "gsm8k.jsonl", "--output", "out.jsonl")
+    args += ("--overwrite",) * overwrite
+    moved = []
+
+    def killed(*paths):
+        moved.append(paths)
+        if len(moved) == number:
+            os._exit(9)
+        os.rename(*paths)
+
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(common.files.os, "replace", killed)
+        prepare(*args)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not Path("out.jsonl").exists()
     prepare(*args)
-    first = [Path(name).read_bytes() for name in ("out.jsonl", "out_test.jsonl")]
-    Path("out.jsonl").unlink()
-    Path(".out.jsonl.tmp").mkdir()
-    Path(".out.jsonl.tmp/out.jsonl").write_text("torn")
-    prepare(*args)
-    assert [Path(name).read_bytes() for name in ("out.jsonl", "out_test.jsonl")] == first
-    assert not Path(".out.jsonl.tmp").exists()
-    Path("out.jsonl").unlink()
-    Path("out_test.jsonl").write_text("another")
-    assert "out_test.jsonl exists: give --overwrite" in prepare(*args)
+    assert tuple(map(len, both_sides("problems"))) == (3, 1)
+    assert {path.name for path in Path().iterdir()} == {"out.jsonl", "out_test.jsonl"}
 
 
 @pytest.mark.process

@@ -290,7 +290,7 @@ def test_one_page_locks_a_file(tmp_path):
     held = hold(tmp_path / "answers.csv")
     (tmp_path / "link.csv").symlink_to(tmp_path / "answers.csv")
     for name in ("answers.csv", "link.csv"):
-        with pytest.raises(UserError, match=f"{name}: another page .process {os.getpid()}."):
+        with pytest.raises(UserError, match=f"{name}: another process .{os.getpid()}."):
             hold(tmp_path / name)
     hold(tmp_path / "labels.jsonl").close()
     held.close()

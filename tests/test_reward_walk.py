@@ -41,7 +41,7 @@ def test_its_commands_run(tmp_path):
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
     walk = Path(tmp_path) / "walk"
     assert {row.split for row in read_answers(walk / "answers.csv")} == {"train", "test"}
-    assert (walk / "plots/response_reward.png").is_file()
+    assert (walk / "results/response_reward.png").is_file()
     assert (walk / "results/response_reward.json").is_file()
     assert list(read_records(walk / "pairs.jsonl", PreferencePair))
     assert (walk / "tuned/model.safetensors").is_file()

@@ -142,7 +142,7 @@ MISTAKES = [
     (["score", *FILES], "prompt,text\np,a\n", "in.csv:2: expected a field answer"),
     (["score", *FILES], "prompt,answer\np,\n", "in.csv:2: field 'answer': expected a text"),
     (["score", *FILES], "prompt,answer\np,a,b\n", "in.csv:2: 3 cells, the header has 2"),
-    (["score", "--input", "in.csv", "--output", "in.csv"], GOOD, "in.csv exists"),
+    (["score", "--input", "in.csv", "--output", "in.csv"], GOOD, "which this run reads"),
     (["filter", *FILES, "--threshold", "nan"], GOOD, "argument --threshold"),
     (["pairs", *FILES], GOOD, "expected a .jsonl file"),
     (["rank"], "", "unknown command rank"),

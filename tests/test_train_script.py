@@ -134,6 +134,64 @@ def test_an_adapter_with_evaluation_replaces_a_model(folder):
 # --- what it refuses ---
 
 
+def test_what_has_changed_since_it_was_killed_is_refused(folder, monkeypatch, capsys):
+    """Not by its path: a model that was moved is the same model."""
+    shutil.copytree(folder / "out", folder / "stopped")
+    for name in ("config.json", "model.safetensors"):
+        (folder / "stopped" / name).unlink()
+    shutil.copytree(folder / "model", folder / "moved")
+    given = flags(dataset_name="pairs.jsonl", model_name_or_path="moved", logs_dir="logs", **SMALL)
+    given += ["--output_dir", "stopped"]
+    weights = (folder / "moved/model.safetensors").read_bytes()
+    for name, content in {
+        "chat_template.jinja": b"{{ messages }}",
+        "tokenizer.model": b"another",
+        "model.safetensors": weights[:-1] + b"\0\0"[:1],
+    }.items():
+        before = (folder / "moved" / name).read_bytes() if name == "model.safetensors" else None
+        (folder / "moved" / name).write_bytes(content)
+        line = refused(folder, monkeypatch, capsys, *given)
+        assert "stopped exists" in line and "has changed since: model\n" in line
+        line = refused(folder, monkeypatch, capsys, *given, "--resume_from_checkpoint", "true")
+        assert "was trained with other files (model)" in line
+        if before is None:
+            (folder / "moved" / name).unlink()
+        else:
+            (folder / "moved" / name).write_bytes(before)
+    write_records(folder / "fewer.jsonl", ROWS[:9])
+    line = refused(folder, monkeypatch, capsys, *given, "--dataset_name", "fewer.jsonl")
+    assert "has changed since: pairs, pairs_sha256" in line
+    assert "resuming from stopped/checkpoint-" in trained(folder, *given)
+    once, twice = (load_file(folder / name / "model.safetensors") for name in ("out", "stopped"))
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+def test_a_log_of_another_training_is_not_replaced(folder, monkeypatch, capsys):
+    before = (folder / "logs/out/log.json").read_bytes()
+    for more in ([], ["--overwrite"]):
+        args = [*ARGS, "--output_dir", "elsewhere/out", *more]
+        line = refused(folder, monkeypatch, capsys, *args)
+        assert "logs/out holds the log of another training" in line and "--run_name" in line
+    assert (folder / "logs/out/log.json").read_bytes() == before
+
+
+def test_inputs_in_the_output_folder_are_refused(folder, monkeypatch, capsys):
+    checkpoint = next((folder / "out").glob("checkpoint-*"))
+    shutil.copytree(checkpoint, folder / "mine/checkpoint-1")
+    (folder / "mine/tokenizer_pairs.jsonl").write_bytes((folder / "pairs.jsonl").read_bytes())
+    for name, value in (
+        ("model_name_or_path", "mine/checkpoint-1"),
+        ("dataset_name", "mine/tokenizer_pairs.jsonl"),
+    ):
+        more = ["--output_dir", "mine", "--overwrite", f"--{name}", value]
+        assert "lies in the output mine" in refused(folder, monkeypatch, capsys, *ARGS, *more)
+
+
+def test_checkpoints_hold_no_pickled_arguments(folder):
+    names = {path.name for path in folder.glob("out/**/*")}
+    assert "optimizer.pt" in names and "training_args.bin" not in names
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(tiny_model_dir, tmp_path):
     """The weights after one step of plain SGD are those of one process with all pairs.

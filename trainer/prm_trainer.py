@@ -283,7 +283,9 @@ class PRMTrainer(Trainer):
                 if count
             }
             if mode == "train":
-                del means["loss"]  # Trainer's is this one too; in an evaluation it averages batches
+                means.pop(
+                    "loss", None
+                )  # Trainer's is this one too; in an evaluation it averages batches
             logs |= means
         super().log(logs, start_time)
 

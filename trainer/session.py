@@ -12,8 +12,8 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,30 @@ import transformers
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, ProgressCallback
+from transformers import AutoModelForCausalLM, ProgressCallback, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from common.cli import arg, check_input, check_least, check_model, check_output, parse_args
+from common.cli import (
+    arg,
+    check_different,
+    check_input,
+    check_least,
+    check_model,
+    hold_output,
+    holds_something,
+    parse_args,
+)
 from common.errors import RecordError, UserError
-from common.files import Readable, at_root, to_line, write_text
+from common.files import (
+    Readable,
+    at_root,
+    content_hash,
+    identity,
+    release,
+    to_line,
+    was_killed,
+    write_text,
+)
 from lm.loading import (
     base_of,
     fit_tokenizer,
@@ -42,15 +60,18 @@ from lm.loading import (
 from reasoning.datasets.files import Dropped
 from reasoning.datasets.loading import load_records
 from reasoning.splits import held_out_prompts, is_kept_out
+from reward_model.registry import JudgeArgs, check_judge, judge_files, judge_identity
 
 # in the output folder: describes the training, so that the same command resumes it
 JOB = "training_job.json"
 # the last file of a finished training
 FINISHED = ("config.json", "adapter_config.json")
-# all files of a training, for `clear`
+# in the output folder: the finished model, until all its files are in their places
+STAGING = ".finished.tmp"
+# all files of a training but its job, for `clear`: first those that say that it has finished
 WRITTEN = (
-    *("checkpoint-*", "*.safetensors", "*.safetensors.index.json", "*.bin", "tokenizer*"),
-    *("chat_template.jinja", "generation_config.json", JOB, "README.md", *FINISHED),
+    *(*FINISHED, "checkpoint-*", "*.safetensors", "*.safetensors.index.json", "*.bin"),
+    *("tokenizer*", "chat_template.jinja", "generation_config.json", "README.md"),
 )
 # settings that do not change the weights: the names begin with one of these
 NOT_THE_JOB = (
@@ -58,6 +79,10 @@ NOT_THE_JOB = (
     *("output_dir", "resume", "eval"),
     *("threads", "judge_requests", "judge_cache"),
 )
+# where something was read from; what it held is in the job as well
+PATHS = ("dataset", "model_name_or_path", "judge_path", "judge_problems", "judge_labels")
+SETTINGS_IN_FILES = ("chat_template_path", "deepspeed", "fsdp_config")
+IS_MAIN = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
 ANSWERS = (
     "It answers the prompt template of `lm/text_encoding.py`: one step a line, then `Answer: ...`."
 )
@@ -174,8 +199,11 @@ def train(
     args, config, model_args = parse_args(*classes, **shown, args=argv, defaults=defaults)
     if args.dataset_name == defaults["dataset_name"]:
         check_input(args.dataset_name, recipe.made_by)
-    rows = recipe.read(recipe, args)
     with ExitStack() as stack:
+        stack.callback(release)
+        if IS_MAIN:
+            was_killed(Path(config.output_dir, JOB))  # another process is told before it reads
+        rows = recipe.read(recipe, args)
         training = Training(recipe, args, config, model_args, rows, stack, accuracy)
         training.run(training.build(), plot, callbacks)
 
@@ -202,6 +230,7 @@ class Training:
         self.folder, self.model = Path(config.output_dir), model_args.model_name_or_path
         run_name = config.run_name or self.folder.resolve().name
         self.log_file = Path(args.logs_dir) / run_name / "log.json"
+        self.picture = self.log_file.with_name("training.png")
         check_model(self.model, "make models" if self.model == at_root(recipe.model) else None)
         self.kept_out = [row for row in rows if is_kept_out(row.prompt)]
         self.rows = [row for row in rows if not is_kept_out(row.prompt)][: args.limit]
@@ -218,14 +247,50 @@ class Training:
                     f"--output_dir {self.folder} is the model that training starts from: "
                     "give another one"
                 )
+        self._check_files()
         self.job = self._job()
         resume = config.resume_from_checkpoint
         self.checkpoint = checkpoint_to_resume(self.folder, self.job, args.overwrite, resume)
-        check_output(str(self.log_file), overwrite=True)
+        if IS_MAIN:
+            for path in (self.folder / JOB, self.log_file):
+                hold_output(path)
+
+    def _check_files(self) -> None:
+        """Raises UserError if an output is an input, or if the log would replace another one."""
+        config = self.config
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file, expected a folder to write the model to")
+        read = [self.args.dataset_name, self.model, getattr(config, "eval_problems", None)]
+        read += [getattr(config, name, None) for name in SETTINGS_IN_FILES]
+        if isinstance(config, JudgeArgs):
+            check_judge(config)
+            read += judge_files(config)
+        read = [path for path in read if isinstance(path, str)]
+        check_different([self.folder, self.log_file, self.picture], read)
+        if not (self.log_file.exists() or self.picture.exists()):
+            return
+        try:
+            owner = json.loads(self.log_file.read_text(encoding="utf-8")).get("output_dir")
+        except (OSError, ValueError, AttributeError):
+            owner = None
+        is_own = owner == str(self.folder.resolve())
+        is_nobodys = not (isinstance(owner, str) and Path(owner).exists())
+        if not is_own and not (self.args.overwrite and is_nobodys):
+            of = f" (of {owner})" if owner else ""
+            raise UserError(
+                f"{self.log_file.parent} holds the log of another training{of}: give another "
+                "--run_name or --logs_dir" + (", or --overwrite" if is_nobodys else "")
+            )
 
     def _job(self) -> dict:
-        """The command, the data and all settings that change the trained weights."""
+        """The command, the data, and all settings and files that change the trained weights."""
         noun, settings = self.recipe.noun, self.config.to_dict()
+        contents = {"model": identity(self.model, self.model_args.model_revision)}
+        if isinstance(self.config, JudgeArgs):
+            contents |= judge_identity(self.config)
+        for name in SETTINGS_IN_FILES:
+            if isinstance(path := getattr(self.config, name, None), str):
+                contents[name] = content_hash(path) or path
         job = {
             "command": self.recipe.command,
             "dataset": self.args.dataset_name,
@@ -234,6 +299,7 @@ class Training:
             **{k: v for k, v in settings.items() if not k.startswith(NOT_THE_JOB)},
             **asdict(self.model_args),
             "model_name_or_path": self.model,
+            "contents": contents,
         }
         return json.loads(json.dumps(job, default=str))
 
@@ -363,6 +429,9 @@ class Training:
             write_text(self.folder / JOB, [json.dumps(self.job, indent=1)])
         note = getattr(trainer, "balance", "")
         self._announce(trainer, note, say)
+        if isinstance(trainer, transformers.Trainer):
+            trainer.add_callback(PlainCheckpoints())
+            trainer.add_callback(NoStepTooMany())
         for callback in callbacks:
             trainer.add_callback(callback)
         # step PPO shows a progress bar of its own
@@ -372,7 +441,11 @@ class Training:
 
         started = time.monotonic()
         checkpoint = None if self.checkpoint is None else str(self.checkpoint)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except AlreadyTrained:
+            if config.load_best_model_at_end:
+                trainer._load_best_model()
         seconds = time.monotonic() - started
 
         state = trainer.state
@@ -384,15 +457,17 @@ class Training:
                 rows.append((word, values[0], values[-1]))
         dataset = Path(self.args.dataset_name).name
         title = f"{recipe.title(config)} {len(self.rows)} {recipe.noun} of {dataset}"
-        write_model(trainer, self.folder, self._card(title, rows, state, seconds, note))
         drawn = False
-        picture = self.log_file.with_name("training.png")
-        if main_process:
-            log = {"job": self.job, "seconds": seconds, "steps": state.global_step}
-            log["history"] = state.log_history
-            write_text(self.log_file, [json.dumps(log, indent=1)])
-            name = self.folder.resolve().name
-            drawn = bool(plot and plot(state.log_history, picture, f"{name}: {title}"))
+        with staged_model(trainer, self.folder, self._card(title, rows, state, seconds, note)):
+            if main_process:
+                log: dict[str, Any] = {"output_dir": str(self.folder.resolve()), "job": self.job}
+                log |= {"seconds": seconds, "steps": state.global_step}
+                log["history"] = state.log_history
+                write_text(self.log_file, [json.dumps(log, indent=1)])
+                name = self.folder.resolve().name
+                drawn = bool(plot and plot(state.log_history, self.picture, f"{name}: {title}"))
+                if not drawn:
+                    self.picture.unlink(missing_ok=True)  # of an earlier training
         say(f"\n{'':40}{'first':>10}{'last':>10}")
         for word, first, last in rows:
             say(f"{word:40}{first:10.3f}{last:10.3f}")
@@ -401,7 +476,7 @@ class Training:
             say(f"{'tokens a second':40}{'':10}{history[-1]['num_tokens'] / seconds:10.0f}")
         kind = "adapter" if self.model_args.use_peft else "model"
         wrote = f"wrote the tuned {kind} to {self.folder}, the log to {self.log_file}"
-        say(wrote + (f", its picture to {picture}" if drawn else ""))
+        say(wrote + (f", its picture to {self.picture}" if drawn else ""))
 
     def _announce(self, trainer: Any, note: str, say: Callable) -> None:
         """Print the data, the precision, and how the training can be resumed."""
@@ -421,10 +496,7 @@ class Training:
         if self.checkpoint is not None:
             say(f"resuming from {self.checkpoint}")
         elif config.save_strategy != "no":
-            say(
-                "if this is stopped, the same command (without --overwrite) resumes from the last "
-                "checkpoint"
-            )
+            say("if this is stopped, the same command resumes from the last checkpoint")
 
     def _card(self, title: str, rows: list, state: Any, seconds: float, note: str) -> str:
         return CARD.format(
@@ -468,31 +540,57 @@ def checkpoint_to_resume(
 
     resume: the value of --resume_from_checkpoint. Raises UserError if the folder holds files that
     must not be lost, or if there is no whole checkpoint."""
-    try:
-        same = json.loads((folder / JOB).read_text(encoding="utf-8")) == job
-    except (OSError, ValueError):
-        same = False
+    before = _job_in(folder)
+    changed = _differences(before, job)
     finished = any((folder / name).exists() for name in FINISHED)
+    if (folder / STAGING).exists() or (IS_MAIN and was_killed(folder / JOB)):
+        finished = False  # killed at its very end
     resume = None if str(resume).lower() in ("none", "false", "") else resume
-    if folder.is_file():
-        raise UserError(f"{folder} is a file, expected a folder to write the model to")
-    if resume and finished and not same and not overwrite:
-        raise UserError(
-            f"{folder} holds the finished model of another training: give another --output_dir"
-        )
     if resume:
+        if finished and changed and not overwrite:
+            raise UserError(
+                f"{folder} holds the finished model of another training: give another --output_dir"
+            )
         checkpoint = last_checkpoint(folder) if str(resume).lower() == "true" else Path(resume)
         if checkpoint is None or not (checkpoint / "trainer_state.json").is_file():
             place = checkpoint or folder
             raise UserError(f"--resume_from_checkpoint {resume}: no whole checkpoint in {place}")
+        job_before = _job_in(checkpoint.resolve().parent) or {}
+        if "contents" in job_before and job_before["contents"] != job["contents"]:
+            names = ", ".join(_differences(job_before["contents"], job["contents"]))
+            raise UserError(
+                f"--resume_from_checkpoint {resume}: it was trained with other files ({names})"
+            )
         return checkpoint
-    if overwrite:
-        check_output(str(folder), overwrite=True)
-        return None
-    if same and not finished:
+    if not changed and not finished:
         return last_checkpoint(folder)  # the same command was stopped before
-    check_output(str(folder))
+    if holds_something(folder) and not overwrite:
+        message = f"{folder} exists: give --overwrite to replace it, or another output"
+        if before and not finished:
+            message += f"; its training was stopped, and has changed since: {', '.join(changed)}"
+        raise UserError(message)
     return None
+
+
+def _job_in(folder: Path) -> dict:
+    """The job of the training in this folder; empty if there is none."""
+    try:
+        job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return job if isinstance(job, dict) else {}
+
+
+def _differences(before: dict, job: dict) -> list[str]:
+    """The names of the settings and contents in which two jobs differ, wherever files lie."""
+    found = []
+    for name in before.keys() | job.keys():
+        first, second = before.get(name), job.get(name)
+        if name == "contents" and isinstance(first, dict) and isinstance(second, dict):
+            found += _differences(first, second)
+        elif name not in PATHS and first != second:
+            found.append(name)
+    return sorted(set(found))
 
 
 def clear(folder: Path) -> None:
@@ -502,20 +600,53 @@ def clear(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def write_model(trainer: Any, folder: Path, card: str) -> None:
-    """Write model, tokenizer and card into a temporary folder, then move them into place.
+@contextmanager
+def staged_model(trainer: Any, folder: Path, card: str) -> Iterator[None]:
+    """Write model, tokenizer and card into a temporary folder; then move them to `folder`.
 
-    The file that marks the model as finished is moved last."""
-    staging = folder / ".finished.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    trainer.save_model(str(staging))
-    if trainer.is_world_process_zero():
-        (staging / "README.md").write_text(card, encoding="utf-8")
-        (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle of what JOB holds
-        shutil.rmtree(staging / "ref", ignore_errors=True)  # TRL's copy of the starting adapter
-        for path in sorted(staging.iterdir(), key=lambda path: path.name in FINISHED):
-            os.replace(path, folder / path.name)
-        staging.rmdir()
+    The file that marks the model as finished is moved last, and the temporary folder goes after it:
+    whenever this is killed, the same command resumes."""
+    staging, is_main = folder / STAGING, trainer.is_world_process_zero()
+    try:
+        if is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+        trainer.save_model(str(staging))
+        if is_main:
+            (staging / "README.md").write_text(card, encoding="utf-8")
+            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle of what JOB holds
+            shutil.rmtree(staging / "ref", ignore_errors=True)  # TRL's copy of the start adapter
+        yield
+        if is_main:
+            for path in sorted(staging.iterdir(), key=lambda path: path.name in FINISHED):
+                os.replace(path, folder / path.name)
+    finally:
+        if is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+class AlreadyTrained(Exception):
+    """The checkpoint to resume from is the last one: the model has its weights."""
+
+
+class NoStepTooMany(TrainerCallback):
+    """Raises AlreadyTrained instead of the step that Trainer would add to a finished training.
+
+    Trainer looks whether it has finished after a step only, so it adds one to the last checkpoint
+    of a training that ended within an epoch."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise AlreadyTrained
+
+
+class PlainCheckpoints(TrainerCallback):
+    """Removes training_args.bin from checkpoints: a pickle, which resuming does not read."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for path in Path(args.output_dir).glob("checkpoint-*/training_args.bin"):
+            path.unlink(missing_ok=True)
+
+    on_train_begin = on_train_end = on_save
 
 
 # --- the libraries' output ---

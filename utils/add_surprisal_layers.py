@@ -269,7 +269,7 @@ def figures_of(model: Any, readers: Any, batches: list[dict]) -> dict:
 def main() -> None:
     (args,) = parse_args(SurprisalArguments, description=__doc__.split("\n\n")[0])
     check_model(args.model_name_or_path)
-    check_output(args.output, args.overwrite)
+    check_output(args.output, args.overwrite, [args.model_name_or_path], folder=True)
     # heavy: torch and transformers would slow --help
     from lm.policy import Policy
 

@@ -16,6 +16,7 @@ validation problems are likeliest is used."""
 
 import itertools
 import json
+import os
 import random
 import shutil
 import sys
@@ -29,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from common.cli import arg, check_output, parse_args, run
-from common.files import ResumableRows, at_root, replacing_folder, write_text
+from common.cli import arg, check_outputs, hold_output, parse_args, run
+from common.files import ResumableRows, at_root, release, replacing_folder, write_text
 from evaluation.metrics import accuracy_metric, auroc_metric, mean_metric, rate_metric
 from lm.text_encoding import batches_by_length, encode_steps
 from reasoning.grading import grade_steps, is_correct
@@ -221,10 +222,10 @@ def train(
     # torch would slow --help
     import torch
     from transformers import Trainer, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
 
     # torch would slow --help
     from lm.loading import pick_device
+    from trainer.session import PlainCheckpoints, last_checkpoint
 
     class MiniTrainer(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -246,8 +247,8 @@ def train(
         report_to=[], use_cpu=device == "cpu", bf16=bf16, remove_unused_columns=False,
     )  # fmt: skip
     dataset = [[examples[i] for i in batch] for batch in batches]
-    trainer = MiniTrainer(model, arguments, collate, dataset)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if work.is_dir() else None)
+    trainer = MiniTrainer(model, arguments, collate, dataset, callbacks=[PlainCheckpoints()])
+    trainer.train(resume_from_checkpoint=last_checkpoint(work))
     return trainer.model
 
 
@@ -446,11 +447,15 @@ def main() -> None:
     if args.size == "mini":
         folders.append(output / "judge-mini")
     work = output / (".build" if args.size == "mini" else f".build-{args.size}")
-    for folder in folders:
-        check_output(str(folder), args.overwrite)
+    check_outputs([], overwrite=args.overwrite, folders=folders)
+    hold_output(work)
+    finished = work.with_name(f"{work.name}.tmp")
+    shutil.rmtree(finished, ignore_errors=True)
     job = {name: value for name, value in vars(args).items() if name not in ("output", "overwrite")}
     job_file = work / "job.json"
-    if work.exists() and not (job_file.is_file() and json.loads(job_file.read_text()) == job):
+    if work.exists() and not (
+        job_file.is_file() and job_file.read_text("utf-8") == json.dumps(job)
+    ):
         shutil.rmtree(work)  # the half-built models of another job
     write_text(job_file, [json.dumps(job)])
 
@@ -465,7 +470,9 @@ def main() -> None:
     for folder in folders:  # copied, so that a build that is killed here keeps what it made
         with replacing_folder(folder) as temporary:
             shutil.copytree(work / folder.name, temporary, dirs_exist_ok=True)
-    shutil.rmtree(work)
+    os.replace(work, finished)
+    release()
+    shutil.rmtree(finished)
     models = " and ".join(map(str, folders))
     print(f"wrote {models}" + (f" (with {JUDGE_FILE})" if args.size == "mini" else ""))
 

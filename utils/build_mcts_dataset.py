@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_input, check_least, check_output, parse_args, run
+from common.cli import arg, check_input, check_least, check_outputs, parse_args, run
 from common.errors import PromptTooLong, RecordError, UserError
-from common.files import ResumableRows, at_root, read_records, write_records, write_text
+from common.files import ResumableRows, at_root, read_records, together, write_records, write_text
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
 from reasoning.datasets.files import Dropped, table_lines
 from reasoning.datasets.loading import load_problems
@@ -110,7 +110,7 @@ def search_problems(args: TreeArguments) -> tuple[list[Tree], ResumableRows]:
     job = {name: getattr(args, name) for name in SEARCH} | policy_identity(args)
     content = json.dumps([vars(problem) for problem in to_search])
     job["problems"] = hashlib.sha256(content.encode()).hexdigest()
-    check_outputs(args, args.overwrite or ResumableRows.pending(args.output, job))
+    check(args, ResumableRows.may_replace(args.output, job, args.overwrite))
 
     policy = open_policy(args)
     rows = ResumableRows(args.output, job, overwrite=args.overwrite)
@@ -198,15 +198,10 @@ def print_labels(labels: str, values: list[StepValue], left_out: int) -> None:
         print(f"  {left_out} steps after a state of value 0 have no label and are left out")
 
 
-def check_outputs(args: TreeArguments, overwrite: bool) -> None:
-    paths = [path for path in (args.output, args.csv, args.trees) if path]
-    if len({Path(path).resolve() for path in (*paths, args.from_trees or "")}) <= len(paths):
-        raise UserError(
-            "--output, --csv, --trees and --from_trees: expected different files, got "
-            f"{', '.join(paths)}"
-        )
-    for path in paths:
-        check_output(path, overwrite)
+def check(args: TreeArguments, overwrite: bool) -> None:
+    """Raises UserError if the outputs cannot be written or must not be replaced."""
+    outputs = [path for path in (args.csv, args.trees, args.output) if path]
+    check_outputs(outputs, [args.input, args.from_trees, args.model_name_or_path], overwrite)
 
 
 def write_csv(path: str, values: list[StepValue]) -> None:
@@ -231,7 +226,7 @@ def main() -> None:
         check_input(args.from_trees)
         trees, rows = list(itertools.islice(read_records(args.from_trees, Tree), args.limit)), None
         refuse_held_out(args.from_trees, trees)
-        check_outputs(args, args.overwrite)
+        check(args, args.overwrite)
     else:
         trees, rows = search_problems(args)
 
@@ -245,11 +240,12 @@ def main() -> None:
         )
         raise UserError(f"no steps were found (see above), nothing was written{hint}")
     print_labels(args.labels, values, left_out=sum(count for _, count in labelled))
-    if args.csv:
-        write_csv(args.csv, values)
-    if args.trees:
-        write_records(args.trees, (tree.to_row() for tree in trees))
-    write_records(args.output, values)
+    with together():
+        if args.csv:
+            write_csv(args.csv, values)
+        if args.trees:
+            write_records(args.trees, (tree.to_row() for tree in trees))
+        write_records(args.output, values)
     if rows:
         rows.finish()
     paths = ", ".join(path for path in (args.output, args.csv, args.trees) if path)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_output, parse_args, run
+from common.cli import arg, check_output, check_outputs, parse_args, run
 from common.errors import UserError
-from common.files import at_root, write_records
+from common.files import at_root, together, write_records
 from reasoning.problems import SPLITS, problems
 from reasoning.splits import HELD_OUT
 
@@ -56,7 +56,7 @@ def main() -> None:
     (args,) = parse_args(ProblemArguments, description="Write problems of the embedded world.")
     if args.split == "train":
         file = Path(args.output or at_root("data/problems_train.jsonl"))
-        check_output(str(file), args.overwrite)
+        check_output(file, args.overwrite)
         rest = itertools.islice(problems("train"), args.skip, None)
         # a reference solution has a step for each event, and the step with the answer
         selected = (problem for problem in rest if len(problem.steps) - 1 <= args.max_events)
@@ -65,10 +65,11 @@ def main() -> None:
         return
     folder = Path(args.output or at_root("data"))
     files = {split: folder / f"problems_{split}.jsonl" for split in HELD_OUT}
-    for file in files.values():
-        check_output(str(file), args.overwrite)
-    for split, file in files.items():
-        print(f"wrote {write_records(file, problems(split))} problems to {file}")
+    check_outputs([*files.values()], overwrite=args.overwrite)
+    with together():
+        counts = {file: write_records(file, problems(split)) for split, file in files.items()}
+    for file, count in counts.items():
+        print(f"wrote {count} problems to {file}")
 
 
 if __name__ == "__main__":

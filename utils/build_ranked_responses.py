@@ -311,7 +311,9 @@ def main() -> None:
     job |= policy_identity(args)
     job["settings"] = args.settings()
     job["tasks"] = hashlib.sha256(json.dumps([asdict(task) for task in tasks]).encode()).hexdigest()
-    check_output(args.output, args.overwrite or ResumableRows.pending(args.output, job))
+    read = [args.input, args.model_name_or_path]
+    may_replace = ResumableRows.may_replace(args.output, job, args.overwrite)
+    check_output(args.output, may_replace, read)
 
     policy = open_policy(args, args.chat)
     if args.chat and args.policy_base_url is None and not policy.tokenizer.chat_template:

@@ -34,7 +34,7 @@ from reasoning.problems import problems
 from reasoning.records import PreferencePair, Problem, Prompt
 from reasoning.splits import refuse_held_out
 from reward_model.protocols import StepJudge, aggregate
-from reward_model.registry import JudgeArgs, check_judge, judge_identity, open_judge
+from reward_model.registry import JudgeArgs, check_judge, judge_files, judge_identity, open_judge
 
 UNIT = (
     64  # problems sampled together; with the same seed such a group always gives the same samples
@@ -121,7 +121,9 @@ def main() -> None:
     job["problems"] = hashlib.sha256(rows_read.encode()).hexdigest()
     if args.pair_by == "judge":
         job |= judge_identity(args)
-    check_output(args.output, args.overwrite or ResumableRows.pending(args.output, job))
+    read = [args.input, args.model_name_or_path, *judge_files(args)]
+    may_replace = ResumableRows.may_replace(args.output, job, args.overwrite)
+    check_output(args.output, may_replace, read)
 
     with open_judge(args) if args.pair_by == "judge" else nullcontext() as judge:
         policy = open_policy(args)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_model, parse_args, run
+from common.cli import arg, check_model, hold_output, parse_args, run
 from common.files import ROOT, at_root, read_rows
 from reasoning.answers import extract_answer, same_answer
 
@@ -58,6 +58,7 @@ def improved_prompt(answers: Path) -> str:
 def main() -> None:
     (args,) = parse_args(DemoArguments, description=__doc__)
     check_model(at_root(BASE), "make models")
+    hold_output(ROOT / DEMO)
     shutil.rmtree(ROOT / DEMO, ignore_errors=True)
     start = time.monotonic()
     step(
@@ -88,7 +89,7 @@ def main() -> None:
     why = "One held-out problem, with the judge's score beside each step."
     step("5/5 Answer: the base", why, *answer, BASE)
     step("5/5 Answer: the tuned model", "The same problem after training.", *answer, TUNED)
-    plot = at_root(f"{DEMO}/plots/reward_score_comparison.png")
+    plot = at_root(f"{RESULTS}/reward_score_comparison.png")
     minutes = (time.monotonic() - start) / 60
     print(f"\nThe table of step 4 as a plot: {plot} (the whole loop took {minutes:.1f} minutes)")
 

@@ -40,7 +40,7 @@ def main() -> None:
     folder = Path(args.model_name_or_path)
     parent = folder if folder.is_dir() else Path()  # for a hub name: the current folder
     output = args.output or str(parent / f"{folder.resolve().name}.{args.quantization}.gguf")
-    check_output(output, args.overwrite)
+    check_output(output, args.overwrite, [args.model_name_or_path])
     from lm.gguf_export import export_gguf  # here: transformers would slow --help
 
     export_gguf(args.model_name_or_path, output, args.quantization)

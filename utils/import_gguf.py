@@ -130,12 +130,7 @@ def main() -> None:
     (args,) = parse_args(ImportArguments, description=__doc__.split("\n\n")[0])
     source, output = Path(args.input), Path(args.output)
     check_input(args.input)
-    check_output(args.output, args.overwrite)
-    is_other_folder = output.is_dir() and any(output.iterdir())
-    if output.is_file() or (is_other_folder and not (output / "config.json").is_file()):
-        raise UserError(
-            f"{output} is no model directory: it is not replaced, give another --output"
-        )
+    check_output(args.output, args.overwrite, [args.input], folder=True)
     with open(source, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if args.sha256 and sha256 != args.sha256.lower():

@@ -10,12 +10,9 @@ same prefix. A tenth of the problems goes to a second file, NAME_test.jsonl. If 
 folder with train and test files, these are the two sides. No problem is on both sides.
 """
 
-import filecmp
 import itertools
-import os
 import random
 import shlex
-import shutil
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -26,9 +23,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_least, check_output, parse_args, run
+from common.cli import arg, check_least, check_outputs, parse_args, run
 from common.errors import RecordError, UserError
-from common.files import at_root, file_stem, write_records
+from common.files import at_root, file_stem, together, write_records
 from reasoning.answers import same_answer
 from reasoning.datasets import loading
 from reasoning.datasets.files import NOT_READ, Dropped, folder_files
@@ -215,33 +212,17 @@ def has_two_sides(args: PrepareArguments) -> bool:
     return not {*sides[0]} & {*sides[1]}
 
 
-def write_sides(sides: dict[Path, list], overwrite: bool) -> None:
-    """Write both files or none; a side without records leaves no file.
+def write_sides(train: Path, test: Path, sides: tuple[list, list]) -> None:
+    """Write both files or none; a side without records has no file.
 
-    Both are complete before the first gets its name, and the train file is the last: whoever finds
-    it finds the test file that belongs to it. After a kill in between, the same command goes on: a
-    test file with the same bytes counts as written. Raises UserError if another one is there."""
-    (output, _), (test_output, test) = sides.items()
-    folder = output.parent / f".{output.name}.tmp"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    folder.mkdir(parents=True)
-    try:
-        new, new_test = (folder / path.name for path in sides)
-        for path, side in zip((new, new_test), sides.values(), strict=True):
-            write_records(path, side)
-        is_ours = (
-            test and test_output.exists() and filecmp.cmp(test_output, new_test, shallow=False)
-        )
-        check_output(str(test_output), overwrite or bool(is_ours))
-        if overwrite:
-            output.unlink(missing_ok=True)
-        if test:
-            os.replace(new_test, test_output)
-        else:
-            test_output.unlink(missing_ok=True)
-        os.replace(new, output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    The train file gets its name last: whoever finds it finds the test file that belongs to it."""
+    with together():
+        for path, side in ((test, sides[1]), (train, sides[0])):
+            if side:
+                write_records(path, side)
+        train.unlink(missing_ok=True)  # an old one never stands beside a new test file
+    if not sides[1]:
+        test.unlink(missing_ok=True)  # of an earlier run; --overwrite allows to remove it
 
 
 def next_command(kind: str, output: Path) -> str | None:
@@ -262,7 +243,9 @@ def main() -> None:
     output = Path(args.output)
     stem = file_stem(output)
     test_output = output.with_name(f"{stem}_test{output.name.removeprefix(stem)}")
-    check_output(str(output), args.overwrite)
+    source = Path(args.dataset_name)
+    read = [path for path in (source, *source.rglob("*")) if path.is_file()]
+    check_outputs([output, test_output], read, args.overwrite)
 
     counts, remarks = Counter[str](), list[str]()
     if has_two_sides(args):
@@ -289,7 +272,7 @@ def main() -> None:
         raise UserError(
             f"{args.dataset_name}: no {kind} were found (see above), nothing was written"
         )
-    write_sides({output: train, test_output: test}, args.overwrite)
+    write_sides(output, test_output, (train, test))
     for path, side in ((output, train), (test_output, test)):
         if side:
             problems = len({problem_key(record.prompt) for record in side})

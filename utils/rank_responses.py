@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_input, parse_args, run
+from common.cli import arg, check_different, check_input, parse_args, run
 from common.errors import UserError
 from common.files import at_root
 from evaluation.agreement import AGREEMENT_COLUMNS, agreement_rows
@@ -285,6 +285,8 @@ def main() -> None:
     for proxies in ("NO_PROXY", "no_proxy"):  # Gradio requests its own page to see that it works
         os.environ[proxies] = ",".join(filter(None, [os.environ.get(proxies), "127.0.0.1"]))
     solutions = load_solutions(args.steps) if args.steps else None
+    if args.steps:
+        check_different([args.labels], [args.steps, args.input, args.output])
     written = [args.output or args.input, *([args.labels] if args.steps else [])]
     locks = [hold(path) for path in written]
     ranking = AnswerRanking(args.input, args.output)

@@ -155,7 +155,7 @@ def main() -> None:
     (args,) = parse_args(ShowArguments, description=__doc__.split("\n\n")[0])
     check_input(args.trees, MADE_BY if args.trees == at_root(TREES) else None)
     if args.html:
-        check_output(args.html, args.overwrite)
+        check_output(args.html, args.overwrite, [args.trees])
     tree = find_tree(args)
     if not tree.nodes:
         prompt = f"{tree.prompt[:60]!r} ..."

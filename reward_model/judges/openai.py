@@ -73,8 +73,7 @@ class OpenAIJudge(StepJudge):
         self._cache = _open_cache(cache)
         self._answers: dict[str, Reply] = {}  # by the hash of the request
         for row in self._cache.rows if self._cache else ():
-            if _is_kept(row):
-                self._answers[row["key"]] = {name: row.get(name) for name in ("text", "top", "cut")}
+            self._answers[row["key"]] = {name: row.get(name) for name in ("text", "top", "cut")}
 
     def score_steps(
         self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
@@ -306,7 +305,7 @@ def _is_place(place: Any) -> bool:
 def _open_cache(path: str | Path | None) -> AppendedRows | None:
     """The answers of earlier runs. Raises UserError if the file cannot be written."""
     try:
-        return None if path is None else AppendedRows(path)
+        return None if path is None else AppendedRows(path, _is_kept)
     except OSError as error:
         reason = f"cannot be written ({error.strerror}): give another --judge_cache"
         raise UserError(f"cache {path} {reason}") from None

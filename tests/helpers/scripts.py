@@ -4,13 +4,14 @@ The processes are forked from a server that has imported torch, transformers and
 this project: a script starts in a tenth of a second, from any folder, as `python SCRIPT` would.
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,11 +30,8 @@ def run_script(
     """Run a script, given by its path from the root of the repository.
 
     Returns what subprocess.run would, the output as text. Raises subprocess.TimeoutExpired."""
-    argv = [str(ROOT / script), *map(str, args)]
     environment = dict(os.environ if env is None else env)
-    with tempfile.TemporaryDirectory() as folder:
-        streams = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
-        streams[0].write_text(input, encoding="utf-8", errors="surrogateescape")
+    with streams_of(script, *args, input=input) as (argv, streams):
         target = (argv, str(cwd), environment, list(map(str, streams)))
         process = _FORKSERVER.Process(target=_run, args=target)
         process.start()
@@ -44,6 +42,17 @@ def run_script(
             raise subprocess.TimeoutExpired(argv, timeout)
         out, err = (path.read_bytes().decode(errors="replace") for path in streams[1:])
         return subprocess.CompletedProcess(argv, process.exitcode, out, err)
+
+
+@contextlib.contextmanager
+def streams_of(
+    script: str | Path, *args: object, input: str = ""
+) -> Iterator[tuple[list[str], list[Path]]]:
+    """The command line of a script, and files for its stdin, stdout and stderr."""
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
+        streams[0].write_text(input, encoding="utf-8", errors="surrogateescape")
+        yield [str(ROOT / script), *map(str, args)], streams
 
 
 def _run(argv: list[str], cwd: str, environment: dict[str, str], streams: list[str]) -> None:
