@@ -32,7 +32,14 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from common.errors import JudgeError, ModelError, UserError, first_line, short
-from lm.loading import base_of, load_adapter, load_tokenizer, load_weights, scoring_device
+from lm.loading import (
+    base_of,
+    check_adapter,
+    load_adapter,
+    load_tokenizer,
+    load_weights,
+    scoring_device,
+)
 from lm.text_encoding import PLAIN_TEMPLATE, PlainText, batches_by_length
 from reasoning.steps import split_steps
 from reward_model.prm_formats import StepTokens
@@ -189,7 +196,10 @@ def load_reward_model(
         hub = {"revision": None if is_adapter else revision}
         if not new_head and not is_adapter:
             _check_head(path, config)
-        adapter_weights = load_peft_weights(path, device="cpu") if is_adapter else {}
+        adapter_weights = {}
+        if is_adapter:
+            check_adapter(path, revision)
+            adapter_weights = load_peft_weights(path, device="cpu", revision=revision)
 
         def may_miss(model: Any, key: str) -> bool:
             """The head may be missing if it is new, or if the adapter has it."""

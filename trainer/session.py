@@ -313,6 +313,7 @@ class Training:
             "attn_implementation": args.attn_implementation,
             "dtype": args.dtype,
             **(config.model_init_kwargs or {}),
+            "use_safetensors": True,
         }
         # on the meta device: this only checks that no weight is missing
         load_weights(AutoModelForCausalLM, self.model, device_map="meta", **hub)
@@ -473,6 +474,12 @@ def checkpoint_to_resume(
         if checkpoint is None or not (checkpoint / "trainer_state.json").is_file():
             place = checkpoint or folder
             raise UserError(f"--resume_from_checkpoint {resume}: no whole checkpoint in {place}")
+        pickles = {path.name for path in checkpoint.rglob("*.bin")} - {"training_args.bin"}
+        if pickles or not any(checkpoint.rglob("*.safetensors")):
+            found = f"{min(pickles)} is no safetensors" if pickles else "it has no safetensors"
+            raise UserError(
+                f"--resume_from_checkpoint {resume}: no other weights are read, and {found}"
+            )
         return checkpoint
     if overwrite:
         check_output(str(folder), overwrite=True)

@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 from tokenizers import normalizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from common.errors import JudgeError, ModelError, first_line
 from lm.gguf_file import read_gguf
-from lm.loading import LOAD_ERRORS, load_model, load_weights, scoring_device
+from lm.loading import LOAD_ERRORS, load_model, load_tokenizer, load_weights, scoring_device
 from lm.text_encoding import PlainText, batches_by_length
 from lm.tree_attention import add_sequence, mask_dtype, tree_inputs
 from reasoning.steps import shared_prefix
@@ -275,7 +275,7 @@ def _load_gguf(path: str, dtype: torch.dtype | str) -> tuple[Any, Any, str]:
         # transformers would also read other files in the folder of the GGUF file
         with TemporaryDirectory() as folder:
             os.symlink(os.path.abspath(path), f"{folder}/model.gguf")
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+            tokenizer = load_tokenizer(folder, gguf_file="model.gguf")
             file = "model.gguf"
             model = load_weights(AutoModelForCausalLM, folder, dtype=dtype, gguf_file=file)
     except (*LOAD_ERRORS, IndexError, AttributeError, NotImplementedError) as error:

@@ -554,7 +554,7 @@ class StepPPOTrainer:
             for name, weight in ours.items():
                 weight.copy_(weights[name])
             path, device = folder / "optimizer.pt", self.accelerator.device
-            self.optimizer.load_state_dict(torch.load(path, map_location=device))
+            self.optimizer.load_state_dict(torch.load(path, map_location=device, weights_only=True))
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise ModelError(
                 f"{folder}: no checkpoint of this training can be read from it ({error})"
