@@ -193,7 +193,7 @@ def load_reward_model(
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
         base, is_adapter = base_of(path, revision)
-        hub = {"revision": None if is_adapter else revision}
+        hub: dict[str, Any] = {"revision": None if is_adapter else revision}
         if not new_head and not is_adapter:
             _check_head(path, config)
         adapter_weights = {}
