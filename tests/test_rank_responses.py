@@ -584,7 +584,7 @@ in_browser = pytest.mark.skipif(
     not (Path(CHROMIUM).exists() and Path(DRIVER).exists()),
     reason=f"no {CHROMIUM} or {DRIVER}: Debian's packages chromium and chromium-driver",
 )
-PATIENCE = 40  # seconds: the machine may be busy
+PATIENCE = 240  # seconds: the machine may be busy
 
 
 @contextmanager

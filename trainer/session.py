@@ -34,6 +34,7 @@ from common.files import Readable, at_root, to_line, write_text
 from lm.loading import base_of, load_model, load_weights, merge_adapter, pick_device
 from reasoning.datasets.loading import load_records
 from reasoning.splits import held_out_prompts, is_kept_out
+from trainer.settings_check import check_settings
 
 # in the output folder: describes the training, so that the same command resumes it
 JOB = "training_job.json"
@@ -161,6 +162,7 @@ def train(
     classes = (DataArgs, recipe.config, ModelConfig)
     shown = {"description": recipe.description, "command": recipe.command}
     args, config, model_args = parse_args(*classes, **shown, args=argv, defaults=defaults)
+    check_settings(config, model_args)
     if args.dataset_name == defaults["dataset_name"]:
         check_input(args.dataset_name, recipe.made_by)
     rows = recipe.read(recipe, args)
