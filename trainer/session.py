@@ -238,7 +238,10 @@ class Training:
             return self.recipe.make_trainer(self)
         except UserError:
             raise
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        except (
+            *(OSError, ValueError, RuntimeError, ImportError, SafetensorError, ArithmeticError),
+            *(AttributeError, LookupError, TypeError),
+        ) as error:  # the libraries raise any of these for a setting or a model
             name = self.model_args.model_name_or_path
             raise UserError(f"{name}: cannot be trained this way: {error}") from None
 
@@ -363,7 +366,12 @@ class Training:
 
         started = time.monotonic()
         checkpoint = None if self.checkpoint is None else str(self.checkpoint)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except KeyError as error:
+            if "metric_for_best_model" not in str(error):
+                raise
+            raise UserError(f"argument --metric_for_best_model: {error.args[0]}") from None
         seconds = time.monotonic() - started
 
         state = trainer.state

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.tracking import get_available_trackers
 from huggingface_hub import whoami
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
@@ -82,6 +83,12 @@ def check_settings(config: Any, model_args: Any) -> None:
         optimizer = _try("--optim", _make_optimizer, config)
         _try("--lr_scheduler_type", partial(_make_schedule, optimizer), config)
         _try("--dataloader_...", _make_loader, config)
+        if config.activation_checkpointing_kwargs:
+            _try("--activation_checkpointing_kwargs", _recompute, config)
+        if config.train_sampling_strategy == "group_by_length" and "packing" not in settings:
+            raise UserError(
+                "argument --train_sampling_strategy: group_by_length goes with sft only"
+            )
         if config.torch_compile:
             _try("--torch_compile", _compile, config)
         if config.push_to_hub:  # a network, and a token that may write
@@ -112,6 +119,14 @@ def _make_loader(config: Any) -> None:
     ahead = config.dataloader_prefetch_factor if workers else None
     persistent = config.dataloader_persistent_workers
     DataLoader([0], num_workers=workers, prefetch_factor=ahead, persistent_workers=persistent)
+
+
+def _recompute(config: Any) -> None:
+    own = ("every_n_layers", "offload")  # those of transformers, not of torch
+    given = config.activation_checkpointing_kwargs
+    options = {"use_reentrant": False}
+    options |= {name: value for name, value in given.items() if name not in own}
+    checkpoint(lambda x: x * 2, torch.ones(1), **options)
 
 
 def _compile(config: Any) -> None:
