@@ -68,6 +68,7 @@ def test_a_package_that_is_not_there(tmp_path, monkeypatch, capsys, package, arg
         ),
         (["--gradient_checkpointing_kwargs", '{"foo": 1}'], "--activation_checkpointing_kwargs: "),
         (["--activation_checkpointing_kwargs", '{"foo": 1}'], "_checkpointing_kwargs: "),
+        (["--activation_checkpointing_kwargs", '{"every_n_layers": 0}'], "expected 1 or more"),
         (["--train_sampling_strategy", "group_by_length"], "goes with sft only"),
         (["--accelerator_config", "none.json"], "none.json"),
         (["--accelerator_config", '{"foo": 1}'], "foo"),
@@ -142,7 +143,6 @@ def test_possible_settings_pass(tmp_path, monkeypatch, capsys):
     [
         ({"model_init_kwargs": '{"foo": 1}'}, "unexpected keyword argument 'foo'"),
         ({"model_init_kwargs": "[]"}, "cannot be trained this way"),
-        ({"activation_checkpointing_kwargs": '{"every_n_layers": 0}'}, "cannot be trained"),
         ({"attn_implementation": "foo"}, "is not supported"),
         ({"attn_implementation": "flash_attention_2"}, "cannot be trained this way"),
         ({"attn_implementation": "kernels-community/flash-attn"}, "`kernels`"),
@@ -156,11 +156,12 @@ def test_what_does_not_fit_the_model(
 ):
     write_records(tmp_path / "pairs.jsonl", make_pairs(12))
     given = {"dataset_name": "pairs.jsonl", "model_name_or_path": tiny_model_dir}
-    given |= {"output_dir": "out", "logs_dir": "logs", "activation_checkpointing": "true"}
+    given |= {"output_dir": "out", "logs_dir": "logs"}
     args = flags(**given, **options)
     assert expected in refused(tmp_path, monkeypatch, capsys, *args)
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_metric_that_is_not_measured(tmp_path, tiny_model_dir, run_script):
     write_records(tmp_path / "pairs.jsonl", make_pairs(30))

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, ProgressCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from common.cli import arg, check_input, check_least, check_model, check_output, parse_args
-from common.errors import RecordError, UserError
+from common.errors import RecordError, UserError, first_line
 from common.files import Readable, at_root, to_line, write_text
 from lm.loading import base_of, load_model, load_weights, merge_adapter, pick_device
 from reasoning.datasets.loading import load_records
@@ -368,10 +368,13 @@ class Training:
         checkpoint = None if self.checkpoint is None else str(self.checkpoint)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
-        except KeyError as error:
-            if "metric_for_best_model" not in str(error):
+        except Exception as error:
+            name = "metric_for_best_model" if "metric_for_best_model" in str(error) else None
+            if getattr(config, "torch_compile", False) and not isinstance(error, UserError):
+                name = "torch_compile"  # the compiler raises many kinds of errors
+            if name is None:
                 raise
-            raise UserError(f"argument --metric_for_best_model: {error.args[0]}") from None
+            raise UserError(f"argument --{name}: {first_line(error)}") from None
         seconds = time.monotonic() - started
 
         state = trainer.state

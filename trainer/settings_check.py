@@ -124,6 +124,8 @@ def _make_loader(config: Any) -> None:
 def _recompute(config: Any) -> None:
     own = ("every_n_layers", "offload")  # those of transformers, not of torch
     given = config.activation_checkpointing_kwargs
+    if given.get("every_n_layers", 1) < 1:
+        raise ValueError(f"every_n_layers: expected 1 or more, got {given['every_n_layers']}")
     options = {"use_reentrant": False}
     options |= {name: value for name, value in given.items() if name not in own}
     checkpoint(lambda x: x * 2, torch.ones(1), **options)
