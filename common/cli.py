@@ -1,9 +1,10 @@
 """Shared by all scripts: arguments, one-line errors with exit code 2, and checks of paths."""
 
 import argparse
+import codecs
 import errno
 import inspect
-import json
+import math
 import os
 import re
 import signal
@@ -12,11 +13,11 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, field
+from dataclasses import MISSING, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from common.errors import UserError
+from common.errors import UserError, short
 from common.files import adapter_base, hold, model_files, release, was_killed
 from common.terminal import printable
 
@@ -41,6 +42,8 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of the output has closed it (`... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except MemoryError:
+        fail("there is not enough memory for this: use a smaller model, or smaller numbers")
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
@@ -138,15 +141,14 @@ def parse_args(
     between the script and its flags (`dpo` of `train.py dpo`).
 
     Unlike TrlParser itself, this reports an unknown flag or a wrong value in one line, accepts
-    `--config=x.yaml`, checks the types of YAML values, and prints a short usage. Raises
-    SystemExit(2) for a user's mistake."""
-    # heavy libraries: a script can report a mistake of its own without them
-    import yaml
-    from trl import TrlParser
+    `--config=x.yaml`, reads YAML values as it reads flags, reads no `SCRIPT.args` file, sets
+    environment variables from the YAML key `env` with `--allow_env` only, refuses numbers that are
+    not finite or too large, and prints a short usage. Raises SystemExit(2) for a user's mistake."""
+    from trl import TrlParser  # heavy: a script can report a mistake of its own without it
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
-            fail(f"{message} (see --help)")
+            fail(f"{_cut(message)} (see --help)")
 
     parser = Parser(
         dataclasses, description=description, allow_abbrev=False, formatter_class=_HelpFormatter
@@ -156,25 +158,54 @@ def parse_args(
     for action in parser._actions:
         parser.usage += f"--{action.dest} ... " if action.required else ""
     parser.usage += "[--config FILE.yaml] [arguments]"
-    parser.epilog = "Flags override the arguments in a --config file."
+    parser.epilog = (
+        "Flags override the arguments in a --config file. With --allow_env its key `env` sets "
+        "environment variables."
+    )
     _group_inherited(parser, dataclasses, {"help", *(defaults or {})})
-    flags: list[str] = []
-    for flag in sys.argv[1:] if args is None else args:
-        flags += flag.split("=", 1) if flag.startswith("--config=") else [flag]
-    checked = flags
+    front = Parser((), add_help=False, allow_abbrev=False)
+    front.add_argument("--config")
+    front.add_argument("--allow_env", nargs="?", const="true", choices=["true", "false"])
+    given, flags = front.parse_known_args(sys.argv[1:] if args is None else args)
     try:
-        if "--config" in flags:
-            place = flags.index("--config")
-            if place + 1 == len(flags) or flags[place + 1].startswith("--"):
-                fail("argument --config: expected a YAML file")
-            from_file = _config_flags(parser, flags[place + 1], yaml)
-            checked = [*from_file, *flags[:place], *flags[place + 2 :]]
-        _, unknown = parser.parse_known_args(checked)
+        if given.config is not None:
+            kinds = {k: v for each in dataclasses for k, v in get_type_hints(each).items()}
+            values = _config_values(parser, given.config, kinds, given.allow_env == "true")
+            parser.set_defaults_with_config(**values)
+        namespace, unknown = parser.parse_known_args(flags)
         if unknown:
-            fail(f"unknown argument {' '.join(unknown)} (see --help)")
-        return parser.parse_args_and_config(flags)
-    except (ValueError, TypeError, OSError, yaml.YAMLError, UserError) as error:
+            fail(f"unknown argument {_cut(' '.join(unknown))} (see --help)")
+        _check_numbers(vars(namespace))
+        return tuple(
+            each(**{f.name: getattr(namespace, f.name) for f in fields(each) if f.init})
+            for each in dataclasses
+        )
+    except (
+        *(ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError),
+        *(TypeError, ValueError, UserError),
+    ) as error:  # the libraries' classes of arguments raise any of these for a value
         fail(error)
+
+
+def _cut(text: str) -> str:
+    """A message that quotes what a user wrote, at most 400 characters."""
+    return text if len(text) <= 400 else f"{text[:300]} ... {text[-80:]}"
+
+
+def _check_numbers(values: dict[str, Any]) -> None:
+    """Raises UserError for a number that is not finite, or too large for the libraries."""
+    for name, value in values.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"argument --{name}: expected a finite number, got {number}")
+            if isinstance(number, bool) or not isinstance(number, int):
+                continue
+            is_seed = name == "seed" or name.endswith("_seed")
+            least, most = (0, 2**32 - 1) if is_seed else (-(2**31), 2**31 - 1)
+            if not least <= number <= most:
+                raise UserError(
+                    f"argument --{name}: expected {least} to {most}, got {_cut(str(number))}"
+                )
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -215,29 +246,98 @@ def _group_inherited(parser: Any, dataclasses: Sequence[type], own: set[str]) ->
         options[:] = [action for action in options if action not in inherited]
 
 
-def _config_flags(parser: Any, path: str, yaml: Any) -> list[str]:
-    """The keys of the file as flags, so that argparse checks their values too."""
+def _config_values(
+    parser: Any, path: str, kinds: dict[str, Any], may_set_env: bool
+) -> dict[str, Any]:
+    """The values of a YAML file, each converted and checked as if it were given as a flag.
+
+    Values count as they are written: `no` and `1e-4` mean the same as after a flag, where YAML has
+    a boolean and a text. kinds: argument -> type. may_set_env: set the variables of the key
+    `env`."""
+    import yaml  # heavy, as above
+
+    where = f"config file {path}"
     if not Path(path).is_file():
-        fail(f"config file {path} not found")
+        fail(f"{where} not found")
+    if Path(path).stat().st_size > 2**20:
+        fail(f"{where} has more than 1 MB, expected `key: value` lines")
+    content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        depth = 0
+        for event in yaml.parse(content):  # one by one: deep nesting would take minutes
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > 20:
+                fail(f"{where} is nested too deeply, expected `key: value` lines")
+            if isinstance(event, yaml.AliasEvent):
+                fail(f"{where}: aliases (*name) are not read; write the value out")
+        loader = yaml.SafeLoader(content)
+        root = loader.get_single_node()
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        fail(f"config file {path} is not YAML: {error}")
-    if not isinstance(config, dict):
-        fail(f"config file {path} must hold `key: value` lines")
-    actions, flags = {action.dest: action for action in parser._actions}, list[str]()
-    for key, value in config.items():
-        if key == "env" or value is None:
-            continue
-        if key not in actions or key == "help":
-            fail(f"config file {path}: unknown key '{key}' (see --help)")
-        if isinstance(value, list) and actions[key].nargs in (None, "?"):
-            fail(f"config file {path}: key '{key}' takes one value, got a list")
-        if isinstance(value, dict):
-            value = json.dumps(value)
-        values = value if isinstance(value, list) else [value]
-        flags += [f"--{key}", *map(str, values)]
-    return flags
+        fail(f"{where} is not YAML: {_cut(str(error))}")
+    if not isinstance(root, yaml.MappingNode):
+        fail(f"{where} must hold `key: value` lines")
+    actions = {action.dest: action for action in reversed(parser._actions)}  # --x, not --no_x
+    values: dict[str, Any] = {}
+    for key_node, node in root.value:
+        key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "[...]"
+        if key in values:
+            fail(f"{where}: key '{key}' is there twice")
+        if key == "env":
+            values[key] = None
+            _set_env(where, _construct(loader, node, f"{where}: key 'env'"), may_set_env)
+        elif key not in actions or key == "help":
+            fail(f"{where}: unknown key {short(key)} (see --help)")
+        else:
+            values[key] = _config_value(parser, loader, where, actions[key], node, kinds[key])
+    values.pop("env", None)
+    return values
+
+
+def _config_value(parser: Any, loader: Any, where: str, action: Any, node: Any, kind: Any) -> Any:
+    """The value of one YAML node for an argument of the type `kind`."""
+    types = {*get_args(kind), kind}
+    if node.tag == "tag:yaml.org,2002:null":
+        if type(None) not in types:
+            fail(f"{where}: key '{action.dest}' has no value")
+        return None
+    if node.id == "mapping":
+        if not any(each is dict or get_origin(each) is dict for each in types):
+            fail(f"{where}: key '{action.dest}' takes one value, got a mapping")
+        return _construct(loader, node, f"{where}: key '{action.dest}'")
+    if node.id == "sequence" and action.nargs in (None, "?"):
+        fail(f"{where}: key '{action.dest}' takes one value, got a list")
+    items = node.value if node.id == "sequence" else [node]
+    if any(item.id != "scalar" or item.tag not in loader.yaml_constructors for item in items):
+        fail(f"{where}: key '{action.dest}': expected plain values")
+    texts = [item.value for item in items]
+    if bool in types and node.tag == "tag:yaml.org,2002:bool":
+        texts = [str(loader.construct_object(node)).lower()]
+    try:
+        return parser._get_values(action, texts)
+    except argparse.ArgumentError as error:
+        fail(f"{where}: {_cut(str(error))}")
+
+
+def _construct(loader: Any, node: Any, where: str) -> Any:
+    """The Python value of a YAML node."""
+    import yaml
+
+    try:
+        return loader.construct_object(node, deep=True)
+    except (ValueError, yaml.YAMLError) as error:
+        fail(f"{where}: {_cut(str(error))}")
+
+
+def _set_env(where: str, variables: Any, may_set_env: bool) -> None:
+    if not may_set_env:
+        fail(
+            f"{where}: its key 'env' sets environment variables, which can change what other "
+            "programs run: give --allow_env if you have read it, or set them in the shell"
+        )
+    if not isinstance(variables, dict):
+        fail(f"{where}: key 'env': expected `NAME: value` lines")
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
 
 
 def check_least(args: Any, **least: int) -> None:

@@ -72,7 +72,7 @@ def _load(model_dir: str) -> tuple[Any, Any]:
     """(model, tokenizer) of a LLaMA that the GGUF keys describe; an adapter is merged."""
     try:
         base, is_adapter = base_of(model_dir)
-        config = AutoConfig.from_pretrained(base)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{model_dir} cannot be loaded: {first_line(error)}") from None
     if config.model_type != "llama":

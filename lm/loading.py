@@ -1,7 +1,8 @@
 """The one loader of models and tokenizers, which makes all checks.
 
-It refuses a model whose weights are incomplete and, unless `trust_remote_code` is given, a model
-that only its own code can run."""
+It refuses a model whose weights are incomplete or not safetensors and, unless `trust_remote_code`
+is given, a model that only its own code can run. Every call of transformers says so explicitly:
+where it says nothing, transformers asks on the terminal and runs the code after a "y"."""
 
 import json
 import sys
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import find_adapter_config_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, find_adapter_config_file
 
-from common.errors import ModelError, first_line
+from common.errors import ModelError, first_line, short
 
 # the errors known to be raised by the libraries for a folder that is no model
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError)
@@ -54,23 +55,60 @@ def base_of(path: str, revision: str | None = None) -> tuple[str, bool]:
     return base, True
 
 
+def check_safetensors(path: str | Path, revision: str | None = None) -> None:
+    """Raises ValueError unless the weights of a model are safetensors in its own folder.
+
+    Other files with weights are pickles, which can run code. transformers reads one if it stands in
+    the index of a sharded model, if config.json names it, or if it is an adapter's."""
+    folder = Path(path)
+    if find_adapter_config_file(path, revision=revision) is not None:
+        raise ValueError("the base is an adapter too, expected a whole model")
+    named = PreTrainedConfig.get_config_dict(path, revision=revision)[0].get("transformers_weights")
+    if folder.is_dir() and not named and not any(folder.glob("*.safetensors*")):
+        raise ValueError("it has no weights in safetensors, and no others are read")
+    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    files = [named] if named else []
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **options)
+    if str(named).endswith(".index.json"):
+        files, index = [], cached_file(path, named, **options)
+    if index is not None:
+        files += set(json.loads(Path(index).read_text("utf-8"))["weight_map"].values())
+    for name in files:
+        if Path(str(name)).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"it names {short(str(name))}, expected safetensors in its own folder")
+
+
 def load_weights(
     model_class: Any,
     path: str | Path,
     may_miss: Callable[[Any, str], bool] = lambda model, key: False,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Any:
-    """model_class.from_pretrained, from safetensors only; no weight may be missing.
+    """model_class.from_pretrained, from safetensors or a GGUF file only; no weight may be missing.
 
     may_miss(model, key): whether this weight may be missing; it is then initialized at random.
     Raises ValueError if another weight is missing, and the errors of transformers."""
+    if "gguf_file" not in options:
+        check_safetensors(path, options.get("revision"))
     model, loading = model_class.from_pretrained(
-        path, use_safetensors=True, output_loading_info=True, **options
+        path,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        **options,
     )
     missing = [key for key in loading["missing_keys"] if not may_miss(model, key)]
     if missing:
         raise ValueError(f"weights are missing, for example {min(missing)}")
     return model
+
+
+def check_adapter(path: str, revision: str | None = None) -> None:
+    """Raises ValueError unless the weights of an adapter are safetensors."""
+    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    if cached_file(path, "adapter_model.safetensors", **options) is None:
+        raise ValueError("adapter_model.safetensors is missing, and no other weights are read")
 
 
 def load_adapter(
@@ -79,8 +117,7 @@ def load_adapter(
     """The PEFT adapter at `path` on its loaded base. trainable: it is loaded to be trained.
 
     Raises ValueError if part of the adapter is missing, or if it is not a LoRA-like adapter."""
-    if Path(path).is_dir() and not (Path(path) / "adapter_model.safetensors").is_file():
-        raise ValueError("adapter_model.safetensors is missing")
+    check_adapter(path, revision)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         # PEFT only warns, and initializes the missing weights at random
@@ -106,14 +143,16 @@ def merge_adapter(model: Any, dtype: torch.dtype | None = None) -> Any:
     return model
 
 
-def load_tokenizer(path: str, base: str | None = None, **options: Any) -> Any:
+def load_tokenizer(
+    path: str | Path, base: str | None = None, trust_remote_code: bool = False, **options: Any
+) -> Any:
     """The tokenizer at `path`, or that of the base if an adapter has none."""
     try:
-        return AutoTokenizer.from_pretrained(path, **options)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError):
         if base in (None, path):
             raise
-        return AutoTokenizer.from_pretrained(base)
+        return AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
 
 
 def check_embeddings(tokenizer: Any, model: Any) -> None:
@@ -187,9 +226,10 @@ def load_model(
         }
         model = load_weights(AutoModelForCausalLM, base, dtype=dtype, **hub)
         if not is_adapter:
-            return model, fit_tokenizer(AutoTokenizer.from_pretrained(path, **hub), model)
+            return model, fit_tokenizer(load_tokenizer(path, **hub), model)
         model = load_adapter(model, path, trainable, revision)
-        return model, fit_tokenizer(load_tokenizer(path, base, revision=revision), model)
+        tokenizer = load_tokenizer(path, base, trust_remote_code, revision=revision)
+        return model, fit_tokenizer(tokenizer, model)
     except LOAD_ERRORS as error:
         place = "it" if base == path else f"it and its base {base}"
         raise ModelError(

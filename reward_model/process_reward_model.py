@@ -85,7 +85,7 @@ def from_causal_lm(model: Any, tokenizer: Any, step_token: str = STEP_TOKEN) -> 
 def with_zero_head(model_class: Any, model: Any, config: Any) -> Any:
     """A model of another class on the backbone of `model`, not a copy, with a head of zeros."""
     with torch.device("meta"):
-        made = model_class.from_config(config, dtype=model.dtype)
+        made = model_class.from_config(config, dtype=model.dtype, trust_remote_code=False)
     setattr(made, made.base_model_prefix, model.base_model)
     for name in head_names(made):
         head = made.get_submodule(name).to_empty(device=model.device)

@@ -35,6 +35,7 @@ from common.errors import JudgeError, ModelError, UserError, first_line, short
 from lm.chat_template import render_chat
 from lm.loading import (
     base_of,
+    check_adapter,
     check_embeddings,
     load_adapter,
     load_tokenizer,
@@ -193,10 +194,13 @@ def load_reward_model(
     try:
         config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
         base, is_adapter = base_of(path, revision)
-        hub = {"revision": None if is_adapter else revision}
+        hub: dict[str, Any] = {"revision": None if is_adapter else revision}
         if not new_head and not is_adapter:
             _check_head(path, config)
-        adapter_weights = load_peft_weights(path, device="cpu") if is_adapter else {}
+        adapter_weights = {}
+        if is_adapter:
+            check_adapter(path, revision)
+            adapter_weights = load_peft_weights(path, device="cpu", revision=revision)
 
         def may_miss(model: Any, key: str) -> bool:
             """The head may be missing if it is new, or if the adapter has it."""

@@ -5,17 +5,21 @@ python tests/test_rank_responses.py    takes the picture of the page, docs/image
 
 import gzip
 import itertools
+import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -47,7 +51,7 @@ from reasoning.datasets.ranking import (
 )
 from reasoning.records import LabelledSolution, PreferencePair
 from reward_model.judges.human import HumanJudge
-from utils.rank_responses import RANKS, STEPS, agreement_html, main, turn
+from utils.rank_responses import OPEN_ROUTES, RANKS, ROUTES, STEPS, agreement_html, main, turn
 
 SCRIPT = "utils/rank_responses.py"
 # Text that must stay as it is: hostile to HTML, templates (JavaScript's, Gradio's), Markdown and
@@ -584,7 +588,7 @@ PATIENCE = 240  # seconds: the machine may be busy
 
 
 @contextmanager
-def browser(profile: Path, width: int = 1280, height: int = 1000):
+def browser(profile: Path, width: int = 1280, height: int = 1000, *more: str):
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -593,7 +597,7 @@ def browser(profile: Path, width: int = 1280, height: int = 1000):
     for flag in (
         *("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"),
         *("disable-background-networking", "disable-component-update", "disable-sync"),
-        *(f"user-data-dir={profile}", f"window-size={width},{height}"),
+        *(f"user-data-dir={profile}", f"window-size={width},{height}", *more),
     ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
@@ -610,6 +614,11 @@ def free_port() -> int:
     with socket.socket() as any_free:
         any_free.bind(("127.0.0.1", 0))
         return any_free.getsockname()[1]
+
+
+def printed_address(cwd: Path) -> str:
+    """The address, with its token, that the last server has printed."""
+    return re.findall(r"\S+token=\S+", (cwd / "server.log").read_text())[-1]
 
 
 @contextmanager
@@ -682,7 +691,6 @@ class Page:
 
     def network(self) -> set[str]:
         """The hosts to which the browser has sent requests since the last call."""
-        import json
         from urllib.parse import urlsplit
 
         events = [
@@ -719,8 +727,9 @@ def test_a_persons_session(table, tmp_path, run_script):
             return driver.execute_script("return window.hacked") is None
 
         with server(port, "--input", table, cwd=tmp_path) as process:
-            driver.get(url)
+            driver.get(printed_address(tmp_path))
             page.see("Your name")
+            assert driver.current_url == f"{url}/"  # the token is not in the address any more
             page.press("rule:exact", Keys.ENTER)
             page.see("are for rules and models")
             page.press("Ann", Keys.ENTER)
@@ -774,6 +783,15 @@ def test_a_persons_session(table, tmp_path, run_script):
         write_records(tmp_path / "pairs.jsonl", PAIRS)
         steps = ("--steps", "pairs.jsonl", "--labels", "labels.jsonl")
         with server(port, "--input", table, "--ranker", "Ann", *steps, cwd=tmp_path):
+            page.press(Keys.ENTER)
+            page.see("open its new address")  # the token of the first server is of no use
+            assert Path(table).read_bytes() != before  # Ben's ranks alone
+            typed = driver.current_window_handle
+            driver.switch_to.new_window("tab")
+            driver.get(printed_address(tmp_path))
+            page.see("prompts done")
+            driver.close()
+            driver.switch_to.window(typed)
             page.press(Keys.ENTER)  # the page still holds what was typed
             page.see("All 4 prompts are done")
             rows = groups(read_answers(table))[PROMPTS[0], "Ann"]
@@ -841,6 +859,192 @@ def test_a_persons_session(table, tmp_path, run_script):
     assert scores == [*(row.labels for row in written[:3]), None]
 
 
+# What a page of another origin can try: to change ranks, and to read a text. TARGET is the server,
+# BODY what its own page posts to save ranks.
+ATTACK = """
+const tried = [];
+async function attempt(name, work) {
+  let read = "";
+  try { read = String(await Promise.race([work(), new Promise(done => setTimeout(done, 1500, ""))])); }
+  catch (error) { read = ""; }
+  tried.push([name, read]);
+}
+const save = TARGET + "/gradio_api/component_server/";
+const kinds = ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/json"];
+(async () => {
+  for (const path of ["/", "/config", "/theme.css", "/manifest.json", "/gradio_api/info", "/gradio_api/queue/data?session_hash=x"])
+    for (const mode of ["cors", "no-cors", "navigate"])
+      await attempt("get " + path + mode, async () => (await fetch(TARGET + path, {mode, credentials: "include"})).text());
+  for (const body of BODIES)
+    for (const kind of kinds)
+      for (const mode of ["cors", "no-cors"])
+        await attempt("post " + kind + mode, async () => (await fetch(save, {method: "POST", mode, credentials: "include", keepalive: true, headers: {"Content-Type": kind}, body})).text());
+  for (const body of BODIES) {
+    await attempt("beacon", async () => navigator.sendBeacon(save, body) && "");
+    for (const kind of kinds.slice(0, 3)) {
+      const frame = document.body.appendChild(Object.assign(document.createElement("iframe"), {name: "f" + Math.random()}));
+      const form = document.body.appendChild(Object.assign(document.createElement("form"), {method: "POST", action: save, enctype: kind, target: frame.name}));
+      const place = body.indexOf("=") < 0 ? body.length - 1 : body.indexOf("=");
+      form.appendChild(Object.assign(document.createElement("input"), {name: body.slice(0, -1), value: body.slice(-1)}));
+      form.submit();
+    }
+  }
+  const frame = document.body.appendChild(Object.assign(document.createElement("iframe"), {src: TARGET + "/", id: "framed"}));
+  await attempt("frame", () => new Promise(done => { frame.onload = () => { try { done(frame.contentDocument.body.innerText); } catch { done(""); } }; }));
+  await attempt("events", () => new Promise((done, no) => {
+    const events = new EventSource(TARGET + "/gradio_api/queue/data?session_hash=x", {withCredentials: true});
+    events.onmessage = message => done(message.data); events.onerror = no; }));
+  await attempt("socket", () => new Promise((done, no) => {
+    const socket = new WebSocket(TARGET.replace("http", "ws") + "/gradio_api/queue/join");
+    socket.onopen = () => done("opened"); socket.onerror = no; }));
+  for (const tag of ["script", "img", "link"])
+    await attempt(tag, () => new Promise((done, no) => {
+      const element = document.createElement(tag);
+      element.onload = () => done("loaded"); element.onerror = no;
+      element[tag === "link" ? "href" : "src"] = TARGET + (tag === "link" ? "/theme.css" : tag === "img" ? "/favicon.ico" : "/assets/SCRIPT");
+      if (tag === "link") element.rel = "stylesheet";
+      document.head.append(element); }));
+  await attempt("upload", async () => { const data = new FormData(); data.append("files", new Blob(["x"]), "x.txt");
+    return (await fetch(TARGET + "/gradio_api/upload", {method: "POST", credentials: "include", body: data})).text(); });
+  document.title = "over"; window.tried = tried;
+})();
+"""  # noqa: E501 (JavaScript)
+
+
+REFUSED = "sent by another page\n"  # all that a page may read; Gradio lets pages of localhost read
+
+
+def find_dicts(value):
+    """All dicts in decoded JSON."""
+    if isinstance(value, dict):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value:
+        if isinstance(part, dict | list):
+            yield from find_dicts(part)
+
+
+@contextmanager
+def attacking_page(target: str, bodies: list[str], script: str):
+    """The address of a page on a port of its own, which attacks the target."""
+    code = ATTACK.replace("TARGET", json.dumps(target)).replace("BODIES", json.dumps(bodies))
+    page = f"<!DOCTYPE html><body><script>{code.replace('SCRIPT', script)}</script>".encode()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(page)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as attacker:
+        threading.Thread(target=attacker.serve_forever, daemon=True).start()
+        yield attacker.server_port
+        attacker.shutdown()
+
+
+@in_browser
+@pytest.mark.slow
+@pytest.mark.process
+def test_other_pages_change_no_ranks_and_read_no_texts(table, tmp_path):
+    """The person's page is open in the same browser, so its cookie is there to be sent."""
+    port = free_port()
+    target = f"http://127.0.0.1:{port}"
+    names = "host-resolver-rules=MAP evil.example 127.0.0.1"
+    with (
+        server(port, "--input", table, "--ranker", "Ann", cwd=tmp_path),
+        browser(tmp_path / "profile", 1280, 1000, names) as driver,
+    ):
+        page = Page(driver)
+        driver.get(printed_address(tmp_path))
+        page.see("0 of 4 prompts done")
+        page.press(page.ranks("1234")[:4])
+        # what the page itself posts for its first prompt, to be posted by others
+        driver.execute_script(
+            "window.posted = []; const own = window.fetch; window.fetch = (url, more) => {"
+            " if (more && more.body) window.posted.push(more.body); return own(url, more); }"
+        )
+        page.press("\ue007")
+        page.see("1 of 4 prompts done")
+        (posted,) = [
+            body
+            for body in driver.execute_script("return window.posted")
+            if isinstance(body, str) and "marks" in body
+        ]
+        script = driver.execute_script(
+            "return [...document.scripts].map(s => s.src).find(s => s.includes('/assets/'))"
+        )
+        saved = Path(table).read_bytes()
+        request = json.loads(posted)  # the same task with other ranks
+        (ranks,) = [part for part in find_dicts(request) if "marks" in part]
+        ranks["marks"].reverse()
+        other = json.dumps(request)
+        person = driver.current_window_handle
+        with attacking_page(target, [other], script.rpartition("/")[2]) as attacker:
+            for name in ("127.0.0.1", "localhost", "evil.example"):
+                driver.switch_to.new_window("tab")
+                driver.get(f"http://{name}:{attacker}/")
+                page.wait(lambda: driver.title == "over", "the end of the attack")
+                tried = driver.execute_script("return tried")
+                read = {what: text for what, text in tried if text not in ("", REFUSED)}
+                assert len(tried) > 30 and not read, (name, read)
+                time.sleep(1)  # forms
+                assert Path(table).read_bytes() == saved, name
+        # a name of the attacker's that points to the server
+        driver.get(f"http://evil.example:{port}/")
+        assert page.text() == "this name is not served"
+        # the same post from the page itself is saved
+        driver.switch_to.window(person)
+        driver.execute_script(
+            "fetch('/gradio_api/component_server/', {method: 'POST', body: arguments[0],"
+            " headers: {'Content-Type': 'application/json'}})",
+            other,
+        )
+        page.wait(lambda: Path(table).read_bytes() != saved, "the ranks")
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_the_server_answers_its_own_page_alone(table, tmp_path):
+    """Requests as no browser sends them, to the real server and to every route of Gradio."""
+    import gradio as gr
+    import httpx
+    from gradio.routes import App
+
+    with gr.Blocks() as blocks:
+        pass
+    paths = {route.path for route in App.create_app(blocks).routes if hasattr(route, "path")}
+    paths |= {f"/gradio_api/{name}" for name in ("upload", "file=/etc/passwd", "info", "run/turn")}
+    paths |= {f"/gradio_api/{name}" for name in ("call/turn", "api/turn", "proxy=x", "stream/x")}
+    needed = {route for _, route in ROUTES} | {route for _, route in OPEN_ROUTES}
+    port = free_port()
+    with server(port, "--input", table, cwd=tmp_path):
+        url = f"http://127.0.0.1:{port}"
+        token = printed_address(tmp_path).partition("token=")[2]
+        cookie = {"cookie": f"ranking_{port}={token}"}
+        with httpx.Client(base_url=url, timeout=60) as client:
+            assert client.get("/").status_code == client.get("/?token=x").status_code == 401
+            page = client.get("/", headers=cookie)
+            assert page.status_code == 200 and "frame-ancestors" in str(page.headers)
+            for wrong in (
+                {"host": f"evil.example:{port}"},
+                {"origin": f"http://127.0.0.1:{port + 1}"},
+                {"origin": "null"},
+                {"cookie": f"ranking_{port}={token[:-1]}"},
+            ):
+                assert client.get("/", headers={**cookie, **wrong}).status_code == 401
+            for path in sorted(paths - needed):
+                for method in ("GET", "POST", "PUT", "DELETE"):
+                    answer = client.request(method, path, headers=cookie)
+                    is_needed = any(path.startswith(p) for p in needed if p[-1] == "/" and p != "/")
+                    assert answer.status_code == 404 or is_needed, (method, path)
+        with socket.create_connection(("127.0.0.1", port)) as plain:
+            plain.sendall(f"GET / HTTP/1.0\r\nCookie: {cookie['cookie']}\r\n\r\n".encode())
+            assert b" 401 " in plain.recv(100)  # without a host
+
+
 @pytest.mark.slow
 @pytest.mark.process
 def test_a_port_in_use(table, run_script):
@@ -878,7 +1082,7 @@ def take_picture(path: Path) -> None:
             server(port, "--input", "answers.csv", "--ranker", "Ann", cwd=Path(folder)),
         ):
             page = Page(driver)
-            driver.get(f"http://127.0.0.1:{port}")
+            driver.get(printed_address(Path(folder)))
             page.see("14 of 40")
             page.press("12")
             page.see("2 to go")

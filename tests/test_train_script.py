@@ -317,7 +317,7 @@ def broken(tiny_model_dir, tmp_path_factory) -> Path:
         (["--loss_type", "stepwise", "hinge"], "mix with sigmoid and sft only"),
         (["--config", "none.yaml"], "config file none.yaml not found"),
         (["--config", "bad.yaml"], "unknown key 'learning_rat'"),
-        (["--config"], "argument --config: expected a YAML file"),
+        (["--config"], "argument --config: expected one argument"),
         (["--model_name_or_path", "nowhere"], "model directory nowhere not found"),
         (["--model_name_or_path", "empty"], "empty is no model directory"),
         (["--model_name_or_path", "pairs.jsonl"], "is a file, expected a model directory"),

@@ -37,7 +37,7 @@ from common.cli import (
     holds_something,
     parse_args,
 )
-from common.errors import RecordError, UserError
+from common.errors import RecordError, UserError, first_line
 from common.files import (
     Readable,
     at_root,
@@ -61,6 +61,7 @@ from reasoning.datasets.files import Dropped
 from reasoning.datasets.loading import load_records
 from reasoning.splits import held_out_prompts, is_kept_out
 from reward_model.registry import JudgeArgs, check_judge, judge_files, judge_identity
+from trainer.settings_check import check_settings
 
 # in the output folder: describes the training, so that the same command resumes it
 JOB = "training_job.json"
@@ -197,6 +198,7 @@ def train(
     classes = (DataArgs, recipe.config, ModelConfig)
     shown = {"description": recipe.description, "command": recipe.command}
     args, config, model_args = parse_args(*classes, **shown, args=argv, defaults=defaults)
+    check_settings(config, model_args)
     if args.dataset_name == defaults["dataset_name"]:
         check_input(args.dataset_name, recipe.made_by)
     with ExitStack() as stack:
@@ -313,7 +315,10 @@ class Training:
             return self.recipe.make_trainer(self)
         except UserError:
             raise
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        except (
+            *(OSError, ValueError, RuntimeError, ImportError, SafetensorError, ArithmeticError),
+            *(AttributeError, LookupError, TypeError),
+        ) as error:  # the libraries raise any of these for a setting or a model
             name = self.model_args.model_name_or_path
             raise UserError(f"{name}: cannot be trained this way: {error}") from None
 
@@ -390,6 +395,7 @@ class Training:
             "attn_implementation": args.attn_implementation,
             "dtype": args.dtype,
             **(config.model_init_kwargs or {}),
+            "use_safetensors": True,
         }
         # on the meta device: this only checks the weights and the tokenizer
         model = load_weights(AutoModelForCausalLM, self.model, device_map="meta", **hub)
@@ -446,6 +452,13 @@ class Training:
         except AlreadyTrained:
             if config.load_best_model_at_end:
                 trainer._load_best_model()
+        except Exception as error:
+            name = "metric_for_best_model" if "metric_for_best_model" in str(error) else None
+            if getattr(config, "torch_compile", False) and not isinstance(error, UserError):
+                name = "torch_compile"  # the compiler raises many kinds of errors
+            if name is None:
+                raise
+            raise UserError(f"argument --{name}: {first_line(error)}") from None
         seconds = time.monotonic() - started
 
         state = trainer.state
@@ -555,6 +568,12 @@ def checkpoint_to_resume(
         if checkpoint is None or not (checkpoint / "trainer_state.json").is_file():
             place = checkpoint or folder
             raise UserError(f"--resume_from_checkpoint {resume}: no whole checkpoint in {place}")
+        pickles = {path.name for path in checkpoint.rglob("*.bin")} - {"training_args.bin"}
+        if pickles or not any(checkpoint.rglob("*.safetensors")):
+            found = f"{min(pickles)} is no safetensors" if pickles else "it has no safetensors"
+            raise UserError(
+                f"--resume_from_checkpoint {resume}: no other weights are read, and {found}"
+            )
         job_before = _job_in(checkpoint.resolve().parent) or {}
         if "contents" in job_before and job_before["contents"] != job["contents"]:
             names = ", ".join(_differences(job_before["contents"], job["contents"]))

@@ -22,13 +22,13 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import AutoTokenizer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
 
 from common.cli import arg
+from lm.loading import load_tokenizer
 from lm.text_encoding import encode_steps, text_encoder
 from reasoning.records import ScoredPair
 from trainer.defaults import MiniatureDefaults, check_numbers
@@ -227,7 +227,7 @@ class StepwiseDPOTrainer(DPOTrainer):
         if processing_class is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             revision = (args.model_init_kwargs or {}).get("revision") or "main"
-            processing_class = AutoTokenizer.from_pretrained(
+            processing_class = load_tokenizer(
                 name, revision=revision, trust_remote_code=args.trust_remote_code
             )
         text_encoder(processing_class)  # it refuses a tokenizer without offsets

@@ -56,16 +56,16 @@ def import_gguf(source: Path, output: Path, dtype: str, sha256: str) -> None:
     token ids, chat template or logits (which must be equal, in `dtype`)."""
     # transformers would slow --help
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from lm.loading import LOAD_ERRORS, load_weights
+    from lm.loading import LOAD_ERRORS, load_tokenizer, load_weights
 
     # first, because transformers trusts damaged lengths
     header = read_gguf(source, any_kind=True)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        tokenizer = load_tokenizer(source.parent, gguf_file=source.name)
         options = {"dtype": dtype, "gguf_file": source.name}
         model = load_weights(AutoModelForCausalLM, source.parent, **options).eval()
     except (*LOAD_ERRORS, IndexError, AttributeError, NotImplementedError) as error:

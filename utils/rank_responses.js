@@ -20,10 +20,10 @@ async function turn(action) {
   const marks = [];
   items().forEach((item) => { marks[item.dataset.place] = item.dataset.mark; });
   const request = { name: name(), action, marks, key: root.querySelector(".task")?.dataset.key || null, note: root.querySelector(".note")?.value || "" };
-  const reply = await server.turn(request); // undefined if no server answers
+  const reply = await server.turn(request).catch(() => undefined); // undefined if no server answers
   busy = false;
   if (!reply?.html) {
-    say(reply?.error || "Nothing was saved: the server does not answer. Start it again; this page then works again.", true);
+    say(reply?.error || "Nothing was saved: the server does not answer. Start it again and open its new address in another tab; this page then works again.", true);
     return;
   }
   if (reply.ask && given === "") sessionStorage.removeItem("ranker");

@@ -4,25 +4,29 @@
     python utils/rank_responses.py --steps pairs.jsonl   the third tab labels steps
     python utils/rank_responses.py --agreement           print how far the rankers agree
 
-The page is http://127.0.0.1:7860. It needs no network and sends nothing anywhere. Every group is
-saved at once, so a page that was stopped resumes.
+The page is http://127.0.0.1:7860. Only the printed address opens it: its token is new whenever the
+script starts. The page needs no network and sends nothing anywhere. Every group is saved at once,
+so a page that was stopped resumes.
 """
 
 import html
 import json
 import os
+import secrets
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_different, check_input, parse_args, run
 from common.errors import UserError
 from common.files import at_root
+from common.page_guard import PageGuard
 from evaluation.agreement import AGREEMENT_COLUMNS, agreement_rows
 from evaluation.results import print_table
 from reasoning.annotation import (
@@ -42,6 +46,15 @@ from reasoning.datasets.ranking import check_groups, read_answers
 ANSWERS = "data/answers.csv.gz"
 MADE_BY = "python utils/build_ranked_responses.py"
 HERE = Path(__file__).resolve()
+# Everything that the page asks of Gradio; nothing else is answered, no upload and no file.
+ROUTES = [
+    *(("GET", path) for path in ("/", "/theme.css", "/favicon.ico", "/assets/", "/static/")),
+    ("GET", "/gradio_api/queue/data"),
+    ("POST", "/gradio_api/queue/join"),
+    ("POST", "/gradio_api/component_server/"),
+]
+# Gradio asks itself for the first to see that it works; browsers ask for the second without cookie.
+OPEN_ROUTES = [("GET", "/gradio_api/startup-events"), ("GET", "/manifest.json")]
 
 
 @dataclass
@@ -239,6 +252,15 @@ def serve(args: RankArguments, page: Any) -> None:
 
     Raises UserError if the port is in use or if Gradio gives no public address."""
     import gradio as gr  # heavy
+    from starlette.middleware import Middleware
+
+    token = secrets.token_urlsafe(24)
+    port = "" if args.port == 80 else f":{args.port}"  # as browsers write it
+    hosts = {f"{name}{port}" for name in ("127.0.0.1", "localhost")}
+    guard = Middleware(
+        PageGuard, token=token, cookie=f"ranking_{args.port}", hosts=hosts, routes=ROUTES,
+        open_routes=OPEN_ROUTES,
+    )  # fmt: skip
 
     # fonts of the system, so that none is loaded from the network
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
@@ -248,7 +270,7 @@ def serve(args: RankArguments, page: Any) -> None:
         _, local, public = page.launch(
             server_name="127.0.0.1", server_port=args.port, share=args.share, theme=theme, css=css,
             quiet=True, footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False,
-            prevent_thread_lock=True,
+            prevent_thread_lock=True, app_kwargs={"middleware": [guard]},
         )  # fmt: skip
     except OSError as error:
         raise UserError(
@@ -259,9 +281,11 @@ def serve(args: RankArguments, page: Any) -> None:
             "argument --share: Gradio gave no public address; leave --share out to use the page "
             "on this machine"
         )
+    if public:
+        hosts.add(urlsplit(public).netloc)
     labels = f", labels of steps in {args.labels}" if args.steps else ""
     print(f"ranks are saved in {args.output or args.input}{labels}")
-    print(f"{public or local} (Ctrl-C ends)", flush=True)
+    print(f"{(public or local).rstrip('/')}/?token={token} (Ctrl-C ends)", flush=True)
     threading.Event().wait()
 
 

@@ -94,7 +94,9 @@ def as_text(tree: Tree) -> str:
 
 
 PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Search tree</title><style>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Search tree</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #222;
        max-width: 70em; margin: 2em auto; padding: 0 1em }}
 details, .leaf {{ margin-left: 1.6em }}

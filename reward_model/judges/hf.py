@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 from tokenizers import normalizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from common.errors import JudgeError, ModelError, first_line
 from lm.chat_template import begins_thought, chat_frame, default_template
 from lm.gguf_file import GGUFFile, read_gguf
-from lm.loading import LOAD_ERRORS, load_model, load_weights, scoring_device
+from lm.loading import LOAD_ERRORS, load_model, load_tokenizer, load_weights, scoring_device
 from lm.text_encoding import TextEncoder, batches_by_length
 from lm.tree_attention import add_sequence, mask_dtype, tree_inputs
 from reasoning.steps import shared_prefix
@@ -295,7 +295,7 @@ def _load_gguf(file: GGUFFile, dtype: torch.dtype | str) -> tuple[Any, Any]:
         # transformers would also read other files in the folder of the GGUF file
         with TemporaryDirectory() as folder:
             os.symlink(os.path.abspath(path), f"{folder}/{name}")
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+            tokenizer = load_tokenizer(folder, gguf_file=name)
             model = load_weights(AutoModelForCausalLM, folder, dtype=dtype, gguf_file=name)
     except (*LOAD_ERRORS, IndexError, AttributeError, NotImplementedError) as error:
         raise ModelError(f"judge {path} cannot be loaded: {first_line(error)}") from None
