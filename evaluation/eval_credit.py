@@ -24,7 +24,7 @@ from evaluation.results import output_paths, print_table, write_result
 from reasoning.grading import grade_steps
 from reasoning.problems import problems as generate_problems
 from reasoning.records import PreferencePair, Problem
-from reasoning.splits import is_kept_out
+from reasoning.splits import MAKES_HELD_OUT, is_kept_out
 
 # kinds of steps -> their names in the plot
 KINDS = {
@@ -84,8 +84,9 @@ def check(args: CreditArgs) -> tuple[list[str], Path, Path]:
         raise UserError(f"--models: two have the same last part: {', '.join(names)}")
     for model in (args.base_model, *args.models):
         check_model(model)
-    check_input(args.input, "make data")
-    check_input(args.pairs, "make data")
+    check_input(args.input, MAKES_HELD_OUT if args.input == CreditArgs.input else None)
+    makes_scores = "python reward_model/evaluate_steps.py"
+    check_input(args.pairs, makes_scores if args.pairs == CreditArgs.pairs else None)
     result, _, plot = output_paths(args.output_dir, "credit")
     return names, result, plot
 

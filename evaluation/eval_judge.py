@@ -20,9 +20,11 @@ from evaluation.judge_card import Judged, RankedPolicy, card, print_card
 from evaluation.metrics import Metric, mean_metric, rate_metric, spearman_metric
 from evaluation.results import output_paths, print_metrics, write_result
 from evaluation.value_calibration import measure_values, roll_out
+from lm.registry import warn_of_foreign_prompts
 from reasoning.datasets.loading import load_step_labels
 from reasoning.grading import grade_steps, is_correct
 from reasoning.records import LabelledSolution, Problem
+from reasoning.splits import MAKES_HELD_OUT
 from reward_model.protocols import StepJudge, aggregate
 from reward_model.registry import JudgeArgs, check_judge, judge_name, open_judge, score_all
 
@@ -96,10 +98,10 @@ def check(args: CardArgs) -> tuple[Path, Path]:
         raise UserError("argument --labels_split: give --labels, or leave it out")
     result, _, plot = output_paths(args.output_dir, f"judge_{name}")
     if args.labels is None:
-        check_model(args.model_name_or_path, made_by("model_name_or_path", "make models"))
+        check_model(args.model_name_or_path, made_by("model_name_or_path", "make models-policy"))
         for policy in args.policies or []:
             check_model(policy)
-        check_input(args.input, made_by("input", "make data"))
+        check_input(args.input, made_by("input", MAKES_HELD_OUT))
     return result, plot
 
 
@@ -218,6 +220,8 @@ def main() -> None:
             from lm.policy import Policy  # slow to import (torch)
 
             policy = Policy.load(args.model_name_or_path)
+            prompts = [problem.prompt for problem in problems]
+            warn_of_foreign_prompts(policy, args.model_name_or_path, prompts)
             judged = sample(args, problems, policy)
         solutions = [(row.solution.prompt, row.solution.steps) for row in judged]
         scored = [

@@ -38,8 +38,9 @@ from reasoning.datasets.files import load_rows
 from reasoning.datasets.ranking import RankedGroup, check_groups, groups, read_answers
 from reasoning.grading import is_correct
 from reasoning.records import Problem
+from reasoning.splits import MAKES_HELD_OUT
 from reward_model.protocols import ResponseScorer
-from reward_model.registry import ScorerArgs, check_scorer, open_scorer
+from reward_model.registry import ScorerArgs, check_scorer, open_scorer, warn_of_foreign_responses
 from search.candidates import SearchBudget
 from search.strategies import draw, pick_majority
 
@@ -309,7 +310,7 @@ def main() -> None:
     problems: list[Problem] = []
     if args.n:
         is_default = args.problems == RewardEvalArgs.problems
-        check_input(args.problems, "make data" if is_default else None)
+        check_input(args.problems, MAKES_HELD_OUT if is_default else None)
         problems = list(islice(read_records(args.problems, Problem), args.limit))
         check_policy(args)
     check_scorer(args)
@@ -317,10 +318,14 @@ def main() -> None:
 
     with open_scorer(args) as scorer:
         texts = [(prompt, answer.text) for prompt, answers in found for answer in answers]
+        warn_of_foreign_responses(scorer, texts)
         flat = iter(scorer.score(texts, progress="answers"))
         scores = [[next(flat) for _ in answers] for _, answers in found]
         cut = scorer.cut
-        picked = pick_best(args, problems, open_policy(args), scorer) if args.n else {}
+        picked = {}
+        if args.n:
+            policy = open_policy(args, [problem.prompt for problem in problems])
+            picked = pick_best(args, problems, policy, scorer)
     pairs = pairs_of(found, scores)
     by_kind = accuracies(pairs, by_subset, args.seed)
     error, bins = calibration(pairs, args.seed)

@@ -19,7 +19,7 @@ from evaluation.metrics import Metric, compare
 from evaluation.results import output_paths, print_comparison, write_result
 from reasoning.grading import is_correct, step_accuracy
 from reasoning.records import PreferencePair, Problem
-from reasoning.splits import is_kept_out
+from reasoning.splits import MAKES_HELD_OUT, is_kept_out
 from reward_model.protocols import aggregate
 from reward_model.registry import JudgeArgs, check_judge, open_judge, score_all
 
@@ -66,10 +66,10 @@ def check(args: EvalArgs) -> tuple[list[Problem], list[PreferencePair]]:
     def made_by(name: str, command: str) -> str | None:
         return command if getattr(args, name) == getattr(EvalArgs, name) else None
 
-    check_model(args.base_model, made_by("base_model", "python utils/build_embedded_models.py"))
+    check_model(args.base_model, made_by("base_model", "make models-policy"))
     check_model(args.tuned_model, made_by("tuned_model", "python train.py"))
     check_judge(args)
-    check_input(args.input, made_by("input", "make data"))
+    check_input(args.input, made_by("input", MAKES_HELD_OUT))
     check_input(args.pairs, made_by("pairs", "python reward_model/evaluate_steps.py"))
     problems = list(islice(read_records(args.input, Problem), args.limit))
     pairs = [pair for pair in read_records(args.pairs, PreferencePair) if is_kept_out(pair.prompt)]

@@ -31,7 +31,7 @@ from evaluation.search_measurement import (
 from evaluation.search_report import Report
 from lm.registry import check_policy
 from reasoning.records import Problem
-from reasoning.splits import HELD_OUT
+from reasoning.splits import HELD_OUT, MAKES_HELD_OUT
 from reward_model.registry import check_judge, judge_name
 
 Splits = dict[str, list[Problem]]  # name -> problems
@@ -64,7 +64,7 @@ def check(args: SearchArgs) -> tuple[Splits, Splits]:
     problems = {}
     for split, name in (reported | for_choosing).items():
         path = at_root(f"data/problems_{name}.jsonl") if name in HELD_OUT else name
-        check_input(path, "make data" if name in HELD_OUT else None)
+        check_input(path, MAKES_HELD_OUT if name in HELD_OUT else None)
         problems[split] = list(islice(read_records(path, Problem), args.limit))
     return (
         {split: problems[split] for split in reported},

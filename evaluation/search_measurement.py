@@ -1,6 +1,7 @@
 """Measurements of guided search that are kept in a file, so that none is repeated."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from reasoning.grading import is_correct
 from reasoning.records import Problem
 from reasoning.splits import HELD_OUT
 from reward_model.protocols import SCORE_AGGREGATES, StepJudge
-from reward_model.registry import JudgeArgs, judge_identity, open_judge
+from reward_model.registry import JudgeArgs, judge_identity, open_judge, warn_of_foreign_text
 from search.candidates import SearchBudget, SearchResult
 from search.strategies import NEED_NO_JUDGE, PICKS, STRATEGIES, draw, votes
 
@@ -147,6 +148,7 @@ class SearchMeasurements:
         self.args = args
         self._opened: dict[str, Any] = {}  # policies `own` and `other`, and judges
         self._stack = ExitStack()
+        self._checked = False  # whether the judge was seen to know the words of the answers
         self._policy_args: dict[str, PolicyArgs] = {"own": args}
         if args.other_model is not None:
             self._policy_args["other"] = PolicyArgs(args.other_model)
@@ -186,6 +188,7 @@ class SearchMeasurements:
                 keys = {setting: self.key(setting, policy, chunk) for setting in settings}
                 if not all(key in self._rows for key in keys.values()):
                     found = self._search(settings, chunk, policy)
+                    self._check_judge(found)
                     rows = [
                         _row(keys[setting], label, setting, chunk, answers)
                         for setting, answers in found.items()
@@ -209,9 +212,8 @@ class SearchMeasurements:
             judge = self._open_judge(setting.guide)
         budget = self.args.budget(setting.n, setting.aggregate)
         strategy = STRATEGIES[setting.strategy]
-        return {
-            setting: strategy(prompts, self._open_policy(policy), judge, budget, self.args.seed)
-        }
+        opened = self._open_policy(policy, prompts)
+        return {setting: strategy(prompts, opened, judge, budget, self.args.seed)}
 
     def _search_pool(
         self, settings: Sequence[Setting], prompts: Sequence[str], policy: str
@@ -222,7 +224,9 @@ class SearchMeasurements:
         if any(setting.aggregate for setting in settings):
             judge = self._open_judge("judge")
         budget = self.args.budget(size)
-        drawn, pools = draw(prompts, self._open_policy(policy), judge, budget, self.args.seed)
+        drawn, pools = draw(
+            prompts, self._open_policy(policy, prompts), judge, budget, self.args.seed
+        )
         found: dict[Setting, list[SearchResult]] = {setting: [] for setting in settings}
         for whole, pool in zip(drawn, pools, strict=True):
             same_answers = votes(pool)
@@ -239,9 +243,17 @@ class SearchMeasurements:
                 found[setting].append(answer)
         return found
 
-    def _open_policy(self, name: str) -> "Policy":
+    def _check_judge(self, found: dict[Setting, list[SearchResult]]) -> None:
+        """Warn if the judge does not know the words of the first answers that it has guided."""
+        judge = self._opened.get("judge")
+        if judge is not None and not self._checked:
+            self._checked = True
+            results = itertools.chain.from_iterable(found.values())
+            warn_of_foreign_text(judge, [(result.prompt, result.steps) for result in results])
+
+    def _open_policy(self, name: str, prompts: Sequence[str]) -> "Policy":
         if name not in self._opened:
-            self._opened[name] = open_policy(self._policy_args[name])
+            self._opened[name] = open_policy(self._policy_args[name], prompts)
         return self._opened[name]
 
     def _open_judge(self, guide: str) -> StepJudge:

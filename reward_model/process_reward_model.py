@@ -29,7 +29,9 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedConfig
 from transformers.cache_utils import Cache
 
+from common.cli import here, training_flags
 from common.errors import JudgeError, ModelError, UserError, first_line
+from lm.known_words import tokens_of
 from lm.loading import base_of, load_adapter, load_tokenizer, load_weights, scoring_device
 from lm.text_encoding import batches_by_length
 from lm.tree_attention import (
@@ -140,7 +142,7 @@ def _family(path: str, config: dict) -> type[PRMFormat]:
     raise ModelError(
         f"{path} is no process reward model: its config.json names no step_token, and neither that "
         f"file nor the name fits one of {', '.join(PUBLISHED)}; "
-        f"`python train.py prm --model_name_or_path {path}` makes a PRM of it"
+        f"`{here('python train.py prm', *training_flags(path))}` makes a PRM of it"
     )
 
 
@@ -336,6 +338,10 @@ class ProcessRewardModel(StepJudge):
         self._kept.append((kept, sum(keys.nbytes + values.nbytes for keys, values in layers)))
         while sum(size for _, size in self._kept) > KEPT_BYTES:
             self._kept.popleft()
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """As in lm/known_words.py."""
+        return tokens_of(self.format.tokenizer, texts)
 
     def close(self) -> None:
         """Release the model's memory."""

@@ -106,7 +106,7 @@ def test_the_script(half_right, run_script, tmp_path):
     for pair in pairs:
         number = pair.prompt.split()[2]
         assert pair.chosen[-1] == f"Answer: {number}" and pair.rejected[-1] != f"Answer: {number}"
-    assert f"wrote {len(pairs)} pairs to out/pairs.jsonl.gz" in done.stdout.splitlines()[-1]
+    assert f"wrote {len(pairs)} pairs to out/pairs.jsonl.gz" in done.stdout.splitlines()[-2]
     assert "8 problems, 64 samples" in done.stdout
     assert list(read_records(tmp_path / "out/pairs.jsonl.gz", PreferencePair)) == pairs
     written = sorted(path.name for path in (tmp_path / "out").iterdir())

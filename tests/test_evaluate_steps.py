@@ -56,7 +56,7 @@ def test_the_script_scores_every_step(run_script, tiny_gguf, tmp_path):
     script = "reward_model/evaluate_steps.py"
     result = run_script(script, *files, "--judge_path", tiny_gguf)
     assert result.returncode == 0, result.stderr
-    last = result.stdout.splitlines()[-1]
+    last = result.stdout.splitlines()[-2]
     assert last == "wrote out/r.jsonl: 3 pairs with a score for every step"
     assert "left out          1" in result.stdout
     pairs = list(read_records(tmp_path / "out" / "r.jsonl", ScoredPair))

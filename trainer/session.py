@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, ProgressCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from common.cli import arg, check_input, check_least, check_model, check_output, parse_args
+from common.cli import arg, check_input, check_least, check_model, check_output, here, parse_args
 from common.errors import RecordError, UserError
-from common.files import Readable, at_root, to_line, write_text
+from common.files import Readable, at_root, read_records, to_line, write_text
+from lm.known_words import tokens_of, warn_of_unknown_words
 from lm.loading import base_of, load_model, load_weights, merge_adapter, pick_device
-from reasoning.datasets.loading import load_records
+from reasoning.datasets.loading import load_records, stored_as
+from reasoning.records import PreferencePair
 from reasoning.splits import held_out_prompts, is_kept_out
 
 # in the output folder: describes the training, so that the same command resumes it
@@ -103,7 +106,10 @@ def read_dataset(recipe: "Recipe", args: DataArgs) -> list:
         try:
             records.append(recipe.record.from_row(asdict(record)))
         except RecordError as error:
-            raise RecordError(f"{where}: {error}") from None
+            reason = f"{where}: {error}"
+            if isinstance(record, PreferencePair) and record.chosen_scores is None:
+                reason += f" (`{_scores_them(name)}`)"
+            raise RecordError(reason) from None
         if record.prompt in held_out:
             raise UserError(
                 f"{where}: a held-out problem ({held_out[record.prompt]}); training on it would "
@@ -112,6 +118,18 @@ def read_dataset(recipe: "Recipe", args: DataArgs) -> list:
     for reason, count in dropped.items():
         print(f"{count} rows of {name} left out: {reason}")
     return records
+
+
+def _scores_them(name: str) -> str:
+    """The command that scores the pairs of a data set, or first brings them into the shape that can
+    be scored."""
+    try:
+        next(read_records(name, PreferencePair))
+    except (RecordError, OSError):
+        flags = ("--dataset_name", name, "--output", beside(stored_as(name), "prepared"))
+        return here("python utils/prepare_dataset.py", *flags)
+    flags = ("--input", name, "--output", beside(stored_as(name), "scored"))
+    return here("python reward_model/evaluate_steps.py", *flags)
 
 
 @dataclass(frozen=True)
@@ -404,6 +422,13 @@ class Training:
         if config.bf16 or config.fp16:
             precision = f"{'bf16' if config.bf16 else 'fp16'} autocast"
         say(f"{config.device.type}, {precision}")
+        if say is print:
+            warn_of_unknown_words(
+                partial(tokens_of, trainer.processing_class),
+                f"model {self.model_args.model_name_or_path}",
+                [row.prompt for row in self.rows],
+                "start from a model that has learned such text, --model_name_or_path MODEL",
+            )
         if "ref" in getattr(trainer.model, "peft_config", {}):
             say(f"training the adapter {self.model} further: --lora_* are not used")
         if self.checkpoint is not None:

@@ -114,7 +114,7 @@ def search_problems(args: TreeArguments) -> tuple[list[Tree], ResumableRows]:
     job["problems"] = hashlib.sha256(content.encode()).hexdigest()
     check_outputs(args, args.overwrite or ResumableRows.pending(args.output, job))
 
-    policy = open_policy(args)
+    policy = open_policy(args, [problem.prompt for problem in to_search])
     rows = ResumableRows(args.output, job, overwrite=args.overwrite)
     done = {row["problem"] for row in rows.rows}
     if done:

@@ -308,7 +308,7 @@ def main() -> None:
     job["tasks"] = hashlib.sha256(json.dumps([asdict(task) for task in tasks]).encode()).hexdigest()
     check_output(args.output, args.overwrite or ResumableRows.pending(args.output, job))
 
-    policy = open_policy(args, args.chat)
+    policy = open_policy(args, [task.prompt for task in tasks], args.chat)
     if args.chat and args.policy_base_url is None and not policy.tokenizer.chat_template:
         raise UserError(f"argument --chat: {args.model_name_or_path} has no chat template")
     rows = ResumableRows(args.output, job, UNIT, args.overwrite)

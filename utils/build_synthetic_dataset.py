@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from common.cli import arg, check_least, check_output, parse_args, run
+from common.cli import arg, beside, check_least, check_output, here, parse_args, run
 from common.errors import UserError
 from common.files import ResumableRows, at_root, read_records, write_records
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
@@ -32,7 +32,7 @@ from reasoning.problems import problems
 from reasoning.records import PreferencePair, Problem, Prompt
 from reasoning.splits import refuse_held_out
 from reward_model.protocols import StepJudge, aggregate
-from reward_model.registry import JudgeArgs, check_judge, judge_identity, open_judge
+from reward_model.registry import JudgeArgs, check_judge, judge_flags, judge_identity, open_judge
 
 UNIT = (
     64  # problems sampled together; with the same seed such a group always gives the same samples
@@ -119,7 +119,7 @@ def main() -> None:
     check_output(args.output, args.overwrite or ResumableRows.pending(args.output, job))
 
     with open_judge(args) if args.pair_by == "judge" else nullcontext() as judge:
-        policy = open_policy(args)
+        policy = open_policy(args, [problem.prompt for problem in selected])
         rows = ResumableRows(args.output, job, UNIT, args.overwrite)
         if rows.rows:
             print(f"resuming: {len(rows.rows)} of {len(selected)} problems are done")
@@ -133,6 +133,8 @@ def main() -> None:
     write_records(args.output, pairs)
     rows.finish()
     print(f"wrote {len(pairs)} pairs to {args.output}")
+    flags = ("--input", args.output, "--output", beside(args.output, "scored"), *judge_flags(args))
+    print(f"next: {here('python reward_model/evaluate_steps.py', *flags)}")
 
 
 def sample_problems(

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_least, check_output, parse_args, run
+from common.cli import arg, beside, check_least, check_output, here, parse_args, run, unused
 from common.errors import RecordError, UserError
 from common.files import at_root, file_stem, write_records
 from reasoning.answers import same_answer
@@ -205,11 +205,18 @@ def has_two_sides(args: PrepareArguments) -> bool:
         return False
 
 
-NEXT = {
-    "problems": "python utils/build_synthetic_dataset.py --input {output}",
-    "pairs": "python reward_model/evaluate_steps.py --input {output}",
-    "scored pairs": "python train.py --dataset_name {output}",
-}
+def next_command(kind: str, output: Path, scored: bool) -> str:
+    """The command that uses the records, and writes where nothing is yet."""
+    if kind == "problems":
+        flags = ("--input", output, "--output", beside(output, "pairs"))
+        return here("python utils/build_synthetic_dataset.py", *flags)
+    if kind == "pairs" and not scored:
+        flags = ("--input", output, "--output", beside(output, "scored"))
+        return here("python reward_model/evaluate_steps.py", *flags)
+    training = "dpo" if kind == "pairs" else "prm"
+    trained = unused(at_root(f"saved_model/{file_stem(output)}"))
+    flags = ("--dataset_name", output, "--output_dir", trained)
+    return here(f"python train.py {training}", *flags)
 
 
 def main() -> None:
@@ -246,8 +253,7 @@ def main() -> None:
         else:
             path.unlink(missing_ok=True)  # of an earlier run; --overwrite allows to remove it
     scored = kind == "pairs" and train[0].chosen_scores is not None
-    if kind in NEXT:
-        print(f"next: {NEXT['scored pairs' if scored else kind].format(output=args.output)}")
+    print(f"next: {next_command(kind, output, scored)}")
 
 
 if __name__ == "__main__":

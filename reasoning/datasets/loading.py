@@ -7,10 +7,13 @@ lists the shapes). Every error is a RecordError with file and line.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from common.cli import beside, here
 from common.errors import RecordError
-from reasoning.datasets.files import load_rows
+from common.files import at_root
+from reasoning.datasets.files import is_local, load_rows
 from reasoning.datasets.shapes import SHAPES, Shape
 from reasoning.records import StepValue
 
@@ -48,8 +51,8 @@ def load_records(
             convert = next((shape.gives[kind] for kind in kinds if kind in shape.gives), None)
             if convert is None:
                 raise RecordError(
-                    f"{name}: {shape} gives {' or '.join(shape.gives)}, no {' or '.join(kinds)}; "
-                    "python utils/prepare_dataset.py makes some of one kind from another"
+                    f"{name}: {shape} gives {' or '.join(shape.gives)}, no {' or '.join(kinds)}"
+                    + _way_to(kinds, shape, name, config)
                 )
         missing = [field for field in shape.fields if field not in row]
         if missing:
@@ -59,6 +62,32 @@ def load_records(
                 yield where, record
         except RecordError as error:
             raise RecordError(f"{where}: {error}") from None
+
+
+def _way_to(kinds: Sequence[str], shape: Shape, name: str, config: str | None) -> str:
+    """The command that makes one of `kinds` of a data set, or nothing if there is none."""
+    if "pairs" in kinds and {"step_labels", "step_values"} & shape.gives.keys():
+        hub = ["--dataset_config", config] if config else []
+        flags = [
+            "--dataset_name",
+            name,
+            *hub,
+            "--to",
+            "pairs",
+            "--output",
+            beside(stored_as(name), "pairs"),
+        ]
+        return f"; `{here('python utils/prepare_dataset.py', *flags)}` makes pairs of it"
+    if "pairs" in kinds and "problems" in shape.gives:
+        flags = ["--input", name, "--output", beside(stored_as(name), "pairs")]
+        command = here("python utils/build_synthetic_dataset.py", *flags)
+        return f"; `{command}` samples pairs of right and wrong solutions"
+    return ""
+
+
+def stored_as(name: str) -> str:
+    """The path of a data set, or for a hub name a path in data/: what is made of it lies beside."""
+    return name if is_local(name) else at_root(f"data/{Path(name).name}")
 
 
 def _load(

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import JudgeError, ModelError, first_line
 from lm.gguf_file import read_gguf
+from lm.known_words import tokens_of
 from lm.loading import LOAD_ERRORS, load_model, load_weights, scoring_device
 from lm.text_encoding import PlainText, batches_by_length
 from lm.tree_attention import add_sequence, mask_dtype, tree_inputs
@@ -140,6 +141,10 @@ class HFJudge(StepJudge):
             for k in range(first, len(steps))
         ]
         return [self._leading_ids + ids for ids in self._plain.ids(texts)]
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """As in lm/known_words.py."""
+        return tokens_of(self.tokenizer, texts)
 
     # --- scoring
 

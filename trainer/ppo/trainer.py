@@ -41,7 +41,7 @@ from common.files import write_text
 from lm.loading import load_model
 from lm.policy import Policy, State
 from reward_model.protocols import StepJudge
-from reward_model.registry import check_judge, judge_name, open_judge
+from reward_model.registry import check_judge, judge_name, open_judge, warn_of_foreign_text
 from trainer.losses import approximate_kl, gae, ppo_policy_loss, ppo_value_loss, whiten
 from trainer.ppo.config import PPOArgs, StepPPOConfig
 from trainer.ppo.episodes import (
@@ -612,6 +612,7 @@ def _make_trainer(training: Training) -> StepPPOTrainer:
     if config.eval_strategy == "steps" and config.eval_limit and training.accuracy:
         evaluate = training.accuracy(config.eval_problems, config.eval_limit)
     judge = training.stack.enter_context(open_judge(config))
+    warn_of_foreign_text(judge, [(row.prompt, row.prefix) for row in training.rows])
     dtype = training.weights_dtype("a policy of step PPO")
     loaded = load_model(training.model, dtype, revision=training.model_args.model_revision)
     # an adapter cannot be trained further: without it, the model is not the reference
