@@ -29,7 +29,16 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, ProgressCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from common.cli import arg, check_input, check_least, check_model, check_output, here, parse_args
+from common.cli import (
+    arg,
+    beside,
+    check_input,
+    check_least,
+    check_model,
+    check_output,
+    here,
+    parse_args,
+)
 from common.errors import RecordError, UserError
 from common.files import Readable, at_root, read_records, to_line, write_text
 from lm.known_words import tokens_of, warn_of_unknown_words

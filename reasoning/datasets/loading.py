@@ -66,20 +66,15 @@ def load_records(
 
 def _way_to(kinds: Sequence[str], shape: Shape, name: str, config: str | None) -> str:
     """The command that makes one of `kinds` of a data set, or nothing if there is none."""
-    if "pairs" in kinds and {"step_labels", "step_values"} & shape.gives.keys():
+    if "pairs" not in kinds:
+        return ""
+    pairs = beside(stored_as(name), "pairs")
+    if {"step_labels", "step_values"} & shape.gives.keys():
         hub = ["--dataset_config", config] if config else []
-        flags = [
-            "--dataset_name",
-            name,
-            *hub,
-            "--to",
-            "pairs",
-            "--output",
-            beside(stored_as(name), "pairs"),
-        ]
+        flags = ["--dataset_name", name, *hub, "--to", "pairs", "--output", pairs]
         return f"; `{here('python utils/prepare_dataset.py', *flags)}` makes pairs of it"
-    if "pairs" in kinds and "problems" in shape.gives:
-        flags = ["--input", name, "--output", beside(stored_as(name), "pairs")]
+    if "problems" in shape.gives:
+        flags = ["--input", name, "--output", pairs]
         command = here("python utils/build_synthetic_dataset.py", *flags)
         return f"; `{command}` samples pairs of right and wrong solutions"
     return ""
