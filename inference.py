@@ -13,8 +13,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from common.cli import (
     arg,
     check_input,
@@ -28,6 +26,7 @@ from common.cli import (
 )
 from common.errors import JudgeError, UserError
 from common.files import at_root, read_records, write_records
+from common.progress import progress_bar, taking_long
 from lm.registry import BASE, PolicyArgs, check_policy, open_policy, warn_of_foreign_prompts
 from reasoning.records import Prompt
 from reward_model.protocols import SCORE_AGGREGATES, ResponseScorer, Solution, StepJudge
@@ -174,7 +173,8 @@ def answer(
     check_prompt(prompt)
     prompt = prompt.strip()
     if args.search is not None:
-        (found,) = STRATEGIES[args.search]([prompt], policy, judge, args.budget, seed)
+        with taking_long("searching"):
+            (found,) = STRATEGIES[args.search]([prompt], policy, judge, args.budget, seed)
         show(found, args)
         return found.steps
     steps: list[str] = []
@@ -290,7 +290,7 @@ def ask(policy: "Policy", judge: Guide, args: InferenceArgs) -> None:
 #    "proposals": 448, "tokens": 5012}  with --search: sampled steps or solutions, and their tokens
 def search_file(policy: "Policy", judge: Guide, prompts: list[str], args: InferenceArgs) -> None:
     rows, left_out = [], 0
-    with tqdm(total=len(prompts), desc=args.search, unit="prompt") as bar:
+    with progress_bar(total=len(prompts), desc=args.search, unit="prompt") as bar:
         for start in range(0, len(prompts), CHUNK):
             chunk = prompts[start : start + CHUNK]
             results = STRATEGIES[args.search](chunk, policy, judge, args.budget, args.seed)

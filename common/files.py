@@ -16,9 +16,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Protocol, Self, TypeVar
 
+from tqdm import tqdm
+
 from common.errors import RecordError
+from common.progress import QUIET, taking_long
 
 ROOT = Path(__file__).resolve().parents[1]
+# in the folder of a model that train.py made: describes the training
+TRAINING_JOB = "training_job.json"
 
 
 def at_root(path: str) -> str:
@@ -60,6 +65,7 @@ class Readable(Protocol):
 
 
 R = TypeVar("R", bound=Readable)
+T = TypeVar("T")
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
@@ -90,13 +96,18 @@ def read_records(path: str | Path, kind: type[R]) -> Iterator[R]:
 
     Raises RecordError with `file:line: field ...`, or if the file has no rows."""
     number = 0
-    for number, row in read_rows(path):
+    for number, row in counted(read_rows(path), path):
         try:
             yield kind.from_row(row)
         except RecordError as error:
             raise RecordError(f"{path}:{number}: {error}") from None
     if not number:
         raise RecordError(f"{path}: no rows; expected one JSON object a line")
+
+
+def counted(rows: Iterable[T], name: str | Path) -> Iterator[T]:
+    """The rows of a file or data set, with a progress bar if they take over 3 seconds."""
+    yield from tqdm(rows, desc=f"reading {name}", unit=" rows", delay=QUIET, leave=False)
 
 
 def to_line(record: Any) -> str:
@@ -259,6 +270,12 @@ class ResumableRows(AppendedRows):
 
 # --- hashes ---
 
+
+def rows_hash(rows: Iterable[Any]) -> str:
+    """SHA-256 of records, as a training's job file has it."""
+    return hashlib.sha256("".join(map(to_line, rows)).encode()).hexdigest()
+
+
 MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".gguf")
 
 
@@ -267,7 +284,7 @@ def content_hash(path: str | Path) -> str | None:
 
     None if the path is neither."""
     if Path(path).is_file():
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, taking_long(f"reading {path} (its hash)"):
             return hashlib.file_digest(file, "sha256").hexdigest()
     files = sorted(file for file in Path(path).glob("*") if file.suffix in MODEL_FILES)
     lines = "".join(f"{file.name} {content_hash(file)}\n" for file in files)

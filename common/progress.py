@@ -1,10 +1,13 @@
-"""Say what takes long, where no progress bar can count."""
+"""Say what takes long: a line where nothing can be counted, a progress bar where it can."""
 
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
 
 QUIET = 3.0  # seconds without a word
 EVERY = 15.0  # seconds between two lines
@@ -12,19 +15,45 @@ EVERY = 15.0  # seconds between two lines
 
 @contextmanager
 def taking_long(what: str) -> Iterator[None]:
-    """Say on stderr what the block does, if it takes over 3 seconds, and every 15 seconds again.
+    """Say on stderr what the block does if it takes over 3 seconds, and every 15 seconds again.
 
     what: continues "still", for example `loading models/x`. A faster block prints nothing."""
-    started, ended = time.monotonic(), threading.Event()
+    started = time.monotonic()
 
-    def speak() -> None:
-        wait = QUIET
+    def speak() -> float:
+        seconds = time.monotonic() - started
+        print(f"still {what} ({seconds:.0f} s) ...", file=sys.stderr, flush=True)
+        return EVERY
+
+    with _repeating(QUIET, speak):
+        yield
+
+
+@contextmanager
+def progress_bar(**options: Any) -> Iterator[tqdm]:
+    """A tqdm bar whose clock goes on while a long unit runs. options: of tqdm."""
+    with tqdm(**options) as bar:
+
+        def refresh() -> float:
+            bar.refresh()
+            return QUIET
+
+        with _repeating(QUIET, refresh):
+            yield bar
+
+
+@contextmanager
+def _repeating(first: float, action: Callable[[], float]) -> Iterator[None]:
+    """Call the action from another thread during the block, `first` seconds after its start; it
+    returns the seconds until the next call."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        wait = first
         while not ended.wait(wait):
-            seconds = time.monotonic() - started
-            print(f"still {what} ({seconds:.0f} s) ...", file=sys.stderr, flush=True)
-            wait = EVERY
+            wait = action()
 
-    thread = threading.Thread(target=speak, daemon=True)
+    thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
         yield

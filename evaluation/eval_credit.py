@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import arg, check_input, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, read_records
+from common.progress import taking_long
 from evaluation.metrics import Metric, clustered_mean_metric
 from evaluation.results import output_paths, print_table, write_result
 from reasoning.grading import grade_steps
@@ -136,7 +137,6 @@ def main() -> None:
     pairs = read_pairs(args)
 
     # slow to import (torch, matplotlib)
-    from evaluation.plots import credit_plot
     from lm.policy import Policy
 
     metrics: dict[str, Metric] = {}
@@ -175,7 +175,10 @@ def main() -> None:
 
     counts = {"pairs": len(pairs), "problems": len(problems)}
     write_result(result, metrics, asdict(args), [args.seed], **counts)
-    credit_plot(plot, metrics, list(models), KINDS)
+    with taking_long("drawing"):
+        from evaluation.plots import credit_plot
+
+        credit_plot(plot, metrics, list(models), KINDS)
     title = f"change of the log-prob of a step, nats, {len(pairs)} pairs kept out of training"
     print_by_model(title, metrics, names, "logp_change", list(KINDS))
     title = f"share of right greedy steps after a right prefix, {len(problems):,} test problems"

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import arg, check_input, check_least, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, file_stem, read_records
+from common.progress import taking_long
 from evaluation.judge_card import Judged, RankedPolicy, card, print_card
 from evaluation.metrics import Metric, mean_metric, rate_metric, spearman_metric
 from evaluation.results import output_paths, print_metrics, write_result
@@ -240,12 +241,14 @@ def main() -> None:
         reason = f"each is {judge.unscored_reason}"
         notes.insert(0, f"{left_out} of {len(judged)} solutions left out: {reason}")
 
-    found = card(scored, args.seed, args.threshold)
+    with taking_long("computing intervals"):
+        found = card(scored, args.seed, args.threshold)
     found.policies, notes = policies, notes + found.notes
     value_metrics: dict[str, Metric] = {}
     if args.rollouts:
         outcomes = roll_out(policy, scored, problems, args.rollouts, args.max_new_tokens, args.seed)
-        value_metrics, found.values = measure_values(outcomes, args.seed)
+        with taking_long("computing intervals"):
+            value_metrics, found.values = measure_values(outcomes, args.seed)
         found.metrics |= value_metrics
     if spearman:
         found.metrics["policy_spearman"] = spearman
@@ -258,9 +261,10 @@ def main() -> None:
         f"({len({row.solution.prompt for row in scored}):,} problems, "
         f"{len(found.steps):,} labelled steps)"
     )
-    from evaluation.plots import judge_plot  # slow to import (matplotlib)
+    with taking_long("drawing"):
+        from evaluation.plots import judge_plot  # slow to import (matplotlib)
 
-    judge_plot(plot, title, found)
+        judge_plot(plot, title, found)
     write_result(
         result,
         found.metrics,

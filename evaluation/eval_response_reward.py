@@ -15,13 +15,12 @@ from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_input, check_least, parse_args, run
 from common.errors import RecordError, UserError
 from common.files import at_root, file_type, read_records
+from common.progress import progress_bar, taking_long
 from evaluation.metrics import (
     Bin,
     Metric,
@@ -257,7 +256,7 @@ def pick_best(
     budget = SearchBudget(n=args.n, max_new_tokens=args.max_new_tokens)
     names = ("chance", "log-prob", "majority", "scorer", "oracle")
     found: dict[str, list[float]] = {name: [] for name in names}
-    with tqdm(total=len(problems), desc=f"best of {args.n}", unit="problem") as bar:
+    with progress_bar(total=len(problems), desc=f"best of {args.n}", unit="problem") as bar:
         for start in range(0, len(problems), CHUNK):
             chunk = problems[start : start + CHUNK]
             _, pools = draw([problem.prompt for problem in chunk], policy, None, budget, args.seed)
@@ -326,34 +325,37 @@ def main() -> None:
         if args.n:
             policy = open_policy(args, [problem.prompt for problem in problems])
             picked = pick_best(args, problems, policy, scorer)
-    pairs = pairs_of(found, scores)
-    by_kind = accuracies(pairs, by_subset, args.seed)
-    error, bins = calibration(pairs, args.seed)
-    longer = _mean_over(pairs, [pair.longer_is_better for pair in pairs], args.seed)
-    metrics = by_kind | {"longer/pairwise_accuracy": longer}
-    metrics |= rank_correlations(found, scores, args.seed)
+    with taking_long("computing intervals"):
+        pairs = pairs_of(found, scores)
+        by_kind = accuracies(pairs, by_subset, args.seed)
+        error, bins = calibration(pairs, args.seed)
+        longer = _mean_over(pairs, [pair.longer_is_better for pair in pairs], args.seed)
+        metrics = by_kind | {"longer/pairwise_accuracy": longer}
+        metrics |= rank_correlations(found, scores, args.seed)
     metrics["calibration_error"] = error
     best = best_of_n_metrics(picked, args.n, args.seed) if picked else {}
 
-    from evaluation.plots import response_plot  # slow to import (matplotlib)
-
     title = f"{Path(args.scorer).name} on {len(found):,} groups of {Path(args.data).name}"
-    response_plot(
-        plot,
-        title,
-        [
-            (answer.rank, len(answer.text), score, answer.category)
-            for (_, answers), group_scores in zip(found, scores, strict=True)
-            for answer, score in zip(answers, group_scores, strict=True)
-        ],
-        bins,
-        {
-            name.removesuffix("pairwise_accuracy").strip("/").replace("/", ", ") or "all": metric
-            for name, metric in by_kind.items()
-        },
-        {name: best[f"best_of_{args.n}/{name}/accuracy"] for name in picked},
-        metrics,
-    )
+    with taking_long("drawing"):
+        from evaluation.plots import response_plot  # slow to import (matplotlib)
+
+        response_plot(
+            plot,
+            title,
+            [
+                (answer.rank, len(answer.text), score, answer.category)
+                for (_, answers), group_scores in zip(found, scores, strict=True)
+                for answer, score in zip(answers, group_scores, strict=True)
+            ],
+            bins,
+            {
+                name.removesuffix("pairwise_accuracy").strip("/").replace("/", ", ")
+                or "all": metric
+                for name, metric in by_kind.items()
+            },
+            {name: best[f"best_of_{args.n}/{name}/accuracy"] for name in picked},
+            metrics,
+        )
     extras = {"groups": len(found), "reliability": [asdict(row) for row in bins], "cut": cut}
     write_result(result, metrics | best, asdict(args), [args.seed], **extras)
     print_metrics(f"{title} (n: pairs, or groups; 95 % intervals by prompt)", metrics)

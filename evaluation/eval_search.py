@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import check_input, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, file_stem, read_records
+from common.progress import taking_long
 from evaluation.results import output_paths, print_table, write_result
 from evaluation.search_measurement import (
     POOL_SIZES,
@@ -31,6 +32,7 @@ from evaluation.search_measurement import (
 from evaluation.search_report import Report
 from lm.registry import check_policy
 from reasoning.records import Problem
+from reasoning.samples import SHOWN, samples_file, show_samples
 from reasoning.splits import HELD_OUT, MAKES_HELD_OUT
 from reward_model.registry import check_judge, judge_name
 
@@ -108,6 +110,7 @@ def main() -> None:
     (args,) = parse_args(SearchArgs, description=__doc__)
     splits, for_choosing = check(args)
     result, rows, plot = output_paths(args.output_dir, "search")
+    samples = samples_file(result, True)
     measurements = SearchMeasurements(args, rows)
     try:
         choice = choose(args, measurements, for_choosing)
@@ -115,22 +118,27 @@ def main() -> None:
         for split, problems in splits.items():
             setting, other = Setting("greedy", 1), None
             greedy = measurements.measure([setting], problems, f"{split}: greedy")[setting]
+            if not any(greedy.correct):
+                print(f"{split}: no greedy answer is right")
+                show_samples(measurements.examples(problems[:SHOWN]), samples)
             if args.other_model is not None:
                 label = f"{split}: {report.other}"
                 other = measurements.measure([setting], problems, label, "other")[setting]
             found = measure_split(args, choice, measurements, split, problems)
             shown = {s: o for s, o in found.items() if s.n in (*args.n, args.samples)}
             votes = {s.n: o for s, o in found.items() if s.strategy == "majority_vote"}
-            report.add(split, shown, greedy, other, votes)
+            with taking_long("computing intervals"):
+                report.add(split, shown, greedy, other, votes)
     finally:
         measurements.close()
-
-    from evaluation.plots import frontier_plot  # slow to import (matplotlib)
 
     title = f"{report.policy}, guided by {judge_name(args)}"
     lines = {split: report.frontier(split) for split in splits}
     dashed = {setting.name for setting in controls(args, choice)}
-    frontier_plot(plot, lines, dashed, title)
+    with taking_long("drawing"):
+        from evaluation.plots import frontier_plot  # slow to import (matplotlib)
+
+        frontier_plot(plot, lines, dashed, title)
     extras = {
         "chosen": asdict(choice),
         "equal_tokens": report.matched_n,

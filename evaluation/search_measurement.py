@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from common.cli import arg, check_least
 from common.files import AppendedRows, at_root
+from common.progress import progress_bar
 from lm.registry import PolicyArgs, open_policy, policy_identity
-from reasoning.grading import is_correct
+from reasoning.grading import graded, is_correct
 from reasoning.records import Problem
+from reasoning.samples import Sample
 from reasoning.splits import HELD_OUT
 from reward_model.protocols import SCORE_AGGREGATES, StepJudge
 from reward_model.registry import JudgeArgs, judge_identity, open_judge, warn_of_foreign_text
@@ -182,7 +182,7 @@ class SearchMeasurements:
     ) -> dict[Setting, Outcomes]:
         """The outcomes of one setting, or of several that choose from one pool of solutions."""
         outcomes = {setting: Outcomes() for setting in settings}
-        with tqdm(total=len(problems), desc=label, unit="problem") as bar:
+        with progress_bar(total=len(problems), desc=label, unit="problem") as bar:
             for start in range(0, len(problems), CHUNK):
                 chunk = problems[start : start + CHUNK]
                 keys = {setting: self.key(setting, policy, chunk) for setting in settings}
@@ -242,6 +242,16 @@ class SearchMeasurements:
                 answer.take(PICKS[setting.strategy](part, setting.aggregate, same_answers))
                 found[setting].append(answer)
         return found
+
+    def examples(self, problems: Sequence[Problem]) -> list[Sample]:
+        """Greedy answers of the policy with their verdicts."""
+        prompts = [problem.prompt for problem in problems]
+        policy = self._open_policy("own", prompts)
+        answers = policy.generate(prompts, max_new_tokens=self.args.max_new_tokens)
+        return [
+            graded(problem.prompt, answer.steps, answer.finished, problem)
+            for problem, (answer,) in zip(problems, answers, strict=True)
+        ]
 
     def _check_judge(self, found: dict[Setting, list[SearchResult]]) -> None:
         """Warn if the judge does not know the words of the first answers that it has guided."""

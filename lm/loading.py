@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from common.errors import ModelError, first_line
+from common.progress import taking_long
 
 # the errors known to be raised by the libraries for a folder that is no model
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError)
@@ -135,11 +136,12 @@ def load_model(
             "revision": None if is_adapter else revision,
             "trust_remote_code": trust_remote_code,
         }
-        model = load_weights(AutoModelForCausalLM, base, dtype=dtype, **hub)
-        if not is_adapter:
-            return model, AutoTokenizer.from_pretrained(path, **hub)
-        model = load_adapter(model, path, trainable, revision)
-        return model, load_tokenizer(path, base, revision=revision)
+        with taking_long(f"loading {path}"):
+            model = load_weights(AutoModelForCausalLM, base, dtype=dtype, **hub)
+            if not is_adapter:
+                return model, AutoTokenizer.from_pretrained(path, **hub)
+            model = load_adapter(model, path, trainable, revision)
+            return model, load_tokenizer(path, base, revision=revision)
     except LOAD_ERRORS as error:
         place = "it" if base == path else f"it and its base {base}"
         raise ModelError(

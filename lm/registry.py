@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from common.cli import arg, check_least, check_model
 from common.errors import UserError
 from common.files import at_root, content_hash
+from common.progress import taking_long
 from lm.known_words import warn_of_unknown_words
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def open_policy(args: PolicyArgs, prompts: Sequence[str] = (), chat: bool = Fals
 
     policy = ServerPolicy(args.policy_base_url, args.model_name_or_path, args.policy_requests)
     # one token, so that a server that cannot be used is found before any work
-    policy.texts(["2 + 3 = ?"], max_new_tokens=1, chat=chat)
+    with taking_long(f"waiting for {args.policy_base_url}"):
+        policy.texts(["2 + 3 = ?"], max_new_tokens=1, chat=chat)
     return policy
 
 

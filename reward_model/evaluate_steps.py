@@ -15,8 +15,6 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_input, check_least, check_output, here, parse_args, run, unused
@@ -29,6 +27,7 @@ from common.files import (
     read_records,
     write_records,
 )
+from common.progress import progress_bar
 from reasoning.records import PreferencePair
 from reward_model.protocols import Solution, StepJudge, mean
 from reward_model.registry import (
@@ -108,7 +107,9 @@ def main() -> None:
         warn_of_foreign_text(judge, list(itertools.chain.from_iterable(map(solutions, pairs))))
         if rows.rows:
             print(f"resuming after {len(rows.rows)} of {len(pairs)} pairs")
-        with tqdm(initial=len(rows.rows), total=len(pairs), unit="pair", desc="scoring") as bar:
+        with progress_bar(
+            initial=len(rows.rows), total=len(pairs), unit="pair", desc="scoring"
+        ) as bar:
             for start in range(len(rows.rows), len(pairs), unit):
                 for pair in score_pairs(judge, pairs[start : start + unit]):
                     rows.append(asdict(pair))

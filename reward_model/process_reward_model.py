@@ -31,6 +31,7 @@ from transformers.cache_utils import Cache
 
 from common.cli import here, training_flags
 from common.errors import JudgeError, ModelError, UserError, first_line
+from common.progress import taking_long
 from lm.known_words import tokens_of
 from lm.loading import base_of, load_adapter, load_tokenizer, load_weights, scoring_device
 from lm.text_encoding import batches_by_length
@@ -106,11 +107,12 @@ def load_prm(
         family = _family(path, config)
         base, is_adapter = base_of(path, revision) if "step_token" in config else (path, False)
         tokenizer = load_tokenizer(path, revision=revision)
-        if is_adapter:
-            model = _adapter_base(base, tokenizer, config["step_token"], dtype)
-            model = load_adapter(model, path, trainable, revision)
-        else:
-            model = load_weights(family.model_class, path, dtype=dtype, revision=revision)
+        with taking_long(f"loading {path}"):
+            if is_adapter:
+                model = _adapter_base(base, tokenizer, config["step_token"], dtype)
+                model = load_adapter(model, path, trainable, revision)
+            else:
+                model = load_weights(family.model_class, path, dtype=dtype, revision=revision)
     except UserError:
         raise
     except (

@@ -13,11 +13,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from common.cli import arg, check_input, check_model, here, is_model_directory
 from common.errors import UserError
 from common.files import at_root, content_hash, read_records
+from common.progress import progress_bar, taking_long
 from lm.known_words import warn_of_unknown_words
 from reasoning.problems import problems
 from reasoning.records import Problem
@@ -81,7 +80,8 @@ def _openai(
         cache=judge_cache,
     )
     # one question at once, so that a server that cannot be used fails before the work begins
-    judge.score_steps([("2 + 3 = ?", ["Step 1: 2 + 3 = 5"])])
+    with taking_long(f"waiting for {judge_base_url}"):
+        judge.score_steps([("2 + 3 = ?", ["Step 1: 2 + 3 = 5"])])
     return judge
 
 
@@ -264,7 +264,7 @@ def score_all(judge: StepJudge, solutions: Sequence[Solution], label: str) -> Sc
     """The judge's scores of many solutions, with a progress bar, and a warning of foreign text."""
     warn_of_foreign_text(judge, solutions)
     scores: Scores = []
-    with tqdm(total=len(solutions), desc=label, unit="solution") as bar:
+    with progress_bar(total=len(solutions), desc=label, unit="solution") as bar:
         for start in range(0, len(solutions), CHUNK):
             scores += judge.score_steps(solutions[start : start + CHUNK])
             bar.update(len(scores) - start)

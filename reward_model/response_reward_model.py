@@ -33,6 +33,7 @@ from transformers.utils import find_adapter_config_file
 
 from common.cli import here, training_flags
 from common.errors import JudgeError, ModelError, UserError, first_line, short
+from common.progress import taking_long
 from lm.known_words import tokens_of
 from lm.loading import base_of, load_adapter, load_tokenizer, load_weights, scoring_device
 from lm.text_encoding import PLAIN_TEMPLATE, PlainText, batches_by_length
@@ -200,7 +201,8 @@ def load_reward_model(
             return any(name.endswith(key) for name in adapter_weights) if is_adapter else new_head
 
         kind = AutoModelForSequenceClassification
-        model = load_weights(kind, base, may_miss, dtype=dtype, num_labels=1, **hub)
+        with taking_long(f"loading {path}"):
+            model = load_weights(kind, base, may_miss, dtype=dtype, num_labels=1, **hub)
         tokenizer = load_tokenizer(path, **hub)
         if is_adapter:
             model = load_adapter(model, path, trainable, revision)

@@ -18,7 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_input, check_output, here, parse_args, run, unused
 from common.errors import RecordError, UserError
-from common.files import at_root, file_stem, file_type, read_rows, write_records, write_text
+from common.files import (
+    at_root,
+    counted,
+    file_stem,
+    file_type,
+    read_rows,
+    write_records,
+    write_text,
+)
 from reasoning.datasets.files import read_table
 from reasoning.records import PreferencePair, Prompt
 from reasoning.splits import refuse_held_out
@@ -73,7 +81,7 @@ def read_responses(path: str) -> tuple[Table, list[Response]]:
 
     Raises RecordError with file and line."""
     if file_type(path) == ".jsonl":
-        numbered = list(read_rows(path))
+        numbered = list(counted(read_rows(path), path))
         table = Table([row for _, row in numbered])
     else:
         delimiter, names, lines = read_table(path, ("prompt",))

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 from common.errors import JudgeError, ModelError, short
+from common.progress import taking_long
 from lm.gguf_file import GGUFFile, TokenType, read_gguf
 from reward_model.protocols import (
     Scores,
@@ -160,7 +161,8 @@ class TinyLlamaRewardScorer(StepJudge):
         theirs.close()
         try:
             self._connection.send(self._settings)
-            kind, value = self._connection.recv()
+            with taking_long(f"loading {self.file.path}"):
+                kind, value = self._connection.recv()
         except (EOFError, OSError):
             raise ModelError(f"{self._exit_reason()} while it loaded the file") from None
         if kind == "failed":

@@ -5,7 +5,6 @@ functions from a higher layer: one plots the log, one measures accuracy.
 """
 
 import copy
-import hashlib
 import json
 import logging
 import os
@@ -40,15 +39,15 @@ from common.cli import (
     parse_args,
 )
 from common.errors import RecordError, UserError
-from common.files import Readable, at_root, read_records, to_line, write_text
+from common.files import TRAINING_JOB, Readable, at_root, read_records, rows_hash, write_text
+from common.progress import taking_long
 from lm.known_words import tokens_of, warn_of_unknown_words
 from lm.loading import base_of, load_model, load_weights, merge_adapter, pick_device
 from reasoning.datasets.loading import load_records, stored_as
 from reasoning.records import PreferencePair
 from reasoning.splits import held_out_prompts, is_kept_out
 
-# in the output folder: describes the training, so that the same command resumes it
-JOB = "training_job.json"
+JOB = TRAINING_JOB  # in the output folder, so that the same command resumes it
 # the last file of a finished training
 FINISHED = ("config.json", "adapter_config.json")
 # all files of a training, for `clear`
@@ -246,7 +245,7 @@ class Training:
             "command": self.recipe.command,
             "dataset": self.args.dataset_name,
             noun: len(self.rows),
-            f"{noun}_sha256": hashlib.sha256("".join(map(to_line, self.rows)).encode()).hexdigest(),
+            f"{noun}_sha256": rows_hash(self.rows),
             **{k: v for k, v in settings.items() if not k.startswith(NOT_THE_JOB)},
             **asdict(self.model_args),
             "model_name_or_path": self.model,
@@ -260,7 +259,8 @@ class Training:
         silence_libraries()
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(self.log_file.parent))
         try:
-            return self.recipe.make_trainer(self)
+            with taking_long(f"loading {self.model} and preparing {len(self.rows)} rows"):
+                return self.recipe.make_trainer(self)
         except UserError:
             raise
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
@@ -399,7 +399,8 @@ class Training:
                 rows.append((word, values[0], values[-1]))
         dataset = Path(self.args.dataset_name).name
         title = f"{recipe.title(config)} {len(self.rows)} {recipe.noun} of {dataset}"
-        write_model(trainer, self.folder, self._card(title, rows, state, seconds, note))
+        with taking_long(f"writing {self.folder}"):
+            write_model(trainer, self.folder, self._card(title, rows, state, seconds, note))
         drawn = False
         picture = self.log_file.with_name("training.png")
         if main_process:
@@ -407,7 +408,8 @@ class Training:
             log["history"] = state.log_history
             write_text(self.log_file, [json.dumps(log, indent=1)])
             name = self.folder.resolve().name
-            drawn = bool(plot and plot(state.log_history, picture, f"{name}: {title}"))
+            with taking_long(f"drawing {picture}"):
+                drawn = bool(plot and plot(state.log_history, picture, f"{name}: {title}"))
         say(f"\n{'':40}{'first':>10}{'last':>10}")
         for word, first, last in rows:
             say(f"{word:40}{first:10.3f}{last:10.3f}")

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import arg, beside, check_least, check_output, here, parse_args, run, unused
 from common.errors import RecordError, UserError
 from common.files import at_root, file_stem, write_records
+from common.progress import taking_long
 from reasoning.answers import same_answer
 from reasoning.datasets import loading
 from reasoning.datasets.files import folder_files
@@ -86,7 +87,8 @@ def load_side(args: PrepareArguments, split: str | None, counts: Counter) -> tup
         counts[f"  dropped, {reason}"] += count
     if make_pairs:
         return kind, pair_steps(records, counts)
-    return kind, drop_duplicates(kind, records, counts)
+    with taking_long("looking for duplicates"):
+        return kind, drop_duplicates(kind, records, counts)
 
 
 def pair_steps(values: Iterable[StepValue], counts: Counter) -> list[PreferencePair]:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import RecordError
-from common.files import file_stem, file_type, open_bytes, read_rows
+from common.files import counted, file_stem, file_type, open_bytes, read_rows
+from common.progress import taking_long
 from reasoning.steps import one_line
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
@@ -45,7 +46,7 @@ def load_rows(
     else:
         rows = _file_rows(Path(name))
     count = 0
-    for where, row in rows:
+    for where, row in counted(rows, name):
         if not isinstance(row, dict):
             raise RecordError(f"{where}: expected a JSON object, got {show(row)}")
         count += 1
@@ -86,7 +87,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        with open_bytes(path) as file:
+        with open_bytes(path) as file, taking_long(f"reading {path}"):
             rows = json.load(file)
     except RecordError:
         raise

@@ -25,6 +25,7 @@ from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import JudgeError, ModelError, first_line
+from common.progress import taking_long
 from lm.gguf_file import read_gguf
 from lm.known_words import tokens_of
 from lm.loading import LOAD_ERRORS, load_model, load_weights, scoring_device
@@ -278,7 +279,7 @@ def _load_gguf(path: str, dtype: torch.dtype | str) -> tuple[Any, Any, str]:
     metadata = read_gguf(path, any_kind=True).metadata  # finds a damaged file before it is loaded
     try:
         # transformers would also read other files in the folder of the GGUF file
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder, taking_long(f"loading {path}"):
             os.symlink(os.path.abspath(path), f"{folder}/model.gguf")
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
             file = "model.gguf"
