@@ -336,6 +336,10 @@ def main() -> None:
     best = best_of_n_metrics(picked, args.n, args.seed) if picked else {}
 
     title = f"{Path(args.scorer).name} on {len(found):,} groups of {Path(args.data).name}"
+    shown = {
+        name.removesuffix("pairwise_accuracy").strip("/").replace("/", ", ") or "all": metric
+        for name, metric in by_kind.items()
+    }
     with taking_long("drawing"):
         from evaluation.plots import response_plot  # slow to import (matplotlib)
 
@@ -348,11 +352,7 @@ def main() -> None:
                 for answer, score in zip(answers, group_scores, strict=True)
             ],
             bins,
-            {
-                name.removesuffix("pairwise_accuracy").strip("/").replace("/", ", ")
-                or "all": metric
-                for name, metric in by_kind.items()
-            },
+            shown,
             {name: best[f"best_of_{args.n}/{name}/accuracy"] for name in picked},
             metrics,
         )
