@@ -77,7 +77,7 @@ def training_pairs(model: str) -> tuple[str | None, list[PreferencePair], str]:
         name, count, expected = (job[key] for key in ("dataset", "pairs", "pairs_sha256"))
     except (OSError, ValueError, KeyError, TypeError):
         return None, [], f"{model} has no {TRAINING_JOB} of a training on pairs"
-    for path in (name, str(ROOT / name)):  # a relative path may be meant from the root
+    for path in (str(name), str(ROOT / str(name))):  # a relative path may be meant from the root
         if Path(path).exists():
             try:
                 pairs = [ScoredPair.from_row(asdict(pair)) for pair in load_pairs(path)]

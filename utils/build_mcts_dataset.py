@@ -269,7 +269,9 @@ def main() -> None:
         hint = (
             f"; {rows.path} keeps the search for other --labels or --keep_dropped" if rows else ""
         )
-        raise UserError(f"no steps were found (see above), no steps were written{hint}")
+        raise UserError(
+            f"no steps were found (see above), nothing was written to {args.output}{hint}"
+        )
     print_labels(args.labels, values, left_out=sum(count for _, count in labelled))
     if args.csv:
         write_csv(args.csv, values)

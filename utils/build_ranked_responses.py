@@ -326,7 +326,9 @@ def main() -> None:
         show_samples(samples, samples_path)
     if not answers:
         rows.finish()
-        raise UserError("no group of answers could be made (see above), no answers were written")
+        raise UserError(
+            f"no group of answers could be made, nothing was written to {args.output} (see above)"
+        )
     check_groups(answers, args.output)
     write_answers(args.output, answers)
     rows.finish()

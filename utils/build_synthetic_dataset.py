@@ -145,7 +145,7 @@ def main() -> None:
         show_samples(samples, samples_path)
     if not pairs:
         rows.finish()
-        raise UserError("no pairs could be made (see above), no pairs were written")
+        raise UserError(f"no pairs could be made (see above), nothing was written to {args.output}")
     write_records(args.output, pairs)
     rows.finish()
     print(f"wrote {len(pairs)} pairs to {args.output}")
