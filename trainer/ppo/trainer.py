@@ -252,6 +252,11 @@ class StepPPOTrainer:
 
     # --- the interface that trainer/session.py uses, besides `state`, `model` and `balance` ---
 
+    @property
+    def processing_class(self) -> Any:
+        """The tokenizer, under the name that TRL's trainers give it."""
+        return self.tokenizer
+
     def is_world_process_zero(self) -> bool:
         return self.accelerator.is_main_process
 
