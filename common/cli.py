@@ -8,14 +8,13 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import MISSING, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import UserError
 from common.files import ROOT, at_root, file_stem
-from common.progress import taking_long
+from common.progress import loading_libraries
 
 
 def fail(message: object) -> NoReturn:
@@ -122,7 +121,7 @@ def parse_args(
     `--config=x.yaml`, checks the types of YAML values, and prints a short usage. Raises
     SystemExit(2) for a user's mistake."""
     # heavy libraries: a script can report a mistake of its own without them
-    with taking_long("loading the libraries") if sys.stderr.isatty() else nullcontext():
+    with loading_libraries():
         import yaml
         from trl import TrlParser
 

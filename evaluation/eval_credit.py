@@ -137,7 +137,8 @@ def main() -> None:
     pairs = read_pairs(args)
 
     # slow to import (torch, matplotlib)
-    from lm.policy import Policy
+    with taking_long("loading the libraries"):
+        from lm.policy import Policy
 
     metrics: dict[str, Metric] = {}
     base_logps: dict[str, list[list[float]]] = {}  # side -> (pairs, steps)

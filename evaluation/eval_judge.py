@@ -218,7 +218,8 @@ def main() -> None:
     spearman = None
     with open_judge(args) as judge:
         if args.labels is None:
-            from lm.policy import Policy  # slow to import (torch)
+            with taking_long("loading the libraries"):
+                from lm.policy import Policy  # slow to import (torch)
 
             policy = Policy.load(args.model_name_or_path)
             prompts = [problem.prompt for problem in problems]

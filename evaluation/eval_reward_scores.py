@@ -173,7 +173,8 @@ def main() -> None:
     prompts = [problem.prompt for problem in problems]
     answers, logp_margins = {}, {}
     with open_judge(args) as judge:
-        from lm.policy import Policy  # slow to import (torch)
+        with taking_long("loading the libraries"):
+            from lm.policy import Policy  # slow to import (torch)
 
         for side, model in models.items():
             policy = Policy.load(model)

@@ -52,9 +52,10 @@ def open_policy(args: PolicyArgs, prompts: Sequence[str] = (), chat: bool = Fals
     ModelError if it cannot be opened."""
     # torch, transformers and openai would slow --help
     if args.policy_base_url is None:
-        from lm.policy import Policy
+        with taking_long(f"loading {args.model_name_or_path}"):
+            from lm.policy import Policy
 
-        policy = Policy.load(args.model_name_or_path)
+            policy = Policy.load(args.model_name_or_path)
         warn_of_foreign_prompts(policy, args.model_name_or_path, prompts)
         return policy
     from lm.server_policy import ServerPolicy

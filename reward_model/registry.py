@@ -208,7 +208,8 @@ def open_judge(args: JudgeArgs) -> StepJudge:
 
     Raises ModelError, JudgeError, ServerError or RecordError if it cannot be opened."""
     inner = _inner(args)
-    judge = JUDGES[inner](**{name: getattr(args, name) for name in USES[inner]})
+    with taking_long(f"opening the judge {judge_name(args)}"):
+        judge = JUDGES[inner](**{name: getattr(args, name) for name in USES[inner]})
     if args.judge != SHUFFLED:
         return judge
     return ShuffledJudge(judge, args.seed)
@@ -300,10 +301,11 @@ def check_scorer(args: ScorerArgs) -> None:
 
 def open_scorer(args: ScorerArgs) -> "ResponseRewardModel":
     """The scorer that the arguments name. Raises ModelError if it cannot be loaded."""
-    # torch would slow --help
-    from reward_model.response_reward_model import ResponseRewardModel
+    with taking_long(f"loading {args.scorer}"):
+        # torch would slow --help
+        from reward_model.response_reward_model import ResponseRewardModel
 
-    return ResponseRewardModel(args.scorer)
+        return ResponseRewardModel(args.scorer)
 
 
 def warn_of_foreign_responses(scorer: ResponseScorer, responses: Sequence[Response]) -> bool:
