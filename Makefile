@@ -106,7 +106,7 @@ saved_model/$(ROUNDS)/%/config.json: | data/$(ROUNDS)/rewarded_%.jsonl
 	$(BIN) train.py --model_name_or_path $(POLICY_$*) --dataset_name data/$(ROUNDS)/rewarded_$*.jsonl --seed $(SEED) --output_dir saved_model/$(ROUNDS)/$* --run_name $(ROUNDS)_$*
 
 evaluation/results/$(ROUNDS)/%/reward_score_comparison.json: | saved_model/$(ROUNDS)/%/config.json
-	$(BIN) evaluation/eval_reward_scores.py --tuned_model saved_model/$(ROUNDS)/$* --output_dir evaluation/results/$(ROUNDS)/$*
+	$(BIN) evaluation/eval_reward_scores.py --tuned_model saved_model/$(ROUNDS)/$* --pairs data/rewarded.jsonl --output_dir evaluation/results/$(ROUNDS)/$*
 
 .PRECIOUS: saved_model/$(ROUNDS)/%/config.json evaluation/results/$(ROUNDS)/%/reward_score_comparison.json
 .PRECIOUS: data/$(ROUNDS)/problems_%.jsonl data/$(ROUNDS)/pairs_%.jsonl data/$(ROUNDS)/rewarded_%.jsonl

@@ -9,12 +9,10 @@ printed as escapes (`\\x1b`), in a pipe too; --output has the text as it is.
 import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from tqdm import tqdm
 
 from common.cli import (
     arg,
@@ -22,16 +20,18 @@ from common.cli import (
     check_least,
     check_model,
     check_output,
+    here,
     is_model_directory,
     parse_args,
     run,
 )
 from common.errors import JudgeError, UserError
 from common.files import at_root, read_records, write_records
+from common.progress import progress_bar, taking_long
 from common.terminal import printable
-from lm.registry import BASE, PolicyArgs, check_policy, open_policy
+from lm.registry import BASE, PolicyArgs, check_policy, open_policy, warn_of_foreign_prompts
 from reasoning.records import Prompt
-from reward_model.protocols import SCORE_AGGREGATES, ResponseScorer, StepJudge
+from reward_model.protocols import SCORE_AGGREGATES, ResponseScorer, Solution, StepJudge
 from reward_model.registry import (
     CHUNK,
     JudgeArgs,
@@ -41,6 +41,8 @@ from reward_model.registry import (
     open_judge,
     open_scorer,
     score_all,
+    warn_of_foreign_responses,
+    warn_of_foreign_text,
 )
 from search.candidates import Round, SearchBudget, SearchResult
 from search.strategies import NEED_NO_JUDGE, PICKS, STRATEGIES
@@ -153,9 +155,9 @@ def choose_model(args: InferenceArgs) -> str:
     if args.model_name_or_path != default or is_model_directory(default):
         check_model(args.model_name_or_path)
         return args.model_name_or_path
-    check_model(BASE, "python utils/build_embedded_models.py")
+    check_model(BASE, "make models-policy")
     print(
-        f"no trained model yet (`python train.py` makes one): the base answers, {BASE}",
+        f"no trained model yet (`{here('python train.py')}` makes one): the base answers, {BASE}",
         file=sys.stderr,
     )
     return BASE
@@ -164,16 +166,20 @@ def choose_model(args: InferenceArgs) -> str:
 # --- one prompt, and the loop ---
 
 
-def answer(policy: "Policy", judge: Guide, prompt: str, args: InferenceArgs, seed: int) -> None:
+def answer(
+    policy: "Policy", judge: Guide, prompt: str, args: InferenceArgs, seed: int
+) -> list[str]:
     """Print the answer while it is written, with the judge's score behind each finished step.
+    Returns its steps.
 
     A search prints its answer at the end, and so does a server."""
     check_prompt(prompt)
     prompt = prompt.strip()
     if args.search is not None:
-        (found,) = STRATEGIES[args.search]([prompt], policy, judge, args.budget, seed)
+        with taking_long("searching"):
+            (found,) = STRATEGIES[args.search]([prompt], policy, judge, args.budget, seed)
         show(found, args)
-        return
+        return found.steps
     steps: list[str] = []
     line = ""
     pieces = policy.stream(prompt, args.temperature, args.max_new_tokens, seed)
@@ -187,11 +193,23 @@ def answer(policy: "Policy", judge: Guide, prompt: str, args: InferenceArgs, see
                 print(printable(text) + score)
         print(printable(rest), end="", flush=True)
         line += rest
+    return steps
 
 
 def _score_last(judge: StepJudge, prompt: str, steps: list[str]) -> str:
     scores = judge.score_steps([(prompt, steps)], skip=[len(steps) - 1])[0]
     return judge.unscored_reason if scores is None else f"{scores[0]:.2f}"
+
+
+def check_guide(guide: Guide, answers: Sequence[Solution], args: InferenceArgs) -> bool:
+    """Warn on stderr if the judge or scorer does not know the words of the answers; returns
+    whether."""
+    if guide is None:
+        return False
+    if args.scorer is None:
+        return warn_of_foreign_text(guide, answers)
+    responses = [(prompt, "\n".join(steps)) for prompt, steps in answers]
+    return warn_of_foreign_responses(guide, responses)
 
 
 def show(found: SearchResult, args: InferenceArgs) -> None:
@@ -247,13 +265,17 @@ def ask(policy: "Policy", judge: Guide, args: InferenceArgs) -> None:
     """The loop; it ends on exit, quit, Ctrl-D or Ctrl-C. Each prompt has the next seed."""
     sys.stdin.reconfigure(errors="surrogateescape")  # check_prompt refuses text that is not UTF-8
     print("Write a problem and press Enter; exit, quit, Ctrl-D or Ctrl-C ends.", file=sys.stderr)
+    warned = False
     try:
         for seed in itertools.count(args.seed):
             prompt = input("> ").strip()
             if prompt.lower() in ("exit", "quit"):
                 return
             try:
-                answer(policy, judge, prompt, args, seed)
+                if seed == args.seed:
+                    warn_of_foreign_prompts(policy, args.model_name_or_path, [prompt])
+                steps = answer(policy, judge, prompt, args, seed)
+                warned = warned or check_guide(judge, [(prompt, steps)], args)
             except (UserError, JudgeError) as error:
                 print(printable(error), file=sys.stderr)
     except (EOFError, KeyboardInterrupt):
@@ -272,10 +294,13 @@ def ask(policy: "Policy", judge: Guide, args: InferenceArgs) -> None:
 #    "proposals": 448, "tokens": 5012}  with --search: sampled steps or solutions, and their tokens
 def search_file(policy: "Policy", judge: Guide, prompts: list[str], args: InferenceArgs) -> None:
     rows, left_out = [], 0
-    with tqdm(total=len(prompts), desc=args.search, unit="prompt") as bar:
+    with progress_bar(total=len(prompts), desc=args.search, unit="prompt") as bar:
         for start in range(0, len(prompts), CHUNK):
             chunk = prompts[start : start + CHUNK]
-            for found in STRATEGIES[args.search](chunk, policy, judge, args.budget, args.seed):
+            results = STRATEGIES[args.search](chunk, policy, judge, args.budget, args.seed)
+            if start == 0:
+                check_guide(judge, [(found.prompt, found.steps) for found in results], args)
+            for found in results:
                 row = {"prompt": found.prompt, "steps": found.steps, "finished": found.finished}
                 if args.show_scores:
                     row |= {"score": found.scores[0]} if args.scorer else {"scores": found.scores}
@@ -310,9 +335,10 @@ def answer_file(policy: "Policy", judge: Guide, prompts: list[str], args: Infere
 
 def main() -> None:
     (args,) = parse_args(InferenceArgs, description=__doc__)
+    prompts = []
     if args.prompt is not None:
         check_prompt(args.prompt)
-    prompts = []
+        prompts = [args.prompt]
     if args.input is not None:
         check_input(args.input)
         read = [args.input, args.model_name_or_path, args.scorer, *judge_files(args)]
@@ -326,7 +352,8 @@ def main() -> None:
         args.model_name_or_path = choose_model(args)
     check_policy(args)
 
-    from transformers.utils import logging  # slow to import
+    with taking_long("loading the libraries"):
+        from transformers.utils import logging  # slow to import
 
     logging.disable_progress_bar()  # no bar of loading weights before the answer
     sys.stdout.reconfigure(errors="replace")  # ? for characters that the terminal cannot show
@@ -335,11 +362,12 @@ def main() -> None:
     else:
         opened = open_judge(args) if args.uses_judge else nullcontext()
     with opened as judge:
-        policy = open_policy(args)
+        policy = open_policy(args, prompts)
         if args.input is not None:
             (search_file if args.search else answer_file)(policy, judge, prompts, args)
         elif args.prompt is not None:
-            answer(policy, judge, args.prompt, args, args.seed)
+            steps = answer(policy, judge, args.prompt, args, args.seed)
+            check_guide(judge, [(args.prompt, steps)], args)
         else:
             ask(policy, judge, args)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from common.cli import run
 from common.errors import UserError
+from common.progress import loading_libraries
 
 # command -> (the module that exports its RECIPE, what the command trains)
 COMMANDS = {
@@ -47,10 +48,11 @@ def main() -> None:
 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported
     # heavy libraries, which --help and an unknown command do not need
-    from evaluation.accuracy import greedy_accuracy
-    from trainer.session import train
+    with loading_libraries():
+        from evaluation.accuracy import greedy_accuracy
+        from trainer.session import train
 
-    recipe = import_module(COMMANDS[command][0]).RECIPE
+        recipe = import_module(COMMANDS[command][0]).RECIPE
     train(recipe, argv, plot=plot, accuracy=greedy_accuracy)
 
 

@@ -76,7 +76,7 @@ def compare(path: Path, solutions: list[Solution]) -> list[list[object]]:
 def main() -> None:
     (args,) = parse_args(BackendArguments, description=__doc__)
     check_model(args.model_name_or_path)
-    check_input(args.dataset_name, "make data")
+    check_input(args.dataset_name)
     check_least(args, limit=1)
     # local: torch would slow --help
     from evaluation.results import print_table

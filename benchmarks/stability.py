@@ -57,7 +57,8 @@ class StabilityArguments:
 
 def main() -> None:
     (args,) = parse_args(StabilityArguments, description=__doc__)
-    check_input(args.pairs, "make data")
+    makes_scores = "python reward_model/evaluate_steps.py"
+    check_input(args.pairs, makes_scores if args.pairs == StabilityArguments.pairs else None)
     # heavy libraries
     from evaluation.plots import stability_plot
     from trainer.stepwise_dpo_trainer import StepwiseDPOConfig

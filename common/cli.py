@@ -1,4 +1,4 @@
-"""Shared by all scripts: arguments, one-line errors with exit code 2, and checks of paths."""
+"""Shared by all scripts: arguments, errors, warnings, commands to copy, and checks of paths."""
 
 import argparse
 import codecs
@@ -7,6 +7,8 @@ import inspect
 import math
 import os
 import re
+import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -18,7 +20,17 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from common.errors import UserError, short
-from common.files import adapter_base, hold, model_files, release, was_killed
+from common.files import (
+    ROOT,
+    adapter_base,
+    at_root,
+    file_stem,
+    hold,
+    model_files,
+    release,
+    was_killed,
+)
+from common.progress import loading_libraries
 from common.terminal import printable
 
 
@@ -114,6 +126,56 @@ def _first_line(error: BaseException) -> str:
     return (getattr(error, "strerror", None) or str(error)).splitlines()[0]
 
 
+def warn(message: str, *lines: str) -> None:
+    """Print a warning on stderr, as one block: the message, and indented lines below it."""
+    print(f"warning: {message}", *(f"  {line}" for line in lines), sep="\n", file=sys.stderr)
+
+
+# --- commands to copy ---
+
+
+def here(command: str, *arguments: object) -> str:
+    """A command of the repository as it can be pasted where the user is.
+
+    command: as it is written in the root, `python SCRIPT ...` or `make TARGET`. arguments: more of
+    them, each one word however many spaces it has; paths as the user gave them."""
+    program, *words = shlex.split(command)
+    if program == "make":
+        start = ["make"] if Path.cwd() == ROOT else ["make", "-C", at_root(".")]
+    else:
+        start = [_python(), at_root(words.pop(0))]
+    return shlex.join([*start, *words, *map(str, arguments)])
+
+
+def unused(path: str | Path) -> str:
+    """A path that does not exist, for a command's output: `x.jsonl`, else `x_2.jsonl` ..."""
+    path = Path(path)
+    stem, number = file_stem(path), 1
+    ending, free = path.name.removeprefix(stem), path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{stem}_{number}{ending}")
+    return str(free)
+
+
+def beside(path: str | Path, word: str) -> str:
+    """A file that does not exist, in the folder of a file and named after it: `x_WORD.jsonl`."""
+    return unused(Path(path).with_name(f"{file_stem(path)}_{word}.jsonl"))
+
+
+def training_flags(model: str) -> tuple[str, ...]:
+    """The arguments of train.py to train this model, into a new folder."""
+    trained = unused(at_root(f"saved_model/{Path(model).name}_trained"))
+    return ("--model_name_or_path", model, "--output_dir", trained)
+
+
+def _python() -> str:
+    """`python` if a shell finds this interpreter by that name, else the interpreter's path."""
+    found = shutil.which("python")
+    is_this = found and Path(found).absolute().parent == Path(sys.executable).absolute().parent
+    return "python" if is_this else sys.executable
+
+
 # --- arguments ---
 
 
@@ -144,7 +206,8 @@ def parse_args(
     `--config=x.yaml`, reads YAML values as it reads flags, reads no `SCRIPT.args` file, sets
     environment variables from the YAML key `env` with `--allow_env` only, refuses numbers that are
     not finite or too large, and prints a short usage. Raises SystemExit(2) for a user's mistake."""
-    from trl import TrlParser  # heavy: a script can report a mistake of its own without it
+    with loading_libraries():  # heavy: a script can report a mistake of its own without it
+        from trl import TrlParser
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
@@ -353,9 +416,10 @@ def check_least(args: Any, **least: int) -> None:
 
 def check_input(path: str, made_by: str | None = None) -> None:
     """Raises UserError if an input file does not exist; `made_by` is the command that makes it."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder, expected a file")
     if not Path(path).is_file():
-        problem = "is a folder, expected a file" if Path(path).is_dir() else "not found"
-        raise UserError(f"{path} {problem}" + (f": run `{made_by}` first" if made_by else ""))
+        raise UserError(f"{path} not found" + _run_first(made_by))
 
 
 def check_output(
@@ -478,8 +542,11 @@ def check_model(path: str, made_by: str | None = None) -> None:
     elif folder.exists():
         raise UserError(f"{path} is a file, expected a model directory")
     elif made_by or path.count("/") != 1 or path.startswith((".", "models/", "saved_model/")):
-        command = f": run `{made_by}` first" if made_by else ""
-        raise UserError(f"model directory {path} not found{command}")
+        raise UserError(f"model directory {path} not found" + _run_first(made_by))
+
+
+def _run_first(made_by: str | None) -> str:
+    return f": run `{here(made_by)}` first" if made_by else ""
 
 
 def is_model_directory(folder: str | Path) -> bool:

@@ -29,9 +29,15 @@ try:
 except ImportError:  # Windows: outputs are not locked
     fcntl = None  # type: ignore[assignment]
 
+
+from tqdm import tqdm
+
 from common.errors import RecordError, UserError
+from common.progress import QUIET, taking_long
 
 ROOT = Path(__file__).resolve().parents[1]
+# in the folder of a model that train.py made: describes the training
+TRAINING_JOB = "training_job.json"
 
 
 def at_root(path: str) -> str:
@@ -73,6 +79,7 @@ class Readable(Protocol):
 
 
 R = TypeVar("R", bound=Readable)
+T = TypeVar("T")
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, Any]]:
@@ -235,13 +242,18 @@ def read_records(path: str | Path, kind: type[R]) -> Iterator[R]:
 
     Raises RecordError with `file:line: field ...`, or if the file has no rows."""
     number = 0
-    for number, row in read_rows(path):
+    for number, row in counted(read_rows(path), path):
         try:
             yield kind.from_row(row)
         except RecordError as error:
             raise RecordError(f"{path}:{number}: {error}") from None
     if not number:
         raise RecordError(f"{path}: no rows; expected one JSON object a line")
+
+
+def counted(rows: Iterable[T], name: str | Path) -> Iterator[T]:
+    """The rows of a file or data set, with a progress bar if they take over 3 seconds."""
+    yield from tqdm(rows, desc=f"reading {name}", unit=" rows", delay=QUIET, leave=False)
 
 
 def to_line(record: Any) -> str:
@@ -630,6 +642,11 @@ def _is_blank(path: Path) -> bool:
         return not any(block.strip(b"\0") for block in iter(lambda: file.read(1 << 20), b""))
 
 
+def rows_hash(rows: Iterable[Any]) -> str:
+    """SHA-256 of records, as a training's job file has it."""
+    return hashlib.sha256("".join(map(to_line, rows)).encode()).hexdigest()
+
+
 # --- identities: what a job was computed from, whatever its path ---
 
 # the suffixes and names of a model's configuration, weights, tokenizer, chat templates and code
@@ -655,7 +672,7 @@ def content_hash(path: str | Path) -> str | None:
 
     None if the path is neither a file nor a model directory."""
     if Path(path).is_file():
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, taking_long(f"reading {path} (its hash)"):
             return hashlib.file_digest(file, "sha256").hexdigest()
     lines = [f"{file.name} {content_hash(file)}\n" for file in model_files(path)]
     if base := _base_identity(Path(path)):

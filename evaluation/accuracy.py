@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import check_input
 from common.files import read_records
+from common.progress import taking_long
 from reasoning.grading import is_correct
 from reasoning.records import Problem
 
@@ -37,7 +38,8 @@ def greedy_accuracy(path: str, limit: int) -> Callable[["Policy"], dict[str, flo
     problems = list(islice(read_records(path, Problem), limit))
 
     def evaluate(policy: "Policy") -> dict[str, float]:
-        correct = correct_answers(policy, problems)
+        with taking_long(f"answering {len(problems)} problems of {path}"):
+            correct = correct_answers(policy, problems)
         return {"exact_accuracy": sum(correct) / len(correct)}
 
     return evaluate

@@ -19,12 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import arg, check_input, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, read_records, together
+from common.progress import taking_long
 from evaluation.metrics import Metric, clustered_mean_metric
 from evaluation.results import output_paths, print_table, write_result
 from reasoning.grading import grade_steps
 from reasoning.problems import problems as generate_problems
 from reasoning.records import PreferencePair, Problem
-from reasoning.splits import is_kept_out
+from reasoning.splits import MAKES_HELD_OUT, is_kept_out
 
 # kinds of steps -> their names in the plot
 KINDS = {
@@ -83,8 +84,9 @@ def check(args: CreditArgs) -> tuple[list[str], Path, Path]:
         raise UserError(f"--models: two have the same last part: {', '.join(names)}")
     for model in (args.base_model, *args.models):
         check_model(model)
-    check_input(args.input, "make data")
-    check_input(args.pairs, "make data")
+    check_input(args.input, MAKES_HELD_OUT if args.input == CreditArgs.input else None)
+    makes_scores = "python reward_model/evaluate_steps.py"
+    check_input(args.pairs, makes_scores if args.pairs == CreditArgs.pairs else None)
     read = [args.base_model, *args.models, args.pairs, args.input]
     plot, _, result = output_paths(args.output_dir, "credit", read, args.overwrite)
     return names, result, plot
@@ -135,8 +137,8 @@ def main() -> None:
     pairs = read_pairs(args)
 
     # slow to import (torch, matplotlib)
-    from evaluation.plots import credit_plot
-    from lm.policy import Policy
+    with taking_long("loading the libraries"):
+        from lm.policy import Policy
 
     metrics: dict[str, Metric] = {}
     base_logps: dict[str, list[list[float]]] = {}  # side -> (pairs, steps)
@@ -173,7 +175,9 @@ def main() -> None:
             metrics[f"{name}/next_step_accuracy/{place}"] = metric
 
     counts = {"pairs": len(pairs), "problems": len(problems)}
-    with together():
+    with together(), taking_long("drawing"):
+        from evaluation.plots import credit_plot
+
         credit_plot(plot, metrics, list(models), KINDS)
         write_result(result, metrics, asdict(args), [args.seed], **counts)
     title = f"change of the log-prob of a step, nats, {len(pairs)} pairs kept out of training"

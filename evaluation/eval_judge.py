@@ -15,14 +15,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import arg, check_input, check_least, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, file_stem, read_records, together
+from common.progress import taking_long
 from evaluation.judge_card import Judged, RankedPolicy, card, print_card
 from evaluation.metrics import Metric, mean_metric, rate_metric, spearman_metric
 from evaluation.results import output_paths, print_metrics, write_result
 from evaluation.value_calibration import measure_values, roll_out
+from lm.registry import warn_of_foreign_prompts
 from reasoning.datasets.files import Dropped
 from reasoning.datasets.loading import load_step_labels
 from reasoning.grading import grade_steps, is_correct
 from reasoning.records import LabelledSolution, Problem
+from reasoning.splits import MAKES_HELD_OUT
 from reward_model.protocols import StepJudge, aggregate
 from reward_model.registry import (
     JudgeArgs,
@@ -100,10 +103,10 @@ def check(args: CardArgs) -> tuple[Path, Path]:
     elif args.labels_split is not None:
         raise UserError("argument --labels_split: give --labels, or leave it out")
     if args.labels is None:
-        check_model(args.model_name_or_path, made_by("model_name_or_path", "make models"))
+        check_model(args.model_name_or_path, made_by("model_name_or_path", "make models-policy"))
         for policy in args.policies or []:
             check_model(policy)
-        check_input(args.input, made_by("input", "make data"))
+        check_input(args.input, made_by("input", MAKES_HELD_OUT))
     read = [args.labels or args.input, *(args.policies or []), *judge_files(args)]
     if args.labels is None:
         read.append(args.model_name_or_path)
@@ -223,9 +226,12 @@ def main() -> None:
     spearman = None
     with open_judge(args) as judge:
         if args.labels is None:
-            from lm.policy import Policy  # slow to import (torch)
+            with taking_long("loading the libraries"):
+                from lm.policy import Policy  # slow to import (torch)
 
             policy = Policy.load(args.model_name_or_path)
+            prompts = [problem.prompt for problem in problems]
+            warn_of_foreign_prompts(policy, args.model_name_or_path, prompts)
             judged = sample(args, problems, policy)
         solutions = [(row.solution.prompt, row.solution.steps) for row in judged]
         scored = [
@@ -244,12 +250,14 @@ def main() -> None:
         reason = f"each is {judge.unscored_reason}"
         notes.insert(0, f"{left_out} of {len(judged)} solutions left out: {reason}")
 
-    found = card(scored, args.seed, args.threshold)
+    with taking_long("computing intervals"):
+        found = card(scored, args.seed, args.threshold)
     found.policies, notes = policies, notes + found.notes
     value_metrics: dict[str, Metric] = {}
     if args.rollouts:
         outcomes = roll_out(policy, scored, problems, args.rollouts, args.max_new_tokens, args.seed)
-        value_metrics, found.values = measure_values(outcomes, args.seed)
+        with taking_long("computing intervals"):
+            value_metrics, found.values = measure_values(outcomes, args.seed)
         found.metrics |= value_metrics
     if spearman:
         found.metrics["policy_spearman"] = spearman
@@ -262,8 +270,6 @@ def main() -> None:
         f"({len({row.solution.prompt for row in scored}):,} problems, "
         f"{len(found.steps):,} labelled steps)"
     )
-    from evaluation.plots import judge_plot  # slow to import (matplotlib)
-
     extras = {
         "judge": judge_name(args),
         "right_steps": right,
@@ -274,7 +280,9 @@ def main() -> None:
         "value_reliability": [asdict(row) for row in found.values],
         "policies": [asdict(row) for row in policies],
     }
-    with together():
+    with together(), taking_long("drawing"):
+        from evaluation.plots import judge_plot  # slow to import (matplotlib)
+
         judge_plot(plot, title, found)
         write_result(result, found.metrics, asdict(args), [args.seed], **extras)
     print_card(f"{title}; {right:.3f} of the steps are right", found, spearman)

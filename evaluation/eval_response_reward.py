@@ -15,13 +15,12 @@ from itertools import combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_input, check_least, parse_args, run
 from common.errors import UserError
 from common.files import at_root, file_type, read_records, together
+from common.progress import progress_bar, taking_long
 from evaluation.metrics import (
     Bin,
     Metric,
@@ -40,8 +39,9 @@ from reasoning.datasets.ranking import check_groups, groups, read_answers
 from reasoning.datasets.shapes import group_of
 from reasoning.grading import is_correct
 from reasoning.records import Problem
+from reasoning.splits import MAKES_HELD_OUT
 from reward_model.protocols import ResponseScorer
-from reward_model.registry import ScorerArgs, check_scorer, open_scorer
+from reward_model.registry import ScorerArgs, check_scorer, open_scorer, warn_of_foreign_responses
 from search.candidates import SearchBudget
 from search.strategies import draw, pick_majority
 
@@ -259,7 +259,7 @@ def pick_best(
     budget = SearchBudget(n=args.n, max_new_tokens=args.max_new_tokens)
     names = ("chance", "log-prob", "majority", "scorer", "oracle")
     found: dict[str, list[float]] = {name: [] for name in names}
-    with tqdm(total=len(problems), desc=f"best of {args.n}", unit="problem") as bar:
+    with progress_bar(total=len(problems), desc=f"best of {args.n}", unit="problem") as bar:
         for start in range(0, len(problems), CHUNK):
             chunk = problems[start : start + CHUNK]
             _, pools = draw([problem.prompt for problem in chunk], policy, None, budget, args.seed)
@@ -312,7 +312,7 @@ def main() -> None:
     problems: list[Problem] = []
     if args.n:
         is_default = args.problems == RewardEvalArgs.problems
-        check_input(args.problems, "make data" if is_default else None)
+        check_input(args.problems, MAKES_HELD_OUT if is_default else None)
         problems = list(islice(read_records(args.problems, Problem), args.limit))
         check_policy(args)
     check_scorer(args)
@@ -321,24 +321,29 @@ def main() -> None:
 
     with open_scorer(args) as scorer:
         texts = [(prompt, answer.text) for prompt, answers in found for answer in answers]
+        warn_of_foreign_responses(scorer, texts)
         flat = iter(scorer.score(texts, progress="answers"))
         scores = [[next(flat) for _ in answers] for _, answers in found]
         cut = scorer.cut
-        picked = pick_best(args, problems, open_policy(args), scorer) if args.n else {}
-    pairs = pairs_of(found, scores)
-    by_kind = accuracies(pairs, by_subset, args.seed)
-    error, bins = calibration(pairs, args.seed)
-    longer = _mean_over(pairs, [pair.longer_is_better for pair in pairs], args.seed)
-    metrics = by_kind | {"longer/pairwise_accuracy": longer}
-    metrics |= rank_correlations(found, scores, args.seed)
+        picked = {}
+        if args.n:
+            policy = open_policy(args, [problem.prompt for problem in problems])
+            picked = pick_best(args, problems, policy, scorer)
+    with taking_long("computing intervals"):
+        pairs = pairs_of(found, scores)
+        by_kind = accuracies(pairs, by_subset, args.seed)
+        error, bins = calibration(pairs, args.seed)
+        longer = _mean_over(pairs, [pair.longer_is_better for pair in pairs], args.seed)
+        metrics = by_kind | {"longer/pairwise_accuracy": longer}
+        metrics |= rank_correlations(found, scores, args.seed)
     metrics["calibration_error"] = error
     best = best_of_n_metrics(picked, args.n, args.seed) if picked else {}
 
-    from evaluation.plots import response_plot  # slow to import (matplotlib)
-
     title = f"{Path(args.scorer).name} on {len(found):,} groups of {Path(args.data).name}"
     extras = {"groups": len(found), "reliability": [asdict(row) for row in bins], "cut": cut}
-    with together():
+    with together(), taking_long("drawing"):
+        from evaluation.plots import response_plot  # slow to import (matplotlib)
+
         response_plot(
             plot,
             title,

@@ -1,8 +1,12 @@
 """Base against tuned policy on held-out problems, by the judge's step scores and by exact accuracy.
 
-Both policies answer greedily. A policy that gains reward without accuracy exploits its judge.
+Both policies answer greedily. A policy that gains reward without accuracy exploits its judge. The
+log-prob margin is measured on pairs that the tuned policy's training kept out: `train.py dpo` names
+its pairs in the model's folder. For another model, give them with --pairs.
 """
 
+import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,13 +17,25 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_input, check_least, check_model, parse_args, run
-from common.errors import UserError
-from common.files import at_root, read_records, together, write_records
+from common.errors import RecordError, UserError
+from common.files import (
+    ROOT,
+    TRAINING_JOB,
+    at_root,
+    read_records,
+    rows_hash,
+    together,
+    write_records,
+)
+from common.progress import taking_long
 from evaluation.metrics import Metric, compare
 from evaluation.results import output_paths, print_comparison, write_result
-from reasoning.grading import is_correct, step_accuracy
-from reasoning.records import PreferencePair, Problem
-from reasoning.splits import is_kept_out
+from lm.registry import warn_of_foreign_prompts
+from reasoning.datasets.loading import load_pairs
+from reasoning.grading import graded, is_correct, step_accuracy
+from reasoning.records import PreferencePair, Problem, ScoredPair
+from reasoning.samples import Sample, show_samples
+from reasoning.splits import MAKES_HELD_OUT, is_kept_out
 from reward_model.protocols import aggregate
 from reward_model.registry import JudgeArgs, check_judge, judge_files, open_judge, score_all
 
@@ -42,8 +58,10 @@ class EvalArgs(JudgeArgs):
         aliases=["--model_name_or_path", "--model-name-or-path"],
     )
     input: str = arg(at_root("data/problems_test.jsonl"), "JSONL of held-out problems")
-    pairs: str = arg(
-        at_root("data/rewarded.jsonl"), "JSONL of pairs; only those kept out of training are used"
+    pairs: str | None = arg(
+        None,
+        "JSONL of pairs, of which those kept out of training are used (default: the pairs that the "
+        "tuned model was trained on with train.py dpo; without them no margin is measured)",
     )
     output_dir: str = arg(
         at_root("evaluation/results"), f"folder of {NAME}.json, its answers and its plot"
@@ -57,23 +75,51 @@ class EvalArgs(JudgeArgs):
         check_least(self, limit=1, max_new_tokens=1, seed=0)
 
 
-def check(args: EvalArgs) -> tuple[list[Problem], list[PreferencePair]]:
-    """The problems and the kept-out pairs.
+def training_pairs(model: str) -> tuple[str | None, list[PreferencePair], str]:
+    """(file, its pairs, why there are none) of the pairs that a model was trained on.
 
-    Raises UserError or RecordError for anything wrong with the arguments or files, before any
-    work."""
+    The file must have the pairs of the training's job file: another one at that path would have
+    nothing to do with the model."""
+    try:
+        job = json.loads((Path(model) / TRAINING_JOB).read_text(encoding="utf-8"))
+        name, count, expected = (job[key] for key in ("dataset", "pairs", "pairs_sha256"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, [], f"{model} has no {TRAINING_JOB} of a training on pairs"
+    for path in (str(name), str(ROOT / str(name))):  # a relative path may be meant from the root
+        if Path(path).exists():
+            try:
+                pairs = [ScoredPair.from_row(asdict(pair)) for pair in load_pairs(path)]
+            except RecordError:
+                continue
+            trained = [pair for pair in pairs if not is_kept_out(pair.prompt)][:count]
+            if rows_hash(trained) == expected:
+                return os.path.relpath(path), list(pairs), ""
+    return None, [], f"{name}, on which {model} was trained, is not there any more or has changed"
+
+
+def check(args: EvalArgs) -> tuple[list[Problem], list[PreferencePair], str]:
+    """The problems, the kept-out pairs, and why there are none.
+
+    Fills in `pairs` with those of the tuned model's training. Raises UserError or RecordError for
+    anything wrong with the arguments or files, before any work."""
 
     def made_by(name: str, command: str) -> str | None:
         return command if getattr(args, name) == getattr(EvalArgs, name) else None
 
-    check_model(args.base_model, made_by("base_model", "python utils/build_embedded_models.py"))
+    check_model(args.base_model, made_by("base_model", "make models-policy"))
     check_model(args.tuned_model, made_by("tuned_model", "python train.py"))
     check_judge(args)
-    check_input(args.input, made_by("input", "make data"))
-    check_input(args.pairs, made_by("pairs", "python reward_model/evaluate_steps.py"))
+    check_input(args.input, made_by("input", MAKES_HELD_OUT))
     problems = list(islice(read_records(args.input, Problem), args.limit))
-    pairs = [pair for pair in read_records(args.pairs, PreferencePair) if is_kept_out(pair.prompt)]
-    return problems, pairs
+    if args.pairs is None:
+        args.pairs, pairs, missing = training_pairs(args.tuned_model)
+    else:
+        check_input(args.pairs)
+        pairs, missing = list(read_records(args.pairs, PreferencePair)), ""
+    kept_out = [pair for pair in pairs if is_kept_out(pair.prompt)]
+    if not kept_out:
+        missing = missing or f"{args.pairs} has none of the pairs kept out of training"
+    return problems, kept_out, missing
 
 
 # One row of reward_score_comparison.jsonl; the judge could not score an answer without scores:
@@ -103,6 +149,12 @@ class Compared:
             measures["step_accuracy"] = step_accuracy(answer.steps, self.problem)
         return measures
 
+    def sample(self, side: str) -> Sample:
+        """One answer with its verdict and its scores."""
+        answer, scores = self.answers[side], self.scores.get(side)
+        known = (self.problem.prompt, answer.steps, answer.finished, self.problem)
+        return graded(*known, scores=scores)
+
     def row(self) -> dict[str, object]:
         row: dict[str, object] = {"prompt": self.problem.prompt, "answer": self.problem.answer}
         for side, answer in self.answers.items():
@@ -112,31 +164,37 @@ class Compared:
         return row
 
 
-def margins(policy: "Policy", pairs: Sequence[PreferencePair]) -> list[float]:
+def margins(policy: "Policy", pairs: Sequence[PreferencePair], side: str) -> list[float]:
     """The log-prob of chosen minus that of rejected, for each pair."""
-    chosen = policy.logps([(pair.prompt, pair.prefix, pair.chosen) for pair in pairs])
-    rejected = policy.logps([(pair.prompt, pair.prefix, pair.rejected) for pair in pairs])
+    rows = [(pair.prompt, pair.prefix, pair.chosen) for pair in pairs]
+    chosen = policy.logps(rows, f"{side}: chosen")
+    rows = [(pair.prompt, pair.prefix, pair.rejected) for pair in pairs]
+    rejected = policy.logps(rows, f"{side}: rejected")
     return [better - worse for better, worse in zip(chosen, rejected, strict=True)]
 
 
 def main() -> None:
     (args,) = parse_args(EvalArgs, description=__doc__)
-    problems, pairs = check(args)
+    problems, pairs, missing = check(args)
     read = [args.base_model, args.tuned_model, args.input, args.pairs, *judge_files(args)]
     plot, rows, result = output_paths(args.output_dir, NAME, read, args.overwrite)
     models = {"base": args.base_model, "tuned": args.tuned_model}
     prompts = [problem.prompt for problem in problems]
     answers, logp_margins = {}, {}
     with open_judge(args) as judge:
-        from lm.policy import Policy  # slow to import (torch)
+        with taking_long("loading the libraries"):
+            from lm.policy import Policy  # slow to import (torch)
 
         for side, model in models.items():
             policy = Policy.load(model)
+            flag = "--base_model" if side == "base" else "--tuned_model"
+            warn_of_foreign_prompts(policy, model, prompts, flag)
             replies = policy.generate(
                 prompts, max_new_tokens=args.max_new_tokens, progress=f"{side} answers"
             )
             answers[side] = [reply for (reply,) in replies]
-            logp_margins[side] = margins(policy, pairs)
+            if pairs:
+                logp_margins[side] = margins(policy, pairs, side)
             del policy  # one model in memory at a time
         # Both answers to a problem are neighbours: the judge reads the problem once, and the judge
         # `shuffled` permutes the scores of both.
@@ -159,15 +217,14 @@ def main() -> None:
         )
     measures = {side: [row.measures(side) for row in scored] for side in models}
     metrics: dict[str, Metric] = {}
-    for name in MEASURES:
-        base, tuned = ([row[name] for row in measures[side] if name in row] for side in models)
-        if base:
-            metrics |= compare(name, base, tuned, name in RATES, args.seed)
-    if pairs:
-        base, tuned = logp_margins.values()
-        metrics |= compare("logp_margin", base, tuned, seed=args.seed)
-
-    from evaluation.plots import comparison_plot  # slow to import (matplotlib)
+    with taking_long("computing intervals"):
+        for name in MEASURES:
+            base, tuned = ([row[name] for row in measures[side] if name in row] for side in models)
+            if base:
+                metrics |= compare(name, base, tuned, name in RATES, args.seed)
+        if pairs:
+            base, tuned = logp_margins.values()
+            metrics |= compare("logp_margin", base, tuned, seed=args.seed)
 
     title = f"{len(scored):,} held-out problems, greedy answers"
     shown = {"reward": "mean step reward (judge)", "accuracy": "exact accuracy"}
@@ -178,7 +235,9 @@ def main() -> None:
         "num_examples": len(scored),
         "left_out": left_out,
     }
-    with together():
+    with together(), taking_long("drawing"):
+        from evaluation.plots import comparison_plot  # slow to import (matplotlib)
+
         write_records(rows, (row.row() for row in compared))
         comparison_plot(plot, metrics, shown, title)
         write_result(result, metrics, asdict(args), [args.seed], **extras)
@@ -189,8 +248,12 @@ def main() -> None:
             f"{left_out} of {len(problems)} problems left out for both: an answer is "
             f"{judge.unscored_reason}"
         )
-    if not pairs:
-        print(f"no logp_margin: {args.pairs} has none of the pairs kept out of training")
+    if missing:
+        print(f"no logp_margin: {missing} (--pairs names others)")
+    for side in models:
+        if not metrics[f"{side}_accuracy"].value or metrics[f"{side}_unfinished"].value == 1:
+            print(f"{side}: no answer is right, or none ended by itself")
+            show_samples([row.sample(side) for row in compared])
     print(f"wrote {result}, {rows} (answers and scores) and {plot}")
 
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import check_input, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, file_stem, read_records, together
+from common.progress import taking_long
 from evaluation.results import output_paths, print_table, write_result
 from evaluation.search_measurement import (
     POOL_SIZES,
@@ -31,7 +32,8 @@ from evaluation.search_measurement import (
 from evaluation.search_report import Report
 from lm.registry import check_policy
 from reasoning.records import Problem
-from reasoning.splits import HELD_OUT
+from reasoning.samples import SHOWN, samples_file, show_samples
+from reasoning.splits import HELD_OUT, MAKES_HELD_OUT
 from reward_model.registry import check_judge, judge_files, judge_name
 
 Splits = dict[str, list[Problem]]  # name -> problems
@@ -64,7 +66,7 @@ def check(args: SearchArgs) -> tuple[Splits, Splits]:
     problems = {}
     for split, name in (reported | for_choosing).items():
         path = at_root(f"data/problems_{name}.jsonl") if name in HELD_OUT else name
-        check_input(path, "make data" if name in HELD_OUT else None)
+        check_input(path, MAKES_HELD_OUT if name in HELD_OUT else None)
         problems[split] = list(islice(read_records(path, Problem), args.limit))
     return (
         {split: problems[split] for split in reported},
@@ -111,6 +113,7 @@ def main() -> None:
     files = [at_root(f"data/problems_{name}.jsonl") if name in HELD_OUT else name for name in names]
     read = [*files, args.model_name_or_path, args.other_model, *judge_files(args)]
     plot, rows, result = output_paths(args.output_dir, "search", read, args.overwrite, True)
+    samples = samples_file(result, True)
     measurements = SearchMeasurements(args, rows)
     try:
         choice = choose(args, measurements, for_choosing)
@@ -118,17 +121,19 @@ def main() -> None:
         for split, problems in splits.items():
             setting, other = Setting("greedy", 1), None
             greedy = measurements.measure([setting], problems, f"{split}: greedy")[setting]
+            if not any(greedy.correct):
+                print(f"{split}: no greedy answer is right")
+                show_samples(measurements.examples(problems[:SHOWN]), samples)
             if args.other_model is not None:
                 label = f"{split}: {report.other}"
                 other = measurements.measure([setting], problems, label, "other")[setting]
             found = measure_split(args, choice, measurements, split, problems)
             shown = {s: o for s, o in found.items() if s.n in (*args.n, args.samples)}
             votes = {s.n: o for s, o in found.items() if s.strategy == "majority_vote"}
-            report.add(split, shown, greedy, other, votes)
+            with taking_long("computing intervals"):
+                report.add(split, shown, greedy, other, votes)
     finally:
         measurements.close()
-
-    from evaluation.plots import frontier_plot  # slow to import (matplotlib)
 
     title = f"{report.policy}, guided by {judge_name(args)}"
     lines = {split: report.frontier(split) for split in splits}
@@ -139,7 +144,9 @@ def main() -> None:
         "trend_p": report.trend_p,
         "left_out": report.left_out,
     }
-    with together():
+    with together(), taking_long("drawing"):
+        from evaluation.plots import frontier_plot  # slow to import (matplotlib)
+
         frontier_plot(plot, lines, dashed, title)
         write_result(result, report.metrics, asdict(args), [args.seed], **extras)
     compared = sorted(choice.accuracies.items(), key=lambda item: -item[1])

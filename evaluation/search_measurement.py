@@ -1,6 +1,7 @@
 """Measurements of guided search that are kept in a file, so that none is repeated."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -8,16 +9,16 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from common.cli import arg, check_least
 from common.files import AppendedRows, at_root
+from common.progress import progress_bar
 from lm.registry import PolicyArgs, open_policy, policy_identity
-from reasoning.grading import is_correct
+from reasoning.grading import graded, is_correct
 from reasoning.records import Problem
+from reasoning.samples import Sample
 from reasoning.splits import HELD_OUT
 from reward_model.protocols import SCORE_AGGREGATES, StepJudge
-from reward_model.registry import JudgeArgs, judge_identity, open_judge
+from reward_model.registry import JudgeArgs, judge_identity, open_judge, warn_of_foreign_text
 from search.candidates import SearchBudget, SearchResult
 from search.strategies import NEED_NO_JUDGE, PICKS, STRATEGIES, draw, votes
 
@@ -148,6 +149,7 @@ class SearchMeasurements:
         self.args = args
         self._opened: dict[str, Any] = {}  # policies `own` and `other`, and judges
         self._stack = ExitStack()
+        self._checked = False  # whether the judge was seen to know the words of the answers
         self._policy_args: dict[str, PolicyArgs] = {"own": args}
         if args.other_model is not None:
             self._policy_args["other"] = PolicyArgs(args.other_model)
@@ -181,12 +183,13 @@ class SearchMeasurements:
     ) -> dict[Setting, Outcomes]:
         """The outcomes of one setting, or of several that choose from one pool of solutions."""
         outcomes = {setting: Outcomes() for setting in settings}
-        with tqdm(total=len(problems), desc=label, unit="problem") as bar:
+        with progress_bar(total=len(problems), desc=label, unit="problem") as bar:
             for start in range(0, len(problems), CHUNK):
                 chunk = problems[start : start + CHUNK]
                 keys = {setting: self.key(setting, policy, chunk) for setting in settings}
                 if not all(key in self._rows for key in keys.values()):
                     found = self._search(settings, chunk, policy)
+                    self._check_judge(found)
                     rows = [
                         _row(keys[setting], label, setting, chunk, answers)
                         for setting, answers in found.items()
@@ -210,9 +213,8 @@ class SearchMeasurements:
             judge = self._open_judge(setting.guide)
         budget = self.args.budget(setting.n, setting.aggregate)
         strategy = STRATEGIES[setting.strategy]
-        return {
-            setting: strategy(prompts, self._open_policy(policy), judge, budget, self.args.seed)
-        }
+        opened = self._open_policy(policy, prompts)
+        return {setting: strategy(prompts, opened, judge, budget, self.args.seed)}
 
     def _search_pool(
         self, settings: Sequence[Setting], prompts: Sequence[str], policy: str
@@ -223,7 +225,9 @@ class SearchMeasurements:
         if any(setting.aggregate for setting in settings):
             judge = self._open_judge("judge")
         budget = self.args.budget(size)
-        drawn, pools = draw(prompts, self._open_policy(policy), judge, budget, self.args.seed)
+        drawn, pools = draw(
+            prompts, self._open_policy(policy, prompts), judge, budget, self.args.seed
+        )
         found: dict[Setting, list[SearchResult]] = {setting: [] for setting in settings}
         for whole, pool in zip(drawn, pools, strict=True):
             same_answers = votes(pool)
@@ -240,9 +244,27 @@ class SearchMeasurements:
                 found[setting].append(answer)
         return found
 
-    def _open_policy(self, name: str) -> "Policy":
+    def examples(self, problems: Sequence[Problem]) -> list[Sample]:
+        """Greedy answers of the policy with their verdicts."""
+        prompts = [problem.prompt for problem in problems]
+        policy = self._open_policy("own", prompts)
+        answers = policy.generate(prompts, max_new_tokens=self.args.max_new_tokens)
+        return [
+            graded(problem.prompt, answer.steps, answer.finished, problem)
+            for problem, (answer,) in zip(problems, answers, strict=True)
+        ]
+
+    def _check_judge(self, found: dict[Setting, list[SearchResult]]) -> None:
+        """Warn if the judge does not know the words of the first answers that it has guided."""
+        judge = self._opened.get("judge")
+        if judge is not None and not self._checked:
+            self._checked = True
+            results = itertools.chain.from_iterable(found.values())
+            warn_of_foreign_text(judge, [(result.prompt, result.steps) for result in results])
+
+    def _open_policy(self, name: str, prompts: Sequence[str]) -> "Policy":
         if name not in self._opened:
-            self._opened[name] = open_policy(self._policy_args[name])
+            self._opened[name] = open_policy(self._policy_args[name], prompts)
         return self._opened[name]
 
     def _open_judge(self, guide: str) -> StepJudge:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, find_adapter_config_file
 
 from common.errors import ModelError, first_line, short
+from common.progress import taking_long
 
 # the errors known to be raised by the libraries for a folder that is no model
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError)
@@ -224,12 +225,13 @@ def load_model(
             "revision": None if is_adapter else revision,
             "trust_remote_code": trust_remote_code,
         }
-        model = load_weights(AutoModelForCausalLM, base, dtype=dtype, **hub)
-        if not is_adapter:
-            return model, fit_tokenizer(load_tokenizer(path, **hub), model)
-        model = load_adapter(model, path, trainable, revision)
-        tokenizer = load_tokenizer(path, base, trust_remote_code, revision=revision)
-        return model, fit_tokenizer(tokenizer, model)
+        with taking_long(f"loading {path}"):
+            model = load_weights(AutoModelForCausalLM, base, dtype=dtype, **hub)
+            if not is_adapter:
+                return model, fit_tokenizer(load_tokenizer(path, **hub), model)
+            model = load_adapter(model, path, trainable, revision)
+            tokenizer = load_tokenizer(path, base, trust_remote_code, revision=revision)
+            return model, fit_tokenizer(tokenizer, model)
     except LOAD_ERRORS as error:
         place = "it" if base == path else f"it and its base {base}"
         raise ModelError(

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from common.errors import ModelError, PromptTooLong
 from lm.chat_template import check_answer
 from lm.decoding import Decoder, DecodingRow
+from lm.known_words import tokens_of
 from lm.loading import load_model, scoring_device
 from lm.text_encoding import encode_prompt, encode_steps
 
@@ -236,6 +237,10 @@ class Policy:
                 yield text[len(written) :]
                 written = text
         yield text[len(written) :]
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int] | None:
+        """As in lm/known_words.py."""
+        return tokens_of(self.tokenizer, texts)
 
     def _check_length(self, prompt: str, ids: Sequence[int]) -> None:
         if len(ids) >= self.context:

@@ -4,12 +4,15 @@ A script mixes `PolicyArgs` into its own arguments, calls `check_policy` before 
 `open_policy`. reward_model/registry.py has the same functions for judges.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from common.cli import arg, check_least, check_model
 from common.errors import UserError
 from common.files import at_root, identity
+from common.progress import taking_long
+from lm.known_words import warn_of_unknown_words
 from lm.server_text import check_url
 
 if TYPE_CHECKING:
@@ -41,25 +44,38 @@ def check_policy(args: PolicyArgs) -> None:
     else:
         if args.policy_requests != PolicyArgs.policy_requests:
             raise UserError("argument --policy_requests: needs --policy_base_url")
-        made_by = "make models" if args.model_name_or_path == BASE else None
+        made_by = "make models-policy" if args.model_name_or_path == BASE else None
         check_model(args.model_name_or_path, made_by)
 
 
-def open_policy(args: PolicyArgs, chat: bool = False) -> "Policy":
+def open_policy(args: PolicyArgs, prompts: Sequence[str] = (), chat: bool = False) -> "Policy":
     """The policy that the arguments name. chat: it will answer chats.
 
-    Raises ModelError if it cannot be opened."""
+    prompts: what it will answer; a warning is printed if it does not know their words. Raises
+    ModelError if it cannot be opened."""
     # torch, transformers and openai would slow --help
     if args.policy_base_url is None:
-        from lm.policy import Policy
+        with taking_long(f"loading {args.model_name_or_path}"):
+            from lm.policy import Policy
 
-        return Policy.load(args.model_name_or_path)
+            policy = Policy.load(args.model_name_or_path)
+        warn_of_foreign_prompts(policy, args.model_name_or_path, prompts)
+        return policy
     from lm.server_policy import ServerPolicy
 
     policy = ServerPolicy(args.policy_base_url, args.model_name_or_path, args.policy_requests)
     # one token, so that a server that cannot be used is found before any work
-    policy.texts(["2 + 3 = ?"], max_new_tokens=1, chat=chat)
+    with taking_long(f"waiting for {args.policy_base_url}"):
+        policy.texts(["2 + 3 = ?"], max_new_tokens=1, chat=chat)
     return policy
+
+
+def warn_of_foreign_prompts(
+    policy: "Policy", model: str, prompts: Sequence[str], flag: str = "--model_name_or_path"
+) -> None:
+    """Warn on stderr if a policy does not know the words of its prompts; flag: that names it."""
+    advice = f"name a model that has learned such text, {flag} MODEL"
+    warn_of_unknown_words(policy.count_tokens, f"policy {model}", prompts, advice)
 
 
 def policy_identity(args: PolicyArgs) -> dict[str, str]:

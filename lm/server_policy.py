@@ -201,6 +201,10 @@ class ServerPolicy(Policy):
             check_answer(self.tokenizer, steps[0])
         return State(state.prompt, (), (), steps, status, sampled)
 
+    def count_tokens(self, texts: Sequence[str]) -> None:
+        """None: a server does not show its tokens."""
+        return None
+
     def _prompt(self, prompt: str, steps: Sequence[str] = ()) -> str:
         """The text to be continued, without BOS, which the server adds."""
         pieces = response_pieces(list(steps), finished=False)

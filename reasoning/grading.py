@@ -6,9 +6,11 @@ not: it would see the answers that it looks for.
 
 import re
 from fractions import Fraction
+from typing import Any
 
 from reasoning.answers import extract_answer, same_answer
 from reasoning.records import Problem
+from reasoning.samples import Sample
 from reasoning.steps import stated_answer
 
 _NUMBER = r"\d++(?:\.\d++)?+"
@@ -86,3 +88,25 @@ def is_correct(steps: list[str], problem: Problem) -> bool:
 def step_accuracy(steps: list[str], problem: Problem) -> float:
     """Share of right steps, 0..1: divided by the length of the longer of solution and reference."""
     return sum(grade_steps(steps, problem)) / max(len(steps), len(problem.steps))
+
+
+def graded(
+    prompt: str, steps: list[str], ended: bool, problem: Problem | None = None, **more: Any
+) -> Sample:
+    """A sample with its verdict: `right`, `wrong`, `no answer` (its last step states none), `cut`
+    (it did not end by itself), `empty`, or `not graded` without a reference.
+
+    ended: by itself, within the token limit. more: further fields of Sample."""
+    stated = extract_answer(steps[-1]) if steps else None
+    if not steps:
+        verdict = "empty"
+    elif not ended:
+        verdict = "cut"
+    elif stated is None:
+        verdict = "no answer"
+    elif problem is None:
+        verdict = "not graded"
+    else:
+        verdict = "right" if is_correct(steps, problem) else "wrong"
+    reference = problem.answer if problem else None
+    return Sample(prompt, steps, verdict, stated, reference, **more)

@@ -99,8 +99,8 @@ class ScoredPair(PreferencePair):
         pair = super().from_row(row)
         if pair.chosen_scores is None:
             raise RecordError(
-                "field 'chosen_scores' is missing: score the pairs first "
-                "(python reward_model/evaluate_steps.py)"
+                "field 'chosen_scores' is missing: score the pairs first with "
+                "reward_model/evaluate_steps.py"
             )
         return pair
 

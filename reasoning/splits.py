@@ -15,6 +15,7 @@ from common.files import ROOT, read_records
 from reasoning.records import Problem
 
 HELD_OUT = ("validation", "test", "hard_validation", "hard")
+MAKES_HELD_OUT = "python utils/build_problems.py --overwrite"  # the same files on every machine
 
 
 def held_out_files() -> list[Path]:

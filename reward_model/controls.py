@@ -97,6 +97,9 @@ class ShuffledJudge(StepJudge):
             None if solution is None else [next(drawn) for _ in solution] for solution in scores
         ]
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int] | None:
+        return self.judge.count_tokens(texts)
+
     def close(self) -> None:
         self.judge.close()
 

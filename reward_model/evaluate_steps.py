@@ -8,16 +8,16 @@ killed run resumes when it is started again with the same arguments. Input and o
 .jsonl.gz.
 """
 
+import itertools
 import random
+import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_input, check_least, check_outputs, parse_args, run
+from common.cli import arg, check_input, check_least, check_outputs, here, parse_args, run, unused
 from common.errors import UserError
 from common.files import (
     ResumableRows,
@@ -28,16 +28,20 @@ from common.files import (
     together,
     write_records,
 )
+from common.progress import progress_bar
 from reasoning.records import PreferencePair
-from reward_model.protocols import StepJudge, mean
+from reward_model.protocols import Solution, StepJudge, mean
 from reward_model.registry import (
     CHUNK,
+    SHUFFLED,
     JudgeArgs,
     check_judge,
     judge_files,
     judge_identity,
     open_judge,
+    warn_of_foreign_text,
 )
+from reward_model.score_checks import warn_of_pair_scores
 
 
 @dataclass
@@ -55,14 +59,15 @@ class EvaluateArguments(JudgeArgs):
     overwrite: bool = arg(False, "replace an existing output")
 
 
+def solutions(pair: PreferencePair) -> list[Solution]:
+    """Both sides of a pair from the first step on, chosen first."""
+    return [(pair.prompt, [*pair.prefix, *steps]) for steps in (pair.chosen, pair.rejected)]
+
+
 def score_pairs(judge: StepJudge, pairs: list[PreferencePair]) -> list[PreferencePair]:
     """The pairs with a score for every step of both sides, or with none at all if the judge cannot
     score one side."""
-    sides = [
-        (pair.prompt, [*pair.prefix, *steps])
-        for pair in pairs
-        for steps in (pair.chosen, pair.rejected)
-    ]
+    sides = list(itertools.chain.from_iterable(map(solutions, pairs)))
     scores = judge.score_steps(sides, skip=[len(pair.prefix) for pair in pairs for _ in range(2)])
     scored = []
     for pair, chosen, rejected in zip(pairs, scores[::2], scores[1::2], strict=True):
@@ -77,7 +82,8 @@ def main() -> None:
     output = Path(args.output)
     compressed = ".gz" if output.suffix == ".gz" else ""
     left_out_path = output.with_name(f"{file_stem(output)}.left_out.jsonl{compressed}")
-    check_input(args.input, "python utils/build_synthetic_dataset.py")
+    makes_pairs = shlex.join(["python", "utils/build_synthetic_dataset.py", "--output", args.input])
+    check_input(args.input, makes_pairs)
     check_judge(args)
     check_least(args, limit=1)
     job = judge_identity(args) | {
@@ -97,9 +103,12 @@ def main() -> None:
     with open_judge(args) as judge:
         rows = ResumableRows(output, job, unit, args.overwrite)
         print(f"judge {judge}")
+        warn_of_foreign_text(judge, list(itertools.chain.from_iterable(map(solutions, pairs))))
         if rows.rows:
             print(f"resuming after {len(rows.rows)} of {len(pairs)} pairs")
-        with tqdm(initial=len(rows.rows), total=len(pairs), unit="pair", desc="scoring") as bar:
+        with progress_bar(
+            initial=len(rows.rows), total=len(pairs), unit="pair", desc="scoring"
+        ) as bar:
             for start in range(len(rows.rows), len(pairs), unit):
                 for pair in score_pairs(judge, pairs[start : start + unit]):
                     rows.append(asdict(pair))
@@ -130,7 +139,12 @@ def main() -> None:
     if unscored:
         print(f"left out          {len(unscored)} ({judge.unscored_reason})", end="")
         print(f", written without scores to {left_out_path}")
+    if args.judge not in (SHUFFLED, "random"):  # these tell nothing apart on purpose
+        warn_of_pair_scores(scored)
     print(f"wrote {args.output}: {len(scored)} pairs with a score for every step")
+    trained = unused(at_root(f"saved_model/{file_stem(output)}"))
+    flags = ("--dataset_name", args.output, "--output_dir", trained)
+    print(f"next: {here('python train.py dpo', *flags)}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,10 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedConfig
 from transformers.cache_utils import Cache
 
+from common.cli import here, training_flags
 from common.errors import JudgeError, ModelError, UserError, first_line
+from common.progress import taking_long
+from lm.known_words import tokens_of
 from lm.loading import (
     base_of,
     check_embeddings,
@@ -111,11 +114,12 @@ def load_prm(
         family = _family(path, config)
         base, is_adapter = base_of(path, revision) if "step_token" in config else (path, False)
         tokenizer = load_tokenizer(path, revision=revision)
-        if is_adapter:
-            model = _adapter_base(base, tokenizer, config["step_token"], dtype)
-            model = load_adapter(model, path, trainable, revision)
-        else:
-            model = load_weights(family.model_class, path, dtype=dtype, revision=revision)
+        with taking_long(f"loading {path}"):
+            if is_adapter:
+                model = _adapter_base(base, tokenizer, config["step_token"], dtype)
+                model = load_adapter(model, path, trainable, revision)
+            else:
+                model = load_weights(family.model_class, path, dtype=dtype, revision=revision)
         check_embeddings(tokenizer, model)
     except UserError:
         raise
@@ -148,7 +152,7 @@ def _family(path: str, config: dict) -> type[PRMFormat]:
     raise ModelError(
         f"{path} is no process reward model: its config.json names no step_token, and neither that "
         f"file nor the name fits one of {', '.join(PUBLISHED)}; "
-        f"`python train.py prm --model_name_or_path {path}` makes a PRM of it"
+        f"`{here('python train.py prm', *training_flags(path))}` makes a PRM of it"
     )
 
 
@@ -349,6 +353,10 @@ class ProcessRewardModel(StepJudge):
         self._kept.append((kept, sum(keys.nbytes + values.nbytes for keys, values in layers)))
         while sum(size for _, size in self._kept) > KEPT_BYTES:
             self._kept.popleft()
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """As in lm/known_words.py."""
+        return tokens_of(self.format.tokenizer, texts)
 
     def close(self) -> None:
         """Release the model's memory."""

@@ -25,7 +25,16 @@ class Closing(Protocol):
         self.close()
 
 
-class StepJudge(Closing, Protocol):
+class Scorer(Closing, Protocol):
+    """What judges and response scorers have in common."""
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int] | None:
+        """As in lm/known_words.py; None by default, for what reads no tokens or does not show
+        them."""
+        return None
+
+
+class StepJudge(Scorer, Protocol):
     """Scores every step of a solution.
 
     A context manager: `with open_judge(args) as judge` (reward_model/registry.py)."""
@@ -59,7 +68,7 @@ class StepJudge(Closing, Protocol):
         ...
 
 
-class ResponseScorer(Closing, Protocol):
+class ResponseScorer(Scorer, Protocol):
     """Gives a whole response one number. A context manager, as StepJudge is."""
 
     def score(self, pairs: Sequence[Response]) -> list[float]:

@@ -13,18 +13,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from common.cli import arg, check_input, check_model, is_model_directory
+from common.cli import arg, check_input, check_model, here, is_model_directory
 from common.errors import UserError
 from common.files import at_root, identity, read_records
+from common.progress import progress_bar, taking_long
+from lm.known_words import warn_of_unknown_words
 from lm.server_text import check_url
 from reasoning.problems import problems
 from reasoning.records import Problem
 from reasoning.splits import held_out_files
 from reward_model.controls import ExactJudge, RandomJudge, ShuffledJudge
 from reward_model.judges.human import HumanJudge
-from reward_model.protocols import Scores, Solution, StepJudge
+from reward_model.protocols import Response, ResponseScorer, Scores, Solution, StepJudge
+from reward_model.score_checks import warn_of_scores
 from reward_model.templates import TEMPLATES
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def _openai(
         cache=judge_cache,
     )
     # one question at once, so that a server that cannot be used fails before the work begins
-    judge.score_steps([("2 + 3 = ?", ["Step 1: 2 + 3 = 5"])])
+    with taking_long(f"waiting for {judge_base_url}"):
+        judge.score_steps([("2 + 3 = ?", ["Step 1: 2 + 3 = 5"])])
     return judge
 
 
@@ -180,7 +182,7 @@ def check_judge(args: JudgeArgs) -> None:
 
     Fills in `judge_path` for a judge that has its own default path."""
     inner = _inner(args)
-    default_path, made_by = MINIATURES.get(inner, (JudgeArgs.judge_path, "make models"))
+    default_path, made_by = MINIATURES.get(inner, (JudgeArgs.judge_path, "make models-policy"))
     if args.judge_path == JudgeArgs.judge_path:
         args.judge_path = default_path
     used = {*USES[inner], "judge", "seed"}
@@ -209,7 +211,8 @@ def open_judge(args: JudgeArgs) -> StepJudge:
 
     Raises ModelError, JudgeError, ServerError or RecordError if it cannot be opened."""
     inner = _inner(args)
-    judge = JUDGES[inner](**{name: getattr(args, name) for name in USES[inner]})
+    with taking_long(f"opening the judge {judge_name(args)}"):
+        judge = JUDGES[inner](**{name: getattr(args, name) for name in USES[inner]})
     if args.judge != SHUFFLED:
         return judge
     return ShuffledJudge(judge, args.seed)
@@ -234,6 +237,14 @@ def judge_identity(args: JudgeArgs) -> dict:
     return {"judge": args.judge, **values}
 
 
+def judge_flags(args: JudgeArgs) -> list[str]:
+    """The judge's arguments that are not their defaults, as flags for another script."""
+    given = [
+        f for f in fields(JudgeArgs) if getattr(args, f.name) != f.default and f.name != "seed"
+    ]
+    return [part for f in given for part in (f"--{f.name}", str(getattr(args, f.name)))]
+
+
 def judge_name(args: JudgeArgs) -> str:
     """A short name for titles and files: `judge-mini.Q8_0`, `hf-SmolLM2`, `prm-mini`,
     `openai-gpt-4o`, `shuffled-exact`."""
@@ -248,13 +259,26 @@ def judge_name(args: JudgeArgs) -> str:
     return "-".join(filter(None, [*kinds, name]))
 
 
+def warn_of_foreign_text(judge: StepJudge, solutions: Sequence[Solution]) -> bool:
+    """Warn on stderr if a judge does not know the words of the solutions; returns whether."""
+    return warn_of_unknown_words(
+        judge.count_tokens,
+        f"judge ({judge})",
+        ["\n".join((prompt, *steps)) for prompt, steps in solutions],
+        "name a judge that has learned such text, --judge hf --judge_path MODEL or another of "
+        "docs/judges.md; evaluation/eval_judge.py measures a judge on labelled steps",
+    )
+
+
 def score_all(judge: StepJudge, solutions: Sequence[Solution], label: str) -> Scores:
-    """The judge's scores of many solutions, with a progress bar."""
+    """The judge's scores of many solutions, with a progress bar, and a warning of foreign text."""
+    warn_of_foreign_text(judge, solutions)
     scores: Scores = []
-    with tqdm(total=len(solutions), desc=label, unit="solution") as bar:
+    with progress_bar(total=len(solutions), desc=label, unit="solution") as bar:
         for start in range(0, len(solutions), CHUNK):
             scores += judge.score_steps(solutions[start : start + CHUNK])
             bar.update(len(scores) - start)
+    warn_of_scores([score for steps in scores for score in steps or []])
     return scores
 
 
@@ -277,7 +301,8 @@ class ScorerArgs:
 def check_scorer(args: ScorerArgs) -> None:
     """Raises UserError if there is no such model. Before any training the miniature is used."""
     if args.scorer == ScorerArgs.scorer and not is_model_directory(args.scorer):
-        note = "no trained reward model yet (`python train.py reward` makes one)"
+        command = here("python train.py reward")
+        note = f"no trained reward model yet (`{command}` makes one)"
         print(f"{note}: {MINIATURE_SCORER} scores", file=sys.stderr)
         args.scorer = MINIATURE_SCORER
     check_model(args.scorer, SCORER_MADE_BY if args.scorer == MINIATURE_SCORER else None)
@@ -285,7 +310,19 @@ def check_scorer(args: ScorerArgs) -> None:
 
 def open_scorer(args: ScorerArgs) -> "ResponseRewardModel":
     """The scorer that the arguments name. Raises ModelError if it cannot be loaded."""
-    # torch would slow --help
-    from reward_model.response_reward_model import ResponseRewardModel
+    with taking_long(f"loading {args.scorer}"):
+        # torch would slow --help
+        from reward_model.response_reward_model import ResponseRewardModel
 
-    return ResponseRewardModel(args.scorer)
+        return ResponseRewardModel(args.scorer)
+
+
+def warn_of_foreign_responses(scorer: ResponseScorer, responses: Sequence[Response]) -> bool:
+    """Warn on stderr if a scorer does not know the words of the responses; returns whether."""
+    return warn_of_unknown_words(
+        scorer.count_tokens,
+        f"scorer ({scorer})",
+        ["\n".join(response) for response in responses],
+        "name a reward model that has learned such text, --scorer MODEL; train.py reward trains "
+        "one on ranked answers",
+    )

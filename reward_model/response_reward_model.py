@@ -31,8 +31,11 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
+from common.cli import here, training_flags
 from common.errors import JudgeError, ModelError, UserError, first_line, short
+from common.progress import taking_long
 from lm.chat_template import render_chat
+from lm.known_words import tokens_of
 from lm.loading import (
     base_of,
     check_adapter,
@@ -209,7 +212,8 @@ def load_reward_model(
             return any(name.endswith(key) for name in adapter_weights) if is_adapter else new_head
 
         kind = AutoModelForSequenceClassification
-        model = load_weights(kind, base, may_miss, dtype=dtype, num_labels=1, **hub)
+        with taking_long(f"loading {path}"):
+            model = load_weights(kind, base, may_miss, dtype=dtype, num_labels=1, **hub)
         tokenizer = load_tokenizer(path, **hub)
         check_embeddings(tokenizer, model)
         if is_adapter:
@@ -235,8 +239,8 @@ def _check_head(path: str, config: dict) -> None:
     kinds = config.get("architectures") or []
     if not any(kind.endswith(("ForSequenceClassification", "RewardModel")) for kind in kinds):
         found = ", ".join(kinds) or "a model whose config.json names no architecture"
-        command = f"`python train.py reward --model_name_or_path {path}`"
-        raise ModelError(f"{path} is no reward model but {found}; {command} makes one of it")
+        command = here("python train.py reward", *training_flags(path))
+        raise ModelError(f"{path} is no reward model but {found}; `{command}` makes one of it")
     labels = len(config.get("id2label") or [0] * config.get("num_labels", 2))
     if labels != 1:
         raise ModelError(f"{path} is a classifier with {labels} labels; a reward model has one")
@@ -304,6 +308,10 @@ class ResponseRewardModel(ResponseScorer):
             raise JudgeError(f"reward model {self.path}: {reason}") from None
         return output.logits[:, 0].float().tolist()
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """As in lm/known_words.py."""
+        return tokens_of(self.format.tokenizer, texts)
+
     def close(self) -> None:
         """Release the model's memory."""
         self.model = None
@@ -336,6 +344,9 @@ class ResponseJudge(StepJudge):
         return [
             None if count is None else [next(scores)] * count if count else [] for count in counts
         ]
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int] | None:
+        return self.scorer.count_tokens(texts)
 
     def close(self) -> None:
         self.scorer.close()

@@ -14,15 +14,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_input, check_output, parse_args, run
+from common.cli import arg, check_input, check_output, here, parse_args, run, unused
 from common.errors import RecordError, UserError
-from common.files import at_root, file_type, read_rows, write_records, write_text
+from common.files import (
+    at_root,
+    counted,
+    file_stem,
+    file_type,
+    read_rows,
+    write_records,
+    write_text,
+)
 from reasoning.datasets.files import read_table, table_lines
 from reasoning.records import PreferencePair, Prompt
 from reasoning.splits import refuse_held_out
 from reasoning.steps import split_steps
 from reward_model.protocols import Response
-from reward_model.registry import ScorerArgs, check_scorer, open_scorer
+from reward_model.registry import ScorerArgs, check_scorer, open_scorer, warn_of_foreign_responses
+from reward_model.score_checks import warn_of_scores
 
 TEXTS = ("answer", "response", "steps")  # the fields that may hold the response
 
@@ -65,7 +74,7 @@ def read_responses(path: str) -> tuple[Table, list[Response]]:
 
     Raises RecordError with file and line."""
     if file_type(path) == ".jsonl":
-        numbered = list(read_rows(path))
+        numbered = list(counted(read_rows(path), path))
         table = Table([row for _, row in numbered])
     else:
         delimiter, names, lines = read_table(path, ("prompt",))
@@ -105,12 +114,15 @@ def scored(args: ScoreArgs) -> tuple[Table, list[Response], list[float]]:
     check_scorer(args)
     with open_scorer(args) as scorer:
         print(scorer)
+        warn_of_foreign_responses(scorer, responses)
         scores = scorer.score(responses, progress="responses")
         if scorer.cut:
             print(
                 f"{scorer.cut} of {len(responses)} responses do not fit with their prompts", end=""
             )
             print(": the start of the prompt was cut off")
+    advice = "what to do: give another --scorer; evaluation/eval_response_reward.py measures one"
+    warn_of_scores(scores, advice)
     for row, score in zip(table.rows, scores, strict=True):
         row["score"] = round(score, 6)
     return table, responses, scores
@@ -182,8 +194,10 @@ def write_pairs(args: ScoreArgs) -> None:
     if not pairs:
         raise UserError(f"{args.input}: no prompt gives a pair, nothing was written")
     write_records(args.output, pairs)
-    command = f"python train.py dpo --dataset_name {args.output} --loss_type sigmoid"
-    print(f"wrote {len(pairs)} pairs to {args.output}: {command}")
+    trained = unused(at_root(f"saved_model/{file_stem(args.output)}"))
+    flags = ("--dataset_name", args.output, "--output_dir", trained, "--loss_type", "sigmoid")
+    print(f"wrote {len(pairs)} pairs to {args.output}")
+    print(f"next: {here('python train.py dpo', *flags)}")
 
 
 # command -> (its function, its arguments, what it does)

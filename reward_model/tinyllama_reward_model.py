@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 from common.errors import JudgeError, ModelError
+from common.progress import taking_long
 from lm.chat_template import begins_thought
 from lm.gguf_file import GGUFFile, TokenType, read_gguf
 from reward_model.protocols import (
@@ -137,6 +138,18 @@ class TinyLlamaRewardScorer(StepJudge):
         self.tokens_evaluated += value
         return scores
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """As in lm/known_words.py."""
+        try:
+            self._start()
+            self._connection.send([self._text.plain(text) for text in texts])
+            return self._connection.recv()
+        except (EOFError, OSError):
+            raise JudgeError(f"{self._exit_reason()} while it counted tokens") from None
+        except BaseException:
+            self.close()  # else the next call would read the reply to this one
+            raise
+
     # --- the worker process
 
     def _start(self) -> None:
@@ -162,7 +175,8 @@ class TinyLlamaRewardScorer(StepJudge):
         theirs.close()
         try:
             self._connection.send(self._settings)
-            kind, value = self._connection.recv()
+            with taking_long(f"loading {self.file.path}"):
+                kind, value = self._connection.recv()
         except (EOFError, OSError):
             raise ModelError(f"{self._exit_reason()} while it loaded the file") from None
         if kind == "failed":
@@ -263,7 +277,7 @@ class _TextEncoder:
 
 
 def _serve(descriptor: int) -> None:
-    """Score what arrives through the pipe until the pipe is closed."""
+    """Score or count what arrives through the pipe until the pipe is closed."""
     # Ctrl-C goes to the whole process group; the parent process decides what to do
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(descriptor)
@@ -276,8 +290,12 @@ def _serve(descriptor: int) -> None:
     connection.send(("ready", model.threads))
     try:
         while True:
-            groups, question, unscored = connection.recv()
-            model.score(groups, question, unscored, connection)
+            request = connection.recv()
+            if isinstance(request, tuple):
+                groups, question, unscored = request
+                model.score(groups, question, unscored, connection)
+            else:
+                connection.send([len(model._ids(text)) for text in request])
     except (EOFError, OSError):  # the parent process has ended
         return
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common.files import open_bytes, read_records, write_records
+from common.files import open_bytes, read_records, read_rows, write_records
 from reasoning.datasets.loading import load_step_values
 from reasoning.problems import problems
 from reasoning.records import Problem, StepValue
@@ -185,3 +185,14 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(run_script, tmp_path, args,
         done.stderr
     )
     assert [path.name for path in tmp_path.iterdir()] == ["there.csv"]
+
+
+def test_no_values_show_samples_and_save_them(run_script, tmp_path):
+    write_records(tmp_path / "problems.jsonl", [Problem(UNANSWERED, "none")])
+    args = (*SMALL, "--input", "problems.jsonl", "--output", "my steps.jsonl")
+    done = run_script(SCRIPT, *args)
+    assert done.returncode == 2 and "no steps were found" in done.stderr.splitlines()[-1]
+    assert UNANSWERED in done.stdout and "what to do:" in done.stdout
+    ((_, row),) = read_rows(tmp_path / "my steps.samples.jsonl")
+    assert row["prompt"] == UNANSWERED and row["verdict"] in ("wrong", "no answer", "cut")
+    assert f"verdict    {row['verdict']}" in done.stdout and row["steps"]

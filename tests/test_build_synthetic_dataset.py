@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.cli import run
-from common.files import read_records, write_records
+from common.files import read_records, read_rows, write_records
 from reasoning.records import PreferencePair, Problem
 from tests.helpers.judges import FixedJudge
 from utils.build_synthetic_dataset import main, pair_by_answer, pair_by_judge, score_group
@@ -106,7 +106,7 @@ def test_the_script(half_right, run_script, tmp_path):
     for pair in pairs:
         number = pair.prompt.split()[2]
         assert pair.chosen[-1] == f"Answer: {number}" and pair.rejected[-1] != f"Answer: {number}"
-    assert f"wrote {len(pairs)} pairs to out/pairs.jsonl.gz" in done.stdout.splitlines()[-1]
+    assert f"wrote {len(pairs)} pairs to out/pairs.jsonl.gz" in done.stdout.splitlines()[-2]
     assert "8 problems, 64 samples" in done.stdout
     assert list(read_records(tmp_path / "out/pairs.jsonl.gz", PreferencePair)) == pairs
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -238,3 +238,39 @@ def test_a_mistake_in_a_process_of_its_own(run_script, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "build_synthetic_dataset.py: error: argument --samples" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+# --- few pairs: samples with verdicts
+
+
+@pytest.mark.process
+def test_no_pair_shows_three_samples_and_saves_them(half_right, run_script, tmp_path):
+    """All answers are wrong, because the references are; a killed run shows the same."""
+    problems = [Problem(f"Mia has {k} apples.", "77") for k in range(1, 9)]
+    write_records(tmp_path / "problems.jsonl", problems)
+    given = ("--model_name_or_path", half_right[0], "--input", "problems.jsonl")
+    given += ("--max_new_tokens", 30, "--output", "my pairs.jsonl.gz")
+    for _ in range(2):  # the second run replaces its own samples
+        done = run_script(SCRIPT, *given)
+        assert done.returncode == 2 and "no pairs could be made" in done.stderr.splitlines()[-1]
+        for part in ("no right sample: 8", "'Mia has 1 apples.'", "the reference is '77'", "wrong"):
+            assert part in done.stdout, done.stdout
+        assert "what to do:" in done.stdout and "my pairs.samples.jsonl" in done.stdout
+        rows = [row for _, row in read_rows(tmp_path / "my pairs.samples.jsonl")]
+        assert len(rows) == 3 and {row["reference"] for row in rows} == {"77"}
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["my pairs.samples.jsonl", "problems.jsonl"]
+
+    done = run_script(SCRIPT, *given, "--max_new_tokens", 2)
+    assert done.returncode == 2 and "no sample ended: 8" in done.stdout
+    assert "verdict    cut" in done.stdout and "--max_new_tokens: give more" in done.stdout
+
+
+@pytest.mark.process
+def test_a_policy_that_does_not_know_the_words_is_named(half_right, run_script, tmp_path):
+    text = "Weng earns twelve dollars an hour babysitting. Yesterday she babysat fifty minutes."
+    write_records(tmp_path / "problems.jsonl", [Problem(text, "10")])
+    given = ("--model_name_or_path", half_right[0], "--input", "problems.jsonl")
+    done = run_script(SCRIPT, *given, "--max_new_tokens", 4, "--output", "pairs.jsonl")
+    assert f"the policy {half_right[0]} has not learned the words of 1 of 1 texts" in done.stderr
+    assert "--model_name_or_path MODEL" in done.stderr

@@ -2,17 +2,21 @@
 
 import itertools
 import json
+import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from common.files import write_records
+from common.files import rows_hash, write_records
 from evaluation import eval_judge, eval_reward_scores
+from evaluation.eval_reward_scores import training_pairs
+from lm.policy import Policy
 from lm.text_encoding import PLAIN_TEMPLATE
 from reasoning.problems import corrupted, stories
-from reasoning.records import PreferencePair, Problem
+from reasoning.records import PreferencePair, Problem, ScoredPair
 from reasoning.splits import is_kept_out
 from reasoning.steps import shared_prefix
 from tests.helpers import scripts
@@ -275,3 +279,82 @@ def test_judge_against_exact_labels(world, tmp_path, monkeypatch, capsys):
         metric = result["metrics"][name]
         assert 0 <= metric["ci95"][0] <= metric["value"] <= metric["ci95"][1] <= 1
     assert 0 < result["right_steps"] < 1 and "step_auroc" in out
+
+
+# --- the pairs of the margin
+
+
+def trained_on(folder: Path, file: Path, **changes: object) -> str:
+    """A model folder with the job file of a training on these pairs."""
+    rows = [ScoredPair.from_row(json.loads(line)) for line in file.read_text().splitlines()]
+    trained = [row for row in rows if not is_kept_out(row.prompt)][:20]
+    job = {"command": "dpo", "dataset": str(file), "pairs": len(trained)}
+    folder.mkdir(exist_ok=True)
+    job = {**job, "pairs_sha256": rows_hash(trained), **changes}
+    (folder / "training_job.json").write_text(json.dumps(job))
+    return str(folder)
+
+
+@pytest.fixture
+def scored(world, tmp_path) -> Path:
+    """The pairs of the world with scores, as a training reads them."""
+    rows = [json.loads(line) for line in Path(world["pairs"]).read_text().splitlines()]
+    for row in rows:
+        row |= {f"{side}_scores": [0.5] * len(row[side]) for side in ("chosen", "rejected")}
+    write_records(tmp_path / "scored.jsonl", rows)
+    return tmp_path / "scored.jsonl"
+
+
+def test_the_pairs_are_those_of_the_models_own_training(world, scored, tmp_path, monkeypatch):
+    path, pairs, missing = training_pairs(trained_on(tmp_path / "m", scored))
+    assert (os.path.realpath(path), len(pairs), missing) == (str(scored), 60, "")
+    monkeypatch.chdir(tmp_path)
+    model = trained_on(tmp_path / "m", scored, dataset="scored.jsonl")
+    assert training_pairs(model)[0] == "scored.jsonl"
+    for changes, reason in (
+        ({"pairs_sha256": "0" * 64}, "has changed"),
+        ({"pairs": 19}, "has changed"),
+        ({"dataset": "nowhere.jsonl"}, "is not there any more"),
+        ({"dataset": world["pairs"]}, "has changed"),  # without scores: not what was trained on
+        ({"pairs": None, "solutions": 20}, "has changed"),
+    ):
+        path, pairs, missing = training_pairs(trained_on(tmp_path / "m", scored, **changes))
+        assert path is None and not pairs and reason in missing, (changes, missing)
+    for content in ("{", "[]", "{}", '"x"'):
+        (tmp_path / "m/training_job.json").write_text(content)
+        assert "no training_job.json" in training_pairs(str(tmp_path / "m"))[2]
+    assert "no training_job.json" in training_pairs("org/name")[2]
+
+
+def test_another_policy_is_not_measured_on_the_miniatures_pairs(
+    world, scored, evaluate, tmp_path, monkeypatch
+):
+    """Without pairs of its own it computes no log-probs; with them the margin is there."""
+    read = []
+    logps = Policy.logps
+
+    def noted(self, rows, progress=None):
+        read.append(rows)
+        return logps(self, rows, progress)
+
+    monkeypatch.setattr(Policy, "logps", noted)
+    model = Path(shutil.copytree(world["tuned"], tmp_path / "tuned"))
+    changes = {"tuned_model": model, "pairs": None, "limit": 2}
+    code, out, err = evaluate(*flags(world, tmp_path, **changes))
+    assert code == 0, err
+    assert not read and f"no logp_margin: {model} has no training_job.json" in out
+    metrics = read_outputs(tmp_path / "results")[0]["metrics"]
+    assert "tuned_accuracy" in metrics and "tuned_logp_margin" not in metrics
+    trained_on(model, scored)
+    code, out, err = evaluate(*flags(world, tmp_path, **changes), "--seed", 1)
+    assert code == 0 and "no logp_margin" not in out, err
+    result = read_outputs(tmp_path / "results")[0]
+    assert result["metrics"]["tuned_logp_margin"]["n"] == len(world["kept_out"]) == len(read[0])
+    assert os.path.realpath(result["config"]["pairs"]) == str(scored)
+
+
+def test_a_policy_that_answers_nothing_right_is_shown(world, evaluate, tmp_path):
+    code, out, err = evaluate(*flags(world, tmp_path, base_model=world["tuned"], max_new_tokens=2))
+    assert code == 0, err
+    assert out.count("no answer is right, or none ended by itself") == 2
+    assert "verdict    cut" in out and "--max_new_tokens" in out

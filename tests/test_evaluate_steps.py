@@ -1,6 +1,7 @@
 """The script reward_model/evaluate_steps.py."""
 
 import gzip
+import itertools
 import json
 import os
 import resource
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from common.files import read_records, write_records
-from reasoning.records import ScoredPair
+from common.files import ROOT, read_records, write_records
+from reasoning.records import PreferencePair, ScoredPair
 from reward_model import evaluate_steps
 from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer
 from tests.helpers.mains import call_main
@@ -56,7 +57,7 @@ def test_the_script_scores_every_step(run_script, tiny_gguf, tmp_path):
     script = "reward_model/evaluate_steps.py"
     result = run_script(script, *files, "--judge_path", tiny_gguf)
     assert result.returncode == 0, result.stderr
-    last = result.stdout.splitlines()[-1]
+    last = result.stdout.splitlines()[-2]
     assert last == "wrote out/r.jsonl: 3 pairs with a score for every step"
     assert "left out          1" in result.stdout
     pairs = list(read_records(tmp_path / "out" / "r.jsonl", ScoredPair))
@@ -305,3 +306,47 @@ def test_killed_and_started_again_it_writes_the_same_file(evaluate, tiny_gguf, t
     maps = [Path(f"/proc/{pid}/maps") for pid in workers]
     alive = [path for path in maps if path.exists() and "ctransformers" in path.read_text()]
     assert not alive  # the judge's process ended with its parent
+
+
+# --- warnings
+
+
+FOREIGN = {
+    "prompt": "Weng earns twelve dollars an hour babysitting. Yesterday she babysat fifty minutes.",
+    "chosen": ["She earned twelve times five sixths, which makes ten dollars."],
+    "rejected": ["She earned twelve plus fifty, which makes sixty-two dollars."],
+}
+
+
+def test_a_judge_of_another_world_and_scores_that_tell_nothing_are_warned_of(evaluate, tmp_path):
+    """Blocks on stderr, with exit code 0 and the same output."""
+    rows = [{**FOREIGN, "prompt": f"{FOREIGN['prompt']} {k}"} for k in range(12)]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    mini = ROOT / "models/judge-mini/judge-mini.Q8_0.gguf"
+    code, out, err = evaluate("--input", path, judge=mini)
+    assert code == 0 and "12 pairs with a score for every step" in out
+    assert "judge-mini.Q8_0.gguf" in err and "has not learned the words of 24 of 24 texts" in err
+    assert "--judge_path MODEL" in err and "Weng earns" in err
+    # the two sides of all rows score the same: one difference, far from 0 or not
+    scored = list(read_records(tmp_path / "rewarded.jsonl", ScoredPair))
+    is_higher = scored[0].chosen_scores[0] > scored[0].rejected_scores[0]
+    assert is_higher != ("chosen is not" in err)
+
+    same = [{**row, "rejected": row["chosen"]} for row in rows]
+    path = write(tmp_path / "pairs.jsonl", same)
+    code, out, err = evaluate("--input", path, "--overwrite", judge=mini)
+    assert code == 0 and "chosen is not scored above rejected (mean difference 0.000" in err
+    assert "n = 12 prompts" in err and "what to do: give another --judge" in err
+    code, out, err = evaluate("--input", path, "--overwrite", "--judge", "shuffled", judge=mini)
+    assert code == 0 and "chosen is not" not in err  # a control
+
+
+def test_the_miniature_in_its_own_world_warns_of_nothing(evaluate, tmp_path):
+    mini = ROOT / "models/judge-mini/judge-mini.Q8_0.gguf"
+    pairs = itertools.islice(
+        read_records(ROOT / "data/synthetic_dataset.jsonl", PreferencePair), 40
+    )
+    path = tmp_path / "pairs.jsonl"
+    write_records(path, pairs)
+    code, _, err = evaluate("--input", path, judge=mini)
+    assert code == 0 and "warning" not in err

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import common.files
-from common.cli import run
-from common.files import read_records, write_records
+from common.cli import here, run, unused
+from common.files import at_root, read_records, write_records
 from reasoning.datasets.shapes import KINDS
 from reasoning.records import ScoredPair
 from utils import prepare_dataset
@@ -111,7 +111,9 @@ def test_labelled_steps_become_scored_pairs(prepare):
         "labelled steps read 25" in rows
         and "steps without a wrong one after the same prefix 15" in rows
     )
-    assert rows[-1] == "next: python train.py --dataset_name out.jsonl"
+    trained = unused(at_root("saved_model/out"))
+    flags = ("--dataset_name", "out.jsonl", "--output_dir", trained)
+    assert rows[-1] == f"next: {here('python train.py dpo', *flags)}"
 
 
 def values(*steps: tuple[str, float]) -> list[dict]:
@@ -162,7 +164,8 @@ def test_duplicates_and_contradictions(prepare):
     )
     assert [pair.rejected for pair in both_sides("pairs")[0]] == [["c"]]
     # these have no scores yet
-    assert "next: python reward_model/evaluate_steps.py --input out.jsonl" in printed
+    flags = ("--input", "out.jsonl", "--output", "out_scored.jsonl")
+    assert printed.endswith(f"next: {here('python reward_model/evaluate_steps.py', *flags)}\n")
 
 
 def test_compressed_files(prepare):

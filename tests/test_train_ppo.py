@@ -236,3 +236,16 @@ def test_smollm2_two_updates_on_two_problems(smollm2, tmp_path):
     assert updates[0]["objective/kl"] == pytest.approx(0, abs=1e-4)
     weights = load_file(tmp_path / "out/adapter_model.safetensors")
     assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
+
+
+def test_an_update_without_a_good_step_shows_three_trajectories(folder, run_script, tmp_path):
+    """One token is no step: every trajectory is cut."""
+    given = GIVEN | {name: folder / GIVEN[name] for name in ("dataset_name", "model_name_or_path")}
+    given |= {"judge_path": folder / "prm", "max_new_tokens": 1, "total_episodes": 8}
+    done = run_script("train.py", "ppo", *flags(**given, output_dir="my out"))
+    assert done.returncode == 0, done.stderr
+    assert (
+        "warning: all trajectories of the first update end in a step that scores 0" in done.stderr
+    )
+    assert done.stdout.count("verdict    cut") == 3 and "--max_new_tokens" in done.stdout
+    assert len((tmp_path / "my out/first_update.samples.jsonl").read_text().splitlines()) == 3

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
+from common.cli import here
 from common.errors import RecordError, UserError
 from common.files import ROOT, write_records
 from reasoning.datasets.loading import load_step_values
@@ -646,6 +648,6 @@ def test_the_example_trains_an_adapter(folder, monkeypatch):
 
 def test_missing_default_data_names_the_command_that_makes_it():
     recipe = replace(prm_trainer.RECIPE, data="none.jsonl")
-    message = r"none.jsonl not found: run `python utils/build_mcts_dataset.py` first"
-    with pytest.raises(UserError, match=message):
+    command = here("python utils/build_mcts_dataset.py")
+    with pytest.raises(UserError, match=f"none.jsonl not found: run `{re.escape(command)}` first"):
         train(recipe, [])

@@ -300,6 +300,6 @@ RECIPE = Recipe(
     bar={"loss": "loss", "accuracy": "pairwise accuracy"},
     model="models/prm-mini",
     use="It scores whole responses: "
-    "`python reward_model/score_responses.py score --scorer FOLDER`.",
+    "`python reward_model/score_responses.py score --scorer FOLDER --output scored.csv`.",
     read=read_ranked,
 )

@@ -5,7 +5,6 @@ functions from a higher layer: one plots the log, one measures accuracy.
 """
 
 import copy
-import hashlib
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +29,31 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from common.cli import (
     arg,
+    beside,
     check_different,
     check_input,
     check_least,
     check_model,
+    here,
     hold_output,
     holds_something,
     parse_args,
 )
 from common.errors import RecordError, UserError, first_line
 from common.files import (
+    TRAINING_JOB,
     Readable,
     at_root,
     content_hash,
     identity,
+    read_records,
     release,
-    to_line,
+    rows_hash,
     was_killed,
     write_text,
 )
+from common.progress import taking_long
+from lm.known_words import tokens_of, warn_of_unknown_words
 from lm.loading import (
     base_of,
     fit_tokenizer,
@@ -58,13 +64,13 @@ from lm.loading import (
     pick_device,
 )
 from reasoning.datasets.files import Dropped
-from reasoning.datasets.loading import load_records
+from reasoning.datasets.loading import load_records, stored_as
+from reasoning.records import PreferencePair
 from reasoning.splits import held_out_prompts, is_kept_out
 from reward_model.registry import JudgeArgs, check_judge, judge_files, judge_identity
 from trainer.settings_check import check_settings
 
-# in the output folder: describes the training, so that the same command resumes it
-JOB = "training_job.json"
+JOB = TRAINING_JOB  # in the output folder, so that the same command resumes it
 # the last file of a finished training
 FINISHED = ("config.json", "adapter_config.json")
 # in the output folder: the finished model, until all its files are in their places
@@ -138,6 +144,8 @@ def read_dataset(recipe: "Recipe", args: DataArgs) -> list:
         try:
             records.append(recipe.record.from_row(asdict(record)))
         except RecordError as error:  # the others may have scores, or steps
+            if isinstance(record, PreferencePair) and record.chosen_scores is None:
+                error = RecordError(f"{error} (`{_scores_them(name)}`)")
             dropped.add(where, error)
             continue
         if record.prompt in held_out:
@@ -149,6 +157,18 @@ def read_dataset(recipe: "Recipe", args: DataArgs) -> list:
         raise RecordError(f"{name}: none of its rows can be used; {'; '.join(dropped.examples)}")
     dropped.print(name)
     return records
+
+
+def _scores_them(name: str) -> str:
+    """The command that scores the pairs of a data set, or first brings them into the shape that can
+    be scored."""
+    try:
+        next(read_records(name, PreferencePair))
+    except (RecordError, OSError):
+        flags = ("--dataset_name", name, "--output", beside(stored_as(name), "prepared"))
+        return here("python utils/prepare_dataset.py", *flags)
+    flags = ("--input", name, "--output", beside(stored_as(name), "scored"))
+    return here("python reward_model/evaluate_steps.py", *flags)
 
 
 @dataclass(frozen=True)
@@ -297,7 +317,7 @@ class Training:
             "command": self.recipe.command,
             "dataset": self.args.dataset_name,
             noun: len(self.rows),
-            f"{noun}_sha256": hashlib.sha256("".join(map(to_line, self.rows)).encode()).hexdigest(),
+            f"{noun}_sha256": rows_hash(self.rows),
             **{k: v for k, v in settings.items() if not k.startswith(NOT_THE_JOB)},
             **asdict(self.model_args),
             "model_name_or_path": self.model,
@@ -312,7 +332,8 @@ class Training:
         silence_libraries()
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(self.log_file.parent))
         try:
-            return self.recipe.make_trainer(self)
+            with taking_long(f"loading {self.model} and preparing {len(self.rows)} rows"):
+                return self.recipe.make_trainer(self)
         except UserError:
             raise
         except (
@@ -471,7 +492,8 @@ class Training:
         dataset = Path(self.args.dataset_name).name
         title = f"{recipe.title(config)} {len(self.rows)} {recipe.noun} of {dataset}"
         drawn = False
-        with staged_model(trainer, self.folder, self._card(title, rows, state, seconds, note)):
+        card = self._card(title, rows, state, seconds, note)
+        with taking_long(f"writing {self.folder}"), staged_model(trainer, self.folder, card):
             if main_process:
                 log: dict[str, Any] = {"output_dir": str(self.folder.resolve()), "job": self.job}
                 log |= {"seconds": seconds, "steps": state.global_step}
@@ -504,6 +526,13 @@ class Training:
         if config.bf16 or config.fp16:
             precision = f"{'bf16' if config.bf16 else 'fp16'} autocast"
         say(f"{config.device.type}, {precision}")
+        if say is print:
+            warn_of_unknown_words(
+                partial(tokens_of, trainer.processing_class),
+                f"model {self.model_args.model_name_or_path}",
+                [row.prompt for row in self.rows],
+                "start from a model that has learned such text, --model_name_or_path MODEL",
+            )
         if "ref" in getattr(trainer.model, "peft_config", {}):
             say(f"training the adapter {self.model} further: --lora_* are not used")
         if self.checkpoint is not None:

@@ -19,20 +19,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_input, check_least, check_outputs, parse_args, run
 from common.errors import PromptTooLong, RecordError, UserError
 from common.files import ResumableRows, at_root, read_records, together, write_records, write_text
+from common.progress import progress_bar
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
+from reasoning.answers import extract_answer
 from reasoning.datasets.files import Dropped, table_lines
 from reasoning.datasets.loading import load_problems
 from reasoning.datasets.shapes import three_columns
 from reasoning.grading import is_correct
 from reasoning.problems import problems
 from reasoning.records import Problem, StepValue
+from reasoning.samples import FEW, Sample, samples_file, show_samples
 from reasoning.splits import refuse_held_out
 from reasoning.steps import ends_solution
 from search.tree_search import DROPPED, SEARCHES, Tree, TreeBudget, run_searches
@@ -103,16 +104,17 @@ def read_problems(args: TreeArguments) -> list[Problem]:
     return selected
 
 
-def search_problems(args: TreeArguments) -> tuple[list[Tree], ResumableRows]:
-    """The trees in the order of the problems, and the rows to which they were appended."""
+def search_problems(args: TreeArguments) -> tuple[list[Tree], ResumableRows, Path]:
+    """The trees in the order of the problems, the rows to which they were appended, and the file
+    for samples."""
     to_search = read_problems(args)
     check_policy(args)
     job = {name: getattr(args, name) for name in SEARCH} | policy_identity(args)
     content = json.dumps([vars(problem) for problem in to_search])
     job["problems"] = hashlib.sha256(content.encode()).hexdigest()
-    check(args, ResumableRows.may_replace(args.output, job, args.overwrite))
+    samples_path = check(args, ResumableRows.may_replace(args.output, job, args.overwrite))
 
-    policy = open_policy(args)
+    policy = open_policy(args, [problem.prompt for problem in to_search])
     rows = ResumableRows(args.output, job, overwrite=args.overwrite)
     done = {row["problem"] for row in rows.rows}
     if done:
@@ -141,14 +143,16 @@ def search_problems(args: TreeArguments) -> tuple[list[Tree], ResumableRows]:
         bar.set_postfix(rollouts=rollouts)
 
     options = {name: getattr(args, name) for name in ("temperature", "max_new_tokens", "seed")}
-    with tqdm(total=len(to_search), initial=len(done), desc="searching", unit="problem") as bar:
+    with progress_bar(
+        total=len(to_search), initial=len(done), desc="searching", unit="problem"
+    ) as bar:
         found = run_searches(searches(), policy, args.in_flight, **options, sampled=sampled)
         for number, tree in found:
             add(number, tree)
     seconds = time.monotonic() - started
     print(f"searched for {seconds:.0f} s: {rollouts} rollouts, {rollouts / seconds:.0f} a second")
     in_order = sorted(rows.rows, key=lambda row: row["problem"])
-    return [Tree.from_row(row["tree"]) for row in in_order], rows
+    return [Tree.from_row(row["tree"]) for row in in_order], rows, samples_path
 
 
 def checker(problem: Problem) -> Callable[[tuple[str, ...]], bool]:
@@ -198,10 +202,23 @@ def print_labels(labels: str, values: list[StepValue], left_out: int) -> None:
         print(f"  {left_out} steps after a state of value 0 have no label and are left out")
 
 
-def check(args: TreeArguments, overwrite: bool) -> None:
-    """Raises UserError if the outputs cannot be written or must not be replaced."""
+def examples(trees: list[Tree]) -> list[Sample]:
+    """The first rollout of every tree, with its outcome as the verdict."""
+    found = []
+    for tree in trees:
+        for rollout in tree.rollouts[:1]:
+            stated = extract_answer(rollout.steps[-1]) if rollout.steps else None
+            is_bare = stated is None and rollout.outcome == "wrong"
+            verdict = "no answer" if is_bare else rollout.outcome
+            found.append(Sample(tree.prompt, list(rollout.steps), verdict, stated))
+    return found
+
+
+def check(args: TreeArguments, overwrite: bool) -> Path:
+    """The file for samples. Raises UserError if an output cannot be written."""
     outputs = [path for path in (args.csv, args.trees, args.output) if path]
     check_outputs(outputs, [args.input, args.from_trees, args.model_name_or_path], overwrite)
+    return samples_file(args.output, overwrite)
 
 
 def write_csv(path: str, values: list[StepValue]) -> None:
@@ -226,19 +243,24 @@ def main() -> None:
         check_input(args.from_trees)
         trees, rows = list(itertools.islice(read_records(args.from_trees, Tree), args.limit)), None
         refuse_held_out(args.from_trees, trees)
-        check(args, args.overwrite)
+        samples_path = check(args, args.overwrite)
     else:
-        trees, rows = search_problems(args)
+        trees, rows, samples_path = search_problems(args)
 
     print_summary(trees)
+    few = sum(tree.ended not in DROPPED for tree in trees) < FEW * len(trees)
     kept = [tree for tree in trees if args.keep_dropped or tree.ended not in DROPPED]
     labelled = [tree.values(args.labels) for tree in kept]
     values = [value for rows_of_tree, _ in labelled for value in rows_of_tree]
+    if few or not values:
+        show_samples(examples(trees), samples_path)
     if not values:
         hint = (
             f"; {rows.path} keeps the search for other --labels or --keep_dropped" if rows else ""
         )
-        raise UserError(f"no steps were found (see above), nothing was written{hint}")
+        raise UserError(
+            f"no steps were found (see above), nothing was written to {args.output}{hint}"
+        )
     print_labels(args.labels, values, left_out=sum(count for _, count in labelled))
     with together():
         if args.csv:

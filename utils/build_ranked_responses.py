@@ -33,19 +33,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
 
 from common.cli import arg, check_least, check_output, parse_args, run
 from common.errors import RecordError, UserError
 from common.files import ResumableRows, at_root
+from common.progress import progress_bar
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
 from reasoning.answers import extract_answer
 from reasoning.datasets.files import Dropped, load_rows
 from reasoning.datasets.loading import convert_rows, load_problems
 from reasoning.datasets.ranking import RankedResponse, check_groups, write_answers
-from reasoning.grading import grade_steps, is_correct, step_value
+from reasoning.grading import grade_steps, graded, is_correct, step_value
 from reasoning.problems import changed_numbers, problems
 from reasoning.records import Problem, Prompt
+from reasoning.samples import FEW, samples_file, show_samples
+from reasoning.samples import Sample as GradedSample
 from reasoning.splits import default_split, refuse_held_out
 from reasoning.steps import CLOSING_STEP, STEP_NUMBER, split_steps
 
@@ -314,8 +316,9 @@ def main() -> None:
     read = [args.input, args.model_name_or_path]
     may_replace = ResumableRows.may_replace(args.output, job, args.overwrite)
     check_output(args.output, may_replace, read)
+    samples_path = samples_file(args.output, may_replace)
 
-    policy = open_policy(args, args.chat)
+    policy = open_policy(args, [task.prompt for task in tasks], args.chat)
     if args.chat and args.policy_base_url is None and not policy.tokenizer.chat_template:
         raise UserError(f"argument --chat: {args.model_name_or_path} has no chat template")
     rows = ResumableRows(args.output, job, UNIT, args.overwrite)
@@ -324,9 +327,14 @@ def main() -> None:
     answer_prompts(args, tasks, policy, rows)
     answers = [RankedResponse(**answer) for row in rows.rows for answer in row["answers"]]
     print_summary(args, rows.rows, answers)
+    if sum(not row["why_not"] for row in rows.rows) < FEW * len(tasks):
+        samples = [GradedSample(**row["sample"]) for row in rows.rows if row.get("sample")]
+        show_samples(samples, samples_path)
     if not answers:
         rows.finish()
-        raise UserError("no group of answers could be made (see above), nothing was written")
+        raise UserError(
+            f"no group of answers could be made, nothing was written to {args.output} (see above)"
+        )
     check_groups(answers, args.output)
     write_answers(args.output, answers)
     rows.finish()
@@ -342,7 +350,7 @@ def answer_prompts(
     make_rows = ranked_rows if args.rank_by == "exact" else unranked_rows
     options = {"max_new_tokens": args.max_new_tokens, "chat": args.chat}
     done = len(rows.rows)
-    with tqdm(total=len(tasks), initial=done, desc="answering", unit="prompt") as bar:
+    with progress_bar(total=len(tasks), initial=done, desc="answering", unit="prompt") as bar:
         for start in range(done, len(tasks), UNIT):
             group = tasks[start : start + UNIT]
             prompts = [task.prompt for task in group]
@@ -356,7 +364,11 @@ def answer_prompts(
                 if task.problem:
                     kinds = Counter(kind_of(sample, task.problem) for sample in samples)
                 counts = {"ended": sum(sample.finished for sample in samples), "kinds": kinds}
-                rows.append({"answers": list(map(asdict, answers)), "why_not": why_not, **counts})
+                row = {"answers": list(map(asdict, answers)), "why_not": why_not, **counts}
+                if why_not:  # a sample that shows why
+                    steps, ended = split_steps(samples[0].text), samples[0].finished
+                    row["sample"] = asdict(graded(task.prompt, steps, ended, task.problem))
+                rows.append(row)
                 bar.update()
 
 

@@ -14,27 +14,39 @@ import json
 import sys
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
 
-from common.cli import arg, check_least, check_output, parse_args, run
+from common.cli import arg, beside, check_least, check_output, here, parse_args, run
 from common.errors import UserError
 from common.files import ResumableRows, at_root, read_records, write_records
+from common.progress import progress_bar
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
 from reasoning.datasets.files import Dropped
 from reasoning.datasets.loading import load_problems
-from reasoning.grading import is_correct
+from reasoning.grading import graded, is_correct
 from reasoning.problems import problems
 from reasoning.records import PreferencePair, Problem, Prompt
+from reasoning.samples import FEW, Sample, samples_file, show_samples
 from reasoning.splits import refuse_held_out
 from reward_model.protocols import StepJudge, aggregate
-from reward_model.registry import JudgeArgs, check_judge, judge_files, judge_identity, open_judge
+from reward_model.registry import (
+    JudgeArgs,
+    check_judge,
+    judge_files,
+    judge_flags,
+    judge_identity,
+    open_judge,
+    warn_of_foreign_text,
+)
+
+if TYPE_CHECKING:
+    from lm.policy import Response
 
 UNIT = (
     64  # problems sampled together; with the same seed such a group always gives the same samples
@@ -124,9 +136,10 @@ def main() -> None:
     read = [args.input, args.model_name_or_path, *judge_files(args)]
     may_replace = ResumableRows.may_replace(args.output, job, args.overwrite)
     check_output(args.output, may_replace, read)
+    samples_path = samples_file(args.output, may_replace)
 
     with open_judge(args) if args.pair_by == "judge" else nullcontext() as judge:
-        policy = open_policy(args)
+        policy = open_policy(args, [problem.prompt for problem in selected])
         rows = ResumableRows(args.output, job, UNIT, args.overwrite)
         if rows.rows:
             print(f"resuming: {len(rows.rows)} of {len(selected)} problems are done")
@@ -134,12 +147,17 @@ def main() -> None:
     found = [row["pair"] for row in rows.rows if row["pair"]]
     pairs = list({json.dumps(pair): pair for pair in found}.values())
     print_summary(selected, rows.rows, pairs)
+    if len(pairs) < FEW * len(selected):
+        samples = [Sample(**row["sample"]) for row in rows.rows if row.get("sample")]
+        show_samples(samples, samples_path)
     if not pairs:
         rows.finish()
-        raise UserError("no pairs could be made (see above), nothing was written")
+        raise UserError(f"no pairs could be made (see above), nothing was written to {args.output}")
     write_records(args.output, pairs)
     rows.finish()
     print(f"wrote {len(pairs)} pairs to {args.output}")
+    flags = ("--input", args.output, "--output", beside(args.output, "scored"), *judge_flags(args))
+    print(f"next: {here('python reward_model/evaluate_steps.py', *flags)}")
 
 
 def sample_problems(
@@ -158,7 +176,7 @@ def sample_problems(
     make_pair = pair_by_judge if judge else pair_by_answer
     no_sample = "no sample ended" + (f", or all were {judge.unscored_reason}" if judge else "")
     done = len(rows.rows)
-    with tqdm(total=len(selected), initial=done, desc="sampling", unit="problem") as bar:
+    with progress_bar(total=len(selected), initial=done, desc="sampling", unit="problem") as bar:
         for start in range(done, len(selected), UNIT):
             group = selected[start : start + UNIT]
             prompts = [problem.prompt for problem in group]
@@ -170,16 +188,33 @@ def sample_problems(
             ]
             ended = candidates
             if judge:
+                if start == done:
+                    pool = zip(group, ended, strict=True)
+                    solutions = [(p.prompt, steps) for p, own in pool for steps in own]
+                    warn_of_foreign_text(judge, solutions)
                 candidates = score_group(judge, group, ended)
                 ended = [[steps for steps, _ in scored] for scored in candidates]
-            for problem, samples, own in zip(group, ended, candidates, strict=True):
+            columns = (group, answers, ended, candidates)
+            for problem, responses, samples, own in zip(*columns, strict=True):
                 pair, why_not = make_pair(problem, own) if own else (None, no_sample)
                 right = None
                 if isinstance(problem, Problem):
                     right = sum(is_correct(steps, problem) for steps in samples)
-                counts = {"samples": args.samples, "ended": len(samples), "right": right}
-                rows.append({**counts, "why_not": why_not, "pair": vars(pair) if pair else False})
+                row = {"samples": args.samples, "ended": len(samples), "right": right}
+                row |= {"why_not": why_not, "pair": vars(pair) if pair else False}
+                if not pair:  # a sample that shows why
+                    row["sample"] = asdict(example(problem, responses[0], own if judge else []))
+                rows.append(row)
                 bar.update()
+
+
+def example(
+    problem: Problem | Prompt, response: "Response", scored: list[tuple[Steps, list[float]]]
+) -> Sample:
+    """The first sample of a problem with its verdict, and with its scores if it was judged."""
+    scores = next((scores for steps, scores in scored if steps == response.steps), None)
+    reference = problem if isinstance(problem, Problem) else None
+    return graded(problem.prompt, response.steps, response.finished, reference, scores=scores)
 
 
 def score_group(

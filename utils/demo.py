@@ -57,7 +57,7 @@ def improved_prompt(answers: Path) -> str:
 
 def main() -> None:
     (args,) = parse_args(DemoArguments, description=__doc__)
-    check_model(at_root(BASE), "make models")
+    check_model(at_root(BASE), "make models-policy")
     hold_output(ROOT / DEMO)
     shutil.rmtree(ROOT / DEMO, ignore_errors=True)
     start = time.monotonic()

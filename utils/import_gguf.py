@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import arg, check_input, check_output, parse_args, run
 from common.errors import UserError
 from common.files import replacing_folder
+from common.progress import taking_long
 from lm.gguf_file import read_gguf
 
 # the text on which the copy is compared with the file
@@ -131,14 +132,15 @@ def main() -> None:
     source, output = Path(args.input), Path(args.output)
     check_input(args.input)
     check_output(args.output, args.overwrite, [args.input], folder=True)
-    with open(source, "rb") as file:
+    with open(source, "rb") as file, taking_long(f"reading {source} (its hash)"):
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if args.sha256 and sha256 != args.sha256.lower():
         raise UserError(
             f"{source}: its SHA-256 is {sha256}, expected {args.sha256.lower()}; "
             "the file is damaged or another one"
         )
-    import_gguf(source, output, args.dtype, sha256)
+    with taking_long(f"converting {source}"):
+        import_gguf(source, output, args.dtype, sha256)
     size = sum(path.stat().st_size for path in output.iterdir()) / 1e6
     print(
         f"wrote {output}: {size:.0f} MB in {args.dtype}; "

@@ -12,7 +12,6 @@ folder with train and test files, these are the two sides. No problem is on both
 
 import itertools
 import random
-import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -23,9 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_least, check_outputs, parse_args, run
+from common.cli import arg, beside, check_least, check_outputs, here, parse_args, run, unused
 from common.errors import RecordError, UserError
 from common.files import at_root, file_stem, together, write_records
+from common.progress import taking_long
 from reasoning.answers import same_answer
 from reasoning.datasets import loading
 from reasoning.datasets.files import NOT_READ, Dropped, folder_files
@@ -92,7 +92,8 @@ def load_side(
     remarks += dropped.remarks()
     if make_pairs:
         return kind, pair_steps(records, counts)
-    return kind, drop_duplicates(kind, records, counts)
+    with taking_long("looking for duplicates"):
+        return kind, drop_duplicates(kind, records, counts)
 
 
 def pair_steps(values: Iterable[StepValue], counts: Counter) -> list[PreferencePair]:
@@ -225,17 +226,18 @@ def write_sides(train: Path, test: Path, sides: tuple[list, list]) -> None:
         test.unlink(missing_ok=True)  # of an earlier run; --overwrite allows to remove it
 
 
-def next_command(kind: str, output: Path) -> str | None:
-    """The command that takes these records further, with a name for its output."""
-    stem = file_stem(output)
-    names = [output, *(output.with_name(f"{stem}_{what}.jsonl") for what in ("pairs", "scored"))]
-    records, pairs, scored = (shlex.quote(str(name)) for name in names)
-    commands = {
-        "problems": f"python utils/build_synthetic_dataset.py --input {records} --output {pairs}",
-        "pairs": f"python reward_model/evaluate_steps.py --input {records} --output {scored}",
-        "scored pairs": f"python train.py --dataset_name {records}",
-    }
-    return commands.get(kind)
+def next_command(kind: str, output: Path, scored: bool) -> str:
+    """The command that uses the records, and writes where nothing is yet."""
+    if kind == "problems":
+        flags = ("--input", output, "--output", beside(output, "pairs"))
+        return here("python utils/build_synthetic_dataset.py", *flags)
+    if kind == "pairs" and not scored:
+        flags = ("--input", output, "--output", beside(output, "scored"))
+        return here("python reward_model/evaluate_steps.py", *flags)
+    training = "dpo" if kind == "pairs" else "prm"
+    trained = unused(at_root(f"saved_model/{file_stem(output)}"))
+    flags = ("--dataset_name", output, "--output_dir", trained)
+    return here(f"python train.py {training}", *flags)
 
 
 def main() -> None:
@@ -278,8 +280,7 @@ def main() -> None:
             problems = len({problem_key(record.prompt) for record in side})
             print(f"wrote {len(side)} {kind} of {problems} problem{'s' * (problems > 1)} to {path}")
     scored = kind == "pairs" and train[0].chosen_scores is not None
-    if command := next_command("scored pairs" if scored else kind, output):
-        print(f"next: {command}")
+    print(f"next: {next_command(kind, output, scored)}")
 
 
 if __name__ == "__main__":

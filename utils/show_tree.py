@@ -8,6 +8,7 @@ which the value is 0.
 """
 
 import html
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,12 @@ from reasoning.steps import one_line
 from search.tree_search import Tree
 
 TREES = "data/mcts_trees.jsonl.gz"
-MADE_BY = f"python utils/build_mcts_dataset.py --trees {TREES}"
+SCRIPT = "utils/build_mcts_dataset.py"
 
 
 @dataclass
 class ShowArguments:
-    trees: str = arg(at_root(TREES), f"file of trees, written by `{MADE_BY}`")
+    trees: str = arg(at_root(TREES), f"file of trees, written by {SCRIPT}")
     prompt: str | None = arg(None, "only problems that contain this text; all if not given")
     index: int = arg(0, "index of the tree among them, from 0")
     html: str | None = arg(None, "also write the tree to this file, as a self-contained page")
@@ -155,7 +156,9 @@ def find_tree(args: ShowArguments) -> Tree:
 
 def main() -> None:
     (args,) = parse_args(ShowArguments, description=__doc__.split("\n\n")[0])
-    check_input(args.trees, MADE_BY if args.trees == at_root(TREES) else None)
+    # with an output of its own: the default one exists
+    flags = ("--trees", args.trees, "--output", at_root("data/tree_steps.jsonl"))
+    check_input(args.trees, shlex.join(["python", SCRIPT, *flags]))
     if args.html:
         check_output(args.html, args.overwrite, [args.trees])
     tree = find_tree(args)

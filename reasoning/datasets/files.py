@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import RecordError
-from common.files import file_stem, file_type, not_utf8, open_text, read_json
+from common.files import counted, file_stem, file_type, not_utf8, open_text, read_json
 from reasoning.steps import one_line
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
@@ -99,7 +99,7 @@ def load_rows(
     else:
         rows = _file_rows(Path(name), split)
     found, before = False, dropped.odd
-    for where, row in rows:
+    for where, row in counted(rows, name):
         dropped.read += 1
         if isinstance(row, RecordError):
             dropped.add(where, row)

@@ -9,10 +9,13 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from common.cli import beside, here
 from common.errors import RecordError
-from reasoning.datasets.files import Dropped, load_rows
+from common.files import at_root
+from reasoning.datasets.files import Dropped, is_local, load_rows
 from reasoning.datasets.ranking import RankedGroup
 from reasoning.datasets.shapes import KINDS, SHAPES, Shape, drop_empty, group_of
 from reasoning.records import StepValue
@@ -111,8 +114,8 @@ def load_records(
     kind = next((kind for kind in kinds if kind in shape.gives), None)
     if kind is None:
         raise RecordError(
-            f"{name}: {shape} gives {' or '.join(shape.gives)}, no {' or '.join(kinds)}; "
-            "python utils/prepare_dataset.py makes some of one kind from another"
+            f"{name}: {shape} gives {' or '.join(shape.gives)}, no {' or '.join(kinds)}"
+            + _way_to(kinds, shape, name, config)
         )
 
     def convert(row: dict, dropped: Dropped) -> Iterator[Any]:
@@ -132,6 +135,27 @@ def load_groups(
     dropped = Dropped() if dropped is None else dropped
     rows = load_rows(name, config, split, dropped)
     yield from convert_rows(name, rows, group_of, dropped)
+
+
+def _way_to(kinds: Sequence[str], shape: Shape, name: str, config: str | None) -> str:
+    """The command that makes one of `kinds` of a data set, or nothing if there is none."""
+    if "pairs" not in kinds:
+        return ""
+    pairs = beside(stored_as(name), "pairs")
+    if {"step_labels", "step_values"} & shape.gives.keys():
+        hub = ["--dataset_config", config] if config else []
+        flags = ["--dataset_name", name, *hub, "--to", "pairs", "--output", pairs]
+        return f"; `{here('python utils/prepare_dataset.py', *flags)}` makes pairs of it"
+    if "problems" in shape.gives:
+        flags = ["--input", name, "--output", pairs]
+        command = here("python utils/build_synthetic_dataset.py", *flags)
+        return f"; `{command}` samples pairs of right and wrong solutions"
+    return ""
+
+
+def stored_as(name: str) -> str:
+    """The path of a data set, or for a hub name a path in data/: what is made of it lies beside."""
+    return name if is_local(name) else at_root(f"data/{Path(name).name}")
 
 
 def _load(

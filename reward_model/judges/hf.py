@@ -25,8 +25,10 @@ from tokenizers import normalizers
 from transformers import AutoModelForCausalLM
 
 from common.errors import JudgeError, ModelError, first_line
+from common.progress import taking_long
 from lm.chat_template import begins_thought, chat_frame, default_template
 from lm.gguf_file import GGUFFile, read_gguf
+from lm.known_words import tokens_of
 from lm.loading import LOAD_ERRORS, load_model, load_tokenizer, load_weights, scoring_device
 from lm.text_encoding import TextEncoder, batches_by_length
 from lm.tree_attention import add_sequence, mask_dtype, tree_inputs
@@ -156,6 +158,10 @@ class HFJudge(StepJudge):
             for k in range(first, len(steps))
         ]
         return [self._leading_ids + ids for ids in self._encoder.ids(texts)]
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """As in lm/known_words.py."""
+        return tokens_of(self.tokenizer, texts)
 
     # --- scoring
 
@@ -293,7 +299,7 @@ def _load_gguf(file: GGUFFile, dtype: torch.dtype | str) -> tuple[Any, Any]:
     path, metadata, name = file.path, file.metadata, "model.gguf"
     try:
         # transformers would also read other files in the folder of the GGUF file
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder, taking_long(f"loading {path}"):
             os.symlink(os.path.abspath(path), f"{folder}/{name}")
             tokenizer = load_tokenizer(folder, gguf_file=name)
             model = load_weights(AutoModelForCausalLM, folder, dtype=dtype, gguf_file=name)

@@ -33,15 +33,17 @@ from peft import get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import TrainerState
 
+from common.cli import warn
 from common.errors import ModelError, PromptTooLong
 from common.files import write_text
+from common.progress import progress_bar
 from lm.loading import load_model
 from lm.policy import Policy, State
+from reasoning.samples import Sample, samples_file, show_samples
 from reward_model.protocols import StepJudge
-from reward_model.registry import check_judge, judge_name, open_judge
+from reward_model.registry import check_judge, judge_name, open_judge, warn_of_foreign_text
 from trainer.losses import approximate_kl, gae, ppo_policy_loss, ppo_value_loss, whiten
 from trainer.ppo.config import PPOArgs, StepPPOConfig
 from trainer.ppo.episodes import (
@@ -53,6 +55,9 @@ from trainer.ppo.episodes import (
     roll_out,
 )
 from trainer.session import Recipe, Training
+
+# a flaw of trainer/ppo/episodes.py -> its verdict in reasoning/samples.py
+VERDICTS = {"empty": "empty", "too_long": "cut", "repeated": "repeated", "unanswered": "no answer"}
 
 logger = get_logger(__name__)
 
@@ -247,6 +252,11 @@ class StepPPOTrainer:
 
     # --- the interface that trainer/session.py uses, besides `state`, `model` and `balance` ---
 
+    @property
+    def processing_class(self) -> Any:
+        """The tokenizer, under the name that TRL's trainers give it."""
+        return self.tokenizer
+
     def is_world_process_zero(self) -> bool:
         return self.accelerator.is_main_process
 
@@ -269,7 +279,8 @@ class StepPPOTrainer:
             self.accelerator.init_trackers(run_name, _flat(args.to_dict()))
         hidden = args.disable_tqdm or not self.accelerator.is_main_process
         done = self.state.global_step
-        with tqdm(total=self.updates, initial=done, unit="update", disable=hidden) as bar:
+        options = {"initial": done, "unit": "update", "disable": hidden}
+        with progress_bar(total=self.updates, **options) as bar:
             if done == 0:
                 self._evaluate()
             while self.state.global_step < self.updates:
@@ -333,8 +344,20 @@ class StepPPOTrainer:
                 self.module.head.bias += mean
             for trajectory in trajectories:
                 trajectory.values += mean
+        if update == 0 and self.accelerator.is_main_process:
+            self._warn_of_flaws(trajectories)
         batch = self._batch(trajectories)
         return batch, _metrics(batch)
+
+    def _warn_of_flaws(self, trajectories: list[Trajectory]) -> None:
+        """Show three trajectories if all of them end in a step that scores 0 by rule."""
+        if all(each.flaw for each in trajectories):
+            warn("all trajectories of the first update end in a step that scores 0 by rule")
+            samples = [
+                Sample(each.state.prompt, list(each.state.steps), VERDICTS[each.flaw])
+                for each in trajectories
+            ]
+            show_samples(samples, samples_file(Path(self.args.output_dir) / "first_update", True))
 
     def _sample(self, trajectories: list[Trajectory], seed: int) -> list[Trajectory]:
         """Sample and judge this process's share of the trajectories."""
@@ -613,6 +636,7 @@ def _make_trainer(training: Training) -> StepPPOTrainer:
     if config.eval_strategy == "steps" and config.eval_limit and training.accuracy:
         evaluate = training.accuracy(config.eval_problems, config.eval_limit)
     judge = training.stack.enter_context(open_judge(config))
+    warn_of_foreign_text(judge, [(row.prompt, row.prefix) for row in training.rows])
     dtype = training.weights_dtype("a policy of step PPO")
     loaded = load_model(training.model, dtype, revision=training.model_args.model_revision)
     # an adapter cannot be trained further: without it, the model is not the reference
