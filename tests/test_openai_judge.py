@@ -172,11 +172,27 @@ def test_places_of_the_text_alone_count(server):
 
 def test_logprobs_of_one_token_are_no_distribution(server, capsys):
     """With the chosen word alone every score would be 0 or 1."""
-    server.answer = lambda number, body: chat(
-        "Yes" if body.get("seed", 0) else "No", *([{"No": 0.6}] if "logprobs" in body else [])
+    lists = {"tokens": ["No"], "token_logprobs": [-0.5], "top_logprobs": None}
+    for logprobs in (chat("No", {"No": 0.6})["choices"][0]["logprobs"], lists):
+
+        def answer(number, body, logprobs=logprobs):
+            reply = chat("Yes" if body.get("seed", 0) else "No")
+            if "logprobs" in body:
+                reply["choices"][0]["logprobs"] = logprobs
+            return reply
+
+        server.answer = answer
+        assert judge(server, samples=4).score_steps([(PROMPT, STEPS[:1])]) == [[0.75]]
+        said = capsys.readouterr().out
+        assert "gives logprobs of the chosen token only" in said and "4 sampled verdicts" in said
+
+
+def test_a_server_that_stops_giving_logprobs_is_said(server, capsys):
+    server.answer = lambda number, body: (
+        error(400, "logprobs are disabled") if number and "logprobs" in body else SURE
     )
-    assert judge(server, samples=4).score_steps([(PROMPT, STEPS[:1])]) == [[0.75]]
-    assert "4 sampled verdicts" in capsys.readouterr().out
+    assert judge(server, samples=2, in_flight=1).score_steps(FOUR) == [[0.9], [1.0], [1.0], [1.0]]
+    assert capsys.readouterr().out.count("gives no logprobs (logprobs are disabled)") == 1
 
 
 # --- long answers

@@ -69,6 +69,7 @@ class OpenAIJudge(StepJudge):
         self.kind = "chat" if template is None else "text"
         self.template = CHAT if template is None else named_template(template)
         self._gives_logprobs: bool | None = None  # not known before the first answer
+        self._gives = "gives no logprobs"  # the reason, if it does not
         self._is_slow = False  # it needs LONG answers: known when one had a verdict
         self._cache = _open_cache(cache)
         self._answers: dict[str, Reply] = {}  # by the hash of the request
@@ -124,11 +125,11 @@ class OpenAIJudge(StepJudge):
             self._gives_logprobs = True
             return p_yes(reply["text"], reply["top"])
         if self._gives_logprobs is None and reply["text"].strip():
-            self._has_no_logprobs("gives no logprobs")
+            self._has_no_logprobs(self._gives)
         return None
 
     def _has_no_logprobs(self, reason: str) -> None:
-        if self._gives_logprobs is None:
+        if self._gives_logprobs is not False:
             self._gives_logprobs = False
             instead = f"the share of yes among {self.samples} sampled verdicts"
             print(printable(f"{self._server} {reason}: a score is {instead}"))
@@ -141,17 +142,13 @@ class OpenAIJudge(StepJudge):
         found = [find_verdict(reply["text"]) for reply in replies]
         verdicts = [verdict.is_yes for verdict in found if verdict]
         if not verdicts:
-            cut = sum(bool(reply["cut"]) for reply in replies)
+            count = [reply["cut"] for reply in replies].count(True) if self._may_be_long else 0
+            cut = f" ({count} answers were cut at {LONG} tokens)" if count else ""
             hint = " or, for a base model, a judge template such as plain"
             raise JudgeError(
                 f"{self._server}: {self.model} was asked for Yes or No {self.samples} times and "
-                f"answered neither, but {short(replies[0]['text'])}"
-                + (
-                    f" ({cut} answers were cut at {LONG} tokens)"
-                    if cut and self._may_be_long
-                    else ""
-                )
-                + f": take another model{hint if self.kind == 'chat' else ''}"
+                f"answered neither, but {short(replies[0]['text'])}{cut}: "
+                f"take another model{hint if self.kind == 'chat' else ''}"
             )
         return sum(verdicts) / len(verdicts)
 
@@ -226,6 +223,8 @@ class OpenAIJudge(StepJudge):
                 top.append([first, place, {word: round(p, 9) for word, p in found.items()}])
         # the word behind the chosen one counts: without it every score would be 0 or 1
         is_listed = any(len(listed) > 1 or listed[0][1] > 0.95 for _, listed in tokens if listed)
+        if choice.get("logprobs") and not is_listed:
+            self._gives = "gives logprobs of the chosen token only"
         cut = str(choice.get("finish_reason")).lower() in ("length", "max_tokens")
         return {"text": text, "top": top if is_listed else None, "cut": cut}
 
@@ -248,6 +247,8 @@ def _tokens(choice: dict, answer: dict) -> list[tuple[str, list[tuple[str, float
     if places:
         return [_listed(place) for place in places]
     tops = logprobs.get("top_logprobs") or []
+    if not tops:
+        return []
     chosen = logprobs.get("tokens") or [max(top, key=top.get) if top else "" for top in tops]
     own = logprobs.get("token_logprobs") or [None] * len(chosen)
     found = []
