@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common import cli
 from common.cli import beside, here, unused
@@ -142,3 +144,9 @@ def test_outputs_that_do_not_exist(tmp_path):
     (tmp_path / "x_pairs.jsonl").mkdir()
     assert unused(path) == str(tmp_path / "x_3.jsonl.gz")
     assert beside(path, "pairs") == str(tmp_path / "x_pairs_2.jsonl")
+
+
+@pytest.mark.property
+@given(st.lists(st.text(), max_size=4))
+def test_every_argument_stays_one_word(words):
+    assert shlex.split(here("python train.py dpo", *words))[3:] == words
