@@ -523,7 +523,7 @@ def test_agreement_of_several():
         (["--input", "."], ". is a folder, expected a file"),
         (["--input", "empty.csv"], "empty.csv:1: expected a header"),
         (["--input", "header.csv"], "header.csv: no rows"),
-        (["--input", "picture.csv"], "picture.csv: not UTF-8"),
+        (["--input", "picture.csv"], "picture.csv:1: not UTF-8"),
         (["--input", "one.csv"], "has one answer"),
         (["--input", "half.csv"], "some of its answers have no rank by Ann"),
         (["--input", "half.csv", "--agreement"], "some of its answers have no rank by Ann"),
