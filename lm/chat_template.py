@@ -38,9 +38,9 @@ ON = {"enable_thinking": True, "thinking": True, "reasoning": True}
 SWITCHES: list[tuple[str, dict[str, Any], str]] = [
     ("/no_think", {}, "/no_think"),
     ("detailed thinking", {}, "detailed thinking off"),
-    (r"reasoning_effort[^%}]*[\"']none[\"']", {"reasoning_effort": "none"}, ""),
+    (r"reasoning_effort[^%}]{0,99}[\"']none[\"']", {"reasoning_effort": "none"}, ""),
 ]
-_THOUGHT = r"(?:[a-z]+:)?(?:think(?:ing)?|thoughts?|reasoning)"
+_THOUGHT = r"(?:[a-z]{1,20}:)?(?:think(?:ing)?|thoughts?|reasoning)"
 # marks that begin and end the thoughts of a model
 OPEN = re.compile(
     rf"[<\[◁]\|?(?:start_|begin_of_)?{_THOUGHT}\|?[>\]▷]|<\|open\|>think|<\|channel>thought"

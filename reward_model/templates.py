@@ -76,7 +76,7 @@ def template_by_name(path: str, name: str) -> tuple[str, JudgeTemplate]:
 
     A guess other than plain is printed."""
     for template, pattern in NAMES.items():
-        if re.search(pattern, name, re.IGNORECASE):
+        if re.search(pattern, name[:200], re.IGNORECASE):
             print(
                 f"judge {path}: it has no chat template; the template {template} is used because "
                 f"of its name, {short(name)} (--judge_template chooses another)"
