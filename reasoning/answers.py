@@ -11,8 +11,8 @@ A line states a final answer in one of four forms:
 
 and in other languages of LABELS (`答案：52`, `La réponse est 52`). What follows a label may be
 words (`Answer: in May`); what follows `is` must be a value or at most three words that do not
-describe (`The answer is blue.` states one, `The answer is positive.` does not). Questions, conditions,
-negations and placeholders state none. tests/data/final_answers.jsonl has examples of all kinds.
+describe (`The answer is blue.` states one, `The answer is positive.` does not). Questions,
+conditions, negations and placeholders state none. docs/answers.md has more.
 """
 
 import re
