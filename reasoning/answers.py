@@ -68,7 +68,8 @@ _SENTENCE = re.compile(  # a formula, or the end of a sentence
 _ABBREVIATION = re.compile(r"\b(?:sq|cu|approx|ca|vs|no|mrs?|ms|dr|st|prof|[ap]\.\s?m)$", re.I)
 # what explains an answer: `4, since 2 + 3 = 5`; formulas are left alone
 _REASON = re.compile(
-    rf"{_FORMULA}|(?P<reason>(?<=\S)(?:(?:\s*[,;:，；]\s*|\s*\(|\s+[-–—]\s+)(?:as|so|but|not|that is"
+    rf"{_FORMULA}|(?P<reason>(?<=\S)(?:(?:\s*[,;:，；]\s*|\s*\(|\s+[-–—]\s+)(?:as|so|but|not"
+    r"|that is"
     r"|meaning|considering|rounded|weil|denn|da|car|puisque|parce|porque|perché"
     r"|потому|因为|因為|所以)|(?:\s*[,;:，；]\s*|\s*\(|\s+[-–—]\s+|\s+)(?:since|because|which|where|hence|therefore|thus"
     r"|i\.e\.|given that|I hope|when rounded|as(?=\s+[\d(])))(?![a-z]).*)",
