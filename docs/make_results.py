@@ -221,6 +221,11 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Result], str]]] = {
         "python evaluation/eval_response_reward.py --scorer models/reward-mini",
         all_metrics,
     ),
+    "answers": (
+        "Which answers are the same",
+        "python benchmarks/answer_rates.py --output_dir docs/results",
+        all_metrics,
+    ),
     "smollm2/reward_score_comparison": (
         "SmolLM2-135M-Instruct, its own scores",
         "make smollm2-run",

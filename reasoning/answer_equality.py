@@ -10,7 +10,6 @@ and 0.5, a list in another order. docs/answers.md has the rates of error.
 import bisect
 import re
 import unicodedata
-from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -93,7 +92,7 @@ def _unwrapped(text: str) -> str:
 
 
 def _letters(text: str) -> str:
-    """The text without white space (but between digits); without case and article if it is words."""
+    """The text without white space but between digits; words also without case and article."""
     text = re.sub(r"^(?:the|an?)\s+(?=[a-z]{3})", "", _TEXT.sub(r"\1", text), flags=re.IGNORECASE)
     text = re.sub(r"(?<!\d)\s+|\s+(?!\d|\s)", "", text)
     text = re.sub(r"^\((\w)\)$", r"\1", text)
@@ -133,7 +132,8 @@ _RATE = re.compile(
 
 def _unit(words: str) -> str | None:
     """The common name of a unit: `square feet`, `ft^2` -> `foot2`; None for words it knows not."""
-    found, power, over = [], "", False
+    found: list[str] = []
+    power, over = "", False
     for token in re.findall(r"[a-z]+|\^\{?\d\}?|\S", words.lower()):
         if token in ("square", "sq", "cubic", "cu"):
             power = "2" if token.startswith("sq") else "3"
@@ -184,11 +184,14 @@ _MULTIPLES = {
     "dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
     "trillion": 10**12,
 }  # fmt: skip
-_SMALL = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_SMALL = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+    "nineteen",
+]  # fmt: skip
+_TENS = [
+    "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety",
+]  # fmt: skip
 _NUMBER_WORDS = {word: k for k, word in enumerate(_SMALL)} | {
     word: 10 * k for k, word in enumerate(_TENS, 2)
 }
@@ -233,9 +236,9 @@ def _number(text: str) -> _Number | None:
     in_words = None
     if not amounts and (word := _IN_WORDS.match(text.lower().removeprefix("-"))):
         begin = text.startswith("-")
-        value = sum(_NUMBER_WORDS[w] for w in word.groups() if w)
+        spelled = sum(_NUMBER_WORDS[w] for w in word.groups() if w)
         in_words = text[begin + word.end() :].strip() or None
-        text = ("-" if begin else "") + f"{value} {text[begin + word.end() :]}"
+        text = ("-" if begin else "") + f"{spelled} {text[begin + word.end() :]}"
         amounts = list(_AMOUNT.finditer(text))
     if len(amounts) != 1:
         return None
@@ -353,10 +356,13 @@ def _same_time(first: _Time, second: _Time) -> bool:
     return same_hour and first.minutes == second.minutes and _agree(*halves)
 
 
-_MONTHS = (
-    "january february march april may june july august september october november december"
-).split()
-_DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
+_MONTHS = [
+    "january", "february", "march", "april", "may", "june", "july", "august", "september",
+    "october", "november", "december",
+]  # fmt: skip
+_DAYS = [
+    "monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday",
+]  # fmt: skip
 _MONTH_OF = {month: k for k, month in enumerate(_MONTHS, 1)} | {
     month[:3]: k for k, month in enumerate(_MONTHS, 1)
 }
@@ -406,7 +412,8 @@ _CHOICE = r"(?:[A-Z]|\(?[A-Za-z]\))"
 _CHOICES = re.compile(rf"{_CHOICE}(?:\s*(?:,\s*and|,|and)\s*{_CHOICE})*")
 _RATIO = re.compile(r"\d+(?:\s*:\s*\d+)+|\d+\s+to\s+\d+(?:\s+to\s+\d+)*")
 _NOTHING = re.compile(
-    r"\\(?:emptyset|varnothing)|\\\{\s*\\\}|(?:the )?empty set|(?:there (?:is|are) )?no (?:real )?solutions?"
+    r"\\(?:emptyset|varnothing)|\\\{\s*\\\}|(?:the )?empty set"
+    r"|(?:there (?:is|are) )?no (?:real )?solutions?"
 )
 
 
@@ -476,12 +483,25 @@ def same_answer(answer: str | None, reference: str) -> bool:
     Raises RuntimeError if an answer needs math-verify and its process cannot be started."""
     if answer is None:
         return False
-    if answer.strip() == reference.strip():
-        return bool(answer.strip())
+    answer, reference = answer.strip(), reference.strip()
+    if answer == reference:
+        return bool(answer)
+    plain = _PLAIN.fullmatch(answer), _PLAIN.fullmatch(reference)
+    if plain[0] and plain[1]:
+        return _digits(plain[0]) == _digits(plain[1])
     if _same(_tidy(answer), _tidy(reference)):
         return True
     said = [_said(text) or text for text in (answer, reference)]
     return said != [answer, reference] and _same(*map(_tidy, said))
+
+
+_PLAIN = re.compile(r"([-+]?)0*+([0-9]*+)(?:\.([0-9]*+))?(?<=[0-9])")
+
+
+def _digits(number: re.Match) -> tuple[str, str, bool]:
+    """Of a plain number: the digits before and behind the point, and whether it is negative."""
+    whole, part = number[2], (number[3] or "").rstrip("0")
+    return whole, part, number[1] == "-" and bool(whole or part)
 
 
 def _same(first: str, second: str) -> bool:
@@ -493,9 +513,9 @@ def _same(first: str, second: str) -> bool:
     if same_based is not None:
         return same_based
     words = [" ".join(_unwrapped(text).split()) for text in (first, second)]
-    times = _time(words[0]), _time(words[1])
-    if times[0] and times[1] and any(":" in text or time.half for text, time in zip(words, times)):
-        return _same_time(*times)
+    times = [time for time in map(_time, words) if time]
+    if len(times) == 2 and (any(":" in text for text in words) or any(t.half for t in times)):
+        return _same_time(times[0], times[1])
     dates = _date(words[0]), _date(words[1])
     if any(dates):
         return dates[0] == dates[1]

@@ -9,10 +9,10 @@ A line states a final answer in one of four forms:
 - a label: `Answer: 52`, `**Final answer:** 52`, `### Answer` and the answer in the next line
 - a sentence: `The answer is 52.`
 
-and in other languages of LABELS (`答案：52`, `La réponse est 52`). What follows a label may be words
-(`Answer: in May`); what follows `is` must be a value or at most three words that do not describe
-(`The answer is blue.` states one, `The answer is positive.` does not). Questions, conditions,
-negations and placeholders state none. tests/data/final_answers.jsonl has examples of all kinds.
+and in other languages of LABELS (`答案：52`, `La réponse est 52`). What follows a label may be
+words (`Answer: in May`); what follows `is` must be a value or at most three words that do not
+describe (`The answer is blue.` states one, `The answer is positive.` does not). Questions,
+conditions, negations and placeholders state none. docs/answers.md has more.
 """
 
 import re
@@ -68,9 +68,10 @@ _SENTENCE = re.compile(  # a formula, or the end of a sentence
 _ABBREVIATION = re.compile(r"\b(?:sq|cu|approx|ca|vs|no|mrs?|ms|dr|st|prof|[ap]\.\s?m)$", re.I)
 # what explains an answer: `4, since 2 + 3 = 5`; formulas are left alone
 _REASON = re.compile(
-    rf"{_FORMULA}|(?P<reason>(?<=\S)(?:(?:\s*[,;:，；]\s*|\s*\(|\s+[-–—]\s+)(?:as|so|but|not|that is"
-    r"|meaning|considering|rounded|weil|denn|da|car|puisque|parce|porque|perché|потому|因为|因為|所以)"
-    r"|(?:\s*[,;:，；]\s*|\s*\(|\s+[-–—]\s+|\s+)(?:since|because|which|where|hence|therefore|thus"
+    rf"{_FORMULA}|(?P<reason>(?<=\S)(?:(?:\s*[,;:，；]\s*|\s*\(|\s+[-–—]\s+)(?:as|so|but|not"
+    r"|that is"
+    r"|meaning|considering|rounded|weil|denn|da|car|puisque|parce|porque|perché"
+    r"|потому|因为|因為|所以)|(?:\s*[,;:，；]\s*|\s*\(|\s+[-–—]\s+|\s+)(?:since|because|which|where|hence|therefore|thus"
     r"|i\.e\.|given that|I hope|when rounded|as(?=\s+[\d(])))(?![a-z]).*)",
     re.IGNORECASE,
 )
@@ -134,7 +135,7 @@ def extract_answer(text: str) -> str | None:
     begin, following = len(text), ""
     for line in reversed(text.splitlines(keepends=True)):
         begin -= len(line)
-        inside = []
+        inside: list[tuple[int, int, str]] = []
         while boxes and boxes[-1][0] >= begin:
             start, stop, content = boxes.pop()
             inside.insert(0, (start - begin, stop - begin, content))
@@ -178,8 +179,9 @@ def opens_answer(line: str) -> bool:
         match = pattern.match(line)
         if match and match.end() == len(line):
             return True
-    statement = None if line[-1:] not in (":", "：") else deque(_STATEMENT.finditer(line), maxlen=1)
-    return bool(statement) and statement[0].end() == len(line)
+    if not line.endswith((":", "：")):
+        return False
+    return any(statement.end() == len(line) for statement in _STATEMENT.finditer(line))
 
 
 def _stated(text: str, most_words: int) -> str | None:
@@ -246,14 +248,17 @@ def _without_reasons(sentence: str) -> str:
     return sentence
 
 
+_MARKS = [(mark, mark) for mark in ("**", "__", "*", "`", "$$", "$", '"')]
+_MARKS += [("\\(", "\\)"), ("\\[", "\\]"), ("“", "”")]
+
+
 def _clean(answer: str) -> str | None:
     """The answer without the marks around it: `**$52$**.` -> `52`."""
     before = ""
     while answer != before:
         before = answer
         answer = answer.strip().rstrip(".,;").removesuffix("\\\\").strip()
-        for left, right in (("**", "**"), ("__", "__"), ("*", "*"), ("`", "`"), ("\\(", "\\)"),
-                            ("\\[", "\\]"), ("$$", "$$"), ("$", "$"), ("“", "”"), ('"', '"')):  # fmt: skip
+        for left, right in _MARKS:
             if (
                 answer.startswith(left)
                 and answer.endswith(right)

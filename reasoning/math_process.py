@@ -88,7 +88,7 @@ class _Client:
             self.process = None
 
     def forget(self) -> None:
-        """In a forked process: the process belongs to the parent, and a thread may hold the lock."""
+        """In a forked process: the process is the parent's, and a thread may hold the lock."""
         if self.process is not None:
             self.process.returncode = 0  # it is not this process's child to wait for
         self.__init__()  # type: ignore[misc]
@@ -141,11 +141,10 @@ def _serve() -> None:
 
     def same(first: str, second: str) -> bool:
         parsed = [
-            math_verify.parse(f"${text}$", latex, parsing_timeout=None)  # type: ignore[arg-type]
-            for text in (first, second)
+            math_verify.parse(f"${text}$", latex, parsing_timeout=None) for text in (first, second)
         ]
         return all(
-            math_verify.verify(*pair, allow_set_relation_comp=True, timeout_seconds=None)  # type: ignore[arg-type]
+            math_verify.verify(*pair, allow_set_relation_comp=True, timeout_seconds=None)
             for pair in (parsed, parsed[::-1])
         ) and not _far_apart(parsed[0][0], parsed[1][0])
 

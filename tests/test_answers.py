@@ -187,10 +187,47 @@ def test_long_integers():
 # --- properties ---
 
 PIECES = st.sampled_from(
-    ["1", "2", ".", ",", " ", "-", "/", "%", "$", "x", "\\frac", "{", "}", "(", ")", "\\sqrt", "^", "_",
-     "answer", "is", ":", "Answer: ", "The answer is ", "\\boxed{", "####", "\n", "**", "cm", "PM", "and",
-     "\\text{", "=", "½", "√", "答案：", "5", "May", "?"]
-)  # fmt: skip
+    [
+        "1",
+        "2",
+        ".",
+        ",",
+        "-",
+        "/",
+        "%",
+        "$",
+        "x",
+        "\\frac",
+        "{",
+        "}",
+        "(",
+        ")",
+        "\\sqrt",
+        "^",
+        "_",
+        "answer",
+        "is",
+        ":",
+        "\\boxed{",
+        "####",
+        "**",
+        "cm",
+        "PM",
+        "and",
+        "\\text{",
+        "=",
+        "½",
+        "√",
+        "答案：",
+        "5",
+        "May",
+        "?",
+        " ",
+        "\n",
+        "Answer: ",
+        "The answer is ",
+    ]
+)
 TEXTS = st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=12).map("".join))
 NUMBERS = st.fractions(-1000, 1000, max_denominator=60)
 
