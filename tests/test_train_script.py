@@ -242,7 +242,7 @@ def broken(tiny_model_dir, tmp_path_factory) -> Path:
         (["sftt"], "unknown command sftt: expected one of dpo"),
         (["--betta", "1"], "unknown argument"),
         (["--beta", "much"], "argument --beta"),
-        (["--load_in_4bit"], "--load_in_4bit: needs bitsandbytes"),
+        (["--load_in_4bit"], "4-bit quantization requires bitsandbytes"),
         (["--beta", "-1"], "beta: expected a number above 0"),
         (["--limit", "0"], "--limit: expected 1 or more"),
         (["--credit", "blame"], "argument --credit: invalid choice"),
