@@ -146,8 +146,6 @@ def write_scores(args: ScoreArgs) -> None:
 
 
 def write_best(args: FilterArgs) -> None:
-    if args.threshold is not None and not math.isfinite(args.threshold):
-        raise UserError(f"argument --threshold: expected a number, got {args.threshold}")
     table, responses, scores = scored(args)
     if args.threshold is None:
         groups = by_prompt(responses).values()

@@ -334,7 +334,7 @@ HELD_OUT = (ROOT / "data/problems_test.jsonl").read_text().splitlines()[3]
         (["--input", "number.jsonl"], "number.jsonl:1: field 'category': expected a text, got 3"),
         (["--answers", "1"], "--answers: expected 2 or more, got 1"),
         (["--temperature", "1", "-1"], "--temperature: expected 0 or more, got -1"),
-        (["--temperature", "nan"], "--temperature: expected 0 or more, got nan"),
+        (["--temperature", "nan"], "--temperature: expected a finite number, got nan"),
         (["--top_p", "0"], "--top_p: expected above 0 and at most 1"),
         (["--top_p", "90"], "--top_p: expected above 0 and at most 1"),
         (["--max_new_tokens", "0"], "--max_new_tokens: expected 1 or more"),

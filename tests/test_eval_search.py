@@ -298,7 +298,7 @@ def test_report_compares_the_same_problems(args):
         ({"n": "0 4"}, "--n: expected 1 or more, got 0"),
         ({"beams": 0}, "--beams: expected 1 or more"),
         ({"samples": 1}, "--samples: expected 2 or more"),
-        ({"temperature": "nan"}, "--temperature: expected 0 or more"),
+        ({"temperature": "nan"}, "--temperature: expected a finite number"),
         ({"limit": 0}, "--limit: expected 1 or more"),
         ({"strategies": "climb"}, "invalid choice: 'climb'"),
         ({"judge": "prm", "judge_path": POLICY}, "no process reward model"),

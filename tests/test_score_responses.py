@@ -143,7 +143,6 @@ MISTAKES = [
     (["score", *FILES], "prompt,answer\np,\n", "in.csv:2: field 'answer': expected a text"),
     (["score", *FILES], "prompt,answer\np,a,b\n", "in.csv:2: 3 cells, the header has 2"),
     (["score", "--input", "in.csv", "--output", "in.csv"], GOOD, "which this run reads"),
-    (["filter", *FILES, "--threshold", "nan"], GOOD, "argument --threshold"),
     (["pairs", *FILES], GOOD, "expected a .jsonl file"),
     (["rank"], "", "unknown command rank"),
 ]
@@ -160,6 +159,14 @@ def test_mistakes_are_one_line_and_nothing_is_written(
         run(score_responses.main)
     assert stopped.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv"]
+
+
+def test_a_threshold_is_finite(tmp_path, monkeypatch, scorer, capsys):
+    (tmp_path / "in.csv").write_text(GOOD)
+    with pytest.raises(SystemExit) as stopped:
+        run_here(tmp_path, monkeypatch, scorer, "filter", *FILES, "--threshold", "nan")
+    assert stopped.value.code == 2
+    assert "--threshold: expected a finite number, got nan" in capsys.readouterr().err
 
 
 def test_held_out_problems_give_no_pairs(tmp_path, monkeypatch, scorer):

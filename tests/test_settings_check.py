@@ -23,8 +23,6 @@ def is_missing(package: str) -> bool:
 
 
 PACKAGES = [
-    ("bitsandbytes", ["--load_in_4bit"]),
-    ("bitsandbytes", ["--load_in_8bit", "true"]),
     ("bitsandbytes", ["--optim", "paged_adamw_8bit"]),
     ("bitsandbytes", ["--optim", "adamw_bnb_8bit"]),
     ("galore_torch", ["--optim", "galore_adamw", "--optim_target_modules", "all-linear"]),

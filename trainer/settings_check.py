@@ -46,12 +46,7 @@ RANGES: dict[tuple[float, float], tuple[str, ...]] = {
     (1, 1024): ("dataset_num_proc",),
 }
 # switch -> the package that it needs
-PACKAGES = {
-    "load_in_4bit": "bitsandbytes",
-    "load_in_8bit": "bitsandbytes",
-    "use_liger_kernel": "liger_kernel",
-    "deepspeed": "deepspeed",
-}
+PACKAGES = {"use_liger_kernel": "liger_kernel", "deepspeed": "deepspeed"}
 
 
 def check_settings(config: Any, model_args: Any) -> None:
