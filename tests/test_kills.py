@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common.files import write_records
+from common.files import ROOT, write_records
 from reasoning.problems import problems
 from tests.helpers.kills import limited, run_until
 from tests.helpers.training import STEP_VALUES, flags, make_pairs
@@ -23,7 +23,7 @@ TRAINING |= {"bf16": "false", "output_dir": "out", "logs_dir": "logs"}
 PPO = {"states": "rows", "total_episodes": 16, "per_device_train_batch_size": 4}
 PPO |= {"num_mini_batches": 2, "eval_strategy": "no", "max_new_tokens": 8, "save_steps": 1}
 PPO |= {"judge": "random", "output_dir": "out", "logs_dir": "logs"}
-SAMPLED = {"model_name_or_path": "model", "limit": 3, "max_new_tokens": 8}
+SAMPLED = {"model_name_or_path": ROOT / "models/policy-mini", "limit": 3, "max_new_tokens": 99}
 SAMPLED |= {"input": "problems.jsonl"}
 JOBS: dict[str, tuple[str, list[str]]] = {
     name: (script, [*command, *flags(**settings)])
