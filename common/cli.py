@@ -92,7 +92,8 @@ def _stopped_by_signals() -> Iterator[None]:
 # what the libraries say that write files without Python: safetensors, torch, sqlite, arrow
 NO_ROOM = re.compile(
     r"No space left on device|Disk quota exceeded|File too large|disk is full"
-    r"|os error (28|122|27)\b|PytorchStreamWriter failed|inline_container\.cc.*unexpected pos",
+    r"|os error (28|122|27)\b|PytorchStreamWriter failed|basic_ios::clear: iostream error"
+    r"|inline_container\.cc.*unexpected pos",
     re.DOTALL,
 )
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -449,12 +450,13 @@ def check_outputs(
     spelling."""
     outputs = [*files, *folders]
     check_different(outputs, inputs)
+    killed = [was_killed(path) for path in outputs]  # the command held all of them
     for path in outputs:
         is_folder = path in folders
         target = Path(path)
         _check_kind(target, is_folder)
         exists = holds_something(target) if is_folder else target.exists()
-        if not was_killed(target) and exists and not overwrite:
+        if exists and not overwrite and not any(killed):
             raise UserError(f"{path} exists: give --overwrite to replace it, or another output")
         if is_folder and exists and not is_model_directory(target):
             raise UserError(

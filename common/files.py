@@ -465,8 +465,9 @@ def hold(path: str | Path) -> None:
     except BaseException:
         _remove_empty(made)
         raise
-    for left in target.parent.glob(f".{glob.escape(target.name)}.????????.tmp"):  # by mkstemp
-        left.unlink()
+    for name in (target.name, f"{target.name}.partial"):
+        for left in target.parent.glob(f".{glob.escape(name)}.????????.tmp"):  # by mkstemp
+            left.unlink()
 
 
 def release() -> None:

@@ -274,7 +274,7 @@ class Training:
         resume = config.resume_from_checkpoint
         self.checkpoint = checkpoint_to_resume(self.folder, self.job, args.overwrite, resume)
         if IS_MAIN:
-            for path in (self.folder / JOB, self.log_file):
+            for path in (self.folder / JOB, self.log_file, self.picture):
                 hold_output(path)
 
     def _check_files(self) -> None:
