@@ -449,12 +449,13 @@ def check_outputs(
     or that is the same file as an input or another output, be it through links or another
     spelling."""
     outputs = [*files, *folders]
+    for path in outputs:
+        _check_kind(Path(path), path in folders)
     check_different(outputs, inputs)
     killed = [was_killed(path) for path in outputs]  # the command held all of them
     for path in outputs:
         is_folder = path in folders
         target = Path(path)
-        _check_kind(target, is_folder)
         exists = holds_something(target) if is_folder else target.exists()
         if exists and not overwrite and not any(killed):
             raise UserError(f"{path} exists: give --overwrite to replace it, or another output")

@@ -453,6 +453,9 @@ class Training:
         if main_process:
             if self.checkpoint is None:
                 clear(self.folder)
+            elif self.checkpoint.resolve().parent == self.folder.resolve():
+                best = getattr(config, "load_best_model_at_end", False)
+                tidy_checkpoints(self.folder, None if best else config.save_total_limit)
             write_text(self.folder / JOB, [json.dumps(self.job, indent=1)])
         note = getattr(trainer, "balance", "")
         self._announce(trainer, note, say)
@@ -561,9 +564,23 @@ class Training:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that is complete: its state file, which is written last, can be read."""
+    return max(_checkpoints(folder)[0], key=_number, default=None)
 
-    def number(path: Path) -> int:
-        return int(path.name.removeprefix("checkpoint-"))
+
+def tidy_checkpoints(folder: Path, limit: int | None) -> None:
+    """Remove what a kill left: incomplete checkpoints, and others beyond the last `limit`."""
+    whole, torn = _checkpoints(folder)
+    whole.sort(key=_number, reverse=True)
+    for path in [*torn, *whole[limit or len(whole) :]]:
+        shutil.rmtree(path)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _checkpoints(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The complete and the incomplete checkpoints in a folder."""
 
     def is_whole(path: Path) -> bool:
         try:
@@ -572,7 +589,8 @@ def last_checkpoint(folder: Path) -> Path | None:
             return False
 
     found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
-    return max(filter(is_whole, found), key=number, default=None)
+    whole = list(filter(is_whole, found))
+    return whole, [path for path in found if path not in whole]
 
 
 def checkpoint_to_resume(
