@@ -284,8 +284,9 @@ def test_answers_from_a_server(server, monkeypatch, tmp_path):
 
 def test_texts_of_a_server(server):
     policy = ServerPolicy(server.url, "./some", max_retries=0)
-    server.answer = lambda number, body: completion("Step 1: 1 + 1 = 2\nAnswer: 2\n")
-    # finish_reason: length
+    cut = completion("Step 1: 1 + 1 = 2\nAnswer: 2\n")
+    cut["choices"][0]["finish_reason"] = "length"
+    server.answer = lambda number, body: cut
     assert policy.texts(["1 + 1?"], 0.7, 0.9, 40, 5) == [("Step 1: 1 + 1 = 2\nAnswer: 2", False)]
     (request,) = server.requests
     assert (

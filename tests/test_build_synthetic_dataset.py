@@ -209,7 +209,7 @@ def test_held_out_problems_are_refused(monkeypatch, capsys, tmp_path):
         (["--pair_by", "judge", "--judge_path", "empty.jsonl"], "no GGUF file"),
         (["--sampels", "3"], "unknown argument --sampels"),
         (["--config", "nowhere.yaml"], "config file nowhere.yaml not found"),
-        (["--config"], "expected a YAML file"),
+        (["--config"], "argument --config: expected"),
         (["--config=unknown.yaml"], "unknown key 'sampels'"),
         (["--config", "wrong.yaml"], "key 'samples' takes one value"),
         (["--model_name_or_path", "."], "is no model directory"),

@@ -346,7 +346,7 @@ def test_another_policy_is_not_measured_on_the_miniatures_pairs(
     metrics = read_outputs(tmp_path / "results")[0]["metrics"]
     assert "tuned_accuracy" in metrics and "tuned_logp_margin" not in metrics
     trained_on(model, scored)
-    code, out, err = evaluate(*flags(world, tmp_path, **changes), "--seed", 1)
+    code, out, err = evaluate(*flags(world, tmp_path, **changes), "--seed", 1, "--overwrite")
     assert code == 0 and "no logp_margin" not in out, err
     result = read_outputs(tmp_path / "results")[0]
     assert result["metrics"]["tuned_logp_margin"]["n"] == len(world["kept_out"]) == len(read[0])

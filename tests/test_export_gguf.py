@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -123,7 +123,8 @@ def test_a_model_it_cannot_write_is_one_line(tiny_model_dir, tmp_path, change, e
 
 def test_a_tokenizer_that_is_not_sentencepiece_is_one_line(tiny_model_dir, tmp_path):
     folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "\n": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Split("\n", behavior="isolated")
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
     with pytest.raises(UserError, match="not SentencePiece-style"):
         export_gguf(folder, tmp_path / "m.gguf")

@@ -197,7 +197,8 @@ with replacing("new/out.jsonl") as temporary:
 
 
 @pytest.mark.process
-def test_a_second_process_is_told_and_a_killed_one_leaves_nothing(here):
+def test_a_second_process_is_told_and_a_killed_one_leaves_nothing(here, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["another command"])
     process = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True)
     temporary = here / process.stdout.readline().strip()
     assert temporary.is_file()
@@ -222,11 +223,11 @@ def test_the_same_command_goes_on_where_it_was_killed(here, monkeypatch):
     release()
     (here / ".out.jsonl.lock").write_text(left)
     out.write_text("written before it was killed")
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--other"])
+    argv = sys.argv
+    monkeypatch.setattr(sys, "argv", [*argv, "--other"])
     with pytest.raises(UserError, match="exists"):
         check_output(out)
-    monkeypatch.undo()
-    os.chdir(here)
+    monkeypatch.setattr(sys, "argv", argv)
     check_output(out)
 
 

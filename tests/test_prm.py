@@ -314,7 +314,7 @@ def test_what_cannot_be_used_is_an_error_of_one_line(prm_dir, tiny_model_dir, tm
     cases = {
         str(tmp_path / "empty"): "no config.json",
         str(tmp_path / "nowhere"): "cannot be loaded",
-        tiny_model_dir: r"names no step_token.*python train.py prm --model_name_or_path",
+        tiny_model_dir: r"names no step_token.*train.py prm --model_name_or_path",
         bare: "names no step_token",
         unknown: "does not know .<step>. as one token",
         two_labels: "cannot be loaded",

@@ -536,7 +536,7 @@ def test_agreement_of_several():
         (["--steps", "pairs.jsonl", "--labels", "half.csv"], "half.csv:1: not JSON"),
         (["--output", "no/such/folder/out.csv"], "out.csv.lock"),
         (["--agreement"], "no prompt is ranked by two rankers"),
-        (["--input", "held.csv"], "held.csv: another page (process"),
+        (["--input", "held.csv"], "held.csv: another process ("),
     ],
 )
 def test_mistakes_are_one_line(table, tmp_path, monkeypatch, capsys, args, message):

@@ -168,7 +168,7 @@ def test_what_is_no_reward_model_is_refused_in_one_line(folders, tiny_model_dir,
     AutoModelForCausalLM.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "headless")
     shutil.copy(tmp_path / "headless/model.safetensors", tmp_path / "lost/model.safetensors")
     (tmp_path / "empty").mkdir()
-    command = "`.*python train.py reward --model_name_or_path .* --output_dir"
+    command = "`.*python.* .*train.py reward --model_name_or_path .* --output_dir"
     for path, message in (
         (tiny_model_dir, f"is no reward model but LlamaForCausalLM; {command}"),
         (two, "2 labels; a reward model has one"),

@@ -62,19 +62,14 @@ def test_pairs_of_a_group():
     assert pairs_of([1, 1]) == []
 
 
-def test_a_row_is_a_group_or_a_pair_of_texts():
+def test_a_row_is_a_group():
     group = RankedGroup("p", ["a", "b"], [1, 2])
-    assert (
-        RankedGroup.from_row({"prompt": "p", "chosen": "a", "rejected": "b", "subset": "x"})
-        == group
-    )
     assert RankedGroup.from_row({"prompt": "p", "answers": ["a", "b"], "ranks": [1, 2]}) == group
     for row, message in (
-        ({"prompt": "p", "chosen": "a"}, "field 'rejected'"),
-        ({"prompt": "p", "chosen": ["a"], "rejected": "b"}, "field 'chosen': expected a text"),
-        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "field 'prompt'"),
-        ({"prompt": "p", "answers": ["a"], "ranks": [1, 2]}, "field 'ranks'"),
-        ("p", "expected an object"),
+        ({"prompt": " ", "answers": ["a", "b"], "ranks": [1, 2]}, "field 'prompt'"),
+        ({"prompt": "p", "answers": ["a"], "ranks": [1, 2]}, "field 'answers'"),
+        ({"prompt": "p", "answers": ["a", "b"], "ranks": [1]}, "field 'ranks'"),
+        ("p", "field 'answers'"),
     ):
         with pytest.raises(RecordError, match=message):
             RankedGroup.from_row(row)
