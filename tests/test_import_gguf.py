@@ -150,7 +150,7 @@ def test_a_file_that_is_no_model_is_one_line(
         ),
         (
             ["--input", "chat.gguf", "--output", "chat.gguf", "--overwrite"],
-            "would replace chat.gguf",
+            "chat.gguf is a file, expected a folder",
         ),
         (["--input", "chat.gguf", "--output", "chat.gguf/out"], "cannot be written"),
         (
