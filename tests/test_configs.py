@@ -133,7 +133,7 @@ def test_the_five_commands_run(tinyllama, run_script, tmp_path):
         )
         assert result.returncode == 0, f"{name}: {result.stderr[-2000:]}"
         printed[name] = result.stdout
-    assert "template zephyr, context 2048" in printed["evaluate_steps"]
+    assert "template chat, context 2048" in printed["evaluate_steps"]
     scores = [
         score
         for _, row in read_rows(rewarded)

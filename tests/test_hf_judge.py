@@ -32,7 +32,7 @@ from tests.helpers.chat_models import CHATML, HEAD, THINKING, chat_model
 from tests.helpers.reward_models import TINY_SHAPE
 from tests.helpers.scripts import ROOT
 from tests.helpers.solutions import PROMPT, STEPS
-from tests.helpers.tokenizers import make_tokenizer
+from tests.helpers.tokenizer_kinds import make_tokenizer
 
 JUDGE = ROOT / "models/judge-mini"
 SOLUTIONS = [

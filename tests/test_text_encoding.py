@@ -19,7 +19,7 @@ from lm.text_encoding import (
 from reasoning.steps import ends_solution
 from reward_model.prm_formats import StepTokens
 from reward_model.response_reward_model import ResponseTokens
-from tests.helpers.tokenizers import CONTROL, KINDS, TEMPLATES, make_tokenizer
+from tests.helpers.tokenizer_kinds import CONTROL, KINDS, TEMPLATES, make_tokenizer
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
