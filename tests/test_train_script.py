@@ -318,6 +318,8 @@ def broken(tiny_model_dir, tmp_path_factory) -> Path:
         (["--config", "none.yaml"], "config file none.yaml not found"),
         (["--config", "bad.yaml"], "unknown key 'learning_rat'"),
         (["--config"], "argument --config: expected one argument"),
+        (["--run_name", "../other"], "argument --run_name: expected a name, got the path ../other"),
+        (["--run_name", ".."], "argument --run_name: expected a name"),
         (["--model_name_or_path", "nowhere"], "model directory nowhere not found"),
         (["--model_name_or_path", "empty"], "empty is no model directory"),
         (["--model_name_or_path", "pairs.jsonl"], "is a file, expected a model directory"),

@@ -251,6 +251,9 @@ class Training:
         self.stack, self.accuracy = stack, accuracy
         self.folder, self.model = Path(config.output_dir), model_args.model_name_or_path
         run_name = config.run_name or self.folder.resolve().name
+        # the log lies in a folder of this name in logs_dir
+        if run_name != Path(run_name).name or run_name == "..":
+            raise UserError(f"argument --run_name: expected a name, got the path {run_name}")
         self.log_file = Path(args.logs_dir) / run_name / "log.json"
         self.picture = self.log_file.with_name("training.png")
         check_model(self.model, "make models" if self.model == at_root(recipe.model) else None)
