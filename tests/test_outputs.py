@@ -243,6 +243,8 @@ import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from common.cli import check_output, run
 from common.files import replacing
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore them
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def main():
     check_output("out.jsonl")
     with replacing("out.jsonl"):

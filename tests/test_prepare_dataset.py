@@ -392,6 +392,7 @@ def test_the_printed_commands_work(run_script, tmp_path, monkeypatch, name):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "my data/mine_test.jsonl").exists()
     _, script, *args = shlex.split(done.stdout.splitlines()[-1].removeprefix("next: "))
+    script = Path(script).resolve()  # as printed it is relative to the current folder
     done = run_script(script, *args, "--limit", 2, "--samples", 2, "--max_new_tokens", 8)
     assert "no pairs could be made" in done.stderr or done.returncode == 0, done.stderr
 

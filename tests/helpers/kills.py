@@ -74,10 +74,14 @@ def _watched(
 
 LIMITED = """
 import resource, runpy, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, most))
 sys.argv[0] = {script!r}
 sys.path[0] = {folder!r}
-runpy.run_path({script!r}, run_name="__main__")
+try:
+    runpy.run_path({script!r}, run_name="__main__")
+finally:  # the coverage of this process is written after it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 """
 
 
