@@ -192,7 +192,7 @@ def test_long_texts_take_linear_time(part):
     start = time.process_time()
     extract_answer(text), ends_solution([f"The answer is {text}"]), opens_answer(text)
     same_answer(text, "5"), same_answer(text, text + "1")
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 20  # quadratic time is a minute and more
 
 
 def test_long_integers():

@@ -120,7 +120,7 @@ def test_long_texts_take_linear_time(part):
     start = time.process_time()
     for function in (split_steps, split_text, split_sentences, step_value):
         function(text)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 20  # quadratic time is a minute and more
 
 
 LINES = st.lists(

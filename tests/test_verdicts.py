@@ -151,7 +151,7 @@ def test_long_answers_take_no_time():
         start = time.process_time()
         find_verdict(text)
         answer_start(text)
-        assert time.process_time() - start < 2
+        assert time.process_time() - start < 10
 
 
 PIECES = [
