@@ -19,7 +19,7 @@ from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from common.errors import UserError, short
+from common.errors import UserError, first_line, short
 from common.files import (
     ROOT,
     adapter_base,
@@ -112,7 +112,8 @@ def _disk_problem(error: BaseException) -> str | None:
                 f"{named} cannot be written whole" if named else "a file cannot be written whole"
             )
             return (
-                f"{where}: the disk is full, or a limit is reached ({_first_line(cause)}); "
+                f"{where}: the disk is full, or a limit is reached "
+                f"({getattr(cause, 'strerror', None) or first_line(cause)}); "
                 "make room and give the same command again, which goes on"
             )
     if isinstance(error, OSError) and error.errno is not None:
@@ -121,10 +122,6 @@ def _disk_problem(error: BaseException) -> str | None:
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR):
             return f"a file cannot be read or written: {error.strerror}"
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (getattr(error, "strerror", None) or str(error)).splitlines()[0]
 
 
 def warn(message: str, *lines: str) -> None:

@@ -109,7 +109,8 @@ def read_json(path: str | Path) -> Iterator[tuple[int, Any]]:
             yield from list(_values(text))
             return
         except _NotJSON as error:
-            # one value a line, the first one damaged? the lines of a list do not count
+            # Perhaps the file has one value a line and only the first is damaged. Lines within a
+            # list do not show that.
             is_list = re.match(r"\s*\[\s*[{\n]", text)
             of_lines = len(start) == 1 or any(
                 isinstance(_decode(x), dict) for x in text.split("\n")
@@ -383,7 +384,11 @@ def write_text(path: str | Path, chunks: Iterable[str]) -> None:
 
 # output -> the handle that locks it, and the folders that were made for it
 _held: dict[Path, tuple[IO[str], list[Path]]] = {}
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # errors of a file system without locks
+NO_LOCKS = {
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+}  # the errors of a file system that has no locks
 
 
 ADVICE = "wait until it ends, or give another output"

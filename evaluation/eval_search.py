@@ -113,7 +113,7 @@ def main() -> None:
     files = [at_root(f"data/problems_{name}.jsonl") if name in HELD_OUT else name for name in names]
     read = [*files, args.model_name_or_path, args.other_model, *judge_files(args)]
     plot, rows, result = output_paths(args.output_dir, "search", read, args.overwrite, True)
-    samples = samples_file(result, True)
+    samples = samples_file(result, args.overwrite)
     measurements = SearchMeasurements(args, rows)
     try:
         choice = choose(args, measurements, for_choosing)

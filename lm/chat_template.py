@@ -25,7 +25,7 @@ from common.errors import ModelError, short
 SECONDS = 5  # of CPU time, for all conversations of one call
 WAIT = 60  # seconds of wall-clock time
 MEMORY = 512 * 2**20  # bytes of address space
-MAX_CHARACTERS = 10**6  # of a template, and of what it writes
+MAX_CHARACTERS = 10**6  # of a template, and of the text that it renders
 # A template that asks for the date gets this one, else scores would depend on the day. LLaMA's own
 # templates fall back to it.
 TODAY = datetime.datetime(2024, 7, 26)

@@ -5,7 +5,6 @@ is given, a model that only its own code can run. Every call of transformers say
 where it says nothing, transformers asks on the terminal and runs the code after a "y"."""
 
 import json
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, find_adapter_config_file
 
+from common.cli import warn
 from common.errors import ModelError, first_line, short
 from common.progress import taking_long
 
@@ -163,19 +163,18 @@ def check_embeddings(tokenizer: Any, model: Any) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     written = (tokenizer.bos_token or "") + str(tokenizer.chat_template or "")
     added = tokenizer.added_tokens_decoder
-    for token, index in tokenizer.get_vocab().items():
+    beyond = [item for item in tokenizer.get_vocab().items() if item[1] >= rows]
+    for token, index in beyond:
         # a special token that nothing writes cannot get into a text
-        is_unused = index in added and added[index].special and token not in written
-        if index >= rows and not is_unused:
+        if not (index in added and added[index].special and token not in written):
             raise ValueError(
                 f"the tokenizer does not fit the model: the id of its token {token!r} is {index}, "
                 f"but the model has only {rows} embeddings"
             )
     if len(tokenizer) < 0.9 * rows:
-        print(
-            f"warning: the tokenizer has {len(tokenizer)} tokens, the model has {rows} embeddings: "
-            "do they belong together?",
-            file=sys.stderr,
+        warn(
+            f"the tokenizer has {len(tokenizer)} tokens, the model has {rows} embeddings: "
+            "do they belong together?"
         )
 
 

@@ -125,7 +125,7 @@ def test_the_probability_at_the_verdict():
     text = "The answer is Yes"
     sure = [(0, 3, {"no": 0.001, "yes": 0.0002}), (13, 17, {"yes": 0.9, "no": 0.1})]
     assert p_yes(text, sure) == 0.9
-    assert p_yes(text, sure[:1]) is None  # nothing is listed at the verdict
+    assert p_yes(text, sure[:1]) is None  # no log-probs are listed at the verdict's token
     assert p_yes("Yes", [(0, 1, {"y": 0.6, "ye": 0.2, "no": 0.2})]) == 0.8  # first letters
     assert p_yes("Yes", [(0, 3, {"yes": 0.6, "y": 0.4, "n": 0.2})]) == pytest.approx(0.75)
     # no verdict: the first place at which yes and no are more likely than all else

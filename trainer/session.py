@@ -481,7 +481,8 @@ class Training:
                 trainer._load_best_model()
         except Exception as error:
             name = "metric_for_best_model" if "metric_for_best_model" in str(error) else None
-            if getattr(config, "torch_compile", False) and not isinstance(error, UserError):
+            is_known = isinstance(error, UserError | OSError)  # a full disk is no compiler's error
+            if getattr(config, "torch_compile", False) and not is_known:
                 name = "torch_compile"  # the compiler raises many kinds of errors
             if name is None:
                 raise
