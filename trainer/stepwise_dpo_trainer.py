@@ -30,6 +30,7 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first,
 from common.cli import arg
 from lm.loading import load_tokenizer
 from lm.text_encoding import encode_steps, text_encoder
+from lm.tree_attention import mask_dtype, supports_tree_attention
 from reasoning.records import ScoredPair
 from trainer.defaults import MiniatureDefaults, check_numbers
 from trainer.losses import (
@@ -41,6 +42,7 @@ from trainer.losses import (
     stepwise_loss,
     sum_per_step,
 )
+from trainer.packing import PACKINGS, SiblingSampler, add_packing, pack_batch
 from trainer.session import Recipe, Training
 
 logger = get_logger(__name__)
@@ -90,6 +92,14 @@ class StepwiseDPOConfig(MiniatureDefaults, DPOConfig):
         "Weight of the penalty for good steps that become less likely than under the "
         "reference (DPO-Positive); 0 or more.",
     )
+    pack: str = arg(
+        "pairs",
+        "How a batch is read. `pairs`: as trees of tokens, so that what its texts share is read "
+        "once; the results are those of `none`. `siblings`: also, all pairs with the same prompt "
+        "and prefix follow one another, for pairs from search trees. `none`: a row for each text, "
+        "as for a model whose attention takes no mask.",
+        choices=list(PACKINGS),
+    )
 
     def __post_init__(self) -> None:
         self.loss_type = (
@@ -102,7 +112,8 @@ class StepwiseDPOConfig(MiniatureDefaults, DPOConfig):
             raise ValueError(f"loss_type: {names} is no loss; known are {', '.join(known)}")
         if self.has_step_loss:
             self._check_step_losses()
-        for name, choices in (("credit", CREDITS), ("step_agg", AGGREGATIONS)):
+        limits = (("credit", CREDITS), ("step_agg", AGGREGATIONS), ("pack", PACKINGS))
+        for name, choices in limits:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value}")
@@ -165,9 +176,14 @@ class DataCollatorForSteps(DataCollatorForPreference):
 
     `step_ids` (2B, L), -1 outside all steps; `step_scores` (2B, K); `step_mask` (2B, K), False for
     padding and for steps without any token left; `truncated_steps` (B,). `completion_mask` is 1 at
-    the tokens of steps. K is at least `min_steps`."""
+    the tokens of steps. K is at least `min_steps`.
+
+    packs: adds `packed`, the same texts as trees (trainer/packing.py), with a mask of the dtype
+    `mask_dtype`. The pairs of one prompt and prefix are one tree."""
 
     min_steps: int = 1
+    packs: bool = False
+    mask_dtype: torch.dtype = torch.bool
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
@@ -183,14 +199,24 @@ class DataCollatorForSteps(DataCollatorForPreference):
         scores = [example[f"{side}_scores"] for side in SIDES for example in examples]
         count = max(self.min_steps, *map(len, scores))
         truncated = [float(example["truncated_steps"]) for example in examples]
+        packed = {"packed": self._packed(batch, examples, step_ids)} if self.packs else {}
         return {
             **batch,
+            **packed,
             "completion_mask": (step_ids >= 0).long(),
             "step_ids": step_ids,
             "step_scores": torch.tensor([row + [0.0] * (count - len(row)) for row in scores]),
             "step_mask": (step_ids[:, :, None] == torch.arange(count)).any(1),
             "truncated_steps": torch.tensor(truncated),
         }
+
+    def _packed(self, batch: dict, examples: list[dict], step_ids: Tensor) -> dict[str, Tensor]:
+        rows = zip(batch["input_ids"].tolist(), batch["attention_mask"].sum(1).tolist(), strict=True)
+        texts = [ids[:length] for ids, length in rows]
+        groups = [tuple(example["prompt_ids"]) for example in examples] * 2
+        scored = step_ids[:, 1:] >= 0
+        more = (self.pad_token_id, self.mask_dtype, self.pad_to_multiple_of or 1)
+        return pack_batch(texts, groups, scored, *more)
 
 
 class StepwiseDPOTrainer(DPOTrainer):
@@ -242,8 +268,44 @@ class StepwiseDPOTrainer(DPOTrainer):
         super().__init__(
             model, ref_model, args, data_collator, *datasets, processing_class, **kwargs
         )
+        self._set_packing()
 
     # --- data ---
+
+    def _set_packing(self) -> None:
+        """Let the collator pack, and the models read packed batches, if --pack asks for it and the
+        model can. May be called again."""
+        collator = self.data_collator
+        if self.args.pack == "none" or not isinstance(collator, DataCollatorForSteps):
+            return
+        models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
+        models = [self.accelerator.unwrap_model(model) for model in models]
+        if not collator.packs:
+            model = models[0]
+            reason = ""
+            if getattr(model, "active_peft_config", None) and (
+                model.active_peft_config.is_prompt_learning
+            ):
+                reason = "its adapter adds virtual tokens"
+            elif self.aux_loss_enabled:
+                reason = "its auxiliary loss counts the tokens of every text"
+            elif not supports_tree_attention(model, self.args.max_length):
+                reason = "its attention takes no mask of ours"
+            if reason:
+                logger.warning(f"every text is read in a row of its own (--pack none): {reason}")
+                self.args.pack = "none"
+                return
+            collator.packs, collator.mask_dtype = True, mask_dtype(model)
+        for model in models:
+            add_packing(model.get_base_model() if is_peft_model(model) else model)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.pack != "siblings" or isinstance(rows, IterableDataset):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        groups = [tuple(ids) for ids in rows["prompt_ids"]]
+        return SiblingSampler(groups, seed, lambda: int(self.state.epoch or 0))
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: StepwiseDPOConfig, dataset_name: str
@@ -296,6 +358,7 @@ class StepwiseDPOTrainer(DPOTrainer):
     # --- reference ---
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        self._set_packing()  # TRL calls this in its constructor
         # TRL concatenates the batches: all need the same number of steps
         self.data_collator.min_steps = max(
             len(scores) for side in SIDES for scores in dataset[f"{side}_scores"]
@@ -485,8 +548,9 @@ def _counts(inputs: dict) -> Tensor:
 
 def _model_inputs(inputs: dict) -> dict:
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-    names = ("input_ids", "attention_mask")
-    return {**{name: inputs[name] for name in names}, "labels": labels, "use_cache": False}
+    names = ("input_ids", "attention_mask", "packed")
+    known = {name: inputs[name] for name in names if name in inputs}
+    return {**known, "labels": labels, "use_cache": False}
 
 
 def _step_logps(log_probs: Tensor, steps: dict) -> Tensor:
