@@ -4,14 +4,19 @@ A row is a tree of tokens, in which a token attends to itself and to its ancesto
 2023, arXiv 2305.09781). A row may also continue a prefix that was read before and whose cache was
 kept."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache
+
+# others, such as convolutions, mix a token with the one to its left whatever the mask says
+MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(eq=False)
@@ -31,17 +36,50 @@ class CachedPrefix:
 
 
 def supports_tree_attention(model: Any, max_length: int | None) -> bool:
-    """Whether the model can read trees: its attention takes a mask, and no window is too short.
+    """Whether the model can read trees: a small tree gives what its texts give alone.
 
-    The attention has to be sdpa or eager; a sliding window has to be at least `max_length` tokens.
-    Other models read every text in a row of its own."""
+    The attention has to be sdpa or eager; a window of its attention has to be at least
+    `max_length` tokens. Other models read every text in a row of its own."""
     config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    layers = set(getattr(config, "layer_types", None) or ())
     return (
         getattr(model, "_supports_attention_backend", False)
+        and layers <= MASKED_LAYERS
         and config._attn_implementation in ("sdpa", "eager")
-        and (window is None or (max_length is not None and max_length <= window))
+        and all(size is None or (max_length or math.inf) <= size for size in windows)
+        and _reads_trees(model)
     )
+
+
+def _reads_trees(model: Any) -> bool:
+    """Whether the logits of a small tree are those of its texts alone."""
+    if any(weight.is_meta or not weight.numel() for weight in model.parameters()):
+        return True  # the weights are elsewhere, and nothing can be computed
+    rows = model.get_input_embeddings().weight.shape[0]
+    trunk, *branches = [[7919 * k % rows for k in part] for part in ((1, 2, 3), (4, 5), (6, 7, 8))]
+    ids: list[int] = []
+    parents: list[int] = []
+    texts = [trunk + branch for branch in branches]
+    paths = [add_sequence(ids, parents, [], texts[0], 0)]
+    paths.append(add_sequence(ids, parents, paths[0], texts[1], len(trunk)))
+    tree = tree_inputs([ids], [parents], 0, dtype=mask_dtype(model))
+    device, is_training = model.get_input_embeddings().weight.device, model.training
+
+    def logits(**inputs: Tensor) -> Tensor:
+        on_device = {name: value.to(device) for name, value in inputs.items()}
+        return model(**on_device).logits[0].float()
+
+    model.eval()
+    with torch.no_grad():
+        alone = torch.cat([logits(input_ids=torch.tensor([text])) for text in texts])
+        places = [place for path in paths for place in path]
+        as_tree, as_one_text = logits(**tree)[places], logits(input_ids=tree["input_ids"])[places]
+    model.train(is_training)
+    # how far the tree is off, where reading the branches as one text is off by 1
+    error = (as_tree - alone).abs().mean() / (as_one_text - alone).abs().mean()
+    rounding = 1e-4 if model.dtype == torch.float32 else 0.1
+    return bool(error < rounding)
 
 
 def mask_dtype(model: Any) -> torch.dtype:
@@ -92,12 +130,13 @@ def tree_inputs(
     inputs = {"input_ids": padded(ids, pad_token_id)}
     if not prefixes and all(row == [*range(-1, len(row) - 1)] for row in parents):
         return inputs
-    before, rows = padded(parents, -1), torch.arange(len(ids))
     # (B, L, L); padding attends to itself, because a softmax over no token would be NaN
-    attends = torch.eye(longest, dtype=torch.bool).repeat(len(ids), 1, 1)
-    for place in range(longest):  # a parent comes before its children
-        has_parent = (before[:, place] >= 0)[:, None]
-        attends[:, place] |= attends[rows, before[:, place]] & has_parent
+    table = np.broadcast_to(np.eye(longest, dtype=bool), (len(ids), longest, longest)).copy()
+    for attended, row in zip(table, parents, strict=True):
+        for place, parent in enumerate(row):  # a parent comes before its children
+            if parent >= 0:
+                attended[place, : parent + 1] = attended[parent, : parent + 1]
+    attends = torch.from_numpy(table)
     if prefixes:
         lengths = torch.tensor([len(prefix) for prefix in prefixes])[:, None]
         in_prefix = torch.arange(int(lengths.max())) >= lengths.max() - lengths  # (B, P)

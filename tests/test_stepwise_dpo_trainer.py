@@ -521,7 +521,7 @@ def test_gradient_accumulation_and_checkpointing_change_nothing(make, losses):
         perturb(trainer.model)  # at the reference the anchor has no slope
         trainer.train()
     losses_logged = [trainer.state.log_history[0]["loss"] for trainer in trainers]
-    assert losses_logged == pytest.approx(losses_logged[:1] * 4, abs=2e-6)
+    assert losses_logged == pytest.approx(losses_logged[:1] * 4, abs=5e-6)
     once, *others = map(weights, trainers)
     untouched = dict(
         AutoModelForCausalLM.from_pretrained(

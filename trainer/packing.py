@@ -11,10 +11,11 @@ hidden state there is used once for every branch.
 """
 
 import functools
+import math
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,6 @@ from transformers.utils import ModelOutput
 from lm.tree_attention import add_sequence, tree_inputs
 
 PACKINGS = ("pairs", "siblings", "none")
-Tree = tuple[list[int], list[int]]  # ids, and the place of the token before each (-1 for none)
 
 
 def pack_batch(
@@ -34,93 +34,84 @@ def pack_batch(
     pad_token_id: int,
     dtype: torch.dtype = torch.bool,
     multiple: int = 1,
-) -> dict[str, Tensor]:
-    """The texts of a batch as trees, the trees of short texts behind one another in one row.
+    block_tokens: float = math.inf,
+) -> dict[str, Any]:
+    """The texts of a batch as rows of trees, in blocks of rows of similar length.
 
-    texts: N lists of ids; groups: N keys, texts with the same key become one tree; scored (N, L - 1)
-    bools: whether the token behind a column has a log-prob. Rows have a multiple of `multiple`
-    tokens. dtype: see `mask_dtype`. Returns
+    texts: N lists of ids; groups: N keys, texts with the same key become one tree; scored
+    (N, L - 1) bools: whether the token behind a column has a log-prob. dtype: see `mask_dtype`.
+    Rows are padded to a multiple of `multiple` tokens. A block has about `block_tokens` tokens.
+    Returns
 
-    - the keys of `tree_inputs`: `input_ids` (R, T), and where rows branch a mask and positions
+    - `blocks`: for each block the inputs of `tree_inputs`, (R, T)
     - `labels` (U,): the different tokens with a log-prob; `predictors` (U,): the place of the token
-      before each, an index into the flat (R * T,) rows
+      before each, counted over all rows of all blocks, padding included
     - `index` (S,): for each True of `scored`, row by row, its index into `labels`."""
-    trees: list[Tree] = []
-    paths: dict[int, tuple[int, list[int]]] = {}  # text -> its tree, the places of its tokens there
     members: dict[Any, list[int]] = {}
     for k, group in enumerate(groups):
         members.setdefault(group, []).append(k)
-    for group in members.values():
-        tree: Tree = ([], [])
-        path: list[int] = []
-        before: list[int] = []
-        # sorted: a text shares most with the one before it
-        for k in sorted(group, key=lambda k: texts[k]):
-            path = add_sequence(*tree, path, texts[k], _shared(before, texts[k]))
-            paths[k] = len(trees), path
-            before = texts[k]
-        trees.append(tree)
-    rows, offsets = _join(trees, multiple, pad_token_id)
-    inputs = tree_inputs(*map(list, zip(*rows, strict=True)), pad_token_id, dtype=dtype)
-    width = inputs["input_ids"].size(1)
+    trees = [_tree(group, texts) for group in members.values()]
+    trees.sort(key=lambda tree: -len(tree.ids))
+    blocks: list[list[_Tree]] = []
+    for tree in trees:
+        if not blocks or sum(len(other.ids) for other in blocks[-1]) >= block_tokens:
+            blocks.append([])
+        blocks[-1].append(tree)
 
-    # own place of every token with a log-prob -> the place of the token before it
+    # text -> the place of its tree's row, over all blocks; the places of its tokens in the row
+    paths: dict[int, tuple[int, list[int]]] = {}
+    inputs: list[dict[str, Tensor]] = []
+    end = 0
+    for block in blocks:
+        padding = -len(block[0].ids) % multiple
+        block[0].ids.extend([pad_token_id] * padding)
+        block[0].parents.extend([-1] * padding)
+        ids, parents = [tree.ids for tree in block], [tree.parents for tree in block]
+        inputs.append(tree_inputs(ids, parents, pad_token_id, dtype=dtype))
+        for tree in block:
+            paths |= {text: (end, path) for text, path in tree.paths.items()}
+            end += len(block[0].ids)
+
+    # the place of every token with a log-prob -> the place of the token before it
     predictors: dict[int, int] = {}
     places: list[int] = []
     for k, columns in enumerate(scored.tolist()):
-        tree_number, path = paths[k]
-        row, start = offsets[tree_number]
-        first = row * width + start
+        start, path = paths[k]
         for column, has_logp in enumerate(columns):
             if has_logp:
-                places.append(first + path[column + 1])
-                predictors[places[-1]] = first + path[column]
+                places.append(start + path[column + 1])
+                predictors[places[-1]] = start + path[column]
     order = {place: number for number, place in enumerate(predictors)}
-    own = torch.tensor([*predictors], dtype=torch.long)
+    all_ids = torch.cat([block["input_ids"].flatten() for block in inputs])
     return {
-        **inputs,
-        "labels": inputs["input_ids"].flatten()[own],
+        "blocks": inputs,
+        "labels": all_ids[[*predictors]],
         "predictors": torch.tensor([*predictors.values()], dtype=torch.long),
         "index": torch.tensor([order[place] for place in places], dtype=torch.long),
     }
 
 
-def _shared(first: list[int], second: list[int]) -> int:
-    """The number of tokens with which both begin."""
-    count = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
+class _Tree(NamedTuple):
+    """ids, parents: as for `tree_inputs`; paths: text -> the places of its tokens."""
+
+    ids: list[int]
+    parents: list[int]
+    paths: dict[int, list[int]]
 
 
-def _join(
-    trees: Sequence[Tree], multiple: int, pad_token_id: int
-) -> tuple[list[Tree], list[tuple[int, int]]]:
-    """Rows of trees, no row longer than the longest tree; (row, first place) of every tree.
-
-    The largest trees are placed first, each in the first row that has room for it."""
-    longest = max(len(ids) for ids, _ in trees)
-    longest += -longest % multiple
-    rows: list[Tree] = []
-    offsets = [(0, 0)] * len(trees)
-    for number in sorted(range(len(trees)), key=lambda number: -len(trees[number][0])):
-        ids, parents = trees[number]
-        for row, (row_ids, row_parents) in enumerate(rows):
-            if len(row_ids) + len(ids) <= longest:
-                break
-        else:
-            row, row_ids, row_parents = len(rows), [], []
-            rows.append((row_ids, row_parents))
-        start = len(row_ids)
-        offsets[number] = row, start
-        row_ids += ids
-        row_parents += [parent if parent < 0 else parent + start for parent in parents]
-    for ids, parents in rows[:1]:  # as long as the others will be padded
-        parents += [-1] * (longest - len(ids))
-        ids += [pad_token_id] * (longest - len(ids))
-    return rows, offsets
+def _tree(group: list[int], texts: Sequence[list[int]]) -> _Tree:
+    """The tree of some of the texts."""
+    tree = _Tree([], [], {})
+    path: list[int] = []
+    before: list[int] = []
+    # sorted: a text shares most with the one before it
+    for k in sorted(group, key=lambda k: texts[k]):
+        pairs = enumerate(zip(before, texts[k], strict=False))
+        shortest = min(len(before), len(texts[k]))
+        shared = next((place for place, (one, other) in pairs if one != other), shortest)
+        path = tree.paths[k] = add_sequence(tree.ids, tree.parents, path, texts[k], shared)
+        before = texts[k]
+    return tree
 
 
 def add_packing(model: Any) -> None:
@@ -140,11 +131,10 @@ def add_packing(model: Any) -> None:
         if packed is None or not kwargs.get("fused_lm_head"):
             return forward(*args, **kwargs)
         where = kwargs["labels"][:, 1:] != -100  # (2B, L - 1)
-        for name in ("input_ids", "attention_mask", "position_ids"):
-            kwargs[name] = packed.get(name)
-        kwargs |= {"labels": None, "shift_labels": packed["labels"][None]}
-        with _only(self.base_model, packed["predictors"]):
-            outputs = forward(**kwargs)
+        first, *others = packed["blocks"]
+        kwargs |= {"attention_mask": None, "labels": None, **first}
+        with _reading(self.base_model, others, packed["predictors"]):
+            outputs = forward(**kwargs, shift_labels=packed["labels"][None])
         for name, value in outputs.items():
             if name != "loss" and isinstance(value, Tensor) and value.dim() == 2:  # (1, U)
                 # `masked_scatter` keeps the gradient, also if no label is left
@@ -157,13 +147,14 @@ def add_packing(model: Any) -> None:
 
 
 @contextmanager
-def _only(backbone: Any, places: Tensor) -> Iterator[None]:
-    """Let the backbone return the hidden states (1, U, H) of these places of its flat rows only.
-
-    The head then computes logits for tokens with a label and for no others."""
+def _reading(backbone: Any, blocks: Sequence[dict[str, Tensor]], places: Tensor) -> Iterator[None]:
+    """Let the backbone read these blocks too, after its inputs, and return the hidden states
+    (1, U, H) of `places` only: the head computes no logits for tokens without a label."""
 
     def select(module: Any, args: Any, output: ModelOutput) -> ModelOutput:
-        output["last_hidden_state"] = output.last_hidden_state.flatten(0, 1)[places][None]
+        read = [output, *(module.forward(**block, use_cache=False) for block in blocks)]
+        states = torch.cat([part.last_hidden_state.flatten(0, 1) for part in read])
+        output["last_hidden_state"] = states[places][None]
         return output
 
     handle = backbone.register_forward_hook(select)

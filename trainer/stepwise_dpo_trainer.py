@@ -12,6 +12,7 @@ If all losses are TRL's own, TRL's code computes them, on the same ids.
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,7 @@ STEP_LOSSES: dict[str, Callable[..., StepLoss]] = {
 }
 MIXABLE = (*STEP_LOSSES, "sigmoid", "sft")  # losses that can be combined with a step loss
 SIDES = ("chosen", "rejected")
+CPU_BLOCK = 512  # tokens; smaller blocks have less padding, but slower matrix products
 LOGGED_POSITIONS = 8  # the log-probs of steps 1 to 8 are logged one by one
 # keys of a batch that TRL does not know; they are removed before the model is called
 STEP_KEYS = ("step_ids", "step_mask", "step_scores", "truncated_steps")
@@ -178,12 +180,14 @@ class DataCollatorForSteps(DataCollatorForPreference):
     padding and for steps without any token left; `truncated_steps` (B,). `completion_mask` is 1 at
     the tokens of steps. K is at least `min_steps`.
 
-    packs: adds `packed`, the same texts as trees (trainer/packing.py), with a mask of the dtype
-    `mask_dtype`. The pairs of one prompt and prefix are one tree."""
+    packs: adds `packed`, the same texts as trees (trainer/packing.py), with masks of the dtype
+    `mask_dtype`, in blocks of about `block_tokens`. The pairs of one prompt and prefix are one
+    tree."""
 
     min_steps: int = 1
     packs: bool = False
     mask_dtype: torch.dtype = torch.bool
+    block_tokens: float = math.inf
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
@@ -211,12 +215,14 @@ class DataCollatorForSteps(DataCollatorForPreference):
         }
 
     def _packed(self, batch: dict, examples: list[dict], step_ids: Tensor) -> dict[str, Tensor]:
-        rows = zip(batch["input_ids"].tolist(), batch["attention_mask"].sum(1).tolist(), strict=True)
+        rows = zip(
+            batch["input_ids"].tolist(), batch["attention_mask"].sum(1).tolist(), strict=True
+        )
         texts = [ids[:length] for ids, length in rows]
         groups = [tuple(example["prompt_ids"]) for example in examples] * 2
         scored = step_ids[:, 1:] >= 0
         more = (self.pad_token_id, self.mask_dtype, self.pad_to_multiple_of or 1)
-        return pack_batch(texts, groups, scored, *more)
+        return pack_batch(texts, groups, scored, *more, self.block_tokens)
 
 
 class StepwiseDPOTrainer(DPOTrainer):
@@ -296,6 +302,9 @@ class StepwiseDPOTrainer(DPOTrainer):
                 self.args.pack = "none"
                 return
             collator.packs, collator.mask_dtype = True, mask_dtype(model)
+            # a GPU is better used by one large block; sharded weights are gathered once for it
+            if self.args.device.type == "cpu" and not self.is_fsdp_enabled:
+                collator.block_tokens = CPU_BLOCK
         for model in models:
             add_packing(model.get_base_model() if is_peft_model(model) else model)
 
