@@ -468,6 +468,27 @@ def credit_plot(
     _save(figure, path)
 
 
+def curves_plot(
+    path: str | Path,
+    title: str,
+    places: Sequence[float],
+    curves: dict[str, Sequence[float]],
+    across: str,
+    up: str,
+) -> None:
+    """Curves over the same places, from 0 on both axes: a straight line through 0 is proportional.
+
+    curves: label -> a value for each place. across, up: the names of the axes."""
+
+    def panel(axes: plt.Axes) -> None:
+        for label, values in curves.items():
+            axes.plot(places, values, marker="o", markersize=3, label=label)
+        axes.set(xlabel=across, ylabel=up, xlim=(0, None), ylim=(0, None))
+        axes.legend(frameon=False)
+
+    _panels(path, title, [panel])
+
+
 # --- search ---
 
 

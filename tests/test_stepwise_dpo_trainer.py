@@ -431,6 +431,7 @@ def test_what_is_logged_per_position(make):
         ({"label_smoothing": 0.1}, "label_smoothing: not defined"),
         ({"credit": "all"}, "credit: expected one of first_error"),
         ({"step_agg": "max"}, "step_agg: expected one of"),
+        ({"pack": "all"}, "pack: expected one of pairs, siblings, none"),
         ({"anchor_lambda": -1.0}, "anchor_lambda: expected a number of 0 or more"),
         ({"beta": 0.0}, "beta: expected a number above 0"),
         ({"beta": float("nan")}, "beta: expected a number above 0"),

@@ -215,27 +215,31 @@ def test_two_processes_train_as_one(tiny_model_dir, tmp_path):
     }
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
-    for name, launcher, batch in (("one", [], 8), ("two", torchrun, 4)):
-        given = flags(**settings, output_dir=name, per_device_train_batch_size=batch)
+    ways = (("one", [], 8, "pairs"), ("two", torchrun, 4, "pairs"), ("rows", torchrun, 4, "none"))
+    for name, launcher, batch, pack in ways:
+        sizes = {"per_device_train_batch_size": batch, "pack": pack}
+        given = flags(**settings, output_dir=name, **sizes)
         command = [sys.executable, *launcher, str(ROOT / "train.py"), *given]
         options = {"cwd": tmp_path, "env": environment, "timeout": 600}
         done = subprocess.run(command, capture_output=True, text=True, **options)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("wrote the tuned model") == 1
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    names = ("one", "two", "rows")
+    one, two, rows = (load_file(tmp_path / name / "model.safetensors") for name in names)
     before = load_file(tmp_path / "model/model.safetensors")
     assert any(not torch.equal(before[name], one[name]) for name in one)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=2e-6)
+        torch.testing.assert_close(rows[name], one[name], rtol=0, atol=2e-6)
     logs = [
-        json.loads((tmp_path / f"logs/{name}/log.json").read_text())["history"][0]
-        for name in ("one", "two")
+        json.loads((tmp_path / f"logs/{name}/log.json").read_text())["history"][0] for name in names
     ]
     for name in (
         *("loss", "rewards/margins", "scores/chosen", "logps/chosen_vs_ref/step_1"),
         *("weights/rejected", "entropy"),
     ):
-        assert logs[1][name] == pytest.approx(logs[0][name], abs=1e-4), name
+        expected = pytest.approx(logs[0][name], abs=1e-4)
+        assert logs[1][name] == expected and logs[2][name] == expected, name
 
 
 ROW = ROWS[0]

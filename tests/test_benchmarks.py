@@ -1,0 +1,81 @@
+"""What the benchmarks share, and the pairs that they measure."""
+
+import json
+from functools import partial
+
+import pytest
+
+from benchmarks.dpo_speed import LENGTHS, SpeedArguments, lengths_of, pairs_of
+from benchmarks.turns import in_turns
+from common.errors import UserError
+from reasoning.grading import grade_steps
+from reasoning.problems import problems
+
+
+def counter(start: int):
+    """A variant: it counts its calls from `start`, the warm-up included."""
+    calls = [start]
+
+    def measure() -> int:
+        calls.append(calls[-1] + 1)
+        return calls[-1]
+
+    return measure
+
+
+def broken():
+    raise ValueError("no such model")
+
+
+def test_variants_take_turns_in_processes_of_their_own():
+    found = in_turns({"a": partial(counter, 0), "b": partial(counter, 10)}, rounds=3, title="test")
+    assert {name: results for name, (results, _) in found.items()} == {
+        "a": [2, 3, 4],
+        "b": [12, 13, 14],
+    }
+    assert all(0.001 < memory < 10 for _, memory in found.values())
+
+
+def test_a_variant_that_fails_ends_the_run_with_its_reason():
+    with pytest.raises(UserError, match=r"(?s)^b failed: .*no such model"):
+        in_turns({"a": partial(counter, 0), "b": broken}, rounds=1, title="test")
+
+
+@pytest.mark.parametrize("case", "abd")
+def test_pairs_of_the_lengths_that_a_case_names(case):
+    args = SpeedArguments(pairs=12)
+    pairs = pairs_of(case, args)
+    assert len(pairs) == 12
+    means = lengths_of(pairs, args.model_name_or_path)
+    assert means == pytest.approx(LENGTHS[case], abs=3)
+    answers = {problem.prompt: problem for _, problem in zip(range(600), problems("train"))}
+    for pair in pairs[:3]:
+        problem, k = answers[pair.prompt], len(pair.prefix)
+        right = grade_steps([*pair.prefix, *pair.chosen], problem)
+        wrong = grade_steps([*pair.prefix, *pair.rejected], problem)
+        assert all(right) and wrong[k] == 0
+    if case == "d":
+        assert len({(pair.prompt, *pair.prefix) for pair in pairs}) == 4
+
+
+def test_whole_solutions_are_the_committed_pairs_without_a_prefix():
+    args = SpeedArguments(pairs=5)
+    for whole, pair in zip(pairs_of("c", args), pairs_of("e", args), strict=True):
+        assert whole.prefix == [] and whole.chosen == [*pair.prefix, *pair.chosen]
+        assert len(whole.rejected_scores) == len(whole.rejected)
+
+
+@pytest.mark.slow
+def test_dpo_speed_measures_and_writes(run_script, tmp_path, tiny_model_dir):
+    more = ["--cases", "d", "--pairs", "3", "--rounds", "1", "--sizes", "1", "2"]
+    done = run_script(
+        "benchmarks/dpo_speed.py",
+        *("--model_name_or_path", tiny_model_dir, "--per_device_train_batch_size", "3", *more),
+        *("--output_dir", tmp_path / "out"),
+    )
+    assert done.returncode == 0, done.stderr
+    (result,) = (tmp_path / "out").glob("dpo_speed_*.json")
+    metrics = json.loads(result.read_text())["metrics"]
+    assert metrics["d/speedup"]["value"] > 0 and metrics["d/prefix_tokens"]["value"] > 60
+    assert metrics["packed/2/seconds"]["value"] > 0
+    assert result.with_suffix(".png").exists()
