@@ -200,7 +200,17 @@ def test_every_mode_is_the_same(make, settings):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("settings", [{}, SETTINGS["reference in advance"]], ids=["live", "stored"])
+def test_bf16_is_the_same_but_for_rounding(make):
+    logged, expected = (update(make(pack, bf16=True))[0] for pack in ("pairs", "none"))
+    assert logged["loss"] == pytest.approx(expected["loss"], rel=0.05)
+    assert logged["logps/chosen"] == pytest.approx(expected["logps/chosen"], rel=0.01)
+
+
+ADAPTER_MODES = ["reference in advance", "checkpointing", "accumulation"]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("settings", [{}, *map(SETTINGS.get, ADAPTER_MODES)])
 def test_an_adapter_is_the_same(make, settings):
     lora = {"peft_config": LoraConfig(**LORA)}
     same_update(make("pairs", **lora, **settings), make("none", **lora, **settings))
