@@ -20,16 +20,18 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.turns import Measure, in_turns
+from tqdm import trange
+
+from benchmarks.turns import Variant
 from common.cli import arg, check_input, check_least, check_model, parse_args, run
 from common.files import at_root, read_records
 from evaluation.metrics import Metric
@@ -172,8 +174,8 @@ def make_trainer(args: SpeedArguments, pairs: list[ScoredPair], trl: bool, size:
     return DPOTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer)
 
 
-def updates(args: SpeedArguments, pairs: list[ScoredPair], way: str, size: int) -> Measure:
-    """measure() makes one pass over the pairs; it returns the seconds of a pair."""
+def updates(args: SpeedArguments, pairs: list[ScoredPair], way: str, size: int) -> Iterator[Any]:
+    """A round is one pass over the pairs; its figures are the seconds of a pair."""
     trainer = make_trainer(args, pairs, way == TRL, size)
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
@@ -198,7 +200,10 @@ def updates(args: SpeedArguments, pairs: list[ScoredPair], way: str, size: int) 
             seconds += time.perf_counter() - start
         return seconds / len(pairs)
 
-    return measure
+    measure()  # a warm-up
+    yield {}
+    while True:
+        yield {"seconds": measure()}
 
 
 def _alone(trainer: Any, model: Any) -> Callable[[dict], Callable[[], Any]]:
@@ -260,17 +265,29 @@ def lengths_of(pairs: list[ScoredPair], model: str) -> tuple[float, float]:
     return statistics.mean(before), statistics.mean(behind)
 
 
+def in_turns(
+    args: SpeedArguments, pairs: list[ScoredPair], ways: Sequence[str], size: int, title: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(median seconds of a pair, peak of memory in GB) of each way."""
+    with ExitStack() as stack:
+        variants = {}
+        for way in ways:
+            variants[way] = stack.enter_context(Variant(updates, args, pairs, way, size))
+            variants[way].wait()
+        for _ in trange(args.rounds, desc=title, unit="round"):
+            for variant in variants.values():
+                variant.round(None)
+        memory = {way: variant.peak_memory() for way, variant in variants.items()}
+    times = {way: [each["seconds"] for each in v.figures] for way, v in variants.items()}
+    return {way: statistics.median(found) for way, found in times.items()}, memory
+
+
 def measure_case(case: str, args: SpeedArguments, metrics: dict[str, Metric]) -> list[str]:
     """A row of the table."""
     pairs = pairs_of(case, args)
     prefix, branch = lengths_of(pairs, args.model_name_or_path)
-    ways = {
-        way: partial(updates, args, pairs, way, args.per_device_train_batch_size)
-        for way in (TRL, OURS, ALONE)
-    }
-    found = in_turns(ways, args.rounds, f"case {case}")
-    seconds = {way: statistics.median(times) for way, (times, _) in found.items()}
-    memory = {way: peak for way, (_, peak) in found.items()}
+    size = args.per_device_train_batch_size
+    seconds, memory = in_turns(args, pairs, (TRL, OURS, ALONE), size, f"case {case}")
     figures = {
         "prefix_tokens": prefix,
         "branch_tokens": branch,
@@ -291,10 +308,9 @@ def measure_sizes(args: SpeedArguments, metrics: dict[str, Metric]) -> dict[str,
     seconds: dict[str, list[float]] = {TRL: [], OURS: []}
     for size in args.sizes:
         pairs = pairs_of("e", replace(args, pairs=size))
-        ways = {way: partial(updates, args, pairs, way, size) for way in seconds}
-        found = in_turns(ways, args.rounds, f"{size} pairs")
-        for way, (times, _) in found.items():
-            seconds[way].append(statistics.median(times) * size)
+        found, _ = in_turns(args, pairs, [*seconds], size, f"{size} pairs")
+        for way, time_of_pair in found.items():
+            seconds[way].append(time_of_pair * size)
             name = "trl" if way == TRL else "packed"
             metrics[f"{name}/{size}/seconds"] = Metric(seconds[way][-1], None, args.rounds)
     return seconds

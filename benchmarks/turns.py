@@ -1,79 +1,111 @@
 """Variants of a benchmark that take turns, each in a process of its own.
 
-So each has its own peak of memory, and a change in the machine's speed meets all of them alike.
+A variant is a generator function. Until its first `yield` it sets itself up; then it does one round
+for every value that it is sent, and yields that round's figures. A process of its own gives it its
+own peak memory, and its own settings of the libraries.
 """
 
 import multiprocessing
 import os
-import resource
-import traceback
-from collections.abc import Callable
-from typing import Any
-
-from tqdm import tqdm
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 from common.errors import UserError
 
-Measure = Callable[[], Any]
+Figures = dict[str, Any]
 
 
-def in_turns(
-    variants: dict[str, Callable[[], Measure]], rounds: int, title: str
-) -> dict[str, tuple[list[Any], float]]:
-    """For each variant its results, one a round, and its peak of memory in GB.
+class Variant:
+    """A process that runs a job round after round.
 
-    variants: name -> a function that can be pickled; it prepares what is measured and returns
-    `measure`, which is called once to warm up and then once a round. Raises UserError if one
-    fails."""
-    context = multiprocessing.get_context("spawn")
-    pipes, workers = {}, []
-    results: dict[str, list[Any]] = {name: [] for name in variants}
-    memory: dict[str, float] = {}
+    variables: environment variables of the process; None removes one. `wait` and `finish` raise
+    the UserError of the job, or one if its process has ended."""
+
+    def __init__(
+        self, job: Callable[..., Any], *args: Any, variables: Mapping[str, str | None] = {}
+    ):
+        # libraries are loaded anew, with `variables`
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other, job, args), daemon=True)
+        before = {name: os.environ.get(name) for name in variables}
+        try:
+            _set(variables)
+            self._process.start()
+        finally:
+            _set(before)
+        other.close()
+        self.figures: list[Figures] = []  # of the rounds
+        self._is_ready = False
+
+    def wait(self) -> None:
+        """Wait until the variant has set itself up."""
+        if not self._is_ready:
+            self._receive()
+            self._is_ready = True
+
+    def start(self, value: Any) -> None:
+        """Start a round; `finish` waits for its end."""
+        self.wait()
+        self._connection.send(value)
+
+    def finish(self) -> Figures:
+        self.figures.append(self._receive())
+        return self.figures[-1]
+
+    def round(self, value: Any) -> Figures:
+        self.start(value)
+        return self.finish()
+
+    def peak_memory(self) -> float:
+        """The peak of the process's resident memory so far, in GB (Linux)."""
+        return peak_memory(self._process.pid)
+
+    def _receive(self) -> Any:
+        try:
+            received = self._connection.recv()
+            if isinstance(received, UserError):
+                raise received
+            return received
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            raise UserError(f"a variant ended with exit code {code} (see above)") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: Any, where: TracebackType | None
+    ) -> None:
+        self._connection.close()
+        self._process.join(0 if error else 5)
+        self._process.kill()  # it is in the middle of something
+
+
+def _serve(connection: Any, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
     try:
-        for name, make in variants.items():
-            pipes[name], theirs = context.Pipe()
-            workers.append(context.Process(target=_serve, args=(theirs, make), daemon=True))
-            workers[-1].start()
-            theirs.close()
-            _answer(name, pipes[name])  # it is ready, and waits
-        for _ in tqdm(range(rounds), desc=title, unit="round"):
-            for name, pipe in pipes.items():
-                pipe.send(None)
-                result, memory[name] = _answer(name, pipe)
-                results[name].append(result)
-    finally:
-        for pipe in pipes.values():
-            pipe.close()  # ends the worker, if it waits
-        for worker in workers:
-            worker.join(10)
-            worker.kill()
-    return {name: (results[name], memory[name]) for name in variants}
-
-
-def _answer(name: str, pipe: Any) -> Any:
-    try:
-        kind, value = pipe.recv()
-    except EOFError:
-        raise UserError(f"{name}: its process died") from None
-    if kind == "failed":
-        raise UserError(f"{name} failed: {value}")
-    return value
-
-
-def _serve(pipe: Any, make: Callable[[], Measure]) -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for output in (1, 2):  # the libraries' bars and warnings
-        os.dup2(nowhere, output)
-    try:
-        measure = make()
-        measure()
-        pipe.send(("ready", None))
+        rounds = job(*args)
+        connection.send(next(rounds))
         while True:
-            pipe.recv()
-            result = measure()
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kB on Linux
-            pipe.send(("done", (result, peak)))
+            connection.send(rounds.send(connection.recv()))
     except EOFError:
-        return
-    except Exception:
-        pipe.send(("failed", traceback.format_exc()))
+        return  # there are no more rounds
+    except UserError as error:
+        connection.send(error)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def peak_memory(pid: int | None) -> float:
+    """The peak of a running process's resident memory, in GB (Linux)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmHWM:"))

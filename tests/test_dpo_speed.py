@@ -1,45 +1,13 @@
-"""What the benchmarks share, and the pairs that they measure."""
+"""benchmarks/dpo_speed.py: the pairs that it measures, and a small run of it."""
 
 import json
-from functools import partial
 from itertools import islice
 
 import pytest
 
 from benchmarks.dpo_speed import LENGTHS, SpeedArguments, lengths_of, pairs_of
-from benchmarks.turns import in_turns
-from common.errors import UserError
 from reasoning.grading import grade_steps
 from reasoning.problems import problems
-
-
-def counter(start: int):
-    """A variant: it counts its calls from `start`, the warm-up included."""
-    calls = [start]
-
-    def measure() -> int:
-        calls.append(calls[-1] + 1)
-        return calls[-1]
-
-    return measure
-
-
-def broken():
-    raise ValueError("no such model")
-
-
-def test_variants_take_turns_in_processes_of_their_own():
-    found = in_turns({"a": partial(counter, 0), "b": partial(counter, 10)}, rounds=3, title="test")
-    assert {name: results for name, (results, _) in found.items()} == {
-        "a": [2, 3, 4],
-        "b": [12, 13, 14],
-    }
-    assert all(0.001 < memory < 10 for _, memory in found.values())
-
-
-def test_a_variant_that_fails_ends_the_run_with_its_reason():
-    with pytest.raises(UserError, match=r"(?s)^b failed: .*no such model"):
-        in_turns({"a": partial(counter, 0), "b": broken}, rounds=1, title="test")
 
 
 @pytest.mark.parametrize("case", "abd")
