@@ -59,7 +59,7 @@ STEP_LOSSES: dict[str, Callable[..., StepLoss]] = {
 }
 MIXABLE = (*STEP_LOSSES, "sigmoid", "sft")  # losses that can be combined with a step loss
 SIDES = ("chosen", "rejected")
-CPU_BLOCK = 512  # tokens; smaller blocks have less padding, but slower matrix products
+CPU_BLOCK = 256  # tokens; smaller blocks have less padding, but slower matrix products
 LOGGED_POSITIONS = 8  # the log-probs of steps 1 to 8 are logged one by one
 # keys of a batch that TRL does not know; they are removed before the model is called
 STEP_KEYS = ("step_ids", "step_mask", "step_scores", "truncated_steps")
@@ -191,15 +191,17 @@ class DataCollatorForSteps(DataCollatorForPreference):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
-        settings = (self.max_length, self.truncation_mode, self.pad_to_multiple_of)
         step_rows = [
-            {
-                "prompt_ids": [-1] * len(example["prompt_ids"]),
-                **{f"{side}_ids": example[f"{side}_steps"] for side in SIDES},
-            }
+            [-1] * len(example["prompt_ids"]) + example[f"{side}_steps"]
+            for side in SIDES
             for example in examples
         ]
-        step_ids = DataCollatorForPreference(-1, *settings).torch_call(step_rows)["input_ids"]
+        if self.max_length is not None:  # as TRL cuts the ids
+            keeps_start = self.truncation_mode == "keep_start"
+            kept = slice(self.max_length) if keeps_start else slice(-self.max_length, None)
+            step_rows = [row[kept] for row in step_rows]
+        width = batch["input_ids"].size(1)
+        step_ids = torch.tensor([row + [-1] * (width - len(row)) for row in step_rows])
         scores = [example[f"{side}_scores"] for side in SIDES for example in examples]
         count = max(self.min_steps, *map(len, scores))
         truncated = [float(example["truncated_steps"]) for example in examples]
