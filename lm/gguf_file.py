@@ -207,9 +207,7 @@ def read_gguf(path: str | Path, any_kind: bool = False) -> GGUFFile:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 metadata, tensors = _read(data, blocks)
         _check_sizes(metadata, tensors)
-        if any_kind:
-            _check_any_kind(metadata)
-        else:
+        if not any_kind:
             _check(metadata, tensors)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
@@ -218,6 +216,27 @@ def read_gguf(path: str | Path, any_kind: bool = False) -> GGUFFile:
     except ValueError as error:
         raise ModelError(f"{path} cannot be used: {error}") from None
     return GGUFFile(str(path), metadata)
+
+
+def read_model(path: str | Path) -> GGUFFile:
+    """Read a GGUF file of any kind that says what a judge needs: its tokens and its context.
+
+    Raises ModelError."""
+    file = read_gguf(path, any_kind=True)
+    tokens, types = (file.metadata.get(f"tokenizer.ggml.{k}") for k in ("tokens", "token_type"))
+    key = f"{file.metadata.get('general.architecture')}.context_length"
+    length = file.metadata.get(key)
+    try:
+        for values, kind in ((tokens, str), ([] if types is None else types, int)):
+            typed = isinstance(values, list) and all(isinstance(value, kind) for value in values)
+            _expect(typed, "its tokens or token types are missing or of the wrong type")
+        same = types is None or len(_list(tokens)) == len(types)
+        _expect(same, "its tokens and token types are of different lengths")
+        is_count = isinstance(length, int) and length >= 1
+        _expect(is_count, f"its field {key!r} is missing or no count")
+    except ValueError as error:
+        raise ModelError(f"{path} cannot be used: {error}") from None
+    return file
 
 
 def _read(
@@ -250,7 +269,7 @@ def _read(
         if blocks is BLOCKS:
             readable = "which the library cannot read (it reads F32, F16, Q4_0 to Q6_K)"
             _expect(kind in blocks, f"{called} has type {kind}, {readable}", _OtherKind)
-        _expect(kind in blocks, f"{called} has the unknown type {kind}")
+        _expect(kind in blocks, f"{called} has type {kind}, which is unknown")
         block, size = blocks[kind]
         rows_fit = prod(shape) > 0 and prod(shape[:1]) % block == 0
         _expect(rows_fit, f"{called} has the shape {shape}, in blocks of {block} numbers")
@@ -292,19 +311,6 @@ def _check_sizes(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -
             _expect(fits, f"its field '{kind}.{key}' is {number}, more than its tensors hold")
     longest = max((len(str(t)) for t in _list(metadata.get("tokenizer.ggml.tokens"))), default=0)
     _expect(longest <= MAX_NAME, f"one of its tokens has {longest} characters")
-
-
-def _check_any_kind(metadata: dict[str, Any]) -> None:
-    """Raises ValueError unless a file of any kind says what a judge needs to know of it."""
-    tokens, types = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
-    for values, kind in ((tokens, str), ([] if types is None else types, int)):
-        typed = isinstance(values, list) and all(isinstance(value, kind) for value in values)
-        _expect(typed, "its tokens or token types are missing or of the wrong type")
-    lengths = {len(_list(tokens)), len(_list(tokens if types is None else types))}
-    _expect(len(lengths) == 1, "its tokens and token types are of different lengths")
-    key = f"{metadata.get('general.architecture')}.context_length"
-    length = metadata.get(key)
-    _expect(isinstance(length, int) and length >= 1, f"its field {key!r} is missing or no count")
 
 
 def _check(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 
 from common.errors import ModelError
 from common.terminal import printable
-from lm.gguf_file import read_gguf
+from lm.gguf_file import read_model
 from lm.text_encoding import CUT, EDGE
 from reasoning.steps import shared_prefix
 from reward_model.judges.native import (
@@ -73,7 +73,7 @@ class LlamaCppJudge(NativeJudge):
                 f"--judge llamacpp needs xllamacpp: pip install xllamacpp=={VERSION}, or use "
                 "--judge hf"
             )
-        self.file = read_gguf(model_path, any_kind=True)
+        self.file = read_model(model_path)
         check_positive(threads=threads, context_length=context_length)
         # the server keeps a place for the token that it samples
         longest = max(1, self.file.context_length - 1)
