@@ -14,7 +14,8 @@ from common.terminal import printable
 from evaluation.metrics import Metric
 
 PACKAGES = (
-    "torch", "transformers", "trl", "peft", "ctransformers", "numpy", "scipy", "scikit-learn",
+    "torch", "transformers", "trl", "peft", "ctransformers", "xllamacpp", "numpy", "scipy",
+    "scikit-learn",
 )  # fmt: skip
 
 

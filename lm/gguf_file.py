@@ -1,6 +1,6 @@
-"""The header of a GGUF file, with checks that the step judge's library can use the file.
+"""The header of a GGUF file, with checks that the step judges' libraries can use the file.
 
-That library ends the process on a file that it does not expect, so everything is checked here
+These libraries end the process on a file that they do not expect, so everything is checked here
 first. (`gguf.GGUFReader`, which transformers uses, trusts the lengths that it reads: a damaged one
 sends it into an endless loop.)
 
@@ -51,6 +51,14 @@ SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_
 QUANTIZATIONS = ["F32", "F16", "Q8_0", "Q4_0"]  # those that lm/gguf_export.py writes
 
 
+class OtherKindError(ModelError):
+    """A file that may be sound but is of a kind that ctransformers does not read."""
+
+
+class _OtherKind(ValueError):
+    """The reason of an OtherKindError."""
+
+
 class TokenType(IntEnum):
     NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
@@ -68,7 +76,9 @@ class GGUFFile:
 
     @property
     def token_types(self) -> list[int]:
-        return self.metadata["tokenizer.ggml.token_type"]
+        """A TokenType for every token; a file without types has plain tokens only."""
+        types = self.metadata.get("tokenizer.ggml.token_type")
+        return [TokenType.NORMAL] * len(self.tokens) if types is None else types
 
     @property
     def special_tokens(self) -> dict[str, str]:
@@ -91,7 +101,7 @@ class GGUFFile:
 
     @property
     def context_length(self) -> int:
-        return self.metadata["llama.context_length"]
+        return self.metadata[f"{self.metadata['general.architecture']}.context_length"]
 
 
 class _Header:
@@ -183,7 +193,8 @@ def read_gguf(path: str | Path, any_kind: bool = False) -> GGUFFile:
     """Read and check a GGUF file.
 
     any_kind: accept every architecture, vocabulary and tensor type, for a library that refuses by
-    itself what it cannot read. Raises ModelError with the file and what is wrong with it."""
+    itself what it cannot read. Raises ModelError with the file and what is wrong with it; it is an
+    OtherKindError if `any_kind` might read the file."""
     blocks = BLOCKS
     if any_kind:
         from gguf.constants import GGML_QUANT_SIZES  # here: gguf loads numpy, which slows --help
@@ -200,9 +211,32 @@ def read_gguf(path: str | Path, any_kind: bool = False) -> GGUFFile:
             _check(metadata, tensors)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from None
+    except _OtherKind as error:
+        raise OtherKindError(f"{path} cannot be used: {error}") from None
     except ValueError as error:
         raise ModelError(f"{path} cannot be used: {error}") from None
     return GGUFFile(str(path), metadata)
+
+
+def read_model(path: str | Path) -> GGUFFile:
+    """Read a GGUF file of any kind that says what a judge needs: its tokens and its context.
+
+    Raises ModelError."""
+    file = read_gguf(path, any_kind=True)
+    tokens, types = (file.metadata.get(f"tokenizer.ggml.{k}") for k in ("tokens", "token_type"))
+    key = f"{file.metadata.get('general.architecture')}.context_length"
+    length = file.metadata.get(key)
+    try:
+        for values, kind in ((tokens, str), ([] if types is None else types, int)):
+            typed = isinstance(values, list) and all(isinstance(value, kind) for value in values)
+            _expect(typed, "its tokens or token types are missing or of the wrong type")
+        same = types is None or len(_list(tokens)) == len(types)
+        _expect(same, "its tokens and token types are of different lengths")
+        is_count = isinstance(length, int) and length >= 1
+        _expect(is_count, f"its field {key!r} is missing or no count")
+    except ValueError as error:
+        raise ModelError(f"{path} cannot be used: {error}") from None
+    return file
 
 
 def _read(
@@ -232,8 +266,10 @@ def _read(
         _expect(dimensions <= 4, f"{called} has {dimensions} dimensions")
         shape = tuple(header.count() for _ in range(dimensions))
         kind, offset = header.number("I"), header.number("Q")
-        readable = "which the library cannot read (it reads F32, F16, Q4_0 to Q6_K)"
-        _expect(kind in blocks, f"{called} has type {kind}, {readable}")
+        if blocks is BLOCKS:
+            readable = "which the library cannot read (it reads F32, F16, Q4_0 to Q6_K)"
+            _expect(kind in blocks, f"{called} has type {kind}, {readable}", _OtherKind)
+        _expect(kind in blocks, f"{called} has type {kind}, which is unknown")
         block, size = blocks[kind]
         rows_fit = prod(shape) > 0 and prod(shape[:1]) % block == 0
         _expect(rows_fit, f"{called} has the shape {shape}, in blocks of {block} numbers")
@@ -282,7 +318,7 @@ def _check(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None
 
     The judge's library is used for no other kind."""
     kind = metadata.get("general.architecture")
-    _expect(kind == "llama", f"its architecture is {kind!r}, expected 'llama'")
+    _expect(kind == "llama", f"its architecture is {kind!r}, expected 'llama'", _OtherKind)
     for key in COUNTS:
         count = metadata.get(f"llama.{key}")
         is_count = isinstance(count, int) and count >= 1
@@ -291,9 +327,10 @@ def _check(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None
     _expect(isinstance(metadata.get(key), float), f"its field {key!r} is missing or no number")
     scaling = metadata.get("llama.rope.scaling.type", "none")
     message = f"its positions are scaled ({scaling}), which the library would ignore"
-    _expect(scaling == "none", message)
+    _expect(scaling == "none", message, _OtherKind)
     kind = metadata.get("tokenizer.ggml.model")
-    _expect(kind == "llama", f"its tokenizer is {kind!r}, expected 'llama' (SentencePiece)")
+    message = f"its tokenizer is {kind!r}, expected 'llama' (SentencePiece)"
+    _expect(kind == "llama", message, _OtherKind)
 
     keys = ("tokens", "scores", "token_type")
     vocabulary: list[Any] = [metadata.get(f"tokenizer.ggml.{key}") for key in keys]
@@ -315,7 +352,8 @@ def _check(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None
     for name in ("token_embd.weight", "output.weight"):
         shape = shapes.get(name, "missing")
         message = f"its tensor {name!r} is {shape}, expected the shape {expected}"
-        _expect(shape == expected, message)
+        is_tied = name == "output.weight" and name not in shapes
+        _expect(shape == expected, message, _OtherKind if is_tied else ValueError)
     layers = range(metadata["llama.block_count"])
     for name in chain(["output_norm"], (f"blk.{k}.{part}" for k in layers for part in MATRICES)):
         _expect(f"{name}.weight" in shapes, f"its tensor '{name}.weight' is missing")
@@ -329,6 +367,6 @@ def _is_index(value: Any, items: list) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(items)
 
 
-def _expect(holds: bool, message: str) -> None:
+def _expect(holds: bool, message: str, error: type[ValueError] = ValueError) -> None:
     if not holds:
-        raise ValueError(message)
+        raise error(message)

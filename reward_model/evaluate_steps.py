@@ -91,8 +91,8 @@ def main() -> None:
         "limit": args.limit,
         "seed": args.seed,
     }
-    # pairs in one call; gguf scores solutions one by one, so a kill need not lose any
-    unit = 1 if args.judge == "gguf" else CHUNK // 2
+    # pairs in one call; these judges score solutions one by one, so a kill need not lose any
+    unit = 1 if args.judge in ("gguf", "llamacpp") else CHUNK // 2
     may_replace = ResumableRows.may_replace(output, job, args.overwrite)
     check_outputs([output, left_out_path], [args.input, *judge_files(args)], may_replace)
     pairs = list(read_records(args.input, PreferencePair))

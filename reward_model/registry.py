@@ -44,6 +44,12 @@ def _gguf(judge_path: str, judge_template: str | None, threads: int | None) -> S
     return TinyLlamaRewardScorer(judge_path, judge_template, threads)
 
 
+def _llamacpp(judge_path: str, judge_template: str | None, threads: int | None) -> StepJudge:
+    from reward_model.judges.llamacpp import LlamaCppJudge
+
+    return LlamaCppJudge(judge_path, judge_template, threads)
+
+
 def _hf(judge_path: str, judge_template: str | None) -> StepJudge:
     from reward_model.judges.hf import HFJudge
 
@@ -104,6 +110,7 @@ def _human(judge_labels: str) -> StepJudge:
 
 JUDGES: dict[str, Callable[..., StepJudge]] = {
     "gguf": _gguf,
+    "llamacpp": _llamacpp,
     "hf": _hf,
     "prm": _prm,
     "response": _response,
@@ -133,27 +140,29 @@ class JudgeArgs:
 
     judge: str = arg(
         "gguf",
-        "gguf: a GGUF file of the LLaMA architecture; hf: any causal LM through "
-        "transformers; prm: a process reward model; response: a response reward model, each "
-        "step gets the score of the whole; openai: any OpenAI-compatible server (key from "
-        "OPENAI_API_KEY); exact: the checker, for ceilings; random: uniform random scores, a "
-        "control; human: labels made by people; shuffled: another judge's scores permuted "
-        "over steps, a control",
+        "gguf: a GGUF file of the LLaMA architecture, through ctransformers; llamacpp: any GGUF "
+        "file, through llama.cpp; hf: any causal LM through transformers; prm: a process reward "
+        "model; response: a response reward model, each step gets the score of the whole; openai: "
+        "any OpenAI-compatible server (key from OPENAI_API_KEY); exact: the checker, for ceilings; "
+        "random: uniform random scores, a control; human: labels made by people; shuffled: another "
+        "judge's scores permuted over steps, a control",
         choices=[*JUDGES, SHUFFLED],
     )
     judge_path: str = arg(
         at_root("models/judge-mini/judge-mini.Q8_0.gguf"),
-        "gguf: its file; hf: a model directory, a GGUF file or a hub name; prm, "
+        "gguf, llamacpp: its file; hf: a model directory, a GGUF file or a hub name; prm, "
         "response: a model directory or a hub name "
         f"(default {' and '.join(path for path, _ in MINIATURES.values())})",
     )
     judge_template: str | None = arg(
         None,
-        "gguf, hf, openai: the text around the question (default: by the model's own "
+        "gguf, llamacpp, hf, openai: the text around the question (default: by the model's own "
         "chat template or name; openai: a user's message to a chat model)",
         choices=[*TEMPLATES],
     )
-    threads: int | None = arg(None, "gguf: CPU threads (default: chosen by a short trial)")
+    threads: int | None = arg(
+        None, "gguf, llamacpp: CPU threads (default: chosen by a short trial)"
+    )
     judge_base_url: str | None = arg(None, "openai: URL of the server, http://localhost:8000/v1")
     judge_model: str | None = arg(None, "openai: name of the model")
     judge_samples: int = arg(5, "openai: sampled verdicts a step, if the server gives no log-probs")
@@ -197,7 +206,7 @@ def check_judge(args: JudgeArgs) -> None:
     if args.judge_base_url is not None:
         check_url("judge", args.judge_base_url)
     command = made_by if args.judge_path == default_path else None
-    if inner == "gguf" or (inner == "hf" and args.judge_path.endswith(".gguf")):
+    if inner in ("gguf", "llamacpp") or (inner == "hf" and args.judge_path.endswith(".gguf")):
         check_input(args.judge_path, command)
     elif inner in ("hf", *MINIATURES):
         check_model(args.judge_path, command)

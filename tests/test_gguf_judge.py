@@ -1,11 +1,16 @@
-"""The GGUF step judge against transformers, and all input that would crash its library."""
+"""The two step judges of GGUF files, `gguf` and `llamacpp`, against transformers, and all input
+that would crash their libraries."""
 
 import os
 import random
 import signal
 import struct
+import sys
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -16,7 +21,10 @@ from common.errors import JudgeError, ModelError
 from lm.chat_template import chat_frame
 from lm.gguf_export import export_gguf
 from lm.gguf_file import GGUFFile, TokenType, read_gguf
+from lm.text_encoding import CUT
 from reward_model.judges.hf import HFJudge
+from reward_model.judges.llamacpp import LlamaCppJudge
+from reward_model.judges.native import NativeJudge, NativeModel, spellings
 from reward_model.templates import (
     CHAT,
     NO,
@@ -27,26 +35,38 @@ from reward_model.templates import (
     chat_judge_template,
     gguf_template,
 )
-from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer, _Model, _TextEncoder
+from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer
 from tests.helpers.chat_models import CHATML, HEAD, THINKING, chat_model
 from tests.helpers.solutions import PROMPT, STEPS
 
-pytestmark = pytest.mark.process  # the judge has a process of its own
+pytestmark = pytest.mark.process  # the judges have a process of their own
+JUDGES = [TinyLlamaRewardScorer, LlamaCppJudge]
+both = pytest.mark.parametrize("kind", JUDGES)
 
 STRANGE = ["🙂🙂 a🙂b", "e\u0301 x\u0301", "كم تفاحة؟ 12", "\ufffd", "\0", "a\0\0b", "\U0010ffff"]
 STRANGE += ["</s>", "<s><unk><0x0A>", "▁", "\u200b"]
 
 
-@pytest.fixture(scope="module")
-def judge(tiny_gguf):
-    with TinyLlamaRewardScorer(tiny_gguf, threads=1) as judge:
+@pytest.fixture(scope="module", params=JUDGES)
+def judge(request, tiny_gguf):
+    with request.param(tiny_gguf, threads=1) as judge:
         yield judge
+
+
+@contextmanager
+def in_this_process(judge: NativeJudge) -> Iterator[NativeModel]:
+    """The library's model with the judge's settings: to look at ids and logits."""
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    with TemporaryDirectory() as folder:
+        yield sys.modules[type(judge).__module__]._Model({**judge._settings, "folder": folder})
+    for kind, handler in handlers.items():  # llama.cpp's server has set its own
+        signal.signal(kind, handler)
 
 
 @pytest.fixture(scope="module")
 def native(judge):
-    """The library's model in this process, with the judge's settings: to look at ids and logits."""
-    return _Model(judge._settings)
+    with in_this_process(judge) as model:
+        yield model
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +108,17 @@ def test_a_solution_in_pieces_has_the_ids_of_the_whole_text(judge, native, token
     before = text.control(template.before, PROMPT, is_start=True)
     lines = [text.plain(step + "\n") for step in STEPS]
     pieces = [before, *lines, text.control(template.question)]
-    ids = [index for piece in pieces for index in native._ids(piece)]
+    ids = native._ids([item for piece in pieces for item in piece])
     whole = template.before.format(prompt=PROMPT) + "\n".join(STEPS) + "\n" + template.question
     assert ids == tokenizer(whole)["input_ids"]
 
 
 def test_control_tokens_are_ids_in_a_template_and_text_in_a_users_text(judge):
-    assert judge._text.control("x</s>y {prompt}", "z</s>") == ["x", 2, " y z<", "/s>"]
+    items = judge._text.control("x</s>y {prompt}", "z</s>")
+    if isinstance(judge, LlamaCppJudge):
+        assert items == ["x", 2, f"y z<{CUT}/s>"]
+    else:
+        assert items == ["x", 2, " y z<", "/s>"]
 
 
 # --- the template
@@ -115,19 +139,23 @@ def changed(path: str, old: bytes, new: bytes) -> str:
     return path
 
 
-def ids_of(judge: TinyLlamaRewardScorer, prompt: str, steps: list[str]) -> list[int]:
-    native, text = _Model(judge._settings), judge._text
+def ids_of(judge: NativeJudge, prompt: str, steps: list[str]) -> list[int]:
+    text = judge._text
     before = text.control(judge.template.before, prompt, is_start=True)
     lines = [item for step in steps for item in text.plain(step + "\n")]
-    return native._ids([*before, *lines, *text.control(judge.template.question)])
+    with in_this_process(judge) as native:
+        return native._ids([*before, *lines, *text.control(judge.template.question)])
 
 
 CONTENT = CHAT.before.format(prompt=PROMPT) + "\n".join(STEPS) + "\n" + CHAT.question
 
 
+@both
 @pytest.mark.parametrize("template", [CHATML, THINKING, CHATML.replace("{{ bos_token }}", "")])
 @pytest.mark.parametrize("adds_bos", [True, False])
-def test_a_file_is_asked_in_its_own_chat_template(tiny_model_dir, tmp_path, template, adds_bos):
+def test_a_file_is_asked_in_its_own_chat_template(
+    tiny_model_dir, tmp_path, template, adds_bos, kind
+):
     path = chat_file(tiny_model_dir, tmp_path, template)
     if not adds_bos:
         key = b"tokenizer.ggml.add_bos_token" + struct.pack("<I", 7)
@@ -144,7 +172,7 @@ def test_a_file_is_asked_in_its_own_chat_template(tiny_model_dir, tmp_path, temp
     if adds_bos:  # once, whoever writes it
         whole = bos + whole.removeprefix(bos)
     expected = tokenizer(whole, add_special_tokens=False)["input_ids"]
-    with TinyLlamaRewardScorer(path, threads=1) as judge:
+    with kind(path, threads=1) as judge:
         assert judge.template_name == "chat" and "template chat" in str(judge)
         assert ids_of(judge, PROMPT, STEPS) == expected
         scores = judge.score_steps([(PROMPT, STEPS)])[0]
@@ -163,7 +191,7 @@ def test_a_file_is_asked_in_its_own_chat_template(tiny_model_dir, tmp_path, temp
         ("{{ messages[0].content | upper }}", "does not write every message"),
     ],
 )
-@pytest.mark.parametrize("judge", [TinyLlamaRewardScorer, HFJudge])
+@pytest.mark.parametrize("judge", [*JUDGES, HFJudge])
 def test_a_chat_template_that_cannot_be_used_names_the_flag(
     tiny_model_dir, tmp_path, template, reason, judge
 ):
@@ -177,19 +205,20 @@ def test_a_chat_template_that_cannot_be_used_names_the_flag(
         assert len(other.score_steps([(PROMPT, STEPS)])[0]) == 3
 
 
-def test_a_model_that_begins_to_think_gives_no_verdict(tiny_model_dir, tmp_path):
+@both
+def test_a_model_that_begins_to_think_gives_no_verdict(tiny_model_dir, tmp_path, kind):
     asked = chat_judge_template(chat_frame(CHATML, {"bos_token": "<s>"}))
     text = asked.before.format(prompt=PROMPT) + "\n".join(STEPS) + "\n" + asked.question
     for says, thinks in (("<think>", True), ("Yes", False)):
         (tmp_path / says).mkdir()
         path = chat_file(tiny_model_dir, tmp_path / says, CHATML, says=says, after=text)
-        with TinyLlamaRewardScorer(path, threads=1) as judge:
+        with kind(path, threads=1) as judge:
             if thinks:
                 with pytest.raises(JudgeError, match=r"begins to think .* --judge_template"):
                     judge.score_steps([(PROMPT, STEPS)], skip=[2])
             else:
                 assert judge.score_steps([(PROMPT, STEPS)])[0][2] > 0.9
-        with TinyLlamaRewardScorer(path, "chatml", threads=1) as judge:
+        with kind(path, "chatml", threads=1) as judge:
             assert judge.score_steps([(PROMPT, STEPS)])[0]
 
 
@@ -234,6 +263,7 @@ def test_of_several_chat_templates_the_default_is_used(capsys):
 # --- scores
 
 
+@pytest.mark.parametrize("judge", JUDGES[:1], indirect=True)
 def test_logits_agree_with_transformers(native, parent, tokenizer):
     ids = tokenizer(PLAIN.before.format(prompt=PROMPT) + "\n".join(STEPS))["input_ids"]
     native._evaluate(ids, 0)
@@ -244,10 +274,11 @@ def test_logits_agree_with_transformers(native, parent, tokenizer):
     native.held = []
 
 
+@both
 @pytest.mark.parametrize("template", ["plain", "zephyr"])
-def test_scores_agree_with_transformers(tiny_gguf, parent, tokenizer, template):
+def test_scores_agree_with_transformers(tiny_gguf, parent, tokenizer, template, kind):
     other = ("🙂 How many?", ["Step 1: é", "Answer: 3"])
-    with TinyLlamaRewardScorer(tiny_gguf, template, threads=1) as judge:
+    with kind(tiny_gguf, template, threads=1) as judge:
         scores = judge.score_steps([(PROMPT, STEPS), other])
 
     def expected(prompt, steps):
@@ -274,22 +305,31 @@ def test_a_score_depends_on_nothing_but_its_solution(judge, tiny_gguf):
     assert steps == [alone[2], alone[0], alone[1]]
     solutions = [(PROMPT, STEPS), (PROMPT, []), (PROMPT, STEPS)]
     assert judge.score_steps(solutions, skip=[1, 0, 3]) == [alone[1:], [], []]
-    with TinyLlamaRewardScorer(tiny_gguf, threads=2) as other:
+    with type(judge)(tiny_gguf, threads=2) as other:
         assert score_step(other, PROMPT, STEPS[2], STEPS[:2]) == alone[2]
     assert len(set(alone)) == 3
 
 
-def test_what_steps_share_is_evaluated_once(tiny_gguf, tokenizer):
+@both
+def test_what_steps_share_is_evaluated_once(tiny_gguf, tokenizer, kind):
     def count(text):
         return len(tokenizer(text)["input_ids"])
 
     whole = count(PLAIN.before.format(prompt=PROMPT) + "\n".join(STEPS) + "\n")
     question = count("\n" + PLAIN.question) - count("\n")
-    with TinyLlamaRewardScorer(tiny_gguf, threads=1) as judge:
+    # between the old question and the same one again
+    spare = 1 if kind is LlamaCppJudge else 0
+    with kind(tiny_gguf, threads=1) as judge:
         judge.score_steps([(PROMPT, STEPS)])
         assert judge.tokens_evaluated == whole + 3 * question
         judge.score_steps([(PROMPT, STEPS)], skip=[2])  # all in the cache but the question
-        assert judge.tokens_evaluated == whole + 4 * question
+        assert judge.tokens_evaluated == whole + 4 * question + spare
+        evaluated = judge.tokens_evaluated
+        # another problem begins like this one, up to its first word
+        judge.score_steps([("Zoe has 2 cups.", ["Answer: 2"])])
+        other = count(PLAIN.before.format(prompt="Zoe has 2 cups.") + "Answer: 2\n") + question
+        head = count("Problem:") if kind is LlamaCppJudge else 0
+        assert judge.tokens_evaluated - evaluated == other - head
 
 
 @pytest.mark.parametrize("text", STRANGE)
@@ -303,30 +343,43 @@ def test_what_cannot_be_scored_is_an_error_of_one_line(judge, tiny_gguf):
     assert judge.score_steps([("\ud800", ["Answer: 1"])]) == [None]
     for arguments in ({"template": "none"}, {"threads": 0}, {"context_length": 0}):
         with pytest.raises(ModelError, match=r"expected one of plain|at least 1"):
-            TinyLlamaRewardScorer(tiny_gguf, **arguments)
+            type(judge)(tiny_gguf, **arguments)
 
 
+@both
 def test_a_solution_longer_than_the_context_gets_none_before_anything_is_evaluated(
-    tiny_gguf, tokenizer
+    tiny_gguf, tokenizer, kind
 ):
-    text = PLAIN.before.format(prompt=PROMPT) + STEPS[0] + "\n" + PLAIN.question
-    length = len(tokenizer(text)["input_ids"])
-    with TinyLlamaRewardScorer(tiny_gguf, threads=1, context_length=length) as judge:
+    def count(text):
+        return len(tokenizer(text)["input_ids"])
+
+    length = count(PLAIN.before.format(prompt=PROMPT) + STEPS[0] + "\n" + PLAIN.question)
+    with kind(tiny_gguf, threads=1, context_length=length) as judge:
         score = score_step(judge, PROMPT, STEPS[0])  # fits to the last token
         evaluated = judge.tokens_evaluated
         assert judge.score_steps([(PROMPT, STEPS)]) == [None]
         assert judge.tokens_evaluated == evaluated
         assert judge.score_steps([(PROMPT, STEPS), (PROMPT, STEPS[:1])]) == [None, [score]]
-    with TinyLlamaRewardScorer(tiny_gguf, threads=1) as judge:
-        assert judge.context_length == 512  # the file's
+    with kind(tiny_gguf, threads=1) as judge:
+        # the file's; llama.cpp keeps a place for the next token
+        assert judge.context_length == (511 if kind is LlamaCppJudge else 512)
         assert score_step(judge, PROMPT, STEPS[0]) == score
+        around = count(PLAIN.before.format(prompt="x") + "\n" + PLAIN.question)
+        steps = ["a " * (judge.context_length - around + more) for more in (-1, 0, 1)]
+        lengths = [
+            count(PLAIN.before.format(prompt="x") + f"{step}\n{PLAIN.question}") for step in steps
+        ]
+        expected = [length <= judge.context_length for length in lengths]
+        assert {True, False} == {*expected} and judge.context_length in lengths
+        assert [bool(judge.score_steps([("x", [step])])[0]) for step in steps] == expected
 
 
 # --- the worker
 
 
-def test_a_dead_worker_is_one_error_that_names_the_input(tiny_gguf):
-    with TinyLlamaRewardScorer(tiny_gguf, threads=1) as judge:
+@both
+def test_a_dead_worker_is_one_error_that_names_the_input(tiny_gguf, kind):
+    with kind(tiny_gguf, threads=1) as judge:
         scores = judge.score_steps([(PROMPT, STEPS)])
         os.kill(judge._process.pid, signal.SIGKILL)
         place = r"SIGKILL.*step 1 'Step 1: boom' of prompt 'The deadly problem.'"
@@ -341,7 +394,8 @@ def test_the_worker_stays_light(judge):
     assert "libtorch" not in maps
 
 
-def test_weights_that_are_not_finite(tiny_gguf, tmp_path):
+@both
+def test_weights_that_are_not_finite(tiny_gguf, tmp_path, kind):
     path = tmp_path / "nan.gguf"
     path.write_bytes(Path(tiny_gguf).read_bytes())
     reader = GGUFReader(path, "r+")
@@ -349,7 +403,7 @@ def test_weights_that_are_not_finite(tiny_gguf, tmp_path):
     norm.data[:] = float("nan")
     reader.data.flush()
     with (
-        TinyLlamaRewardScorer(path, threads=1) as judge,
+        kind(path, threads=1) as judge,
         pytest.raises(ModelError, match="not finite at step 1 'x'"),
     ):
         score_step(judge, PROMPT, "x")
@@ -384,11 +438,11 @@ def bad_files(good: bytes) -> dict[str, tuple[bytes, str]]:
         "cut data": (good[:-64], "cut off"),
         "architecture": (
             changed(field(architecture, b"llama"), field(architecture, b"qwen2")),
-            "'qwen2', expected 'llama'",
+            "'qwen2', expected 'llama'; --judge llamacpp reads such files",
         ),
         "gpt2 tokenizer": (
             changed(field(model, b"llama"), field(model, b"gpt-2")),
-            "tokenizer is 'gpt-2'",
+            "tokenizer is 'gpt-2', expected 'llama' (SentencePiece); --judge llamacpp reads",
         ),
         "no tokens": (
             changed(b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenz"),
@@ -434,13 +488,41 @@ def test_a_bad_file_is_one_line_that_names_it(tiny_gguf, tmp_path):
         assert str(path) in message and expected in message and "\n" not in message, name
 
 
-def test_a_file_that_only_the_library_finds_wrong(tiny_gguf, tmp_path):
+# what llama.cpp finds in the files that the checks of any kind of file let pass
+LLAMA_CPP_FINDS = {
+    "architecture": "'qwen2.context_length' is missing",
+    "gpt2 tokenizer": "unknown tokenizer: 'gpt-2'",
+    "no tokens": "tokens or token types are missing",
+    "no byte token": None,
+    "no layer": "tensor 'blk.1.attn_q.weight' not found",
+    "no output": "wrong number of tensors",
+}
+
+
+def test_a_bad_file_is_one_line_of_the_llama_cpp_judge_too(tiny_gguf, tmp_path):
+    for name, (content, expected) in bad_files(Path(tiny_gguf).read_bytes()).items():
+        expected = LLAMA_CPP_FINDS.get(name, expected)
+        path = tmp_path / f"{name}.gguf"
+        path.write_bytes(content)
+        if expected is None:
+            LlamaCppJudge(path, threads=1).close()
+            continue
+        with pytest.raises(ModelError) as error:
+            LlamaCppJudge(path, threads=1)
+        message = str(error.value)
+        assert str(path) in message and expected in message and "\n" not in message, name
+        assert "--judge llamacpp" not in message
+
+
+@both
+def test_a_file_that_only_the_library_finds_wrong(tiny_gguf, tmp_path, kind):
     path = tmp_path / "bad.gguf"
     key = b"llama.feed_forward_length" + struct.pack("<I", 4)
     data = Path(tiny_gguf).read_bytes()
     path.write_bytes(data.replace(key + struct.pack("<I", 96), key + struct.pack("<I", 97)))
-    with pytest.raises(ModelError, match=r"bad\.gguf cannot be loaded"):
-        TinyLlamaRewardScorer(path)
+    with pytest.raises(ModelError, match=r"bad\.gguf cannot be loaded: .*(wrong shape)") as error:
+        kind(path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_damaged_header_never_hangs_or_crashes(tiny_gguf, tmp_path):
@@ -460,12 +542,11 @@ def test_a_damaged_header_never_hangs_or_crashes(tiny_gguf, tmp_path):
 
 def test_a_vocabulary_without_the_words(judge):
     tokens = {"tokenizer.ggml.tokens": ["a"] * len(judge.file.tokens)}
-    text = _TextEncoder(GGUFFile("x.gguf", judge.file.metadata | tokens))
     with pytest.raises(ModelError, match=r"x\.gguf .* no token Yes or yes"):
-        text.spellings(YES)
+        spellings(GGUFFile("x.gguf", judge.file.metadata | tokens), YES)
 
 
 def test_a_template_of_ones_own(judge, tiny_gguf):
     own = JudgeTemplate("Q: {prompt} {braces}\n", "OK?")
-    with TinyLlamaRewardScorer(tiny_gguf, own, threads=1) as other:
+    with type(judge)(tiny_gguf, own, threads=1) as other:
         assert score_step(other, PROMPT, STEPS[0]) != score_step(judge, PROMPT, STEPS[0])

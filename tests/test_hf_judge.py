@@ -18,6 +18,7 @@ from lm.chat_template import chat_frame
 from lm.gguf_export import export_gguf
 from reasoning.records import PreferencePair
 from reward_model.judges.hf import TRIAL, HFJudge
+from reward_model.judges.llamacpp import LlamaCppJudge
 from reward_model.templates import (
     CHAT,
     NO,
@@ -93,24 +94,25 @@ def real() -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("quantization", ["F32", "Q8_0"])
-def test_scores_equal_those_of_the_gguf_judge_on_the_same_file(quantization, real, tmp_path):
+@pytest.mark.parametrize("quantization", ["F32", "F16", "Q8_0"])
+def test_scores_equal_those_of_the_gguf_judges_on_the_same_file(quantization, real, tmp_path):
     path = tmp_path / f"judge.{quantization}.gguf"
     export_gguf(JUDGE, path, quantization)
-    with TinyLlamaRewardScorer(path, threads=1) as gguf:
-        expected = gguf.score_steps(real)
     judge = HFJudge(path, device="cpu")
     scores = judge.score_steps(real)
     assert judge.packed and judge.template_name == "plain" and judge.context_length == 512
-    apart = differences(scores, expected)
-    assert len(apart) > 100
+    for other in (TinyLlamaRewardScorer, LlamaCppJudge):
+        with other(path, threads=1) as gguf:
+            apart = differences(scores, gguf.score_steps(real))
+        assert len(apart) > 100
+        if quantization == "Q8_0":
+            # the libraries of the GGUF judges also round the activations to 8 bits
+            assert max(apart) < 0.1 and sum(apart) / len(apart) < 5e-3
+        else:
+            assert max(apart) < 5e-3
     if quantization == "F32":
-        assert max(apart) < 5e-3
         # the directory that the file was made from
         assert max(differences(scores, HFJudge(JUDGE, device="cpu").score_steps(real))) < 1e-5
-    else:
-        # the library of the GGUF judge also rounds the activations to 8 bits
-        assert max(apart) < 0.1 and sum(apart) / len(apart) < 5e-3
 
 
 STRANGE = ["🙂🙂 a🙂b", "e\u0301 x\u0301", "كم تفاحة؟ 12", "\ufffd", "\0", "\U0010ffff", "▁"]

@@ -61,14 +61,16 @@ def test_the_default_judge_scores_right_steps_higher_and_the_control_does_not():
         for steps in (problem.steps, ["Step 1: 1 + 1 = 3", *problem.steps[1:]])
     ]
     firsts = {}
-    for name in ("gguf", "shuffled", "exact"):
-        with open_judge(JudgeArgs(judge=name, threads=1 if name == "gguf" else None)) as judge:
+    for name in ("gguf", "llamacpp", "shuffled", "exact"):
+        threads = 1 if name in ("gguf", "llamacpp") else None
+        with open_judge(JudgeArgs(judge=name, threads=threads)) as judge:
             firsts[name] = [scores[0] for scores in judge.score_steps(solutions)]
     right = {
         name: sum(a > b for a, b in zip(scores[::2], scores[1::2], strict=True))
         for name, scores in firsts.items()
     }
-    assert right["exact"] == 20 and right["gguf"] >= 18 and right["shuffled"] <= 16
+    assert right["exact"] == 20 and right["shuffled"] <= 16
+    assert right["gguf"] >= 18 and right["llamacpp"] >= 18
     # permuted over all steps, not only over the first ones
     assert sorted(firsts["shuffled"]) != sorted(firsts["gguf"])
 
@@ -86,6 +88,7 @@ def test_the_exact_judge_knows_the_embedded_world():
         ({"judge_path": "."}, "is a folder, expected a file"),
         ({"judge": "hf", "judge_path": "."}, "no config.json"),
         ({"judge": "hf", "judge_path": "none/none.gguf"}, "none.gguf not found"),
+        ({"judge": "llamacpp", "judge_path": "none.gguf"}, "none.gguf not found"),
         (
             {"judge": "prm", "judge_path": "saved_model/none"},
             "directory saved_model/none not found",
@@ -116,6 +119,7 @@ def test_good_arguments_pass(tiny_gguf, tiny_model_dir):
     url = {"judge_base_url": "http://127.0.0.1:1/v1", "judge_model": "m"}
     good = {
         "gguf": ({"judge_path": tiny_gguf, "threads": 1}, "tiny.F32"),
+        "llamacpp": ({"judge_path": tiny_gguf, "threads": 1}, "llamacpp-tiny.F32"),
         "hf": ({"judge_path": tiny_model_dir}, "hf-tiny-model"),
         "prm": ({"judge_path": tiny_model_dir}, "prm-tiny-model"),
         "response": ({"judge_path": tiny_model_dir}, "response-tiny-model"),

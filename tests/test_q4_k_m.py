@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.files import ROOT
 from lm.gguf_export import export_gguf
+from reward_model.judges.llamacpp import LlamaCppJudge
 from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer
 from tests.helpers.transformers_judge import step_scores
 
@@ -41,8 +42,8 @@ SOLUTIONS = [
 ]
 
 
-def judge_scores(path) -> np.ndarray:
-    with TinyLlamaRewardScorer(path, threads=1) as judge:
+def judge_scores(path, kind=TinyLlamaRewardScorer) -> np.ndarray:
+    with kind(path, threads=1) as judge:
         return np.concatenate(judge.score_steps(SOLUTIONS))
 
 
@@ -70,7 +71,9 @@ def test_it_is_read_right(scores):
     from the judge, which rounds activations to 8 bits."""
     options = {"gguf_file": FILE.name, "dtype": torch.float32}
     model = AutoModelForCausalLM.from_pretrained(FOLDER, **options).eval()
-    assert np.abs(scores - scores_in_transformers(model)).max() < 0.01
+    expected = scores_in_transformers(model)
+    for found in (scores, judge_scores(FILE, LlamaCppJudge)):
+        assert np.abs(found - expected).max() < 0.01
 
 
 def test_it_agrees_with_its_parent(scores, tmp_path):
