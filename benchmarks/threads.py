@@ -2,11 +2,12 @@
 
     python benchmarks/threads.py          # 4 minutes on 2 cores
 
-The scripts start torch with as many threads as there are cores. Threads that wait for one another
-spin for a short time before they sleep (`SPINS` in common/cli.py); OpenMP's own default spins for
-milliseconds, in which a thread that waits keeps a core from the thread that it waits for. The table
-compares both with one thread. Rates are relative to one thread on idle cores. `busy` is an endless
-loop in another process, `copy` a second process that does the same work; all ways take turns."""
+The scripts start torch with as many threads as there are cores, and threads that wait for one
+another sleep at once (`share_cores` in common/cli.py). By OpenMP's own default they spin for
+milliseconds first, and keep a core from the thread that they wait for. The table compares both with
+one thread; `--spins` adds other numbers of spins (OpenMP's default: 300000). Rates are relative to
+one thread on idle cores. `busy` is an endless loop in another process, `copy` a second process that
+does the same work; all ways take turns."""
 
 import os
 import sys
@@ -24,16 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import trange
 
 from benchmarks.turns import Variant
-from common.cli import (
-    SPIN_VARIABLES,
-    SPINS,
-    arg,
-    check_least,
-    check_model,
-    check_output,
-    parse_args,
-    run,
-)
+from common.cli import WAIT_VARIABLES, arg, check_least, check_model, check_output, parse_args, run
 from common.files import at_root
 from evaluation.metrics import Metric
 from evaluation.results import print_table, write_result
@@ -49,7 +41,7 @@ class ThreadArguments:
     model_name_or_path: str = arg(at_root("models/policy-mini"), "the model that works")
     jobs: list[str] = arg([*JOBS], "what it does", choices=[*JOBS])
     threads: int = arg(os.cpu_count() or 1, "threads to compare with one")
-    spins: list[str] = arg([SPINS], "numbers of spins to compare with OpenMP's own default")
+    spins: list[str] = arg([], "numbers of spins to compare as well")
     rows: int = arg(16, "solutions that are sampled, or trained on, together")
     tokens: int = arg(32, "length of a solution, at most")
     seconds: float = arg(1.0, "of a measurement, at least")
@@ -111,11 +103,12 @@ def main() -> None:
     model = Path(args.model_name_or_path).resolve().name
     output = Path(args.output_dir, f"threads_{model}.json")
     check_output(output, args.overwrite, [args.model_name_or_path])
-    own: dict[str, str | None] = dict.fromkeys(SPIN_VARIABLES)  # none of them: OpenMP's default
+    own: dict[str, str | None] = dict.fromkeys(WAIT_VARIABLES)  # none of them: OpenMP's default
     threads = {"OMP_NUM_THREADS": str(args.threads)}
     settings = {
         ONE: {**own, "OMP_NUM_THREADS": "1"},
         f"{args.threads} threads, OpenMP's default": {**own, **threads},
+        f"{args.threads} threads, passive": {**own, **threads, "OMP_WAIT_POLICY": "PASSIVE"},
     }
     for spins in args.spins:
         settings[f"{args.threads} threads, {spins} spins"] = {

@@ -42,18 +42,17 @@ def fail(message: object) -> NoReturn:
 
 
 # the variables by which a user says how OpenMP's threads wait
-SPIN_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-SPINS = "1000"
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def share_cores() -> None:
-    """Let torch's threads sleep early where they wait for one another, unless the user has chosen.
+    """Let torch's threads sleep where they wait for one another, unless the user has chosen.
 
-    OpenMP lets them spin 300,000 times (milliseconds): beside another job, a thread that spins
+    By default OpenMP lets them spin for milliseconds first: beside another job, a thread that spins
     keeps the core from the one that it waits for. benchmarks/threads.py measures it. This holds if
     torch is not loaded yet, and in processes that are started later."""
-    if not any(name in os.environ for name in SPIN_VARIABLES):
-        os.environ["GOMP_SPINCOUNT"] = SPINS
+    if not any(name in os.environ for name in WAIT_VARIABLES):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def run(main: Callable[[], None]) -> None:

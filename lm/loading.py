@@ -31,8 +31,8 @@ LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, Safeten
 
 # The dtype of `scoring_device` on a CPU with instructions for bf16; `load_weights` knows the size
 BF16_IF_LARGE = "bfloat16 if large"
-# Bytes of stored weights. Smaller weights stay in the caches of a CPU: to read them takes little of
-# the time, and bf16 would gain little for its rounding.
+# Bytes of stored weights. Smaller models are fast enough in float32, and their samples are then the
+# same on CPUs with and without these instructions.
 LARGE = 64 << 20
 
 

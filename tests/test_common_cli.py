@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.cli import SPIN_VARIABLES, SPINS, parse_args, run
+from common.cli import WAIT_VARIABLES, parse_args, run
 from common.files import ROOT
 
 
@@ -352,16 +352,16 @@ def test_any_file_gives_arguments_or_one_line(content):
 
 
 def test_scripts_say_how_threads_wait_unless_the_user_did(monkeypatch):
-    for name in SPIN_VARIABLES:
+    for name in WAIT_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     run(lambda: None)
-    assert os.environ["GOMP_SPINCOUNT"] == SPINS
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     for name, value in (("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "7")):
         monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
         monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
         monkeypatch.setenv(name, value)
         run(lambda: None)
-        assert {key: os.environ[key] for key in SPIN_VARIABLES if key in os.environ} == {
+        assert {key: os.environ[key] for key in WAIT_VARIABLES if key in os.environ} == {
             name: value
         }
 
@@ -382,7 +382,7 @@ def test_no_script_loads_torch_before_that():
         "assert 'torch' not in sys.modules\n"
         "run(lambda: import_module('torch'))"
     )
-    variables = {key: os.environ[key] for key in os.environ if key not in SPIN_VARIABLES}
+    variables = {key: os.environ[key] for key in os.environ if key not in WAIT_VARIABLES}
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -391,4 +391,4 @@ def test_no_script_loads_torch_before_that():
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert f"GOMP_SPINCOUNT = '{SPINS}'" in done.stderr
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
