@@ -60,6 +60,11 @@ class RolloutArguments(DtypeArgs):
     gguf: list[str] = arg(
         [], "the policy as GGUF files, for llama.cpp (default: made from it in F16 and Q8_0)"
     )
+    ways: list[str] = arg(
+        [OURS, *GENERATE],
+        f"ways beside llama.cpp; {OURS} and {PEER} are always there",
+        choices=[OURS, *GENERATE],
+    )
     kinds: list[str] = arg([*KINDS], "what to measure", choices=[*KINDS])
     counts: list[int] = arg([1, 4, 16], "samples of a prompt, and proposals for a step")
     limit: int = arg(4, "prompts in a round, one after another")
@@ -162,7 +167,9 @@ def main() -> None:
             return stack.enter_context(Variant(timed, args, load, what))
 
         variants = {OURS: variant(generating, None)}
-        variants |= {name: variant(generating, way) for name, way in GENERATE.items()}
+        for name, way in GENERATE.items():
+            if name == PEER or name in args.ways:
+                variants[name] = variant(generating, way)
         for path in args.gguf or exported(args.model_name_or_path, stack):
             variants[f"llama.cpp, {Path(path).name.split('.')[-2]}"] = variant(llamacpp, path)
         for each in variants.values():

@@ -204,6 +204,7 @@ def arg(default: Any = MISSING, help: str = "", **more: Any) -> Any:
 
 # the environment variable of `--dtype`: it also holds in processes that a script starts
 DTYPE_VARIABLE = "SCORING_DTYPE"
+DTYPES = ["auto", "float32", "bfloat16"]
 
 
 @dataclass(kw_only=True)
@@ -214,7 +215,7 @@ class DtypeArgs:
         "auto",
         "of local models that sample or score. auto: on a CPU bfloat16 for models of over 64 MB if "
         "the CPU has instructions for it, else float32; on a GPU that of the stored weights",
-        choices=["auto", "float32", "bfloat16"],
+        choices=DTYPES,
     )
 
 

@@ -22,8 +22,8 @@ from transformers.utils import (
     find_adapter_config_file,
 )
 
-from common.cli import DTYPE_VARIABLE, warn
-from common.errors import ModelError, first_line, short
+from common.cli import DTYPE_VARIABLE, DTYPES, warn
+from common.errors import ModelError, UserError, first_line, short
 from common.progress import taking_long
 
 # the errors known to be raised by the libraries for a folder that is no model
@@ -56,9 +56,14 @@ def scoring_device(device: str | None = None) -> tuple[str, torch.dtype | str]:
     one.
 
     The dtype is that of `--dtype` if it was given. Else it is that of the stored weights ("auto")
-    on a GPU, and float32 on a CPU, but bf16 for large models if the CPU has instructions for it."""
+    on a GPU, and float32 on a CPU, but bf16 for large models if the CPU has instructions for it.
+    Raises UserError for a value of the environment variable that is no dtype."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if (given := os.environ.get(DTYPE_VARIABLE, "auto")) != "auto":
+    given = os.environ.get(DTYPE_VARIABLE, "auto")
+    if given not in DTYPES:
+        expected = ", ".join(DTYPES)
+        raise UserError(f"variable {DTYPE_VARIABLE}: expected one of {expected}, got {given}")
+    if given != "auto":
         return device, getattr(torch, given)
     if device != "cpu":
         return device, "auto"
@@ -68,9 +73,9 @@ def scoring_device(device: str | None = None) -> tuple[str, torch.dtype | str]:
 def scoring_identity() -> dict[str, str]:
     """What of the dtype changes samples and scores, for the `job` of a run that can resume.
 
-    Nothing where all models are in float32."""
-    _, dtype = scoring_device()
-    return {} if dtype in (torch.float32, "auto") else {"dtype": str(dtype)}
+    Nothing for float32 on a CPU and for the stored dtype on a GPU."""
+    found = scoring_device()
+    return {} if found[1] == "auto" or found == ("cpu", torch.float32) else {"dtype": str(found[1])}
 
 
 def in_one_dtype(model: Any, device: str) -> Any:

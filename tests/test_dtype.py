@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common.cli import DTYPE_VARIABLE, DtypeArgs, parse_args
+from common.errors import UserError
 from common.files import ROOT
 from lm import loading
 from lm.policy import Policy
@@ -55,6 +56,9 @@ def test_one_flag_decides(tiny_model_dir, monkeypatch):
     assert Policy.load(tiny_model_dir).model.dtype == torch.bfloat16
     with pytest.raises(SystemExit):
         parse_args(DtypeArgs, description="", args=["--dtype", "int8"])
+    monkeypatch.setenv(DTYPE_VARIABLE, "int8")
+    with pytest.raises(UserError, match="SCORING_DTYPE: expected one of auto, float32"):
+        Policy.load(tiny_model_dir)
 
 
 def test_a_job_is_another_one_in_bf16(monkeypatch):
