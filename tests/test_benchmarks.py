@@ -2,9 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
 import pytest
 
@@ -14,19 +12,9 @@ from common.errors import UserError
 from common.files import ROOT
 from lm.policy import Policy
 from reasoning.problems import problems
+from tests.helpers.variants import echo
 
 MINI = str(ROOT / "models/policy-mini")
-
-
-def echo(factor: int) -> Iterator[Any]:
-    """A variant's job; it is imported in the variant's process."""
-    value = yield {}
-    while True:
-        if value == "mistake":
-            raise UserError("no such thing")
-        if value == "end":
-            os._exit(7)
-        value = yield {"times": factor * value, "spins": os.environ.get("GOMP_SPINCOUNT")}
 
 
 @pytest.mark.process
@@ -77,6 +65,7 @@ def test_a_prefix_read_once_is_read_right():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize("name", ["rollouts", "search"])
 def test_a_benchmark_writes_what_it_prints(name, run_script, tmp_path):
