@@ -1,8 +1,8 @@
 """Samples and next steps a second: our decoder, transformers' generate, llama.cpp.
 
-    python benchmarks/rollouts.py          # 6 minutes on 2 cores
-    python benchmarks/rollouts.py --model_name_or_path models/smollm2-135m-instruct --limit 1 \
-        --steps 2 --states 4 --max_new_tokens 24 --gguf SmolLM2-135M-Instruct.Q4_1.gguf
+    python benchmarks/rollouts.py          # 4 minutes on 2 cores
+    python benchmarks/rollouts.py --model_name_or_path models/smollm2-135m-instruct --kinds steps \
+        --counts 16 --steps 1 --max_new_tokens 12 --ways ours --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
 `samples` are whole solutions of one prompt. `steps` are proposals for the next step: the first one
 that can go on is continued, as in a search, so prefixes grow. `together` are rollouts of many
@@ -67,9 +67,9 @@ class RolloutArguments(DtypeArgs):
     )
     kinds: list[str] = arg([*KINDS], "what to measure", choices=[*KINDS])
     counts: list[int] = arg([1, 4, 16], "samples of a prompt, and proposals for a step")
-    limit: int = arg(4, "prompts in a round, one after another")
+    limit: int = arg(1, "prompts in a round, one after another")
     steps: int = arg(4, "steps that follow one another")
-    states: int = arg(64, f"states that are given together, for {TOGETHER} rollouts each")
+    states: int = arg(16, f"states that are given together, for {TOGETHER} rollouts each")
     max_new_tokens: int = arg(96, "most tokens of a sample, and of a step")
     rounds: int = arg(5, "timings of each way")
     threads: int = arg(1, "threads of each way")

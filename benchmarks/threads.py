@@ -1,6 +1,6 @@
 """Threads of torch: work a second with idle cores, beside a busy core, and beside a second copy.
 
-    python benchmarks/threads.py          # 4 minutes on 2 cores
+    python benchmarks/threads.py          # 3 minutes on 2 cores
 
 The scripts start torch with as many threads as there are cores, and threads that wait for one
 another sleep at once (`share_cores` in common/cli.py). By OpenMP's own default they spin for
