@@ -77,7 +77,7 @@ def test_a_job_is_another_one_in_bf16(monkeypatch):
 def test_bf16_writes_and_scores_as_float32(monkeypatch):
     """Nearly all greedy tokens are the same. Rotary positions are not rounded: a PRM that was cast
     with its buffers would be wrong far from the start."""
-    chosen = list(itertools.islice(problems("validation"), 16))
+    chosen = list(itertools.islice(problems("validation"), 8))
     solutions = [(problem.prompt, problem.steps) for problem in chosen]
     rows = [(prompt, [], steps) for prompt, steps in solutions]
     found = []
@@ -96,6 +96,6 @@ def test_bf16_writes_and_scores_as_float32(monkeypatch):
         logps = [step.logp for steps in policy.step_logps(rows) for step in steps]
         found.append((greedy, *map(torch.tensor, (scores, rewards, logps))))
     (greedy, *numbers), (greedy_bf16, *numbers_bf16) = found
-    assert sum(a == b for a, b in zip(greedy, greedy_bf16, strict=True)) >= 15
+    assert sum(a == b for a, b in zip(greedy, greedy_bf16, strict=True)) >= 7
     for a, b, close in zip(numbers, numbers_bf16, (0.05, 0.2, 0.2), strict=True):
         assert 0 < (a - b).abs().max() < close
