@@ -15,7 +15,7 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
@@ -41,11 +41,26 @@ def fail(message: object) -> NoReturn:
     raise SystemExit(2)
 
 
+# the variables by which a user says how OpenMP's threads wait
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+def share_cores() -> None:
+    """Let torch's threads sleep where they wait for one another, unless the user has chosen.
+
+    By default OpenMP lets them spin for milliseconds first: beside another job, a thread that spins
+    keeps the core from the one that it waits for. benchmarks/threads.py measures it. This holds if
+    torch is not loaded yet, and in processes that are started later."""
+    if not any(name in os.environ for name in WAIT_VARIABLES):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main.
+    """Call a script's main, with torch's threads as in `share_cores`.
 
     A UserError, or a disk that is full or cannot be written, becomes one line and exit code 2.
     Ctrl-C is exit code 130, SIGTERM 143; both clean up. The outputs that main holds are freed."""
+    share_cores()
     try:
         with _stopped_by_signals():
             main()
@@ -187,6 +202,23 @@ def arg(default: Any = MISSING, help: str = "", **more: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+# the environment variable of `--dtype`: it also holds in processes that a script starts
+DTYPE_VARIABLE = "SCORING_DTYPE"
+DTYPES = ["auto", "float32", "bfloat16"]
+
+
+@dataclass(kw_only=True)
+class DtypeArgs:
+    """Mixed into the arguments of a script that samples from local models or scores with them."""
+
+    dtype: str = arg(
+        "auto",
+        "of local models that sample or score. auto: on a CPU bfloat16 for models of over 64 MB if "
+        "the CPU has instructions for it, else float32; on a GPU that of the stored weights",
+        choices=DTYPES,
+    )
+
+
 def parse_args(
     *dataclasses: type,
     description: str,
@@ -237,6 +269,9 @@ def parse_args(
         if unknown:
             fail(f"unknown argument {_cut(' '.join(unknown))} (see --help)")
         _check_numbers(vars(namespace))
+        for each in dataclasses:
+            if issubclass(each, DtypeArgs) and namespace.dtype != "auto":
+                os.environ[DTYPE_VARIABLE] = namespace.dtype
         return tuple(
             each(**{f.name: getattr(namespace, f.name) for f in fields(each) if f.init})
             for each in dataclasses

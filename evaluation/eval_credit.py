@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_input, check_model, parse_args, run
+from common.cli import DtypeArgs, arg, check_input, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, read_records, together
 from common.progress import taking_long
@@ -41,7 +41,7 @@ SIDES = ("chosen", "rejected")
 
 
 @dataclass
-class CreditArgs:
+class CreditArgs(DtypeArgs):
     models: list[str] = arg(
         [], "tuned models: directories with different last parts, used as names"
     )

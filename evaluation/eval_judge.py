@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_input, check_least, check_model, parse_args, run
+from common.cli import DtypeArgs, arg, check_input, check_least, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, file_stem, read_records, together
 from common.progress import taking_long
@@ -45,7 +45,7 @@ NEVER = -1e9  # log-prob of a sample without a step: it must never be picked
 
 
 @dataclass
-class CardArgs(JudgeArgs):
+class CardArgs(JudgeArgs, DtypeArgs):
     model_name_or_path: str = arg(at_root("models/policy-mini"), "policy that is sampled")
     input: str = arg(
         at_root("data/problems_test.jsonl"), "JSONL of held-out problems with reference steps"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_input, check_least, check_model, parse_args, run
+from common.cli import DtypeArgs, arg, check_input, check_least, check_model, parse_args, run
 from common.errors import RecordError, UserError
 from common.files import (
     ROOT,
@@ -48,7 +48,7 @@ MEASURES = ("reward", "reward_min", "accuracy", "step_accuracy", "unfinished", "
 
 
 @dataclass
-class EvalArgs(JudgeArgs):
+class EvalArgs(JudgeArgs, DtypeArgs):
     base_model: str = arg(
         at_root("models/policy-mini"), "policy before training: a model directory or a hub name"
     )

@@ -152,7 +152,7 @@ class SearchMeasurements:
         self._checked = False  # whether the judge was seen to know the words of the answers
         self._policy_args: dict[str, PolicyArgs] = {"own": args}
         if args.other_model is not None:
-            self._policy_args["other"] = PolicyArgs(args.other_model)
+            self._policy_args["other"] = PolicyArgs(model_name_or_path=args.other_model)
         self._policies = {name: policy_identity(a) for name, a in self._policy_args.items()}
         self._judge = judge_identity(args)
         self._store = AppendedRows(path, _is_measurement)

@@ -5,8 +5,9 @@ is given, a model that only its own code can run. Every call of transformers say
 where it says nothing, transformers asks on the terminal and runs the code after a "y"."""
 
 import json
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,25 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file, find_adapter_config_file
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    find_adapter_config_file,
+)
 
-from common.cli import warn
-from common.errors import ModelError, first_line, short
+from common.cli import DTYPE_VARIABLE, DTYPES, warn
+from common.errors import ModelError, UserError, first_line, short
 from common.progress import taking_long
 
 # the errors known to be raised by the libraries for a folder that is no model
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError)
+
+# The dtype of `scoring_device` on a CPU with instructions for bf16; `load_weights` knows the size
+BF16_IF_LARGE = "bfloat16 if large"
+# Bytes of stored weights. Smaller models are fast enough in float32, and their samples are then the
+# same on CPUs with and without these instructions.
+LARGE = 64 << 20
 
 
 def pick_device() -> tuple[str, bool]:
@@ -31,16 +43,63 @@ def pick_device() -> tuple[str, bool]:
     without them it is 3.5 times slower. So bf16 is used only on a CPU that has them."""
     if torch.cuda.is_available():
         return "cuda", torch.cuda.is_bf16_supported(including_emulation=False)
+    return "cpu", _cpu_has_bf16()
+
+
+def _cpu_has_bf16() -> bool:
     capabilities = torch.cpu.get_capabilities()
-    return "cpu", bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def scoring_device(device: str | None = None) -> tuple[str, torch.dtype | str]:
-    """(device, dtype) for scoring and sampling; the default device is the GPU if there is one.
+    """(device, dtype for `load_weights`) for scoring and sampling; by default the GPU if there is
+    one.
 
-    The dtype is float32 on a CPU, and on a GPU that of the stored weights ("auto")."""
+    The dtype is that of `--dtype` if it was given. Else it is that of the stored weights ("auto")
+    on a GPU, and float32 on a CPU, but bf16 for large models if the CPU has instructions for it.
+    Raises UserError for a value of the environment variable that is no dtype."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return device, torch.float32 if device == "cpu" else "auto"
+    given = os.environ.get(DTYPE_VARIABLE, "auto")
+    if given not in DTYPES:
+        expected = ", ".join(DTYPES)
+        raise UserError(f"variable {DTYPE_VARIABLE}: expected one of {expected}, got {given}")
+    if given != "auto":
+        return device, getattr(torch, given)
+    if device != "cpu":
+        return device, "auto"
+    return device, BF16_IF_LARGE if _cpu_has_bf16() else torch.float32
+
+
+def scoring_identity() -> dict[str, str]:
+    """What of the dtype changes samples and scores, for the `job` of a run that can resume.
+
+    Nothing for float32 on a CPU and for the stored dtype on a GPU."""
+    found = scoring_device()
+    return {} if found[1] == "auto" or found == ("cpu", torch.float32) else {"dtype": str(found[1])}
+
+
+def in_one_dtype(model: Any, device: str) -> Any:
+    """The model on a device, all its weights in its dtype: PEFT keeps trained ones in float32.
+
+    Buffers keep their dtype: in bf16 the frequencies of rotary positions would be wrong."""
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(model.dtype)
+    return model.to(device)
+
+
+def _is_large(path: str | Path, gguf_file: str | None = None, revision: str | None = None) -> bool:
+    """Whether the stored weights of a model have at least LARGE bytes."""
+    files: Iterable[Path]
+    if Path(path).is_dir():
+        files = Path(path).glob(gguf_file or "*.safetensors")
+    else:
+        options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+        if cached_file(path, SAFE_WEIGHTS_INDEX_NAME, **options):
+            return True  # only large models have several files
+        found = cached_file(path, SAFE_WEIGHTS_NAME, **options)
+        files = [Path(found)] if found else []
+    return sum(file.stat().st_size for file in files) >= LARGE
 
 
 def base_of(path: str, revision: str | None = None) -> tuple[str, bool]:
@@ -84,16 +143,23 @@ def load_weights(
     path: str | Path,
     may_miss: Callable[[Any, str], bool] = lambda model, key: False,
     trust_remote_code: bool = False,
+    *,
+    dtype: torch.dtype | str = "auto",
     **options: Any,
 ) -> Any:
     """model_class.from_pretrained, from safetensors or a GGUF file only; no weight may be missing.
 
+    dtype: one of torch's, "auto" for that of the stored weights, or that of `scoring_device`.
     may_miss(model, key): whether this weight may be missing; it is then initialized at random.
     Raises ValueError if another weight is missing, and the errors of transformers."""
     if "gguf_file" not in options:
         check_safetensors(path, options.get("revision"))
+    if dtype == BF16_IF_LARGE:
+        is_large = _is_large(path, options.get("gguf_file"), options.get("revision"))
+        dtype = torch.bfloat16 if is_large else torch.float32
     model, loading = model_class.from_pretrained(
         path,
+        dtype=dtype,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,

@@ -93,8 +93,7 @@ class Policy:
     def load(cls, model_name_or_path: str) -> "Policy":
         """The policy of any causal LM or adapter, from a directory or the hub.
 
-        It is in float32 on a CPU and in the stored dtype on a GPU. Raises ModelError if it cannot
-        be loaded."""
+        Its dtype is that of `scoring_device`. Raises ModelError if it cannot be loaded."""
         device, dtype = scoring_device()
         model, tokenizer = load_model(model_name_or_path, dtype)
         return cls(model.to(device), tokenizer)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from common.cli import arg, check_least, check_model
+from common.cli import DtypeArgs, arg, check_least, check_model
 from common.errors import UserError
 from common.files import at_root, identity
 from common.progress import taking_long
@@ -22,7 +22,7 @@ BASE = at_root("models/policy-mini")
 
 
 @dataclass
-class PolicyArgs:
+class PolicyArgs(DtypeArgs):
     """The arguments of all policies, mixed into those of a script."""
 
     model_name_or_path: str = arg(
@@ -82,4 +82,6 @@ def policy_identity(args: PolicyArgs) -> dict[str, str]:
     """All that changes a policy's samples, for the `job` of a run that can resume."""
     if args.policy_base_url is not None:
         return {"model": args.model_name_or_path, "policy_base_url": args.policy_base_url}
-    return {"model": identity(args.model_name_or_path)}
+    from lm.loading import scoring_identity  # torch, as above
+
+    return {"model": identity(args.model_name_or_path)} | scoring_identity()

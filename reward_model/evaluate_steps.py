@@ -17,7 +17,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_input, check_least, check_outputs, here, parse_args, run, unused
+from common.cli import (
+    DtypeArgs,
+    arg,
+    check_input,
+    check_least,
+    check_outputs,
+    here,
+    parse_args,
+    run,
+    unused,
+)
 from common.errors import UserError
 from common.files import (
     ResumableRows,
@@ -45,7 +55,7 @@ from reward_model.score_checks import warn_of_pair_scores
 
 
 @dataclass
-class EvaluateArguments(JudgeArgs):
+class EvaluateArguments(JudgeArgs, DtypeArgs):
     input: str = arg(at_root("data/synthetic_dataset.jsonl"), "preference pairs")
     output: str = arg(at_root("data/rewarded.jsonl"), "the pairs with their scores")
     judge_path: str = arg(

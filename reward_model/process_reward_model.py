@@ -36,6 +36,7 @@ from lm.known_words import tokens_of
 from lm.loading import (
     base_of,
     check_embeddings,
+    in_one_dtype,
     load_adapter,
     load_tokenizer,
     load_weights,
@@ -202,8 +203,8 @@ class ProcessRewardModel(StepJudge):
 
     path: a model directory, a PEFT adapter directory or a hub name. batch_tokens: padded tokens of
     one forward pass (a longer solution is read alone). device: by default the GPU if there is one;
-    the weights are in float32 on a CPU and in their stored dtype on a GPU. Code that comes with a
-    model is never run. Raises ModelError if the model cannot be loaded.
+    the dtype is that of `scoring_device`. Code that comes with a model is never run. Raises
+    ModelError if the model cannot be loaded.
 
     A score is rounded to 6 decimals and does not depend on later steps; the composition of a batch
     changes it by rounding errors only. The cache of an unfinished solution is kept, so that a later
@@ -216,8 +217,7 @@ class ProcessRewardModel(StepJudge):
         check_positive(batch_tokens=batch_tokens)
         device, dtype = scoring_device(device)
         model, self.format = load_prm(self.path, dtype)
-        # an explicit dtype, since PEFT keeps the trained weights in float32
-        self.model = model.to(device, model.dtype).eval()
+        self.model = in_one_dtype(model, device).eval()
         self.device = self.model.device
         config = self.model.config
         self.running_min = config.running_min

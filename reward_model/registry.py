@@ -241,6 +241,10 @@ def judge_identity(args: JudgeArgs) -> dict:
     for name in FILES:
         if values.get(name):
             values[name] = identity(values[name])
+    if inner in ("hf", *MINIATURES):
+        from lm.loading import scoring_identity  # torch would slow --help
+
+        values |= scoring_identity()
     if args.judge == SHUFFLED:
         values |= {"shuffled_judge": args.shuffled_judge, "seed": args.seed}
     return {"judge": args.judge, **values}

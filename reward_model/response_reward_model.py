@@ -40,6 +40,7 @@ from lm.loading import (
     base_of,
     check_adapter,
     check_embeddings,
+    in_one_dtype,
     load_adapter,
     load_tokenizer,
     load_weights,
@@ -251,8 +252,8 @@ class ResponseRewardModel(ResponseScorer):
 
     path: a model directory, a PEFT adapter directory or a hub name. batch_tokens: padded tokens of
     one forward pass (a longer text is read alone). device: by default the GPU if there is one; the
-    weights are in float32 on a CPU and in their stored dtype on a GPU. Code that comes with a model
-    is never run. Raises ModelError if the model cannot be loaded.
+    dtype is that of `scoring_device`. Code that comes with a model is never run. Raises ModelError
+    if the model cannot be loaded.
 
     Scores are the model's own, without bounds; the composition of a batch changes them by rounding
     errors only. `cut` counts the texts that were longer than the model's context and were scored
@@ -263,8 +264,7 @@ class ResponseRewardModel(ResponseScorer):
         check_positive(batch_tokens=batch_tokens)
         device, dtype = scoring_device(device)
         model, tokenizer = load_reward_model(self.path, dtype)
-        # an explicit dtype, since PEFT keeps the trained weights in float32
-        self.model = model.to(device, model.dtype).eval()
+        self.model = in_one_dtype(model, device).eval()
         self.device = self.model.device
         context = longest(self.model, tokenizer)
         self.format = ResponseTokens(tokenizer, context, *format_of(self.model))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_input, check_output, here, parse_args, run, unused
+from common.cli import DtypeArgs, arg, check_input, check_output, here, parse_args, run, unused
 from common.errors import RecordError, UserError
 from common.files import (
     at_root,
@@ -37,7 +37,7 @@ TEXTS = ("answer", "response", "steps")  # the fields that may hold the response
 
 
 @dataclass
-class ScoreArgs(ScorerArgs):
+class ScoreArgs(ScorerArgs, DtypeArgs):
     input: str = arg(
         at_root("data/answers.csv.gz"),
         "CSV or JSONL, in each row a `prompt` and a response: `answer`, `response` or `steps`",

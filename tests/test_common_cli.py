@@ -3,6 +3,8 @@
 import contextlib
 import io
 import os
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass, field
 
@@ -10,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.cli import parse_args, run
+from common.cli import WAIT_VARIABLES, parse_args, run
+from common.files import ROOT
 
 
 @dataclass
@@ -346,3 +349,46 @@ def test_any_file_gives_arguments_or_one_line(content):
             except SystemExit as stopped:
                 assert stopped.code == 2
                 assert error.getvalue().count("\n") == 1
+
+
+def test_scripts_say_how_threads_wait_unless_the_user_did(monkeypatch):
+    for name in WAIT_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    run(lambda: None)
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    for name, value in (("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "7")):
+        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        monkeypatch.setenv(name, value)
+        run(lambda: None)
+        assert {key: os.environ[key] for key in WAIT_VARIABLES if key in os.environ} == {
+            name: value
+        }
+
+
+@pytest.mark.process
+def test_no_script_loads_torch_before_that():
+    """OpenMP reads its variables when torch is loaded: OMP_DISPLAY_ENV prints what it read."""
+    scripts = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for folder in (".", "benchmarks", "evaluation", "reward_model", "utils")
+        for path in (ROOT / folder).glob("*.py")
+        if "__main__" in path.read_text()
+    ]
+    assert len(scripts) > 25 and {"train", "inference", "benchmarks.threads"} <= {*scripts}
+    code = (
+        f"import sys; from importlib import import_module; from common.cli import run\n"
+        f"for script in {scripts}: import_module(script)\n"
+        "assert 'torch' not in sys.modules\n"
+        "run(lambda: import_module('torch'))"
+    )
+    variables = {key: os.environ[key] for key in os.environ if key not in WAIT_VARIABLES}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**variables, "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr

@@ -75,8 +75,8 @@ class HFJudge(StepJudge):
     name in TEMPLATES or a JudgeTemplate; by default the model's chat template if it has one, else
     the one that its name says, as in the GGUF judge, or plain. batch_tokens: padded tokens
     of one forward pass (a longer solution is read alone). device: by default the GPU if there is
-    one; the weights are in float32 on a CPU and in their stored dtype on a GPU. Code that comes
-    with a model is never run. Raises ModelError if the model cannot be loaded.
+    one; the dtype is that of `scoring_device`. Code that comes with a model is never run. Raises
+    ModelError if the model cannot be loaded.
 
     Scores are rounded to 6 decimals; the composition of a batch changes them by rounding errors
     only. Control tokens in a user's text are read as plain text."""

@@ -1,0 +1,91 @@
+"""The benchmarks: what they compare, on their smallest settings, and the variants' processes."""
+
+import json
+import os
+from itertools import islice
+
+import pytest
+
+from benchmarks.peers import WAYS, GeneratePolicy
+from benchmarks.turns import Variant
+from common.errors import UserError
+from common.files import ROOT
+from lm.policy import Policy
+from reasoning.problems import problems
+from tests.helpers.variants import echo
+
+MINI = str(ROOT / "models/policy-mini")
+
+
+@pytest.mark.process
+def test_a_variant_has_its_own_process_and_variables(monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    with (
+        Variant(echo, 2, variables={"GOMP_SPINCOUNT": "9"}) as double,
+        Variant(echo, 3, variables={"GOMP_SPINCOUNT": None}) as triple,
+    ):
+        assert double.round(4) == {"times": 8, "spins": "9"}
+        assert triple.round(4) == {"times": 12, "spins": None}
+        assert os.environ["GOMP_SPINCOUNT"] == "5"
+        assert double.round(5)["times"] == 10 and len(double.figures) == 2
+        assert 0 < double.peak_memory() < 10
+        with pytest.raises(UserError, match="no such thing"):
+            double.round("mistake")
+        with pytest.raises(UserError, match="exit code 7"):
+            triple.round("end")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_generate_stops_where_our_policy_does(way):
+    """The probabilities are the same, so the frequencies of first steps are close; each step is one
+    line, and each state can be continued."""
+    policy, peer = Policy.load(MINI), GeneratePolicy.load(MINI)
+    peer.way = way
+    states = [policy.start(problem.prompt) for problem in islice(problems("validation"), 3)]
+    groups = peer.next_steps(states, 4, seed=1)
+    assert [len(group) for group in groups] == [4, 4, 4]
+    for state, group in zip(states, groups, strict=True):
+        for child in group:
+            assert len(child.steps) == 1 and child.ids[: len(state.ids)] == state.ids
+            assert child.status == "open" and child.sampled == len(child.ids) - len(state.ids)
+            assert policy.start(child.prompt, child.steps).ids == child.ids
+    ends = {child.status for group in peer.rollouts(states, 4, seed=1) for child in group}
+    assert ends == {"finished"}
+
+
+def test_a_prefix_read_once_is_read_right():
+    """Padded, repeated and continued prefixes give the greedy texts of our decoder."""
+    policy, peer = Policy.load(MINI), GeneratePolicy.load(MINI)
+    chosen = list(islice(problems("validation"), 6))
+    states = [policy.start(p.prompt, p.steps[: k % 3]) for k, p in enumerate(chosen)]
+    greedy = [state for (state,) in policy.rollouts(states, temperature=0)]
+    almost_zero = peer.rollouts(states, 2, temperature=1e-6)
+    assert [{state.ids for state in group} for group in almost_zero] == [
+        {state.ids} for state in greedy
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize("name", ["rollouts", "search"])
+def test_a_benchmark_writes_what_it_prints(name, run_script, tmp_path):
+    small = {
+        "rollouts": ["--limit", 1, "--states", 2, "--steps", 2, "--counts", 2],
+        "search": ["--limit", 2, "--n", 2, "--beams", 2],
+    }
+    done = run_script(
+        f"benchmarks/{name}.py", *small[name], "--rounds", 1, "--output_dir", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "out").glob("*.json")
+    metrics = json.loads(path.read_text())["metrics"]
+    assert all(metric["value"] >= 0 for metric in metrics.values())
+    if name == "rollouts":
+        assert "ours over generate, prefix once/steps/2" in metrics
+        assert "llama.cpp, Q8_0/samples/2/tokens_a_second" in metrics
+    else:
+        assert {cell.split("/")[0] for cell in metrics} == {
+            *("ours", "batched", "generate", "one at a time")
+        }
+        assert metrics["batched/accuracy"] == metrics["ours/accuracy"]
+        assert "are those of ours in every round" in done.stdout
