@@ -176,6 +176,25 @@ def stability(result: Result) -> str:
     )
 
 
+def dpo_speed(result: Result) -> str:
+    """One row a case, and the seconds of an update for numbers of pairs."""
+    metrics = result["metrics"]
+    cases = [name.split("/")[0] for name in metrics if name.endswith("/speedup")]
+    names = [name.partition("/")[2] for name in metrics if name.startswith(f"{cases[0]}/")]
+    rows = [
+        [case, *(f"{metrics[f'{case}/{name}']['value']:.2f}" for name in names)] for case in cases
+    ]
+    tables = [table(["case", *(name.replace("_", " ") for name in names)], rows)]
+    sizes = [name.split("/")[1] for name in metrics if name.startswith("packed/")]
+    rows = [
+        [size, *(f"{metrics[f'{way}/{size}/seconds']['value']:.2f}" for way in ("trl", "packed"))]
+        for size in sizes
+    ]
+    if sizes:
+        tables.append(table(["pairs in an update", "TRL: seconds", "packed: seconds"], rows))
+    return "\n\n".join(tables)
+
+
 # file -> (title, command, how it becomes tables); in the order of the page
 SECTIONS: dict[str, tuple[str, str, Callable[[Result], str]]] = {
     "reward_score_comparison": (
@@ -226,6 +245,11 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Result], str]]] = {
         "python benchmarks/answer_rates.py --output_dir docs/results",
         all_metrics,
     ),
+    "dpo_speed_policy-mini": (
+        "Speed of stepwise DPO, policy-mini",
+        "python benchmarks/dpo_speed.py --sizes 4 8 16 32 64 --output_dir docs/results",
+        dpo_speed,
+    ),
     "smollm2/reward_score_comparison": (
         "SmolLM2-135M-Instruct, its own scores",
         "make smollm2-run",
@@ -262,7 +286,7 @@ def page() -> str:
     for name, (title, command, tables) in SECTIONS.items():
         result = results[name]
         seeds = ", ".join(map(str, result["seeds"]))
-        seeds = f"seed{'s' * (len(result['seeds']) > 1)} {seeds}"
+        seeds = f"seed{'s' * (len(result['seeds']) > 1)} {seeds}" if seeds else "no seed"
         commit, _, dirty = result["commit"].partition("-")
         source = f"[results/{name}.json](results/{name}.json), {seeds}, commit"
         source += f" `{commit[:7]}{dirty and '-' + dirty}`."
