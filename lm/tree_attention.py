@@ -53,7 +53,7 @@ def supports_tree_attention(model: Any, max_length: int | None) -> bool:
 
 
 def _reads_trees(model: Any) -> bool:
-    """Whether the logits of a small tree are those of its texts alone."""
+    """Whether the last hidden states of a small tree are those of its texts alone."""
     if any(weight.is_meta or not weight.numel() for weight in model.parameters()):
         return True  # the weights are elsewhere, and nothing can be computed
     rows = model.get_input_embeddings().weight.shape[0]
@@ -66,15 +66,17 @@ def _reads_trees(model: Any) -> bool:
     tree = tree_inputs([ids], [parents], 0, dtype=mask_dtype(model))
     device, is_training = model.get_input_embeddings().weight.device, model.training
 
-    def logits(**inputs: Tensor) -> Tensor:
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter
+
+    def states(**inputs: Tensor) -> Tensor:
         on_device = {name: value.to(device) for name, value in inputs.items()}
-        return model(**on_device).logits[0].float()
+        return whole.base_model(**on_device).last_hidden_state[0].float()
 
     model.eval()
     with torch.no_grad():
-        alone = torch.cat([logits(input_ids=torch.tensor([text])) for text in texts])
+        alone = torch.cat([states(input_ids=torch.tensor([text])) for text in texts])
         places = [place for path in paths for place in path]
-        as_tree, as_one_text = logits(**tree)[places], logits(input_ids=tree["input_ids"])[places]
+        as_tree, as_one_text = states(**tree)[places], states(input_ids=tree["input_ids"])[places]
     model.train(is_training)
     # how far the tree is off, where reading the branches as one text is off by 1
     error = (as_tree - alone).abs().mean() / (as_one_text - alone).abs().mean()
