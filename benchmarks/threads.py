@@ -2,11 +2,11 @@
 
     python benchmarks/threads.py          # 3 minutes on 2 cores
 
-The scripts start torch with as many threads as there are cores, and threads that wait for one
-another sleep at once (`share_cores` in common/cli.py). By OpenMP's own default they spin for
-milliseconds first, and keep a core from the thread that they wait for. The table compares both with
-one thread; `--spins` adds other numbers of spins (OpenMP's default: 300000). Rates are relative to
-one thread on idle cores. `busy` is an endless loop in another process, `copy` a second process that
+The scripts start torch with as many threads as there are cores. Threads that wait for one another
+spin before they sleep: for milliseconds by OpenMP's own default (300000 spins), only shortly if the
+cores are busy when the script starts (`share_cores` in common/cli.py). The table compares both with
+one thread; `--spins` adds other numbers of spins. Rates are relative to one thread on idle cores.
+`busy` is an endless loop in another process, `copy` a second process that
 does the same work; all ways take turns."""
 
 import os
@@ -25,7 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import trange
 
 from benchmarks.turns import Variant
-from common.cli import WAIT_VARIABLES, arg, check_least, check_model, check_output, parse_args, run
+from common.cli import (
+    FEW_SPINS,
+    WAIT_VARIABLES,
+    arg,
+    check_least,
+    check_model,
+    check_output,
+    parse_args,
+    run,
+)
 from common.files import at_root
 from evaluation.metrics import Metric
 from evaluation.results import print_table, write_result
@@ -108,7 +117,11 @@ def main() -> None:
     settings = {
         ONE: {**own, "OMP_NUM_THREADS": "1"},
         f"{args.threads} threads, OpenMP's default": {**own, **threads},
-        f"{args.threads} threads, passive": {**own, **threads, "OMP_WAIT_POLICY": "PASSIVE"},
+        f"{args.threads} threads, {FEW_SPINS} spins": {
+            **own,
+            **threads,
+            "GOMP_SPINCOUNT": FEW_SPINS,
+        },
     }
     for spins in args.spins:
         settings[f"{args.threads} threads, {spins} spins"] = {

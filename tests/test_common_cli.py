@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.cli import WAIT_VARIABLES, parse_args, run
+from common.cli import FEW_SPINS, WAIT_VARIABLES, _cores_are_busy, parse_args, run
 from common.files import ROOT
 
 
@@ -351,19 +351,28 @@ def test_any_file_gives_arguments_or_one_line(content):
                 assert error.getvalue().count("\n") == 1
 
 
-def test_scripts_say_how_threads_wait_unless_the_user_did(monkeypatch):
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+@pytest.mark.parametrize("busy", [False, True])
+def test_threads_spin_shortly_beside_other_jobs_unless_the_user_chose(monkeypatch, given, busy):
     for name in WAIT_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    run(lambda: None)
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
-    for name, value in (("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "7")):
-        monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    for name, value in given.items():
         monkeypatch.setenv(name, value)
-        run(lambda: None)
-        assert {key: os.environ[key] for key in WAIT_VARIABLES if key in os.environ} == {
-            name: value
-        }
+    monkeypatch.setattr("common.cli._cores_are_busy", lambda: busy)
+    run(lambda: None)
+    found = {name: os.environ[name] for name in WAIT_VARIABLES if name in os.environ}
+    assert found == (given or ({"GOMP_SPINCOUNT": FEW_SPINS} if busy else {}))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_busy_core_is_seen(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", str(os.cpu_count()))
+    endless = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    with subprocess.Popen(endless, stdout=subprocess.PIPE) as job:
+        job.stdout.readline()
+        assert _cores_are_busy()
+        job.kill()
 
 
 @pytest.mark.process
@@ -380,6 +389,7 @@ def test_no_script_loads_torch_before_that():
         f"import sys; from importlib import import_module; from common.cli import run\n"
         f"for script in {scripts}: import_module(script)\n"
         "assert 'torch' not in sys.modules\n"
+        "import common.cli; common.cli._cores_are_busy = lambda: True\n"
         "run(lambda: import_module('torch'))"
     )
     variables = {key: os.environ[key] for key in os.environ if key not in WAIT_VARIABLES}
@@ -391,4 +401,4 @@ def test_no_script_loads_torch_before_that():
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
+    assert f"GOMP_SPINCOUNT = '{FEW_SPINS}'" in done.stderr
