@@ -52,9 +52,9 @@ def share_cores() -> None:
 
     OpenMP's own default is fastest on idle cores: a thread that waits for another one spins for
     milliseconds before it sleeps. Beside another job it keeps the core from the thread that it
-    waits for. benchmarks/threads.py measures both. The number of threads stays, because it changes the
-    last bits of results. What a user has set stays too. This holds if torch is not loaded yet, and
-    in processes that are started later."""
+    waits for. benchmarks/threads.py measures both. The number of threads stays, because it changes
+    the last bits of results. What a user has set stays too. This holds if torch is not loaded yet,
+    and in processes that are started later."""
     if not any(name in os.environ for name in WAIT_VARIABLES) and _cores_are_busy():
         os.environ["GOMP_SPINCOUNT"] = FEW_SPINS
 

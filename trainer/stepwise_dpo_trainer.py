@@ -59,7 +59,7 @@ STEP_LOSSES: dict[str, Callable[..., StepLoss]] = {
 }
 MIXABLE = (*STEP_LOSSES, "sigmoid", "sft")  # losses that can be combined with a step loss
 SIDES = ("chosen", "rejected")
-CPU_BLOCK = 256  # tokens; smaller blocks have less padding, but slower matrix products
+CPU_BLOCK = 512  # tokens; smaller blocks have less padding, but slower matrix products
 LOGGED_POSITIONS = 8  # the log-probs of steps 1 to 8 are logged one by one
 # keys of a batch that TRL does not know; they are removed before the model is called
 STEP_KEYS = ("step_ids", "step_mask", "step_scores", "truncated_steps")
