@@ -250,6 +250,17 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Result], str]]] = {
         "python benchmarks/dpo_speed.py --sizes 4 8 16 32 64 --output_dir docs/results",
         dpo_speed,
     ),
+    "dpo_speed_smollm2-135m-instruct": (
+        "Speed of stepwise DPO, SmolLM2",
+        "python benchmarks/dpo_speed.py --model_name_or_path models/smollm2-135m-instruct"
+        " --per_device_train_batch_size 3 --pairs 3 --cases a d --rounds 3",
+        dpo_speed,
+    ),
+    "judge_backends": (
+        "Speed of the judges of GGUF files",
+        "python benchmarks/judge_backends.py --files FILE",
+        all_metrics,
+    ),
     "smollm2/reward_score_comparison": (
         "SmolLM2-135M-Instruct, its own scores",
         "make smollm2-run",
