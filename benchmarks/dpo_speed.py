@@ -1,13 +1,13 @@
 """Pairs a second of stepwise DPO on packed batches, against TRL's DPOTrainer on the same pairs.
 
-    python benchmarks/dpo_speed.py          # about 15 minutes on 2 cores
+    python benchmarks/dpo_speed.py          # about 5 minutes on 2 cores
     python benchmarks/dpo_speed.py --model_name_or_path models/smollm2-135m-instruct \
-        --per_device_train_batch_size 3 --pairs 3          # about 25 minutes more
+        --per_device_train_batch_size 3 --pairs 3          # about 20 minutes
 
 Five cases. a: one step after a long prefix. b: the rest of a solution. c: whole solutions. d: four
 next steps of one state, a right one and three wrong ones, as three pairs. e: the committed pairs.
-For a, b and d the pairs are those of the problem world whose lengths are nearest to 115 and 15, or
-to 70 and 60 tokens; a wrong step has a wrong result.
+The pairs of a, b and d come from the problem world, and a wrong step has a wrong result. They are
+those whose prefix and branch are nearest to 115 and 15 tokens (a, d), or to 70 and 60 tokens (b).
 
 Both trainers have the same model, precision and batch size, and make the same number of updates
 with AdamW. They take turns, each in a process of its own; a figure is the median of the rounds.
@@ -33,6 +33,7 @@ from tqdm import trange
 
 from benchmarks.turns import Variant
 from common.cli import arg, check_input, check_least, check_model, parse_args, run
+from common.errors import UserError
 from common.files import at_root, read_records
 from evaluation.metrics import Metric
 from evaluation.results import output_paths, print_table, write_result
@@ -61,11 +62,15 @@ class SpeedArguments:
     sizes: list[int] = arg(
         [], "numbers of pairs in an update, for the curve of cost against size (case e)"
     )
-    output_dir: str = arg("evaluation/results", "folder of dpo_speed_MODEL.json and its picture")
+    output_dir: str = arg(
+        at_root("evaluation/results"), "folder of dpo_speed_MODEL.json and its picture"
+    )
     overwrite: bool = arg(False, "replace the results of an earlier run")
 
     def __post_init__(self) -> None:
         check_least(self, pairs=1, rounds=1, per_device_train_batch_size=1)
+        if min(self.sizes, default=1) < 1:
+            raise UserError(f"argument --sizes: expected 1 or more, got {min(self.sizes)}")
 
 
 # --- the pairs ---
@@ -92,20 +97,24 @@ def step_pairs(whole: bool) -> Iterator[list[ScoredPair]]:
             ]
 
 
+def tokens_of(tokenizer: Any, pair: ScoredPair, steps: list[str]) -> tuple[int, int]:
+    """(tokens of prompt and prefix, tokens of these steps behind them)."""
+    from lm.text_encoding import encode_steps
+
+    before = len(encode_steps(tokenizer, pair.prompt, pair.prefix, [])[0])
+    return before, len(encode_steps(tokenizer, pair.prompt, pair.prefix, steps)[0]) - before
+
+
 def pairs_of(case: str, args: SpeedArguments) -> list[ScoredPair]:
     """The pairs of a case, those of one state behind one another."""
     if case in LENGTHS:
         from lm.loading import load_tokenizer
-        from lm.text_encoding import encode_steps
 
         tokenizer = load_tokenizer(args.model_name_or_path)
-        aims = LENGTHS[case]
 
         def distance(state: list[ScoredPair]) -> int:
-            pair = state[0]
-            before = len(encode_steps(tokenizer, pair.prompt, pair.prefix, [])[0])
-            both = len(encode_steps(tokenizer, pair.prompt, pair.prefix, pair.chosen)[0])
-            return abs(before - aims[0]) + abs(both - before - aims[1])
+            found = tokens_of(tokenizer, state[0], state[0].chosen)
+            return sum(abs(count - aim) for count, aim in zip(found, LENGTHS[case], strict=True))
 
         states = sorted(step_pairs(whole=case == "b"), key=distance)
         return [pair for state in states for pair in (state if case == "d" else state[:1])][
@@ -130,7 +139,9 @@ def pairs_of(case: str, args: SpeedArguments) -> list[ScoredPair]:
 # --- what is measured, in a process of its own ---
 
 
-def make_trainer(args: SpeedArguments, pairs: list[ScoredPair], trl: bool, size: int) -> Any:
+def make_trainer(
+    args: SpeedArguments, pairs: list[ScoredPair], trl: bool, size: int, folder: str
+) -> Any:
     from dataclasses import asdict
 
     from datasets import Dataset
@@ -143,7 +154,7 @@ def make_trainer(args: SpeedArguments, pairs: list[ScoredPair], trl: bool, size:
 
     silence_libraries()
     settings: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(),
+        "output_dir": folder,
         "per_device_train_batch_size": size,
         "learning_rate": 1e-6,
         "use_cpu": pick_device()[0] == "cpu",
@@ -176,34 +187,35 @@ def make_trainer(args: SpeedArguments, pairs: list[ScoredPair], trl: bool, size:
 
 def updates(args: SpeedArguments, pairs: list[ScoredPair], way: str, size: int) -> Iterator[Any]:
     """A round is one pass over the pairs; its figures are the seconds of a pair."""
-    trainer = make_trainer(args, pairs, way == TRL, size)
-    trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = 1
-    model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
-    model.train()
-    alone = _alone(trainer, model) if way == ALONE else None
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(args, pairs, way == TRL, size, folder)
+        trainer.create_optimizer()
+        trainer.current_gradient_accumulation_steps = 1
+        model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        model.train()
+        alone = _alone(trainer, model) if way == ALONE else None
 
-    def measure() -> float:
-        loader = trainer.get_train_dataloader()
-        batches, seconds = iter(loader), 0.0
-        for _ in range(len(loader)):
-            if alone is None:
-                start = time.perf_counter()
-                (batch,), count = trainer.get_batch_samples(batches, 1, trainer.args.device)
-                trainer.training_step(model, batch, count)
-            else:
-                loss = alone(next(batches))
-                start = time.perf_counter()
-                trainer.accelerator.backward(loss())
-            optimizer.step()
-            optimizer.zero_grad()
-            seconds += time.perf_counter() - start
-        return seconds / len(pairs)
+        def measure() -> float:
+            loader = trainer.get_train_dataloader()
+            batches, seconds = iter(loader), 0.0
+            for _ in range(len(loader)):
+                if alone is None:
+                    start = time.perf_counter()
+                    (batch,), count = trainer.get_batch_samples(batches, 1, trainer.args.device)
+                    trainer.training_step(model, batch, count)
+                else:
+                    loss = alone(next(batches))
+                    start = time.perf_counter()
+                    trainer.accelerator.backward(loss())
+                optimizer.step()
+                optimizer.zero_grad()
+                seconds += time.perf_counter() - start
+            return seconds / len(pairs)
 
-    measure()  # a warm-up
-    yield {}
-    while True:
-        yield {"seconds": measure()}
+        measure()  # a warm-up
+        yield {}
+        while True:
+            yield {"seconds": measure()}
 
 
 def _alone(trainer: Any, model: Any) -> Callable[[dict], Callable[[], Any]]:
@@ -253,16 +265,11 @@ def _tokens(block: dict) -> int:
 def lengths_of(pairs: list[ScoredPair], model: str) -> tuple[float, float]:
     """(mean tokens of prompt and prefix, mean tokens of a branch)."""
     from lm.loading import load_tokenizer
-    from lm.text_encoding import encode_steps
 
     tokenizer = load_tokenizer(model)
-    before, behind = [], []
-    for pair in pairs:
-        before.append(len(encode_steps(tokenizer, pair.prompt, pair.prefix, [])[0]))
-        for steps in (pair.chosen, pair.rejected):
-            whole = len(encode_steps(tokenizer, pair.prompt, pair.prefix, steps)[0])
-            behind.append(whole - before[-1])
-    return statistics.mean(before), statistics.mean(behind)
+    found = [tokens_of(tokenizer, pair, s) for pair in pairs for s in (pair.chosen, pair.rejected)]
+    before, behind = map(statistics.mean, zip(*found, strict=True))
+    return before, behind
 
 
 def in_turns(

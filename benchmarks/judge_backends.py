@@ -15,28 +15,28 @@ ctransformers with its defaults, and llama.cpp without its cache for a file that
 refuses. Memory is the peak of the process that holds the model. Scores are compared with those of
 `hf`, which computes in float32 with the weights of the file, or of the first engine without it.
 
-Results of an earlier call about other files stay in judge_backends.json.
+Results about other files stay in judge_backends.json.
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from itertools import islice
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.tinyllama_shape import LAYERS, NAME, make_file, peak_memory
-from common.cli import arg, check_input, check_least, parse_args, run
+from benchmarks.tinyllama_shape import LAYERS, NAME, make_file
+from benchmarks.turns import Figures, Variant, peak_memory
+from common.cli import arg, check_input, check_least, parse_args, run, warn
 from common.errors import ModelError, UserError
 from common.files import at_root
 from lm.gguf_file import QUANTIZATIONS
@@ -47,7 +47,7 @@ from reward_model.protocols import Solution, mean
 STEPS = 6  # of every solution
 SHAPE = "tinyllama"  # the names of the files that are made
 GENERATED = 16  # tokens of a verdict in the seeds' way
-MANY = 10  # times as many solutions a round for a small file
+MANY = 10  # a small file gets so many times the solutions of a round
 
 Score = Callable[[list[Solution]], list[float]]  # the scores of all steps
 
@@ -67,27 +67,28 @@ class BackendArguments:
     rounds: int = arg(5, "timings of each engine")
     threads: int = arg(1, "threads of each engine")
     folder: str | None = arg(None, "where made files are kept (default: a temporary folder)")
-    output_dir: str = arg(at_root("evaluation/results"), "gets judge_backends.json")
+    output_dir: str = arg(at_root("evaluation/results"), "folder of judge_backends.json")
+    overwrite: bool = arg(False, "replace earlier results about these files")
 
 
 # --- in the process of an engine ---
 
 
-def serve(connection: Connection, engine: str, path: str, threads: int) -> None:
-    """Score the solutions that arrive through the pipe until None arrives."""
+def job(engine: str, path: str, threads: int) -> Iterator[Any]:
+    """The job of a variant: each round scores the solutions that it is sent."""
     sys.stdout = sys.stderr  # the table alone goes to stdout
     start = time.perf_counter()
-    try:
-        score, pid = {"seed": seed, "hf": hf}.get(engine, native)(engine, path, threads)
-    except ModelError as error:
-        connection.send(str(error))
-        return
-    connection.send(time.perf_counter() - start)
-    while (solutions := connection.recv()) is not None:
+    score, pid = {"seed": seed, "hf": hf}.get(engine, native)(engine, path, threads)
+    load = time.perf_counter() - start
+    solutions = yield {}
+    while True:
         start = time.perf_counter()
         scores = score(solutions)
-        connection.send((time.perf_counter() - start, scores))
-    connection.send(peak_memory(pid))
+        seconds = time.perf_counter() - start
+        memory = peak_memory(pid)  # of the process that holds the model
+        steps = STEPS * len(solutions)
+        figures = {"seconds": seconds, "steps": steps, "scores": scores}
+        solutions = yield {**figures, "memory_gb": memory, "load_seconds": load}
 
 
 def judge_class(engine: str) -> type[NativeJudge]:
@@ -125,9 +126,11 @@ def seed(engine: str, path: str, threads: int) -> tuple[Score, int]:
         judge = judge_class("gguf")(path, threads=threads)
     except ModelError:
         judge = judge_class("llamacpp")(path, threads=threads)
-    judge.close()  # its template and its encoder are used
-    settings = {**judge._settings, "folder": tempfile.mkdtemp()}
+    folder = tempfile.TemporaryDirectory()
+    judge.close()  # only its template and its text encoder are needed
+    settings = {**judge._settings, "folder": folder.name}
     model: Any = sys.modules[type(judge).__module__]._Model(settings)
+    model.folder = folder  # it is removed with the model
 
     def generate(ids: list[int]) -> None:
         if hasattr(model, "llm"):
@@ -153,84 +156,83 @@ def seed(engine: str, path: str, threads: int) -> tuple[Score, int]:
 # --- in the process of the script ---
 
 
-@dataclass
-class Engine:
-    """An engine's process, and what was measured of it."""
-
-    name: str
-    process: Any
-    pipe: Connection
-    load: float = 0.0  # seconds
-    rates: list[float] = field(default_factory=list)  # steps a second, by round
-    scores: list[float] = field(default_factory=list)
-    memory: float = 0.0  # GB
-
-
-def start(name: str, path: str, threads: int) -> Engine | str:
-    """The engine, or why it cannot read the file."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, name, path, threads), daemon=False)
-    process.start()
-    theirs.close()
-    try:
-        reply = ours.recv()
-    except EOFError:
-        raise UserError(f"{path}: the process of {name} ended while it loaded the file") from None
-    return reply if isinstance(reply, str) else Engine(name, process, ours, reply)
-
-
-def measure(path: str, args: BackendArguments) -> list[Engine]:
-    """The engines that can read the file, measured in turn."""
+def measure(path: str, args: BackendArguments) -> dict[str, list[Figures]]:
+    """Engine -> the figures of its rounds, for the engines that can read the file."""
     count = args.solutions * (MANY if os.path.getsize(path) < SMALL else 1)
     long = (p for p in problems("hard_validation") if len(p.steps) == STEPS)
     solutions = [(p.prompt, p.steps) for p in islice(long, count * (args.rounds + 1))]
-    engines: list[Engine] = []
-    for name in args.engines:
-        engine = start(name, path, args.threads)
-        if isinstance(engine, str):
-            print(f"{name}: {engine}", file=sys.stderr)
-        else:
-            engines.append(engine)
-    for number in range(args.rounds + 1):  # the first round is a warm-up, of one solution
-        chosen = solutions[number * count : (number + 1) * count]
-        chosen = chosen if number else [(chosen[0][0], chosen[0][1][:1])]
-        for engine in engines:
-            engine.pipe.send(chosen)
-            seconds, scores = engine.pipe.recv()
-            if number:
-                engine.rates.append(STEPS * count / seconds)
-                engine.scores += scores
-    for engine in engines:
-        engine.pipe.send(None)
-        engine.memory = engine.pipe.recv()
-        engine.process.join()
-    return engines
+    with ExitStack() as stack:
+        variants = {}
+        for name in args.engines:
+            variant = stack.enter_context(Variant(job, name, path, args.threads))
+            try:
+                variant.wait()
+            except ModelError as error:
+                warn(f"{name} is left out: {error}")
+                continue
+            variants[name] = variant
+            prompt, steps = solutions[-1]
+            variant.round([(prompt, steps[:1])])  # a warm-up
+        for number in range(args.rounds):
+            for variant in variants.values():
+                variant.round(solutions[number * count : (number + 1) * count])
+    return {name: variant.figures[1:] for name, variant in variants.items()}
 
 
-def figures(engines: list[Engine]) -> dict[str, dict[str, float]]:
-    """Engine -> name of a figure -> value."""
-    by_name = {engine.name: engine for engine in engines}
-    reference = by_name.get("hf") or next((e for e in engines if e.scores), None)
-    found: dict[str, dict[str, float]] = {}
-    for engine in engines:
+def figures(measured: dict[str, list[Figures]]) -> dict[str, dict[str, tuple[float, int]]]:
+    """Engine -> name of a figure -> (value, on how many rounds or scores)."""
+    scores = {
+        name: [score for each in rounds for score in each["scores"]]
+        for name, rounds in measured.items()
+    }
+    reference = scores.get("hf") or next((own for own in scores.values() if own), [])
+    found: dict[str, dict[str, tuple[float, int]]] = {}
+    for name, rounds in measured.items():
+        seconds = [each["seconds"] for each in rounds]
         values = {
-            "steps_per_second": statistics.median(engine.rates),
-            "memory_gb": engine.memory,
-            "load_seconds": engine.load,
+            "steps_per_second": rounds[-1]["steps"] / statistics.median(seconds),
+            "memory_gb": rounds[-1]["memory_gb"],
+            "load_seconds": rounds[-1]["load_seconds"],
         }
-        if "seed" in by_name:
-            pairs = zip(engine.rates, by_name["seed"].rates, strict=True)
-            values["times_seed"] = statistics.median(ours / seeds for ours, seeds in pairs)
-        if reference and engine.scores:
-            both = list(zip(engine.scores, reference.scores, strict=True))
-            values |= {
-                "max_difference": max(abs(a - b) for a, b in both),
-                "mean_difference": mean([abs(a - b) for a, b in both]),
+        if "seed" in measured:
+            pairs = zip(measured["seed"], seconds, strict=True)
+            values["times_seed"] = statistics.median(s["seconds"] / own for s, own in pairs)
+        found[name] = {key: (value, len(rounds)) for key, value in values.items()}
+        if scores[name]:
+            both = list(zip(scores[name], reference, strict=True))
+            differences = [abs(a - b) for a, b in both]
+            values = {
+                "max_difference": max(differences),
+                "mean_difference": mean(differences),
                 "verdicts_that_differ": mean([(a > 0.5) != (b > 0.5) for a, b in both]),
             }
-        found[engine.name] = values
+            found[name] |= {key: (value, len(both)) for key, value in values.items()}
     return found
+
+
+def earlier_results(output: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(metrics, config) of the result file, if there is one. Raises UserError."""
+    if not output.exists():
+        return {}, {}
+    try:
+        result = json.loads(output.read_text(encoding="utf-8"))
+        return result["metrics"], result["config"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{output} is no result of this script: give another --output_dir"
+        ) from None
+
+
+def made_file(folder: Path, quantization: str) -> Path:
+    """A file at TinyLlama's shape in the folder, made if it is not there."""
+    path = folder / f"{NAME}.{quantization}.gguf"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        # in a folder of its own: the user's may hold a real TinyLlama of this name
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            made, _ = make_file(Path(temporary), LAYERS, quantization)
+            shutil.move(made, path)
+    return path
 
 
 def main() -> None:
@@ -245,35 +247,32 @@ def main() -> None:
     from evaluation.results import print_table, write_result
 
     output = Path(args.output_dir) / "judge_backends.json"
-    earlier = json.loads(output.read_text()) if output.exists() else {"metrics": {}, "config": {}}
-    metrics = {name: Metric(**value) for name, value in earlier["metrics"].items()}
-    config = earlier["config"]
+    stored, config = earlier_results(output)
+    metrics = {name: Metric(**value) for name, value in stored.items()}
+    labels = {name: name if name in made else Path(name).stem for name in args.files}
+    known = [label for label in labels.values() if label in config]
+    if known and not args.overwrite:
+        raise UserError(f"{output} has results about {known[0]}: --overwrite replaces them")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.folder or temporary)
-        for name in args.files:
-            path = folder / f"{NAME}.{made[name]}.gguf" if name in made else Path(name)
-            if name in made and not path.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                make_file(folder, LAYERS, made[name])
-                shutil.rmtree(folder / NAME)
-            engines = measure(str(path), args)
-            found, label = figures(engines), name if name in made else path.stem
+        for name, label in labels.items():
+            path = made_file(folder, made[name]) if name in made else Path(name)
+            found = figures(measure(str(path), args))
             metrics = {key: m for key, m in metrics.items() if not key.startswith(f"{label}/")}
-            for engine in engines:
-                for key, value in found[engine.name].items():
-                    scored = key.endswith(("difference", "differ"))
-                    n = len(engine.scores) if scored else args.rounds
-                    metrics[f"{label}/{engine.name}/{key}"] = Metric(value, None, n)
+            for engine, values in found.items():
+                for key, (value, n) in values.items():
+                    metrics[f"{label}/{engine}/{key}"] = Metric(value, None, n)
             config[label] = asdict(args)
             columns = list(dict.fromkeys(key for values in found.values() for key in values))
             rows = [
-                [engine, *(f"{values[key]:.4g}" if key in values else "" for key in columns)]
+                [engine, *(f"{values[key][0]:.4g}" if key in values else "" for key in columns)]
                 for engine, values in found.items()
             ]
             title = f"{label}: {args.rounds} rounds, {args.threads} threads"
             print_table(title, ["engine", *columns], rows)
             output.parent.mkdir(parents=True, exist_ok=True)
             write_result(output, metrics, config, [])
+            print(f"wrote {output}")
 
 
 if __name__ == "__main__":

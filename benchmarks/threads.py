@@ -4,7 +4,7 @@
 
 The scripts start torch with as many threads as there are cores. Threads that wait for one another
 spin before they sleep: for milliseconds by OpenMP's own default (300000 spins), only shortly if the
-cores are busy when the script starts (`share_cores` in common/cli.py). The table compares both with
+cores are busy when the script starts (common/threads.py). The table compares both with
 one thread; `--spins` adds other numbers of spins. Rates are relative to one thread on idle cores.
 `busy` is an endless loop in another process, `copy` a second process that
 does the same work; all ways take turns."""
@@ -25,17 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import trange
 
 from benchmarks.turns import Variant
-from common.cli import (
-    FEW_SPINS,
-    WAIT_VARIABLES,
-    arg,
-    check_least,
-    check_model,
-    check_output,
-    parse_args,
-    run,
-)
+from common.cli import arg, check_least, check_model, check_output, parse_args, run
 from common.files import at_root
+from common.threads import FEW_SPINS, WAIT_VARIABLES
 from evaluation.metrics import Metric
 from evaluation.results import print_table, write_result
 from reasoning.problems import problems
@@ -112,7 +104,7 @@ def main() -> None:
     model = Path(args.model_name_or_path).resolve().name
     output = Path(args.output_dir, f"threads_{model}.json")
     check_output(output, args.overwrite, [args.model_name_or_path])
-    own: dict[str, str | None] = dict.fromkeys(WAIT_VARIABLES)  # none of them: OpenMP's default
+    own: dict[str, str | None] = dict.fromkeys(WAIT_VARIABLES)  # None removes a variable
     threads = {"OMP_NUM_THREADS": str(args.threads)}
     settings = {
         ONE: {**own, "OMP_NUM_THREADS": "1"},

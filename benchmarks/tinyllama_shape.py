@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.turns import peak_memory
 from common.cli import arg, check_input, parse_args, run
 from common.files import ROOT
 from lm.gguf_file import QUANTIZATIONS
@@ -99,12 +100,6 @@ def write_tinyllama(folder: Path, layers: int) -> None:
         torch.set_default_dtype(before)
     model.save_pretrained(folder)
     tinyllama_tokenizer().save_pretrained(folder)
-
-
-def peak_memory(pid: int) -> float:
-    """The peak memory of a running process, in GB (Linux)."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1e6 for line in lines if line.startswith("VmHWM:"))
 
 
 def cpu_seconds(pid: int) -> float:

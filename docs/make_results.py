@@ -195,6 +195,18 @@ def dpo_speed(result: Result) -> str:
     return "\n\n".join(tables)
 
 
+def judge_backends(result: Result) -> str:
+    """One row a file and engine, one column a figure."""
+    metrics = result["metrics"]
+    runs = list(dict.fromkeys(name.rpartition("/")[0] for name in metrics))
+    columns = list(dict.fromkeys(name.rpartition("/")[2] for name in metrics))
+    rows = [
+        [*run.split("/"), *(figure(metrics.get(f"{run}/{column}")) for column in columns)]
+        for run in runs
+    ]
+    return table(["file", "engine", *(column.replace("_", " ") for column in columns)], rows)
+
+
 # file -> (title, command, how it becomes tables); in the order of the page
 SECTIONS: dict[str, tuple[str, str, Callable[[Result], str]]] = {
     "reward_score_comparison": (
@@ -253,13 +265,14 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Result], str]]] = {
     "dpo_speed_smollm2-135m-instruct": (
         "Speed of stepwise DPO, SmolLM2",
         "python benchmarks/dpo_speed.py --model_name_or_path models/smollm2-135m-instruct"
-        " --per_device_train_batch_size 3 --pairs 3 --cases a d --rounds 3",
+        " --per_device_train_batch_size 3 --pairs 3 --cases a d --rounds 3"
+        " --output_dir docs/results",
         dpo_speed,
     ),
     "judge_backends": (
         "Speed of the judges of GGUF files",
-        "python benchmarks/judge_backends.py --files FILE",
-        all_metrics,
+        "python benchmarks/judge_backends.py --files FILE --output_dir docs/results",
+        judge_backends,
     ),
     "smollm2/reward_score_comparison": (
         "SmolLM2-135M-Instruct, its own scores",

@@ -55,7 +55,7 @@ def supports_tree_attention(model: Any, max_length: int | None) -> bool:
 def _reads_trees(model: Any) -> bool:
     """Whether the last hidden states of a small tree are those of its texts alone."""
     if any(weight.is_meta or not weight.numel() for weight in model.parameters()):
-        return True  # the weights are elsewhere, and nothing can be computed
+        return True  # sharded or not loaded: no forward pass is possible here
     rows = model.get_input_embeddings().weight.shape[0]
     trunk, *branches = [[7919 * k % rows for k in part] for part in ((1, 2, 3), (4, 5), (6, 7, 8))]
     ids: list[int] = []

@@ -89,3 +89,49 @@ def test_a_benchmark_writes_what_it_prints(name, run_script, tmp_path):
         }
         assert metrics["batched/accuracy"] == metrics["ours/accuracy"]
         assert "are those of ours in every round" in done.stdout
+
+
+@pytest.mark.process
+def test_judge_backends_keeps_other_files_and_refuses_what_is_not_its_own(run_script, tmp_path):
+    judge = ROOT / "models/judge-mini/judge-mini.Q8_0.gguf"
+    small = ["--files", judge, "--engines", "seed", "gguf", "llamacpp", "--rounds", 1]
+    output = tmp_path / "out/judge_backends.json"
+    output.parent.mkdir()
+    output.write_text("[1]")
+    command = ["benchmarks/judge_backends.py", *small, "--output_dir", output.parent]
+    refused = run_script(*command)
+    assert refused.returncode == 2 and "is no result of this script" in refused.stderr
+    other = {"value": 1.0, "ci95": None, "n": 1}
+    output.write_text(json.dumps({"metrics": {"other/gguf/memory_gb": other}, "config": {}}))
+    done = run_script(*command)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads(output.read_text())["metrics"]
+    assert metrics["other/gguf/memory_gb"] == other
+    name = "judge-mini.Q8_0"
+    assert metrics[f"{name}/seed/times_seed"]["value"] == 1
+    assert metrics[f"{name}/llamacpp/max_difference"]["value"] < 0.05
+    assert metrics[f"{name}/gguf/max_difference"] == {"value": 0.0, "ci95": None, "n": 60}
+    before = output.read_bytes()
+    again = run_script(*command)
+    assert again.returncode == 2 and "--overwrite replaces them" in again.stderr
+    assert output.read_bytes() == before
+
+
+def test_a_made_file_leaves_a_real_model_of_that_name_alone(monkeypatch, tmp_path):
+    """A folder of models may hold the real TinyLlama under the name of the one that is made."""
+    from benchmarks import judge_backends
+
+    own = tmp_path / judge_backends.NAME / "model.safetensors"
+    own.parent.mkdir()
+    own.write_text("weights")
+
+    def make_file(folder, layers, quantization):
+        (folder / judge_backends.NAME).mkdir()
+        made = folder / f"{judge_backends.NAME}.{quantization}.gguf"
+        made.write_text("made")
+        return made, {}
+
+    monkeypatch.setattr(judge_backends, "make_file", make_file)
+    path = judge_backends.made_file(tmp_path, "Q4_0")
+    assert path.read_text() == "made" and own.read_text() == "weights"
+    assert {item.name for item in tmp_path.iterdir()} == {path.name, judge_backends.NAME}

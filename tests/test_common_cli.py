@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.cli import FEW_SPINS, WAIT_VARIABLES, _cores_are_busy, parse_args, run
+from common.cli import parse_args, run
 from common.files import ROOT
+from common.threads import FEW_SPINS, WAIT_VARIABLES, _cores_are_busy
 
 
 @dataclass
@@ -359,7 +360,7 @@ def test_threads_spin_shortly_beside_other_jobs_unless_the_user_chose(monkeypatc
         monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("common.cli._cores_are_busy", lambda: busy)
+    monkeypatch.setattr("common.threads._cores_are_busy", lambda: busy)
     run(lambda: None)
     found = {name: os.environ[name] for name in WAIT_VARIABLES if name in os.environ}
     assert found == (given or ({"GOMP_SPINCOUNT": FEW_SPINS} if busy else {}))
@@ -389,7 +390,7 @@ def test_no_script_loads_torch_before_that():
         f"import sys; from importlib import import_module; from common.cli import run\n"
         f"for script in {scripts}: import_module(script)\n"
         "assert 'torch' not in sys.modules\n"
-        "import common.cli; common.cli._cores_are_busy = lambda: True\n"
+        "import common.threads; common.threads._cores_are_busy = lambda: True\n"
         "run(lambda: import_module('torch'))"
     )
     variables = {key: os.environ[key] for key in os.environ if key not in WAIT_VARIABLES}

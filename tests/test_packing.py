@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PrefixTuningConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -336,3 +336,10 @@ def test_batches_of_siblings_train_and_resume_alike(make, tmp_path):
         whole.model.named_parameters(), resumed.model.parameters(), strict=True
     ):
         torch.testing.assert_close(weight, other, rtol=0, atol=1e-6, msg=name)
+
+
+def test_siblings_of_a_stream_are_refused(tiny_model_dir, tmp_path):
+    rows = IterableDataset.from_generator(lambda: iter(ROWS))
+    config = StepwiseDPOConfig(str(tmp_path), use_cpu=True, max_steps=1, pack="siblings")
+    with pytest.raises(ValueError, match="pack: siblings needs all rows at once"):
+        StepwiseDPOTrainer(tiny_model_dir, args=config, train_dataset=rows)

@@ -432,6 +432,10 @@ def test_what_is_logged_per_position(make):
         ({"credit": "all"}, "credit: expected one of first_error"),
         ({"step_agg": "max"}, "step_agg: expected one of"),
         ({"pack": "all"}, "pack: expected one of pairs, siblings, none"),
+        (
+            {"pack": "siblings", "train_sampling_strategy": "sequential"},
+            "train_sampling_strategy: pack siblings orders the rows itself",
+        ),
         ({"anchor_lambda": -1.0}, "anchor_lambda: expected a number of 0 or more"),
         ({"beta": 0.0}, "beta: expected a number above 0"),
         ({"beta": float("nan")}, "beta: expected a number above 0"),

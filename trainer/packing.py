@@ -47,10 +47,7 @@ def pack_batch(
     - `labels` (U,): the different tokens with a log-prob; `predictors` (U,): the place of the token
       before each, counted over all rows of all blocks, padding included
     - `index` (S,): for each True of `scored`, row by row, its index into `labels`."""
-    members: dict[Any, list[int]] = {}
-    for k, group in enumerate(groups):
-        members.setdefault(group, []).append(k)
-    trees = [_tree(group, texts) for group in members.values()]
+    trees = [_tree(members, texts) for members in _members(groups)]
     trees.sort(key=lambda tree: -len(tree.ids))
     blocks: list[list[_Tree]] = []
     for tree in trees:
@@ -91,6 +88,14 @@ def pack_batch(
     }
 
 
+def _members(groups: Sequence[Any]) -> list[list[int]]:
+    """The numbers of the rows of each group."""
+    members: dict[Any, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    return list(members.values())
+
+
 class _Tree(NamedTuple):
     """ids, parents: as for `tree_inputs`; paths: text -> the places of its tokens."""
 
@@ -99,13 +104,13 @@ class _Tree(NamedTuple):
     paths: dict[int, list[int]]
 
 
-def _tree(group: list[int], texts: Sequence[list[int]]) -> _Tree:
+def _tree(members: list[int], texts: Sequence[list[int]]) -> _Tree:
     """The tree of some of the texts."""
     tree = _Tree([], [], {})
     path: list[int] = []
     before: list[int] = []
     # sorted: a text shares most with the one before it
-    for k in sorted(group, key=lambda k: texts[k]):
+    for k in sorted(members, key=lambda k: texts[k]):
         pairs = enumerate(zip(before, texts[k], strict=False))
         shortest = min(len(before), len(texts[k]))
         shared = next((place for place, (one, other) in pairs if one != other), shortest)
@@ -171,11 +176,7 @@ class SiblingSampler(Sampler[int]):
     seed and the epoch alone, so that a resumed training and every process have the same."""
 
     def __init__(self, groups: Sequence[Any], seed: int, epoch: Callable[[], int]):
-        members: dict[Any, list[int]] = {}
-        for row, group in enumerate(groups):
-            members.setdefault(group, []).append(row)
-        self.members, self.count = list(members.values()), len(groups)
-        self.seed, self.epoch = seed, epoch
+        self.members, self.seed, self.epoch = _members(groups), seed, epoch
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch())
@@ -183,4 +184,4 @@ class SiblingSampler(Sampler[int]):
             yield from self.members[number]
 
     def __len__(self) -> int:
-        return self.count
+        return sum(map(len, self.members))

@@ -119,6 +119,10 @@ class StepwiseDPOConfig(MiniatureDefaults, DPOConfig):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value}")
+        if self.pack == "siblings" and self.train_sampling_strategy != "random":
+            raise ValueError(
+                "train_sampling_strategy: pack siblings orders the rows itself; leave it out"
+            )
         check_numbers(self, "margin_gamma", "anchor_lambda", least="of 0 or more")
         check_numbers(self, "beta")
         super().__post_init__()
@@ -270,6 +274,8 @@ class StepwiseDPOTrainer(DPOTrainer):
         if data_collator is None:
             settings = (args.max_length, args.truncation_mode, args.pad_to_multiple_of)
             data_collator = DataCollatorForSteps(processing_class.pad_token_id, *settings)
+        if args.pack == "siblings" and isinstance(train_dataset, IterableDataset):
+            raise ValueError("pack: siblings needs all rows at once, not a stream; take pairs")
         datasets = (train_dataset, eval_dataset)
         # of the global batch that is trained on: see get_batch_samples
         self._mean_counts: Tensor | None = None
@@ -289,30 +295,33 @@ class StepwiseDPOTrainer(DPOTrainer):
         models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
         models = [self.accelerator.unwrap_model(model) for model in models]
         if not collator.packs:
-            model = models[0]
-            reason = ""
-            if getattr(model, "active_peft_config", None) and (
-                model.active_peft_config.is_prompt_learning
-            ):
-                reason = "its adapter adds virtual tokens"
-            elif self.aux_loss_enabled:
-                reason = "its auxiliary loss counts the tokens of every text"
-            elif not supports_tree_attention(model, self.args.max_length):
-                reason = "its attention takes no mask of ours"
-            if reason:
-                logger.warning(f"every text is read in a row of its own (--pack none): {reason}")
+            if reason := self._why_unpacked(models[0]):
+                logger.warning(
+                    f"every text is read in a row of its own, as with --pack none, because {reason}"
+                )
                 self.args.pack = "none"
                 return
-            collator.packs, collator.mask_dtype = True, mask_dtype(model)
+            collator.packs, collator.mask_dtype = True, mask_dtype(models[0])
             # a GPU is better used by one large block; sharded weights are gathered once for it
             if self.args.device.type == "cpu" and not self.is_fsdp_enabled:
                 collator.block_tokens = CPU_BLOCK
         for model in models:
             add_packing(model.get_base_model() if is_peft_model(model) else model)
 
+    def _why_unpacked(self, model: Any) -> str:
+        """Why the model cannot read packed batches; an empty text if it can."""
+        adapter = getattr(model, "active_peft_config", None)
+        if adapter is not None and adapter.is_prompt_learning:
+            return "the adapter puts virtual tokens in front"
+        if self.aux_loss_enabled:
+            return "the model's auxiliary loss counts the tokens of every text"
+        if not supports_tree_attention(model, self.args.max_length):
+            return "the model's attention does not take the mask of a tree"
+        return ""
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.pack != "siblings" or isinstance(rows, IterableDataset):
+        if self.args.pack != "siblings":
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         groups = [tuple(ids) for ids in rows["prompt_ids"]]
