@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 
-.PHONY: help demo test test-fast test-properties lint docs results models models-policy models-surprisal models-prm models-reward models-large data rounds smollm2 smollm2-run clean
+.PHONY: help demo test test-fast test-properties lint docs results models models-policy models-surprisal models-judge models-prm models-reward models-large data rounds smollm2 smollm2-run clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
@@ -43,10 +43,10 @@ docs: $(VENV)/.installed-dev  ## the documentation as a site, docs/_build/index.
 results: $(VENV)/.installed  ## docs/results.md anew from docs/results/*.json
 	$(BIN) docs/make_results.py
 
-models: models-policy models-surprisal models-prm models-reward  ## rebuild the models that are committed
+models: models-policy models-surprisal models-judge models-prm models-reward  ## rebuild the models that are committed
 
-models-policy: $(VENV)/.installed  ## policy-mini and judge-mini (about 45 minutes on 2 cores)
-	$(BIN) utils/build_embedded_models.py --overwrite
+models-policy: $(VENV)/.installed  ## policy-mini (about 25 minutes on 2 cores)
+	$(BIN) utils/build_policy.py --overwrite
 
 # $(call COMMITTED,CLASS,NAME): write saved_model/NAME to models/NAME in half precision; the card there stays.
 COMMITTED = $(BIN) -c "import transformers as t; t.$(1).from_pretrained('saved_model/$(2)', dtype='float16').save_pretrained('models/$(2)')" \
@@ -58,6 +58,9 @@ models-surprisal: $(VENV)/.installed  ## policy-surprisal: policy-mini with two 
 
 models/policy-surprisal/config.json:
 	$(MAKE) models-surprisal
+
+models-judge: models/policy-surprisal/config.json  ## judge-mini, also as a GGUF file (about 30 minutes on 2 cores)
+	$(BIN) utils/build_judge.py --overwrite
 
 # First on `mc` labels, then on `relative` labels of the same trees.
 PRM_RECIPE := --num_train_epochs 2 --per_device_train_batch_size 8 --overwrite
@@ -73,7 +76,7 @@ models-reward: $(VENV)/.installed  ## reward-mini from the committed ranked answ
 	$(call COMMITTED,AutoModelForSequenceClassification,reward-mini)
 
 models-large: $(VENV)/.installed  ## policy-large: policy-mini's recipe at three times the size, learning rate the best of three; resumes
-	$(BIN) utils/build_embedded_models.py --size large --overwrite
+	$(BIN) utils/build_policy.py --size large --overwrite
 
 data: $(VENV)/.installed  ## rebuild the held-out problems, the pairs and their scores, the step values
 	$(BIN) utils/build_problems.py --overwrite

@@ -1,4 +1,4 @@
-"""The recipe of the miniatures: its batches, and the script, which resumes after a kill."""
+"""The recipes of policy-mini and judge-mini: their batches, and resuming after a kill."""
 
 import itertools
 import random
@@ -14,17 +14,10 @@ from lm.loading import load_model
 from reasoning.problems import problems, stories
 from reasoning.records import Problem
 from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer
-from utils.build_embedded_models import (
-    TOKENS_PER_BATCH,
-    bucketed,
-    collate_judge,
-    collate_text,
-    judge_data,
-    judge_question,
-    policy_data,
-)
+from utils.build_judge import collate_judge, judge_data, judge_question
+from utils.build_policy import TOKENS_PER_BATCH, bucketed, collate_text, policy_data
 
-SCRIPT = "utils/build_embedded_models.py"
+SCRIPT = "utils/build_policy.py"
 
 
 def test_batches_hold_everything_once_and_fit():
@@ -70,37 +63,56 @@ def test_questions_in_one_pass_are_read_as_if_each_stood_alone(tiny_model_dir, t
                 torch.testing.assert_close(logits[b, position], alone, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.process
-def test_the_script_resumes_after_a_kill(run_script, tmp_path):
-    """Too small to learn anything; killed when the policy is finished."""
-    flags = ["--output", "models", "--policy_examples", "20", "--judge_examples", "12"]
-    flags += ["--judge_samples", "8", "--validation", "4"]
+def kill_when_there(folder, path, script, *flags):
+    """Start a script in `folder`, and kill it as soon as the file `path` is there."""
     process = subprocess.Popen(
-        [sys.executable, ROOT / SCRIPT, *flags],
-        cwd=tmp_path,
+        [sys.executable, ROOT / script, *flags],
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    policy = tmp_path / "models/.build/policy-mini/config.json"
     deadline = time.monotonic() + 200
-    while not policy.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.kill()
     process.wait()
-    assert policy.exists(), process.stdout.read()
-    before = policy.stat().st_mtime_ns
+    assert path.exists(), process.stdout.read()
+
+
+@pytest.mark.process
+def test_the_policy_is_made_and_not_made_again_after_a_kill(run_script, tmp_path):
+    """Too small to learn anything; killed when the model is finished, before its card."""
+    flags = ["--output", "models", "--policy_examples", "20", "--validation", "4"]
+    config = tmp_path / "models/.policy-mini.build/policy-mini/config.json"
+    kill_when_there(tmp_path, config, SCRIPT, *flags)
+    before = config.stat().st_mtime_ns
     done = run_script(SCRIPT, *flags)
     assert done.returncode == 0, done.stderr
-    policy, judge = tmp_path / "models/policy-mini", tmp_path / "models/judge-mini"
-    # the finished policy was not made again
+    policy = tmp_path / "models/policy-mini"
     assert (policy / "config.json").stat().st_mtime_ns == before
-    assert {path.name for path in (tmp_path / "models").iterdir()} == {policy.name, judge.name}
-    assert (judge / "judge-mini.Q8_0.gguf").is_file()
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["policy-mini"]
     assert "greedy accuracy" in (policy / "README.md").read_text()
-    assert "wrote models/policy-mini and models/judge-mini" in done.stdout.splitlines()[-1]
+    assert "wrote models/policy-mini" in done.stdout.splitlines()[-1]
     again = run_script(SCRIPT, *flags)
     assert again.returncode == 2 and "--overwrite" in again.stderr
+
+
+@pytest.mark.process
+def test_the_judge_is_made_and_goes_on_after_a_kill(run_script, tmp_path, tiny_model_dir):
+    """Too small to learn anything; killed when the model is finished, before its GGUF file."""
+    flags = ["--output", "models", "--model_name_or_path", tiny_model_dir, "--policy"]
+    flags += [tiny_model_dir, "--examples", "12", "--samples", "8", "--validation", "4"]
+    config = tmp_path / "models/.judge-mini.build/judge-mini/config.json"
+    kill_when_there(tmp_path, config, "utils/build_judge.py", *flags)
+    done = run_script("utils/build_judge.py", *flags)
+    assert done.returncode == 0, done.stderr
+    judge = tmp_path / "models/judge-mini"
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["judge-mini"]
+    assert (judge / "judge-mini.Q8_0.gguf").is_file()
+    assert "step accuracy" in (judge / "README.md").read_text()
+    assert "8 policy-mini samples" in (judge / "README.md").read_text()
+    assert "wrote models/judge-mini" in done.stdout.splitlines()[-1]
 
 
 @pytest.mark.slow
