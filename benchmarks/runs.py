@@ -1,9 +1,19 @@
-"""Trainings of policy-mini for the experiments: a run, its exact accuracy, a file of finished runs.
+"""Trainings for the experiments: a run, its exact accuracy, a file of finished runs.
 
-A run is a dict: `name`, `pairs` (file of scored pairs), `limit`, `settings` (arguments of `train.py
-dpo`), `seed`, `split` and `problems` (number of problems to measure greedy accuracy on),
-`each_epoch` (measure after each epoch, or only after the last). Its rows are appended to a JSONL
-file, so a stopped experiment resumes.
+A run is a dict:
+
+    {"name": "c: DPO",                       shown in tables
+     "recipe": "dpo",                        dpo, sft or ppo: a command of train.py
+     "rows": "data/compare/c_judge.jsonl",   what it learns from; paths are relative to the root
+     "model": "models/policy-mini",          the policy that is trained
+     "settings": {"learning_rate": 1e-4},    arguments of train.py
+     "seed": 0,
+     "measure": {"test": 2000, "hard": 1000},  split -> number of problems
+     "samples": 4,                           0: greedy answers only; else also so many samples of
+                                             each problem at temperature 1
+     "each_epoch": false}                    measure greedy answers after each epoch, or at the end
+
+Its rows are appended to a JSONL file, so a stopped experiment resumes.
 """
 
 import contextlib
@@ -14,16 +24,22 @@ import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from common.files import ROOT, AppendedRows
+from common.files import AppendedRows, at_root, identity
 from evaluation.metrics import Metric, clustered_mean_metric
+from reasoning.grading import is_correct
 from reasoning.problems import problems
 
-BASE = str(ROOT / "models/policy-mini")
+if TYPE_CHECKING:
+    from lm.policy import Policy
+
+BASE = "models/policy-mini"
 LOGGED = (
     *("loss", "logps/chosen_vs_ref", "logps/rejected_vs_ref"),
     *("drift/good_steps_less_likely", "rewards/accuracies"),
@@ -31,10 +47,10 @@ LOGGED = (
 
 
 def train_and_measure(run: dict) -> list[dict]:
-    """Train policy-mini once, and measure it after each epoch or after the last.
+    """Train once, and measure after each epoch or after the last.
 
-    Returns a row for each measurement: the run, `epoch`, `correct` (a 0 or 1 a problem), `logged`
-    (the last values of the log), `pairs_trained`."""
+    Returns a row for each measurement: the run, `epoch`, `correct` (`measured`), `logged` (the last
+    values of the log), `rows_trained`."""
     # torch would slow --help; the number of threads is set before torch does anything
     import torch
 
@@ -42,30 +58,23 @@ def train_and_measure(run: dict) -> list[dict]:
     # these need seconds, too
     from transformers import TrainerCallback
 
-    from evaluation.accuracy import correct_answers
     from lm.policy import Policy
+    from train import COMMANDS
     from trainer.session import train
-    from trainer.stepwise_dpo_trainer import RECIPE
 
-    measured_on = list(islice(problems(run["split"]), run["problems"]))
-    rows: list[dict] = []
+    found: list[dict] = []
 
     class Measure(TrainerCallback):
         def on_epoch_end(self, args, state, control, model=None, processing_class=None, **kwargs):
-            if not (run["each_epoch"] or state.global_step == state.max_steps):
-                return
-            policy = Policy(model, processing_class)
             model.eval()
-            correct = "".join(str(int(right)) for right in correct_answers(policy, measured_on))
+            correct = measured(Policy(model, processing_class), run["measure"], 0)
             model.train()
-            rows.append({**run, "epoch": round(state.epoch), "correct": correct})
+            found.append({**run, "epoch": round(state.epoch), "correct": correct})
 
     settings = {
-        "dataset_name": run["pairs"],
-        "limit": run["limit"],
+        "dataset_name": at_root(run["rows"]),
         "seed": run["seed"],
-        "model_name_or_path": BASE,
-        "logging_steps": 1,
+        "model_name_or_path": at_root(run["model"]),
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -74,11 +83,36 @@ def train_and_measure(run: dict) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         settings |= {"output_dir": f"{folder}/model", "logs_dir": f"{folder}/logs"}
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            train(RECIPE, as_flags(settings), callbacks=[Measure()])
+            callbacks = [Measure()] if run["each_epoch"] else []
+            recipe = import_module(COMMANDS[run["recipe"]][0]).RECIPE
+            train(recipe, as_flags(settings), callbacks=callbacks)
         log = json.loads(Path(folder, "logs/model/log.json").read_text(encoding="utf-8"))
+        if not run["each_epoch"]:
+            policy = Policy.load(f"{folder}/model")
+            correct = measured(policy, run["measure"], run["samples"])
+            found.append({**run, "epoch": None, "correct": correct})
     last = [entry for entry in log["history"] if "loss" in entry][-1]
     logged = {key: last[key] for key in LOGGED if key in last}
-    return [{**row, "pairs_trained": log["job"]["pairs"], "logged": logged} for row in rows]
+    more = {"logged": logged, "seconds": round(log["seconds"])}
+    return [{**row, **more} for row in found]
+
+
+def measured(policy: "Policy", measure: dict[str, int], samples: int) -> dict[str, str]:
+    """Right answers to the first problems of splits, a digit a problem.
+
+    `SPLIT`: 0 or 1 for the greedy answer. `SPLIT, sampled`: how many of `samples` are right."""
+    correct = {}
+    for split, count in measure.items():
+        asked = list(islice(problems(split), count))
+        prompts = [problem.prompt for problem in asked]
+        ways: dict[str, dict[str, Any]] = {split: {}}
+        if samples:
+            ways[f"{split}, sampled"] = {"n": samples, "temperature": 1.0}
+        for name, options in ways.items():
+            answers = zip(asked, policy.generate(prompts, **options), strict=True)
+            right = [sum(is_correct(a.steps, problem) for a in own) for problem, own in answers]
+            correct[name] = "".join(map(str, right))
+    return correct
 
 
 def as_flags(settings: dict) -> list[str]:
@@ -91,7 +125,7 @@ def as_flags(settings: dict) -> list[str]:
 
 
 def bits(correct: str) -> list[float]:
-    """`101` -> [1.0, 0.0, 1.0]."""
+    """`104` -> [1.0, 0.0, 4.0]."""
     return [float(c) for c in correct]
 
 
@@ -115,18 +149,19 @@ def each_accuracy(runs: Sequence[Sequence[float]]) -> str:
     return ", ".join(f"{sum(correct) / len(correct):.3f}" for correct in runs)
 
 
-def base_run(pairs: str, split: str, problems: int) -> dict:
+def base_run(rows: str, measure: dict[str, int], samples: int = 0) -> dict:
     """A run that measures the base: its learning rate is 0."""
-    common = {"name": "base", "pairs": pairs, "limit": 16, "seed": 0, "split": split}
     settings = {"learning_rate": 0.0, "max_steps": 1}
-    return {**common, "problems": problems, "each_epoch": False, "settings": settings}
+    named = {"name": "base", "recipe": "dpo", "rows": rows, "model": BASE, "settings": settings}
+    return {**named, "seed": 0, "measure": measure, "samples": samples, "each_epoch": False}
 
 
 def key_of(run: dict) -> str:
-    """The identity of a run: its settings and the contents of its pairs."""
-    named = {name: value for name, value in run.items() if name != "threads"}
-    pairs = hashlib.sha256(Path(run["pairs"]).read_bytes()).hexdigest()
-    return json.dumps({**named, "pairs": pairs}, sort_keys=True)
+    """The identity of a run: its settings and the contents of its rows and of its model."""
+    named = {name: value for name, value in run.items() if name not in ("threads", "name")}
+    for name in ("rows", "model"):
+        named[name] = identity(at_root(run[name]))
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
 def run_all(runs: Sequence[dict], path: Path, workers: int) -> list[dict]:

@@ -116,6 +116,40 @@ def clustered_mean_metric(values: Numbers, clusters: Numbers, seed: int = 0) -> 
     return _clustered(mean, clusters, seed)
 
 
+def crossed_mean_metric(values: np.ndarray, seed: int = 0) -> Metric:
+    """The mean of values (runs, problems), each a run's result on a problem.
+
+    The bootstrap (2,000 resamples) draws runs and problems, each with replacement: training again
+    and asking other problems would both change the mean. A single run is not resampled."""
+    runs, count = values.shape
+    rng = np.random.default_rng(seed)
+    by_run = rng.multinomial(runs, [1 / runs] * runs, 2000) / runs  # (resamples, runs)
+    by_problem = rng.multinomial(count, [1 / count] * count, 2000) / count
+    means = np.einsum("br,rp,bp->b", by_run, values, by_problem, optimize=True)
+    return _with_interval(values.mean(), np.percentile(means, LEVEL), values.size)
+
+
+def two_sided_p(difference: Metric) -> float:
+    """The p-value of a difference against 0: normal, its standard error from the 95 % interval."""
+    from scipy.stats import norm  # slow to import
+
+    if not difference.ci95 or difference.ci95[0] == difference.ci95[1]:
+        return float(difference.value == 0)
+    error = (difference.ci95[1] - difference.ci95[0]) / (2 * norm.ppf(0.975))
+    return float(2 * norm.sf(abs(difference.value) / error))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979): the k-th smallest of m times m - k + 1.
+
+    None is smaller than the one before it, and none is above 1."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for k, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - k) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
 @overload
 def _clustered(
     statistic: Callable[[np.ndarray], float], clusters: Numbers, seed: int

@@ -430,6 +430,39 @@ def stability_plot(
     _save(figure, path)
 
 
+def compare_plot(
+    path: str | Path,
+    panels: dict[str, dict[str, list[Metric]]],
+    splits: Sequence[str],
+    curve: dict[float, Metric],
+) -> None:
+    """The accuracies of methods, one panel a regime, and a curve over the AUROC of planted judges.
+
+    panels: title -> method -> one Metric for each of `splits`. curve: AUROC -> difference."""
+
+    def regime(axes: plt.Axes, title: str, methods: dict[str, list[Metric]]) -> None:
+        for k, (split, marker) in enumerate(zip(splits, "os", strict=False)):
+            values = [metrics[k] for metrics in methods.values()]
+            places = [m + 0.15 * (2 * k - 1) for m in range(len(values))]
+            options = {"fmt": marker, "color": (TUNED, "#e69f00")[k], "markersize": 4}
+            axes.errorbar(_values(values), places, xerr=_whiskers(values), label=split, **options)
+        axes.set_yticks(range(len(methods)), list(methods), fontsize=8)
+        axes.invert_yaxis()
+        axes.set(xlabel="exact accuracy, greedy (95 % intervals)")
+        axes.set_title(title, fontsize=10)
+        axes.legend(frameon=False, fontsize=8)
+
+    def planted(axes: plt.Axes) -> None:
+        values = [*curve.values()]
+        axes.errorbar([*curve], _values(values), yerr=_whiskers(values), marker="o", color=TUNED)
+        axes.axhline(0, color=BASE, linewidth=0.8)
+        axes.set(xlabel="step AUROC of the judge", ylabel="stepwise DPO minus DPO, accuracy")
+        axes.set_title("is this judge worth it?", fontsize=10)
+
+    drawn = [partial(regime, title=title, methods=methods) for title, methods in panels.items()]
+    _panels(path, "the same rollouts and updates for each", [*drawn, *([planted] if curve else [])])
+
+
 def credit_plot(
     path: str | Path, metrics: dict[str, Metric], models: Sequence[str], kinds: dict[str, str]
 ) -> None:

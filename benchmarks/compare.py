@@ -1,0 +1,329 @@
+"""Stepwise DPO, its controls and its rivals: the same rollouts, tuning and updates for each.
+
+    python benchmarks/compare.py    # about 15 hours on 2 cores; the same command resumes it
+    python benchmarks/compare.py --regimes c d --seeds 1      # a part of it
+
+Five regimes (REGIMES in benchmarks/compare_rows.py) say what is known of the rollouts. In each, all
+methods train policy-mini on the same rollouts of the same problems, with as many updates of as many
+rows.
+
+1. Tuning, in (a) and (c): every method with 3 learning rates and 3 numbers of epochs, one seed. The
+   highest greedy accuracy on validation problems wins. (b) and (e) use the settings of (a), (d)
+   those of (c), and the controls those of the default.
+2. Test: every method with all seeds answers the test and the hard problems, greedily and 4 times at
+   temperature 1.
+3. Planted judges: in (c), stepwise DPO and DPO on pairs that judges of known AUROC picked and
+   scored.
+
+A contrast is a difference of two methods on the same problems. Its interval comes from a bootstrap
+over problems and seeds; its p-value is that of a normal distribution with the bootstrap's standard
+error, and p_holm is corrected over all contrasts (Holm 1979). `better` and `worse` need p_holm
+below 0.05; `equivalent` means that the whole interval lies within 2 points.
+
+Writes compare.json and compare.png to --output_dir, and the answers of every run to
+compare.jsonl."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from benchmarks import compare_rows
+from benchmarks.compare_rows import REGIMES
+from benchmarks.runs import BASE, as_flags, base_run, key_of, run_all
+from common.cli import arg, check_least, parse_args, run
+from common.files import at_root, read_rows
+from evaluation.metrics import (
+    Metric,
+    crossed_mean_metric,
+    holm,
+    mean_metric,
+    rate_metric,
+    two_sided_p,
+)
+from evaluation.results import print_table, write_result
+
+DATA, ROUND_1 = "data/compare", "data/compare/round_1"  # ignored by git
+TREES = "data/mcts_trees.jsonl.gz"
+# train problems, after those that judge-mini learned from
+PROBLEMS, SKIP, SKIP_2 = 2000, 14_000, 16_000
+BATCH = 16
+RATES, EPOCHS = (3e-5, 1e-4, 3e-4), (1, 2, 4)
+DEFAULT = "stepwise"
+# method -> (rows, command of train.py, settings)
+METHODS: dict[str, tuple[str, str, dict]] = {
+    DEFAULT: ("judge", "dpo", {}),
+    "SFT on chosen": ("judge", "dpo", {"loss_type": ["sft"]}),
+    "SFT on all good samples": ("good", "sft", {}),
+    "SFT before the first low score": ("cut", "dpo", {"loss_type": ["sft"]}),
+    "DPO": ("judge", "dpo", {"loss_type": ["sigmoid"]}),
+    "RPO": ("judge", "dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 1]}),
+    "Step-DPO": ("judge", "dpo", {"loss_type": ["step_dpo"], "anchor_lambda": 0}),
+    "Full-Step-DPO": ("judge", "dpo", {"loss_type": ["full_step_dpo"], "anchor_lambda": 0}),
+}
+# the default with other scores on the same pairs: method -> rows
+CONTROLS = {f"{DEFAULT}, {scores} scores": scores for scores in ("exact", "shuffled")}
+TUNED_IN = {"a": "a", "b": "a", "c": "c", "d": "c", "e": "a"}
+PLANTED = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+VALIDATION = {"validation": 500, "hard_validation": 250}
+TEST, SAMPLES = {"test": 2000, "hard": 1000}, 4
+MEASURES = ("test", "hard", "test, sampled", "hard, sampled")
+STAGES = ("tuning", "test", "planted")
+EQUIVALENT = 0.02
+
+
+@dataclass
+class CompareArguments:
+    regimes: list[str] = arg([*"cdabe"], "regimes, in the order of work", choices=[*REGIMES])
+    methods: list[str] = arg([*METHODS, *CONTROLS], "methods", choices=[*METHODS, *CONTROLS])
+    limit: int = arg(512, "pairs to train on, at most")
+    seeds: int = arg(5, "training seeds of every method")
+    until: str = arg("planted", "the last stage to compute", choices=[*STAGES])
+    workers: int = arg(2, "trainings at once")
+    output_dir: str = arg(at_root("evaluation/results"), "folder of compare.json")
+
+    def __post_init__(self) -> None:
+        check_least(self, limit=1, seeds=1, workers=1)
+
+
+class Comparison:
+    """The runs of the comparison. Those that are finished are not computed again."""
+
+    def __init__(self, args: CompareArguments):
+        self.args, self.store = args, Path(args.output_dir, "compare.jsonl")
+        self.rates: dict[tuple[str, str], dict[tuple[float, int], Metric]] = {}
+
+    def rows(self, runs: Sequence[dict]) -> list[dict]:
+        """The row of every run."""
+        by_key = {row["key"]: row for row in run_all(runs, self.store, self.args.workers)}
+        return [by_key[key_of(run)] for run in runs]
+
+    # --- training rows ---
+
+    def make_rows(self, regime: str) -> None:
+        """Make the rows of a regime that are not there yet."""
+        folder = Path(at_root(DATA))
+        if (folder / f"{regime}_good.jsonl").exists():  # it is written last
+            return
+        if regime == "b":
+            pairs = folder / "step_pairs.jsonl"
+            flags = ["--from_trees", at_root(TREES), "--per_state", "1", "--output", str(pairs)]
+            if not pairs.exists():
+                _call("utils/build_step_pairs.py", *flags)
+            compare_rows.write_tree_rows(folder, Path(at_root(TREES)), pairs, self.args.limit)
+            return
+        if regime == "e" and not Path(at_root(ROUND_1), "config.json").exists():
+            first = self.run("a", DEFAULT, *self.tuned("a", DEFAULT), seed=0)
+            flags = as_flags(first["settings"] | {"dataset_name": at_root(first["rows"])})
+            _call("train.py", "dpo", *flags, "--seed", "0", "--output_dir", at_root(ROUND_1))
+        first_problem, policy = (SKIP_2, ROUND_1) if regime == "e" else (SKIP, BASE)
+        path = folder / ("rollouts_2.jsonl" if regime == "e" else "rollouts.jsonl")
+        compare_rows.sample(path, at_root(policy), first_problem, PROBLEMS)
+        rollouts = compare_rows.read_rollouts(path)
+        compare_rows.write_rows(folder, regime, rollouts, self.args.limit)
+
+    def run(
+        self, regime: str, method: str, rate: float, epochs: int, seed: int, rows: str = ""
+    ) -> dict:
+        """A run (benchmarks/runs.py) with as many updates as `epochs` passes over the pairs."""
+        own_rows, recipe, settings = METHODS[DEFAULT if method in CONTROLS else method]
+        rows = rows or CONTROLS.get(method, own_rows)
+        pairs = sum(1 for _ in read_rows(at_root(f"{DATA}/{regime}_judge.jsonl")))
+        more = {"precompute_ref_log_probs": True} if recipe == "dpo" else {}
+        more |= {"learning_rate": rate, "max_steps": epochs * -(-pairs // BATCH)}
+        return {
+            "name": f"{regime}: {method}",
+            "recipe": recipe,
+            "rows": f"{DATA}/{regime}_{rows}.jsonl",
+            "model": ROUND_1 if regime == "e" else BASE,
+            "settings": settings | more,
+            "seed": seed,
+            "each_epoch": False,
+            "measure": TEST,
+            "samples": SAMPLES,
+        }
+
+    # --- tuning ---
+
+    def tune(self, regime: str, methods: Sequence[str]) -> None:
+        cells = [
+            (method, rate, epochs) for method in methods for rate in RATES for epochs in EPOCHS
+        ]
+        more = {"measure": VALIDATION, "samples": 0}
+        found = self.rows([self.run(regime, *cell, seed=0) | more for cell in cells])
+        for (method, rate, epochs), row in zip(cells, found, strict=True):
+            right = [float(digit) for split in VALIDATION for digit in row["correct"][split]]
+            self.rates.setdefault((regime, method), {})[rate, epochs] = rate_metric(right)
+
+    def tuned(self, regime: str, method: str) -> tuple[float, int]:
+        """The learning rate and the number of epochs of a method."""
+        own = DEFAULT if method in CONTROLS else method
+        rates = self.rates[TUNED_IN[regime], own]
+        return max(rates, key=lambda cell: rates[cell].value)
+
+    # --- test ---
+
+    def test(self) -> dict[tuple[str, str], list[dict]]:
+        """(regime, method) -> the rows of its seeds. `base` is the policy that is trained."""
+        args = self.args
+        runs = {
+            (regime, method, seed): self.run(regime, method, *self.tuned(regime, method), seed=seed)
+            for seed in range(args.seeds)
+            for regime in args.regimes
+            for method in args.methods
+        }
+        for regime in args.regimes:
+            base = base_run(f"{DATA}/{regime}_judge.jsonl", TEST, SAMPLES)
+            runs[regime, "base", 0] = base | {"model": ROUND_1 if regime == "e" else BASE}
+        found: dict[tuple[str, str], list[dict]] = {}
+        for (regime, method, _), row in zip(runs, self.rows([*runs.values()]), strict=True):
+            found.setdefault((regime, method), []).append(row)
+        return found
+
+    def planted(self) -> dict[float, dict[str, list[dict]]]:
+        """AUROC -> method -> the rows of its seeds, for judges of this AUROC in (c)."""
+        folder, runs = Path(at_root(DATA)), {}
+        rollouts = compare_rows.read_rollouts(folder / "rollouts.jsonl")
+        for auroc in PLANTED:
+            if not (folder / f"c_planted_{auroc:g}.jsonl").exists():
+                compare_rows.write_planted_rows(folder, auroc, rollouts, self.args.limit)
+        for seed in range(self.args.seeds):
+            for auroc in PLANTED:
+                for method in (DEFAULT, "DPO"):
+                    settings = (*self.tuned("c", method), seed, f"planted_{auroc:g}")
+                    runs[auroc, method, seed] = self.run("c", method, *settings) | {"samples": 0}
+        found: dict[float, dict[str, list[dict]]] = {auroc: {} for auroc in PLANTED}
+        for (auroc, method, _), row in zip(runs, self.rows([*runs.values()]), strict=True):
+            found[auroc].setdefault(method, []).append(row)
+        return found
+
+
+def _call(script: str, *flags: str) -> None:
+    subprocess.run([sys.executable, at_root(script), *flags], check=True)
+
+
+# --- figures ---
+
+
+def shares(rows: Sequence[dict], measure: str) -> np.ndarray:
+    """(runs, problems): the share of right answers of every run to every problem, 0 to 1."""
+    right = [[int(digit) for digit in row["correct"][measure]] for row in rows]
+    return np.array(right) / (SAMPLES if measure.endswith("sampled") else 1)
+
+
+def contrasts_of(found: dict[tuple[str, str], list[dict]]) -> list[dict]:
+    """The default minus every other method, in every regime and measure."""
+    contrasts, p_values = [], []
+    for (regime, rival), rows in found.items():
+        if rival in (DEFAULT, "base") or (regime, DEFAULT) not in found:
+            continue
+        for measure in MEASURES:
+            difference = shares(found[regime, DEFAULT], measure) - shares(rows, measure)
+            metric = crossed_mean_metric(difference)
+            named = {"regime": regime, "method": DEFAULT, "rival": rival, "measure": measure}
+            contrasts.append(named | {"difference": metric.value, "ci95": metric.ci95})
+            p_values.append(two_sided_p(metric))
+    for contrast, p in zip(contrasts, holm(p_values), strict=True):
+        contrast |= {"p_holm": p, "verdict": verdict(contrast["difference"], contrast["ci95"], p)}
+    return contrasts
+
+
+def verdict(difference: float, ci95: Sequence[float], p_holm: float) -> str:
+    if ci95[0] > -EQUIVALENT and ci95[1] < EQUIVALENT:
+        return "equivalent"
+    if p_holm < 0.05:
+        return "better" if difference > 0 else "worse"
+    return "undecided"
+
+
+def report(comparison: Comparison, found: dict, planted: dict) -> None:
+    # matplotlib needs seconds
+    from evaluation.plots import compare_plot
+
+    args, output = comparison.args, Path(comparison.args.output_dir)
+    metrics: dict[str, Metric] = {}
+    for (regime, method), rates in comparison.rates.items():
+        for (rate, epochs), metric in rates.items():
+            metrics[f"tuning/{regime}/{method}/lr {rate:g}, epochs {epochs}/accuracy"] = metric
+    for (regime, method), rows in found.items():
+        name = f"{regime}/{method}"
+        for measure in MEASURES:
+            right, base = shares(rows, measure), shares(found[regime, "base"], measure)
+            metrics[f"{name}/{measure}/accuracy"] = crossed_mean_metric(right)
+            if method != "base":
+                gain = crossed_mean_metric(right - base)
+                metrics[f"{name}/{measure}/accuracy_improvement"] = gain
+        drifts = [row["logged"].get("logps/chosen_vs_ref") for row in rows]
+        if method != "base" and None not in drifts:
+            metrics[f"{name}/logps_chosen_vs_ref"] = mean_metric(drifts)
+    curve: dict[float, Metric] = {}
+    for auroc, methods in planted.items():
+        both = [np.hstack([shares(rows, split) for split in TEST]) for rows in methods.values()]
+        for method, right in zip(methods, both, strict=True):
+            metrics[f"planted/{auroc:g}/{method}/accuracy"] = crossed_mean_metric(right)
+        curve[auroc] = crossed_mean_metric(both[0] - both[1])
+        metrics[f"planted/{auroc:g}/{DEFAULT} minus DPO"] = curve[auroc]
+
+    contrasts = contrasts_of(found)
+    verdicts = {(c["regime"], c["rival"], c["measure"]): c["verdict"] for c in contrasts}
+    for regime in args.regimes:
+        table = []
+        for (own, method), rows in found.items():
+            if own != regime:
+                continue
+            settings = "" if method == "base" else "{:g}, {}".format(*comparison.tuned(own, method))
+            cells = [
+                f"{metrics[f'{own}/{method}/{measure}/accuracy']} "
+                + verdicts.get((own, method, measure), "")
+                for measure in MEASURES
+            ]
+            table.append((method, settings, len(rows), *cells))
+        title = f"({regime}) {REGIMES[regime]}: accuracy, and the verdict on {DEFAULT} against it"
+        print_table(title, ["method", "lr, epochs", "seeds", *MEASURES], table)
+    if curve:
+        title = f"{DEFAULT} minus DPO on judges of planted quality, test and hard problems, greedy"
+        print_table(title, ["AUROC", "difference"], [*curve.items()])
+    chosen = {
+        f"{regime}/{method}": comparison.tuned(regime, method)
+        for regime, method in comparison.rates
+    }
+    result = output / "compare.json"
+    more = {"chosen": chosen, "contrasts": contrasts}
+    write_result(result, metrics, vars(args), range(args.seeds), **more)
+    panels = {
+        f"({regime}) {REGIMES[regime]}": {
+            method: [metrics[f"{regime}/{method}/{split}/accuracy"] for split in TEST]
+            for own, method in found
+            if own == regime
+        }
+        for regime in args.regimes
+    }
+    if found:
+        compare_plot(output / "compare.png", panels, [*TEST], curve)
+    print(f"wrote {result}")
+
+
+def main() -> None:
+    (args,) = parse_args(CompareArguments, description=__doc__)
+    comparison = Comparison(args)
+    # (a) is tuned before (e) is made: the second round begins with the policy of the first
+    for regime in dict.fromkeys(TUNED_IN[regime] for regime in args.regimes):
+        comparison.make_rows(regime)
+        comparison.tune(regime, [method for method in args.methods if method in METHODS])
+    found, planted = {}, {}
+    if args.until != "tuning":
+        for regime in args.regimes:
+            comparison.make_rows(regime)
+        found = comparison.test()
+    if args.until == "planted" and "c" in args.regimes:
+        planted = comparison.planted()
+    report(comparison, found, planted)
+
+
+if __name__ == "__main__":
+    run(main)
