@@ -269,6 +269,21 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Result], str]]] = {
         " --output_dir docs/results",
         dpo_speed,
     ),
+    "rollouts_policy-mini": (
+        "Speed of sampling",
+        "python benchmarks/rollouts.py --output_dir docs/results",
+        all_metrics,
+    ),
+    "search_speed": (
+        "Speed of beam search",
+        "python benchmarks/search.py --ways ours batched generate --output_dir docs/results",
+        all_metrics,
+    ),
+    "threads_policy-mini": (
+        "Threads",
+        "python benchmarks/threads.py --output_dir docs/results",
+        all_metrics,
+    ),
     "judge_backends": (
         "Speed of the judges of GGUF files",
         "python benchmarks/judge_backends.py --files FILE --output_dir docs/results",
