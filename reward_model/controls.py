@@ -1,6 +1,7 @@
-"""Judges to compare with: `exact` knows the answers (a ceiling), `random` and `shuffled` do not.
+"""Judges to compare with: `exact` and `outcome` know the answers, `random` and `shuffled` do not.
 
-A method that gains from scores must not gain from the scores of the last two.
+`exact` is a ceiling, and `outcome` shows what is left if only final answers are known. A method
+that gains from scores must not gain from the scores of the last two.
 """
 
 import json
@@ -9,20 +10,41 @@ from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 from common.errors import JudgeError
-from reasoning.grading import grade_steps
+from reasoning.grading import grade_steps, is_correct
 from reasoning.records import Problem
 from reward_model.protocols import Scores, Solution, StepJudge, with_skip
 
 
-class ExactJudge(StepJudge):
-    """The exact checker: 1 for a right step, 0 from the first error on (reasoning/grading.py).
+class _ReferenceJudge(StepJudge):
+    """A judge that knows the problems, which have answers.
 
-    problems: with reference steps; read only until the prompts that are asked for are found. Raises
-    JudgeError for a prompt that is not among them, or that has no reference steps."""
+    problems: read only until the prompts that are asked for are found."""
+
+    name: str
 
     def __init__(self, problems: Iterable[Problem]):
         self._unread = iter(problems)
         self._by_prompt: dict[str, Problem] = {}
+
+    def _problem(self, prompt: str) -> Problem:
+        while prompt not in self._by_prompt:
+            problem = next(self._unread, None)
+            if problem is None:
+                raise JudgeError(
+                    f"judge {self.name}: no reference for the problem {prompt[:60]!r} ...: "
+                    "give it in --judge_problems"
+                )
+            self._by_prompt[problem.prompt] = problem
+        return self._by_prompt[prompt]
+
+
+class ExactJudge(_ReferenceJudge):
+    """The exact checker: 1 for a right step, 0 from the first error on (reasoning/grading.py).
+
+    Raises JudgeError for a prompt that is not among the problems, or that has no reference
+    steps."""
+
+    name = "exact"
 
     def score_steps(
         self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
@@ -33,23 +55,36 @@ class ExactJudge(StepJudge):
         ]
 
     def _problem(self, prompt: str) -> Problem:
-        while prompt not in self._by_prompt:
-            problem = next(self._unread, None)
-            if problem is None:
-                raise JudgeError(
-                    f"judge exact: no reference for the problem {prompt[:60]!r} ...: "
-                    "give it in --judge_problems"
-                )
-            self._by_prompt[problem.prompt] = problem
-        if not self._by_prompt[prompt].steps:
+        problem = super()._problem(prompt)
+        if not problem.steps:
             raise JudgeError(
                 f"judge exact: the problem {prompt[:60]!r} ... has no reference steps: "
                 "give them in --judge_problems"
             )
-        return self._by_prompt[prompt]
+        return problem
 
     def __str__(self) -> str:
         return "exact: the checker"
+
+
+class OutcomeJudge(_ReferenceJudge):
+    """1 for every step of a solution whose final answer is right, else 0: no step is looked at.
+
+    As the judge of `train.py ppo --states fresh` it gives the reward of outcome-based methods.
+    Raises JudgeError for a prompt that is not among the problems."""
+
+    name = "outcome"
+
+    def score_steps(
+        self, solutions: Sequence[Solution], skip: Sequence[int] | None = None
+    ) -> Scores:
+        return [
+            [float(is_correct(list(steps), self._problem(prompt)))] * (len(steps) - first)
+            for prompt, steps, first in with_skip(solutions, skip)
+        ]
+
+    def __str__(self) -> str:
+        return "outcome: the checker of final answers"
 
 
 class RandomJudge(StepJudge):

@@ -8,7 +8,7 @@ flag that it alone needs is one more field of `JudgeArgs`.
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from lm.server_text import check_url
 from reasoning.problems import problems
 from reasoning.records import Problem
 from reasoning.splits import held_out_files
-from reward_model.controls import ExactJudge, RandomJudge, ShuffledJudge
+from reward_model.controls import ExactJudge, OutcomeJudge, RandomJudge, ShuffledJudge
 from reward_model.judges.human import HumanJudge
 from reward_model.protocols import Response, ResponseScorer, Scores, Solution, StepJudge
 from reward_model.score_checks import warn_of_scores
@@ -93,11 +93,19 @@ def _openai(
 
 
 def _exact(judge_problems: str | None) -> StepJudge:
+    return ExactJudge(_references(judge_problems))
+
+
+def _outcome(judge_problems: str | None) -> StepJudge:
+    return OutcomeJudge(_references(judge_problems))
+
+
+def _references(judge_problems: str | None) -> Iterator[Problem]:
     if judge_problems is not None:
-        return ExactJudge(read_records(judge_problems, Problem))
+        return read_records(judge_problems, Problem)
     # the held-out problems first: to read them is faster than to generate the others
     held_out = (read_records(path, Problem) for path in held_out_files())
-    return ExactJudge(itertools.chain(*held_out, problems("train")))
+    return itertools.chain(*held_out, problems("train"))
 
 
 def _random(seed: int) -> StepJudge:
@@ -116,6 +124,7 @@ JUDGES: dict[str, Callable[..., StepJudge]] = {
     "response": _response,
     "openai": _openai,
     "exact": _exact,
+    "outcome": _outcome,
     "random": _random,
     "human": _human,
 }
@@ -144,6 +153,7 @@ class JudgeArgs:
         "file, through llama.cpp; hf: any causal LM through transformers; prm: a process reward "
         "model; response: a response reward model, each step gets the score of the whole; openai: "
         "any OpenAI-compatible server (key from OPENAI_API_KEY); exact: the checker, for ceilings; "
+        "outcome: every step gets 1 if the final answer is right, else 0; "
         "random: uniform random scores, a control; human: labels made by people; shuffled: another "
         "judge's scores permuted over steps, a control",
         choices=[*JUDGES, SHUFFLED],
@@ -172,7 +182,9 @@ class JudgeArgs:
         "openai: file that keeps every answer, so that none is paid for twice",
     )
     judge_problems: str | None = arg(
-        None, "exact: JSONL of problems with reference steps (default: the embedded problems)"
+        None,
+        "exact, outcome: JSONL of problems with reference steps or answers (default: the embedded "
+        "problems)",
     )
     judge_labels: str | None = arg(None, "human: JSONL of step labels")
     shuffled_judge: str = arg(

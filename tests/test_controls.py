@@ -1,4 +1,4 @@
-"""Judges for comparison: exact, random and shuffled."""
+"""Judges for comparison: exact, outcome, random and shuffled."""
 
 from itertools import chain
 
@@ -6,7 +6,7 @@ import pytest
 
 from common.errors import JudgeError
 from reasoning.records import Problem
-from reward_model.controls import ExactJudge, RandomJudge, ShuffledJudge
+from reward_model.controls import ExactJudge, OutcomeJudge, RandomJudge, ShuffledJudge
 from tests.helpers.judges import FixedJudge
 
 MIA = Problem("Mia has 2 apples.", "10", ["Step 1: 2 + 3 = 5", "Step 2: 5 * 2 = 10", "Answer: 10"])
@@ -28,6 +28,17 @@ def test_the_exact_judge_grades_and_reads_no_more_problems_than_needed():
     reason = r"no reference for the problem 'Bob[?]'.*--judge_problems"
     with pytest.raises(JudgeError, match=reason):
         ExactJudge([MIA]).score_steps([("Bob?", ["Answer: 1"])])
+
+
+def test_the_outcome_judge_looks_at_the_last_step_alone():
+    lucky = ["Step 1: 2 + 3 = 6", "Answer: 10"]
+    unanswered = MIA.steps[:2]
+    judge = OutcomeJudge([Problem(MIA.prompt, "10")])
+    solutions = [(MIA.prompt, steps) for steps in (MIA.steps, lucky, unanswered, ["Answer: 7"])]
+    assert judge.score_steps(solutions) == [[1, 1, 1], [1, 1], [0, 0], [0]]
+    assert judge.score_steps(solutions[:1], skip=[2]) == [[1]]
+    with pytest.raises(JudgeError, match="judge outcome: no reference for the problem 'Bob"):
+        judge.score_steps([("Bob?", ["Answer: 1"])])
 
 
 def test_a_random_score_depends_only_on_seed_prompt_and_steps():

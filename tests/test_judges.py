@@ -125,6 +125,7 @@ def test_good_arguments_pass(tiny_gguf, tiny_model_dir):
         "response": ({"judge_path": tiny_model_dir}, "response-tiny-model"),
         "openai": (url, "openai-m"),
         "exact": ({}, "exact"),
+        "outcome": ({}, "outcome"),
         "shuffled": ({"shuffled_judge": "openai"} | url, "shuffled-openai-m"),
         "random": ({"seed": 3}, "random-3"),
         "human": ({"judge_labels": TEST_PROBLEMS}, "human-problems_test"),

@@ -149,12 +149,13 @@ def test_the_example_trains_an_adapter_from_problems(folder, monkeypatch):
     assert "model.safetensors" in {path.name for path in (folder / "merged").iterdir()}
 
 
-@pytest.mark.parametrize("judge", ["exact", "shuffled", "response"])
+@pytest.mark.parametrize("judge", ["exact", "outcome", "shuffled", "response"])
 def test_any_judge_rewards(folder, monkeypatch, judge):
     if judge == "response":
         make_llama(str(folder / "model"), folder / "reward")
     given = {
         "exact": {"judge_problems": "problems.jsonl"},
+        "outcome": {"judge_problems": "problems.jsonl", "states": "fresh"},
         "shuffled": {"judge_path": "prm", "shuffled_judge": "prm"},
         "response": {"judge_path": "reward", "states": "fresh"},
     }[judge]
