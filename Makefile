@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 
-.PHONY: help demo test test-fast test-properties lint docs results models models-policy models-surprisal models-judge models-prm models-reward models-large data rounds smollm2 smollm2-run clean
+.PHONY: help demo test test-fast test-properties lint docs results reproduce models models-policy models-surprisal models-judge models-prm models-reward models-large data rounds smollm2 smollm2-run clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
@@ -42,6 +42,9 @@ docs: $(VENV)/.installed-dev  ## the documentation as a site, docs/_build/index.
 
 results: $(VENV)/.installed  ## docs/results.md anew from docs/results/*.json
 	$(BIN) docs/make_results.py
+
+reproduce: $(VENV)/.installed  ## make every result of the documentation again (it says how long), and compare; resumes
+	$(BIN) benchmarks/reproduce.py
 
 models: models-policy models-surprisal models-judge models-prm models-reward  ## rebuild the models that are committed
 

@@ -78,6 +78,7 @@ def train_and_measure(run: dict) -> list[dict]:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        **({} if run["recipe"] == "ppo" else {"logging_steps": 1}),
         **run["settings"],
     }
     with tempfile.TemporaryDirectory() as folder:

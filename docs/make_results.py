@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -207,97 +208,128 @@ def judge_backends(result: Result) -> str:
     return table(["file", "engine", *(column.replace("_", " ") for column in columns)], rows)
 
 
-# file -> (title, command, how it becomes tables); in the order of the page
-SECTIONS: dict[str, tuple[str, str, Callable[[Result], str]]] = {
-    "reward_score_comparison": (
+@dataclass(frozen=True)
+class Section:
+    """One result: how it is made, and how the page shows it.
+
+    commands: they write docs/results/NAME.json if the folder of their output is docs/results; a
+    `make` or `python` line each. minutes: about, on two idle cores, for `make reproduce`."""
+
+    title: str
+    commands: tuple[str, ...]
+    minutes: int
+    tables: Callable[[Result], str]
+
+
+# name of the file in docs/results -> its section; in the order of the page
+COMPARED = {  # the trainings of "Where the credit goes" -> their arguments
+    "stepwise": "",
+    "stepwise_no_anchor": "--anchor_lambda 0 ",
+    "dpo": "--loss_type sigmoid ",
+    "step_dpo": "--loss_type step_dpo ",
+    "full_step_dpo": "--loss_type full_step_dpo ",
+    "sft": "--loss_type sft ",
+}
+SECTIONS: dict[str, Section] = {
+    "reward_score_comparison": Section(
         "Base against tuned, 2,000 test problems",
-        "python evaluation/eval_reward_scores.py",
+        ("python train.py", "python evaluation/eval_reward_scores.py"),
+        15,
         comparison,
     ),
-    "demo/reward_score_comparison": ("The same in the demo", "make demo", comparison),
-    "main_table": (
-        "What the step scores add",
-        "python benchmarks/main_table.py --seeds 3 --output_dir docs/results",
-        main_table,
+    "demo/reward_score_comparison": Section("The same in the demo", ("make demo",), 4, comparison),
+    "main_table": Section(
+        "What the step scores add", ("python benchmarks/main_table.py --seeds 3",), 120, main_table
     ),
-    "stability": (
-        "Losses over learning rates and epochs",
-        "python benchmarks/stability.py --output_dir docs/results",
-        stability,
+    "stability": Section(
+        "Losses over learning rates and epochs", ("python benchmarks/stability.py",), 60, stability
     ),
-    "credit": (
+    "credit": Section(
         "Where the credit goes",
-        "python evaluation/eval_credit.py --models saved_model/credit/stepwise ...",
+        (
+            *(
+                f"python train.py --limit 512 {flags}--output_dir saved_model/credit/{name}"
+                for name, flags in COMPARED.items()
+            ),
+            "python evaluation/eval_credit.py --models "
+            + " ".join(f"saved_model/credit/{name}" for name in COMPARED),
+        ),
+        20,
         credit,
     ),
-    "search": (
+    "search": Section(
         "Guided search",
-        "python evaluation/eval_search.py --choose_limit 50 --limit 1000"
-        " --other_model models/policy-large",
+        (
+            "python evaluation/eval_search.py --choose_limit 50 --limit 1000"
+            " --other_model models/policy-large",
+        ),
+        90,
         search,
     ),
-    "ppo": ("Step PPO", "python benchmarks/ppo_table.py --output_dir docs/results", ppo),
-    "judge_prm-mini": (
+    "ppo": Section("Step PPO", ("python benchmarks/ppo_table.py",), 90, ppo),
+    "judge_prm-mini": Section(
         "Report card of prm-mini",
-        "python evaluation/eval_judge.py --judge prm --rollouts 8",
+        ("python evaluation/eval_judge.py --judge prm --rollouts 8",),
+        5,
         all_metrics,
     ),
-    "judge_judge-mini.Q8_0": (
-        "Report card of judge-mini",
-        "python evaluation/eval_judge.py",
-        all_metrics,
+    "judge_judge-mini.Q8_0": Section(
+        "Report card of judge-mini", ("python evaluation/eval_judge.py",), 5, all_metrics
     ),
-    "response_reward": (
+    "response_reward": Section(
         "Report card of reward-mini",
-        "python evaluation/eval_response_reward.py --scorer models/reward-mini",
+        ("python evaluation/eval_response_reward.py --scorer models/reward-mini",),
+        5,
         all_metrics,
     ),
-    "answers": (
-        "Which answers are the same",
-        "python benchmarks/answer_rates.py --output_dir docs/results",
-        all_metrics,
+    "answers": Section(
+        "Which answers are the same", ("python benchmarks/answer_rates.py",), 2, all_metrics
     ),
-    "dpo_speed_policy-mini": (
+    "dpo_speed_policy-mini": Section(
         "Speed of stepwise DPO, policy-mini",
-        "python benchmarks/dpo_speed.py --sizes 4 8 16 32 64 --output_dir docs/results",
+        ("python benchmarks/dpo_speed.py --sizes 4 8 16 32 64",),
+        8,
         dpo_speed,
     ),
-    "dpo_speed_smollm2-135m-instruct": (
+    "dpo_speed_smollm2-135m-instruct": Section(
         "Speed of stepwise DPO, SmolLM2",
-        "python benchmarks/dpo_speed.py --model_name_or_path models/smollm2-135m-instruct"
-        " --per_device_train_batch_size 3 --pairs 3 --cases a d --rounds 3"
-        " --output_dir docs/results",
+        (
+            "make smollm2",
+            "python benchmarks/dpo_speed.py --model_name_or_path models/smollm2-135m-instruct"
+            " --per_device_train_batch_size 3 --pairs 3 --cases a d --rounds 3",
+        ),
+        20,
         dpo_speed,
     ),
-    "rollouts_policy-mini": (
-        "Speed of sampling",
-        "python benchmarks/rollouts.py --output_dir docs/results",
-        all_metrics,
+    "rollouts_policy-mini": Section(
+        "Speed of sampling", ("python benchmarks/rollouts.py",), 4, all_metrics
     ),
-    "search_speed": (
+    "search_speed": Section(
         "Speed of beam search",
-        "python benchmarks/search.py --ways ours batched generate --output_dir docs/results",
+        ("python benchmarks/search.py --ways ours batched generate",),
+        2,
         all_metrics,
     ),
-    "threads_policy-mini": (
-        "Threads",
-        "python benchmarks/threads.py --output_dir docs/results",
-        all_metrics,
-    ),
-    "judge_backends": (
+    "threads_policy-mini": Section("Threads", ("python benchmarks/threads.py",), 4, all_metrics),
+    "judge_backends": Section(
         "Speed of the judges of GGUF files",
-        "python benchmarks/judge_backends.py --files FILE --output_dir docs/results",
+        (
+            "python benchmarks/judge_backends.py",
+            "python benchmarks/judge_backends.py --files tinyllama.Q4_0 --threads 2 --rounds 3",
+        ),
+        15,
         judge_backends,
     ),
-    "smollm2/reward_score_comparison": (
-        "SmolLM2-135M-Instruct, its own scores",
-        "make smollm2-run",
-        comparison,
+    "smollm2/reward_score_comparison": Section(
+        "SmolLM2-135M-Instruct, its own scores", ("make smollm2-run",), 150, comparison
     ),
-    "smollm2/reward_score_comparison_exact": (
+    "smollm2/reward_score_comparison_exact": Section(
         "SmolLM2-135M-Instruct, exact scores",
-        "python evaluation/eval_reward_scores.py --base_model saved_model/smollm2_sft"
-        " --tuned_model saved_model/smollm2_dpo_exact --judge exact ...",
+        (
+            "python evaluation/eval_reward_scores.py --base_model saved_model/smollm2_sft"
+            " --tuned_model saved_model/smollm2_dpo_exact --judge exact ...",
+        ),
+        90,
         comparison,
     ),
 }
@@ -322,14 +354,15 @@ def page() -> str:
         metric = results[file]["metrics"][name]
         rows.append([words, figure(metric), f"{metric['n']:,}"])
     parts = [INTRODUCTION, table(["headline", "value", "n"], rows)]
-    for name, (title, command, tables) in SECTIONS.items():
+    for name, section in SECTIONS.items():
         result = results[name]
         seeds = ", ".join(map(str, result["seeds"]))
         seeds = f"seed{'s' * (len(result['seeds']) > 1)} {seeds}" if seeds else "no seed"
         commit, _, dirty = result["commit"].partition("-")
         source = f"[results/{name}.json](results/{name}.json), {seeds}, commit"
         source += f" `{commit[:7]}{dirty and '-' + dirty}`."
-        parts += [f"## {title}", f"    {command}", source, tables(result)]
+        commands = "\n".join(f"    {command}" for command in section.commands)
+        parts += [f"## {section.title}", commands, source, section.tables(result)]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 

@@ -123,9 +123,9 @@ def crossed_mean_metric(values: np.ndarray, seed: int = 0) -> Metric:
     and asking other problems would both change the mean. A single run is not resampled."""
     runs, count = values.shape
     rng = np.random.default_rng(seed)
-    by_run = rng.multinomial(runs, [1 / runs] * runs, 2000) / runs  # (resamples, runs)
-    by_problem = rng.multinomial(count, [1 / count] * count, 2000) / count
-    means = np.einsum("br,rp,bp->b", by_run, values, by_problem, optimize=True)
+    by_run = rng.multinomial(runs, [1 / runs] * runs, 2000)  # (resamples, runs)
+    by_problem = rng.multinomial(count, [1 / count] * count, 2000)
+    means = ((by_run @ values) * by_problem).sum(1) / values.size
     return _with_interval(values.mean(), np.percentile(means, LEVEL), values.size)
 
 

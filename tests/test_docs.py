@@ -1,5 +1,6 @@
 """README.md, CONTRIBUTING.md, CHANGELOG.md, docs/*.md: form, links, paths, commands, flags."""
 
+import json
 import os
 import re
 from functools import cache
@@ -29,6 +30,9 @@ WRITTEN = {"log.json", "training.png", "search.jsonl", "adapter_config.json", "c
 FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir()}
 FLAG = re.compile(r"(?<![\w-])--([A-Za-z][\w-]*)")
 REMOVED = re.compile(r"`[^`]*` \([^)]*(?:option|script) since removed\)")
+
+# `0.925 [0.914, 0.936]`, the value perhaps in bold
+FIGURE = re.compile(r"(-?\d+\.\d+)\**\s*\[(-?\d+\.\d+), (-?\d+\.\d+)\]")
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 
@@ -135,6 +139,32 @@ def test_commands_name_scripts_and_flags_that_exist(page):
 
 
 @pytest.mark.process
+def figures_of_results() -> set[tuple[str, ...]]:
+    """(value, low, high) of every metric with an interval, with two and with three digits.
+
+    Besides the result files, model cards are results: the scripts that make models write them."""
+    found = set()
+    for path in (ROOT / "docs/results").glob("**/*.json"):
+        for metric in json.loads(path.read_text("utf-8")).get("metrics", {}).values():
+            numbers = (metric["value"], *(metric["ci95"] or ()))
+            found |= {tuple(f"{number:.{digits}f}" for number in numbers) for digits in (2, 3)}
+    for card in (ROOT / "models").glob("*/README.md"):
+        found |= {match.groups() for match in FIGURE.finditer(card.read_text("utf-8"))}
+    return found
+
+
+@every_page
+def test_figures_with_intervals_stand_in_a_result(page):
+    if page.name == "LOG.md":
+        return  # it also has what was measured before
+    known = figures_of_results()
+    figures = [match.groups() for match in FIGURE.finditer(page.read_text("utf-8"))]
+    missing = [figure for figure in figures if figure not in known]
+    # figures from before results were kept as files; each is gone when its experiment runs again
+    unfiled = {"pipeline.md": 3, "reward_model.md": 2, "step_values_and_prm.md": 16}
+    assert len(missing) == unfiled.get(page.name, 0), missing
+
+
 def test_the_results_page_is_up_to_date():
     done = run_script("docs/make_results.py", "--check", cwd=ROOT / "tests")
     assert done.returncode == 0, done.stderr
