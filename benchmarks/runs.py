@@ -32,7 +32,6 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from common.files import AppendedRows, at_root, identity
-from evaluation.metrics import Metric, clustered_mean_metric
 from reasoning.grading import is_correct
 from reasoning.problems import problems
 
@@ -92,7 +91,7 @@ def train_and_measure(run: dict) -> list[dict]:
             policy = Policy.load(f"{folder}/model")
             correct = measured(policy, run["measure"], run["samples"])
             found.append({**run, "epoch": None, "correct": correct})
-    last = [entry for entry in log["history"] if "loss" in entry][-1]
+    last = next((entry for entry in reversed(log["history"]) if "loss" in entry), {})
     logged = {key: last[key] for key in LOGGED if key in last}
     more = {"logged": logged, "seconds": round(log["seconds"])}
     return [{**row, **more} for row in found]
@@ -128,26 +127,6 @@ def as_flags(settings: dict) -> list[str]:
 def bits(correct: str) -> list[float]:
     """`104` -> [1.0, 0.0, 4.0]."""
     return [float(c) for c in correct]
-
-
-def pooled_accuracy(runs: Sequence[Sequence[float]]) -> Metric:
-    """The accuracy over all runs, measured on the same problems.
-
-    The answers to one problem are not independent: the interval is clustered by problem."""
-    clusters = [k for correct in runs for k in range(len(correct))]
-    return clustered_mean_metric([c for correct in runs for c in correct], clusters)
-
-
-def pooled_improvement(runs: Sequence[Sequence[float]], base: Sequence[float]) -> Metric:
-    """The accuracy over all runs minus the base's accuracy on the same problems."""
-    return pooled_accuracy(
-        [[c - b for c, b in zip(correct, base, strict=True)] for correct in runs]
-    )
-
-
-def each_accuracy(runs: Sequence[Sequence[float]]) -> str:
-    """The accuracy of each run, for a table."""
-    return ", ".join(f"{sum(correct) / len(correct):.3f}" for correct in runs)
 
 
 def base_run(rows: str, measure: dict[str, int], samples: int = 0) -> dict:
