@@ -423,7 +423,7 @@ def test_what_is_logged_per_position(make):
     [
         (
             {"loss_type": ["stepwize"]},
-            "stepwize is no loss; known are stepwise, step_dpo, full_step_dpo, sigmoid",
+            "stepwize is no loss; known are stepwise, step_dpo, full_step_dpo, step_sft, sigmoid",
         ),
         ({"loss_type": []}, "an empty list is no loss"),
         ({"loss_type": ["stepwise", "ipo"]}, "mix with sigmoid and sft only, not with ipo"),
