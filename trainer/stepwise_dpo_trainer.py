@@ -33,6 +33,7 @@ from lm.loading import load_tokenizer
 from lm.text_encoding import encode_steps, text_encoder
 from lm.tree_attention import mask_dtype, supports_tree_attention
 from reasoning.records import ScoredPair
+from reasoning.steps import shared_prefix
 from trainer.defaults import MiniatureDefaults, check_numbers
 from trainer.losses import (
     AGGREGATIONS,
@@ -193,9 +194,8 @@ def fork_candidates(
 
     The first token that differs may be a word where both sides mean the same. If the step is right,
     its score says so, and it has no blame. If the step goes wrong later, the word has the blame."""
-    both = enumerate(zip(chosen, rejected, strict=False))
-    fork = next((place for place, (one, other) in both if one != other), None)
-    forked = None if fork is None else rejected_steps[fork]
+    fork = shared_prefix(chosen, rejected)
+    forked = rejected_steps[fork] if fork < min(len(chosen), len(rejected)) else None
     return [place == fork or step != forked for place, step in enumerate(rejected_steps)]
 
 
