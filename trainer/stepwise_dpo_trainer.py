@@ -193,7 +193,8 @@ def fork_candidates(
     not yet.
 
     The first token that differs may be a word where both sides mean the same. If the step is right,
-    its score says so, and it has no blame. If the step goes wrong later, the word has the blame."""
+    its score says so, and it has no blame. If it goes wrong later, the word has the blame and the
+    mistake has none."""
     fork = shared_prefix(chosen, rejected)
     forked = rejected_steps[fork] if fork < min(len(chosen), len(rejected)) else None
     return [place == fork or step != forked for place, step in enumerate(rejected_steps)]
