@@ -197,12 +197,8 @@ def test_checkpoints_hold_no_pickled_arguments(folder):
     "more",
     [
         {},
-        {
-            "credit": "fork",
-            "loss_type": ["stepwise", "step_sft"],
-            "precompute_ref_log_probs": "true",
-            "precompute_ref_batch_size": 3,
-        },
+        {"credit": "fork", "loss_type": ["stepwise", "step_sft"]},
+        {"credit": "fork", "precompute_ref_log_probs": "true", "precompute_ref_batch_size": 3},
     ],
 )
 def test_two_processes_train_as_one(tiny_model_dir, tmp_path, more):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
@@ -425,6 +425,10 @@ class StepwiseDPOTrainer(DPOTrainer):
         )
         longest = max(lengths)
         self._ref_width = min(longest, self.args.max_length or longest) - 1
+        if not dataset.cache_files:
+            # rows in memory get a file with a random name, which all processes have to share
+            path = broadcast_object_list([dataset._get_cache_file_path(name)])[0]
+            dataset._get_cache_file_path = lambda fingerprint: path
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict) -> Any:
