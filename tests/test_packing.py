@@ -170,6 +170,7 @@ LOSSES = [
     ["sft"],
     ["ipo", "sft"],
     ["stepwise", "sigmoid", "sft"],
+    ["stepwise", "step_sft"],
 ]
 
 
@@ -188,6 +189,14 @@ SETTINGS = {
     "multiples": {"pad_to_multiple_of": 8},
     "eager": {"model_init_kwargs": {"attn_implementation": "eager"}},
     "credit": {"credit": "score", "step_agg": "mean", "margin_gamma": 1.0},
+    "fork": {"credit": "fork"},
+    "fork, reference in advance, truncated": {
+        "credit": "fork",
+        "precompute_ref_log_probs": True,
+        "precompute_ref_batch_size": 4,
+        "max_length": 90,
+        "pad_to_multiple_of": 8,
+    },
 }
 
 

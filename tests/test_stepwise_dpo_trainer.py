@@ -12,6 +12,7 @@ from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, ByT5To
 from trl import DPOConfig, DPOTrainer
 
 from common.errors import ModelError, RecordError
+from common.files import ROOT
 from lm.text_encoding import format_prompt, response_pieces
 from tests.helpers.training import make_pairs
 from trainer.stepwise_dpo_trainer import (
@@ -20,6 +21,7 @@ from trainer.stepwise_dpo_trainer import (
     StepwiseDPOConfig,
     StepwiseDPOTrainer,
     encode_pair,
+    fork_candidates,
 )
 
 PLAIN_DPO = {"credit": "uniform", "step_agg": "sum", "margin_gamma": 0.0, "anchor_lambda": 0.0}
@@ -122,6 +124,19 @@ def loss_of(trainer, moved=True) -> float:
     return trainer.compute_loss(trainer.model, batch_of(trainer)).item()
 
 
+def token_log_ratios(trainer, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-prob of every token but the first under policy and under reference, and the difference,
+    without anything of the trainer: (2B, L - 1) each."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    labels = batch["input_ids"][:, 1:, None]
+    with torch.no_grad():
+        policy, reference = (
+            model(**inputs).logits[:, :-1].log_softmax(-1).gather(2, labels)[:, :, 0]
+            for model in (trainer.model, trainer.ref_model)
+        )
+    return policy, reference, policy - reference
+
+
 def weights(trainer) -> dict:
     return {
         name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()
@@ -199,6 +214,43 @@ def test_truncation_keeps_steps_and_ids_together(tokenizer, max_length, mode, le
     batch = DataCollatorForSteps(pad_token_id=0, max_length=max_length, truncation_mode=mode)([row])
     assert batch["step_ids"].shape == batch["input_ids"].shape == (2, max_length)
     assert batch["step_mask"].tolist() == left and batch["truncated_steps"].tolist() == [truncated]
+
+
+CHOSEN, WRONG = [7, 1, 2, 3, 8, 9], [0, 0, 0, 0, 1, 1]  # ids; steps of a rejected side
+
+
+@pytest.mark.parametrize(
+    ("rejected", "steps", "expected"),
+    [
+        # the sides part in step 0, and step 1 has no sibling
+        ([7, 1, 5, 3, 8, 9], WRONG, [False, False, True, False, True, True]),
+        # step 0 is in both
+        ([7, 1, 2, 3, 6, 9], WRONG, [True, True, True, True, True, False]),
+        # rejected goes on where chosen ends, or ends where chosen goes on
+        ([*CHOSEN, 4], [*WRONG, 2], [True] * 7),
+        (CHOSEN[:4], WRONG[:4], [True] * 4),
+    ],
+)
+def test_where_a_fork_may_be(rejected, steps, expected):
+    assert fork_candidates(CHOSEN, rejected, steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("max_length", "mode", "left"),
+    [
+        (None, "keep_start", [29]),  # `+`, where chosen has `*`
+        (29, "keep_start", []),
+        (8, "keep_end", [1]),
+        (6, "keep_end", []),
+    ],
+)
+def test_the_fork_is_found_before_the_texts_are_cut(tokenizer, max_length, mode, left):
+    row = encode_pair(ROW, tokenizer, max_length, mode)
+    batch = DataCollatorForSteps(pad_token_id=0, max_length=max_length, truncation_mode=mode)([row])
+    candidates = batch["fork_candidates"]
+    assert candidates.shape == (1, batch["input_ids"].size(1))
+    assert candidates[0].nonzero().flatten().tolist() == left
+    assert batch["input_ids"][1, left].tolist() == [371] * len(left)
 
 
 def test_a_straddling_token_belongs_to_the_earlier_step(tokenizer):
@@ -341,6 +393,93 @@ def test_mixed_losses_are_the_weighted_sum(make, name):
     assert mixed == pytest.approx(0.5 * parts[0] + 2 * parts[1] + 0.25 * parts[2], abs=1e-5)
 
 
+def hand_computed(trainer) -> float:
+    """The mean of `stepwise` with credit fork and the anchor, plus `step_sft`, token by token."""
+    policy, reference, ratio = token_log_ratios(trainer, batch_of(trainer))
+    total, count, siblings = 0.0, len(trainer.train_dataset), 0
+    for row, example in enumerate(trainer.train_dataset):
+        start = len(example["prompt_ids"]) - 1  # the first log-prob is that of the second token
+        right, first_error, anchor, praise, blame = 1.0, 1.0, 0.0, 0.0, 0.0
+        log_prob = 0.0
+        places = [start + t for t in range(len(example["chosen_ids"]))]
+        for k, score in enumerate(example["chosen_scores"]):
+            mine = [t for t in places if example["chosen_steps"][t - start] == k]
+            right *= score
+            praise += right * ratio[row, mine].sum().item()
+            anchor += score * max(0.0, -ratio[row, mine].sum().item())
+            log_prob += right * policy[row, mine].sum().item()
+        for k, score in enumerate(example["rejected_scores"]):
+            steps = example["rejected_steps"]
+            mine = [t for t, step in enumerate(steps) if step == k]
+            both = zip(example["chosen_ids"], example["rejected_ids"], strict=False)
+            (fork,) = [t for t, (one, other) in enumerate(both) if one != other][:1]
+            siblings += fork in mine
+            if fork not in mine:
+                fork = min(mine, key=lambda t: reference[count + row, start + t].item())
+            blame += (1 - score) * first_error * ratio[count + row, start + fork].item()
+            first_error *= score
+        total += math.log1p(math.exp(-0.1 * (praise - 5.0 * anchor - blame)))
+        total -= 0.05 * log_prob
+    assert siblings == count
+    return total / count
+
+
+@pytest.mark.process
+def test_fork_and_step_sft_on_the_miniature_token_by_token(make):
+    trainer = make(
+        [*ROWS[:4], ROW], model=str(ROOT / "models/policy-mini"), max_steps=2,
+        credit="fork", loss_type=["stepwise", "step_sft"],
+    )  # fmt: skip
+    before = weights(trainer)
+    trainer.train()
+    assert all(not torch.equal(before[name], now) for name, now in weights(trainer).items())
+    loss = loss_of(trainer, moved=False)
+    assert loss == pytest.approx(hand_computed(trainer), abs=1e-5)
+    whole = make(
+        [*ROWS[:4], ROW], model=str(ROOT / "models/policy-mini"),
+        credit="first_error", loss_type=["stepwise", "step_sft"],
+    )  # fmt: skip
+    whole.model.load_state_dict(trainer.model.state_dict())
+    assert abs(loss - loss_of(whole, moved=False)) > 1e-3
+
+
+def test_uniform_step_sft_is_sft_on_chosen(make):
+    """Its gradient is that of TRL's sft times beta/2 tokens / pairs."""
+    ours = make(loss_type=["step_sft"], credit="uniform", beta=0.3)
+    texts = [as_text(row, ours.processing_class) for row in ROWS]
+    theirs = make(texts, trl=True, loss_type=["sft"], gradient_checkpointing=False)
+    gradients = []
+    for trainer in (ours, theirs):
+        trainer.model.train()
+        trainer.compute_loss(trainer.model, batch_of(trainer)).backward()
+        gradients.append({n: p.grad for n, p in trainer.model.named_parameters()})
+    tokens = sum(len(ids) for ids in ours.train_dataset["chosen_ids"])
+    for name, gradient in gradients[0].items():
+        expected = gradients[1][name] * (0.15 * tokens / len(ROWS))
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    assert max(gradient.abs().max() for gradient in gradients[0].values()) > 0.1
+
+
+def test_responses_as_single_steps_are_dpo_positive(make):
+    """The ids are the same, and the anchor holds the response as a whole."""
+    rows = [
+        {
+            **row,
+            **{side: ["\n".join(row[side])] for side in ("chosen", "rejected")},
+            **{"chosen_scores": [1.0], "rejected_scores": [0.0]},
+        }
+        for row in ROWS
+    ]
+    trainer = make(rows, credit="uniform", anchor_lambda=50.0)
+    assert trainer.train_dataset["chosen_ids"] == make().train_dataset["chosen_ids"]
+    loss = loss_of(trainer)
+    batch = batch_of(trainer)
+    _, _, ratio = token_log_ratios(trainer, batch)
+    better, worse = (ratio * batch["completion_mask"][:, 1:]).sum(1).chunk(2)
+    want = -torch.nn.functional.logsigmoid(0.1 * (better - worse - 50 * (-better).clamp(min=0)))
+    assert (better < 0).any() and loss == pytest.approx(want.mean().item(), rel=1e-4)
+
+
 def test_the_loss_uses_scores_credit_margin_and_anchor(make):
     """Each setting changes the loss of the same batch; at the reference only the margin is left."""
     losses = [
@@ -349,6 +488,7 @@ def test_the_loss_uses_scores_credit_margin_and_anchor(make):
             {"anchor_lambda": 0.0},
             {"anchor_lambda": 5.0},
             {"credit": "score"},
+            {"credit": "fork"},
             {"step_agg": "mean"},
             {"margin_gamma": 1.0},
         )
@@ -377,17 +517,7 @@ def test_what_is_logged_per_position(make):
     trainer.compute_loss(trainer.model, dict(batch))
     logged = {name: values[0] for name, values in trainer._metrics["train"].items()}
 
-    inputs, labels = (
-        {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]},
-        batch["input_ids"][:, 1:, None],
-    )
-    with torch.no_grad():
-        log_ratio = (
-            trainer.model(**inputs).logits[:, :-1].log_softmax(-1).gather(2, labels)[:, :, 0]
-        )
-        log_ratio -= (
-            trainer.ref_model(**inputs).logits[:, :-1].log_softmax(-1).gather(2, labels)[:, :, 0]
-        )
+    _, _, log_ratio = token_log_ratios(trainer, batch)
     of_step = {
         (row, k): log_ratio[row][batch["step_ids"][row, 1:] == k].sum().item()
         for row in range(len(batch["step_ids"]))
@@ -423,7 +553,7 @@ def test_what_is_logged_per_position(make):
     [
         (
             {"loss_type": ["stepwize"]},
-            "stepwize is no loss; known are stepwise, step_dpo, full_step_dpo, sigmoid",
+            "stepwize is no loss; known are stepwise, step_dpo, full_step_dpo, step_sft, sigmoid",
         ),
         ({"loss_type": []}, "an empty list is no loss"),
         ({"loss_type": ["stepwise", "ipo"]}, "mix with sigmoid and sft only, not with ipo"),
@@ -487,10 +617,13 @@ def test_peft_moves_the_adapter_alone(make):
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("credit", ["first_error", "fork"])
 @pytest.mark.parametrize("peft", [False, True])
-def test_precomputed_reference_is_the_same(make, peft):
-    live = make(peft=peft)
-    stored = make(peft=peft, precompute_ref_log_probs=True, precompute_ref_batch_size=3)
+def test_precomputed_reference_is_the_same(make, peft, credit):
+    live = make(peft=peft, credit=credit)
+    stored = make(
+        peft=peft, credit=credit, precompute_ref_log_probs=True, precompute_ref_batch_size=3
+    )
     assert stored.ref_model is None
     assert loss_of(stored) == pytest.approx(loss_of(live), abs=1e-5)
     stored.train()
@@ -505,11 +638,20 @@ def test_precomputed_reference_is_not_mixed_up_between_losses(make):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("losses", [["stepwise"], ["stepwise", "sft"], ["step_dpo", "sigmoid"]])
-def test_gradient_accumulation_and_checkpointing_change_nothing(make, losses):
+@pytest.mark.parametrize(
+    ("losses", "credit"),
+    [
+        (["stepwise"], "first_error"),
+        (["stepwise", "sft"], "first_error"),
+        (["step_dpo", "sigmoid"], "first_error"),
+        (["stepwise", "step_sft"], "fork"),
+    ],
+)
+def test_gradient_accumulation_and_checkpointing_change_nothing(make, losses, credit):
     """Neither when the micro-batches have different numbers of tokens, or of pairs (3, 3, 2)."""
     settings = {
         "loss_type": losses,
+        "credit": credit,
         "max_steps": 1,
         "optim": "sgd",
         "learning_rate": 0.1,

@@ -193,7 +193,15 @@ def test_checkpoints_hold_no_pickled_arguments(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tiny_model_dir, tmp_path):
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"credit": "fork", "loss_type": ["stepwise", "step_sft"]},
+        {"credit": "fork", "precompute_ref_log_probs": "true", "precompute_ref_batch_size": 3},
+    ],
+)
+def test_two_processes_train_as_one(tiny_model_dir, tmp_path, more):
     """The weights after one step of plain SGD are those of one process with all pairs.
 
     Each process has half of the pairs, and only the main process writes."""
@@ -212,6 +220,7 @@ def test_two_processes_train_as_one(tiny_model_dir, tmp_path):
         "max_grad_norm": 0,
         "margin_gamma": 1,
         "logging_steps": 1,
+        **more,
     }
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}

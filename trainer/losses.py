@@ -27,6 +27,32 @@ def sum_per_step(per_token: Tensor, step_ids: Tensor, steps: int) -> Tensor:
     return sums.scatter_add(1, step_ids.masked_fill(step_ids < 0, steps), per_token)[:, :steps]
 
 
+def fork_logratios(
+    logratios: Tensor, ref_logps: Tensor, step_ids: Tensor, candidates: Tensor, steps: int
+) -> Tensor:
+    """The log-ratio of every step of rejected at its fork alone, (B, steps), for credit `fork`.
+
+        t_k = argmin_t log pi_ref(t) over the candidates t in step k
+        D_k = log pi(t_k) - log pi_ref(t_k), 0 for a step without a candidate
+
+    The fork is the token in which a wrong step leaves the right one. `candidates` says where it may
+    be: where chosen has a sibling of the step, in the first token that differs and in no other;
+    elsewhere, in the token of the step that the reference found least likely, because there it had
+    most probability left for other tokens (the first one on a tie).
+
+    A critical token is one after which hardly any rollout ends right (Lin et al. 2024, arXiv
+    2411.19943). Their cDPO weights every token of rejected by how much more likely a model of wrong
+    solutions finds it than a model of right ones, and leaves chosen as it is. Here the sibling or
+    the reference takes the place of these two models, and one token of a step has all its weight.
+
+    All inputs (B, L), a value for each token: log-ratios and log-probs in nats; step_ids, -1
+    outside all steps; candidates, bools."""
+    of_step = step_ids[:, None] == torch.arange(steps, device=step_ids.device)[:, None]
+    possible = of_step & candidates[:, None]  # (B, steps, L)
+    forks = ref_logps[:, None].masked_fill(~possible, torch.inf).argmin(2)
+    return logratios.gather(1, forks) * possible.any(2)
+
+
 def _first_error(a: Tensor, b: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     """u_k = prod_{j<=k} a_j and v_k = (1 - b_k) prod_{j<k} b_j.
 
@@ -34,6 +60,17 @@ def _first_error(a: Tensor, b: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     Steps after an error get no weight on either side."""
     right_before = F.pad(b.cumprod(1), (1, -1), value=1.0)
     return a.cumprod(1), (1 - b) * right_before
+
+
+def _fork(a: Tensor, b: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights of `first_error`, for log-ratios of rejected at the forks (`fork_logratios`).
+
+    This is `first_error` token by token. A token of chosen has the probability that all is right
+    up to its step, u_k. A token of rejected has the probability that the first error is made in it:
+    v_k at the fork of step k, 0 elsewhere. What follows the fork is right arithmetic on a wrong
+    number. What precedes it is no error either: it is part of a right step, too, and if both sides
+    share it, blame would only take away the u_k of the same tokens on the side of chosen."""
+    return _first_error(a, b)
 
 
 def _normalized(a: Tensor, b: Tensor, a_mask: Tensor, b_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +86,7 @@ def _normalized(a: Tensor, b: Tensor, a_mask: Tensor, b_mask: Tensor) -> tuple[T
 # credit -> function of (a, b, a_mask, b_mask) that returns the weights (u, v); all are (B, K)
 CREDITS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "first_error": _first_error,
+    "fork": _fork,
     "score": lambda a, b, *_: (a, 1 - b),
     "normalized": _normalized,
     "uniform": lambda a, b, *_: (torch.ones_like(a), torch.ones_like(b)),
@@ -121,7 +159,12 @@ def stepwise_loss(
     All inputs (B, K). agg is the sum or the mean over the steps in the mask. The second term of R_w
     is the anchor of DPO-Positive (Pal et al. 2024, arXiv 2402.13228), here per step: it pulls a
     good step back when the step becomes less likely than under the reference. With `uniform`, sum,
-    gamma 0 and lambda 0 this is DPO; at pi = pi_ref it is -log sigmoid(-m)."""
+    gamma 0 and lambda 0 this is DPO; at pi = pi_ref it is -log sigmoid(-m). With `fork`,
+    rejected_logratios are those of `fork_logratios`.
+
+    With `uniform`, sum, gamma 0, scores of 1 and one step for each response it is the whole loss of
+    DPO-Positive, whose penalty is lambda relu(-D) of the whole response. With several steps the
+    penalty is larger, because a step that gained does not make up for one that lost."""
     aggregate, mean = AGGREGATIONS[agg], AGGREGATIONS["mean"]
     u, v = step_weights(chosen_scores, rejected_scores, credit, chosen_mask, rejected_mask)
     chosen_rewards = beta * aggregate(u * chosen_logratios, chosen_mask)
@@ -132,6 +175,44 @@ def stepwise_loss(
     margin = margin_gamma * gap
     loss = -F.logsigmoid(chosen_rewards - anchor - rejected_rewards - margin)
     return StepLoss(loss, chosen_rewards, rejected_rewards, anchor, u, v)
+
+
+def step_sft_loss(
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    chosen_logps: Tensor,
+    credit: str = "first_error",
+    beta: float = 0.1,
+    agg: str = "sum",
+) -> StepLoss:
+    """The positive side of stepwise_loss on its own: SFT on chosen, weighted step by step.
+
+        loss = -beta/2 agg_k(u_k log pi_k)
+
+    All inputs (B, K); chosen_logps are log pi_k, the log-probs of the steps of chosen, in nats.
+    u are the weights of stepwise_loss with the same credit. With scores of 0 and 1 and
+    `first_error` this is SFT on the steps before the first wrong one; with `uniform`, SFT on
+    chosen.
+
+    The scale is that of stepwise_loss: -log sigmoid(R_w - R_l) has the derivative -1/2 with respect
+    to R_w at pi = pi_ref. So at the start of a training both losses push chosen equally hard (gamma
+    0), and while the push of stepwise_loss fades as the margin grows, this one does not. Weights
+    1 and w of the two losses thus mean: w times the first push, for the whole training.
+
+    Iterative RPO (Pang et al. 2024, arXiv 2404.19733) and TRL's `sft` add the mean over the tokens
+    instead, -log pi(y_w) / |y_w|, to a DPO loss that sums over them. The ratio of the two pushes
+    then depends on beta and on the length of the responses. The returned rewards are R_w and R_l of
+    stepwise_loss, for the log."""
+    aggregate = AGGREGATIONS[agg]
+    u, v = step_weights(chosen_scores, rejected_scores, credit, chosen_mask, rejected_mask)
+    loss = -beta / 2 * aggregate(u * chosen_logps, chosen_mask)
+    chosen_rewards = beta * aggregate(u * chosen_logratios, chosen_mask)
+    rejected_rewards = beta * aggregate(v * rejected_logratios, rejected_mask)
+    return StepLoss(loss, chosen_rewards, rejected_rewards, torch.zeros_like(loss), u, v)
 
 
 def step_dpo_loss(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
@@ -33,13 +33,16 @@ from lm.loading import load_tokenizer
 from lm.text_encoding import encode_steps, text_encoder
 from lm.tree_attention import mask_dtype, supports_tree_attention
 from reasoning.records import ScoredPair
+from reasoning.steps import shared_prefix
 from trainer.defaults import MiniatureDefaults, check_numbers
 from trainer.losses import (
     AGGREGATIONS,
     CREDITS,
     StepLoss,
+    fork_logratios,
     full_step_dpo_loss,
     step_dpo_loss,
+    step_sft_loss,
     stepwise_loss,
     sum_per_step,
 )
@@ -56,13 +59,14 @@ STEP_LOSSES: dict[str, Callable[..., StepLoss]] = {
     "stepwise": stepwise_loss,
     "step_dpo": step_dpo_loss,
     "full_step_dpo": full_step_dpo_loss,
+    "step_sft": step_sft_loss,
 }
 MIXABLE = (*STEP_LOSSES, "sigmoid", "sft")  # losses that can be combined with a step loss
 SIDES = ("chosen", "rejected")
 CPU_BLOCK = 512  # tokens; smaller blocks have less padding, but slower matrix products
 LOGGED_POSITIONS = 8  # the log-probs of steps 1 to 8 are logged one by one
 # keys of a batch that TRL does not know; they are removed before the model is called
-STEP_KEYS = ("step_ids", "step_mask", "step_scores", "truncated_steps")
+STEP_KEYS = ("step_ids", "step_mask", "step_scores", "fork_candidates", "truncated_steps")
 
 
 @dataclass
@@ -76,12 +80,14 @@ class StepwiseDPOConfig(MiniatureDefaults, DPOConfig):
     )
     credit: str = arg(
         "first_error",
-        "How `stepwise` computes step weights from step scores (trainer/losses.py).",
+        "How `stepwise` and `step_sft` compute step weights from step scores (trainer/losses.py). "
+        "`fork` weights steps as first_error does, and blames a wrong step only in the token in "
+        "which it leaves the right one.",
         choices=list(CREDITS),
     )
     step_agg: str = arg(
         "sum",
-        "How `stepwise` combines the weighted steps of a response into one number.",
+        "How `stepwise` and `step_sft` combine the weighted steps of a response into one number.",
         choices=list(AGGREGATIONS),
     )
     margin_gamma: float = arg(
@@ -176,38 +182,59 @@ def encode_pair(
     }
 
 
+def fork_candidates(
+    chosen: list[int], rejected: list[int], rejected_steps: list[int]
+) -> list[bool]:
+    """Whether each token of rejected may be the fork of its step (trainer/losses.py).
+
+    The ids of both sides after what they share, and the steps of those of rejected, all before
+    truncation. In the step with the first token that differs it is this token alone: chosen has a
+    sibling of that step. In the other steps it may be any token; there the sides parted earlier, or
+    not yet.
+
+    The first token that differs may be a word where both sides mean the same. If the step is right,
+    its score says so, and it has no blame. If it goes wrong later, the word has the blame and the
+    mistake has none."""
+    fork = shared_prefix(chosen, rejected)
+    forked = rejected_steps[fork] if fork < min(len(chosen), len(rejected)) else None
+    return [place == fork or step != forked for place, step in enumerate(rejected_steps)]
+
+
 @dataclass
 class DataCollatorForSteps(DataCollatorForPreference):
     """TRL's batch (chosen, then rejected: 2B rows) and the steps, cut and padded like the ids.
 
     `step_ids` (2B, L), -1 outside all steps; `step_scores` (2B, K); `step_mask` (2B, K), False for
-    padding and for steps without any token left; `truncated_steps` (B,). `completion_mask` is 1 at
-    the tokens of steps. K is at least `min_steps`.
+    padding and for steps without any token left; `fork_candidates` (B, L) of rejected, of which
+    truncation may leave none in a step; `truncated_steps` (B,). `completion_mask` is 1 at the
+    tokens of steps.
 
     packs: adds `packed`, the same texts as trees (trainer/packing.py), with masks of the dtype
     `mask_dtype`, in blocks of about `block_tokens`. The pairs of one prompt and prefix are one
     tree."""
 
-    min_steps: int = 1
     packs: bool = False
     mask_dtype: torch.dtype = torch.bool
     block_tokens: float = math.inf
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
+        width = batch["input_ids"].size(1)
         step_rows = [
             [-1] * len(example["prompt_ids"]) + example[f"{side}_steps"]
             for side in SIDES
             for example in examples
         ]
-        if self.max_length is not None:  # as TRL cuts the ids
-            keeps_start = self.truncation_mode == "keep_start"
-            kept = slice(self.max_length) if keeps_start else slice(-self.max_length, None)
-            step_rows = [row[kept] for row in step_rows]
-        width = batch["input_ids"].size(1)
-        step_ids = torch.tensor([row + [-1] * (width - len(row)) for row in step_rows])
+        step_ids = self._rows(step_rows, width, -1)
+        fork_rows = [
+            [False] * len(example["prompt_ids"])
+            + fork_candidates(
+                *(example[name] for name in ("chosen_ids", "rejected_ids", "rejected_steps"))
+            )
+            for example in examples
+        ]
         scores = [example[f"{side}_scores"] for side in SIDES for example in examples]
-        count = max(self.min_steps, *map(len, scores))
+        count = max(map(len, scores))
         truncated = [float(example["truncated_steps"]) for example in examples]
         packed = {"packed": self._packed(batch, examples, step_ids)} if self.packs else {}
         return {
@@ -217,8 +244,17 @@ class DataCollatorForSteps(DataCollatorForPreference):
             "step_ids": step_ids,
             "step_scores": torch.tensor([row + [0.0] * (count - len(row)) for row in scores]),
             "step_mask": (step_ids[:, :, None] == torch.arange(count)).any(1),
+            "fork_candidates": self._rows(fork_rows, width, False),
             "truncated_steps": torch.tensor(truncated),
         }
+
+    def _rows(self, rows: list[list], width: int, padding: Any) -> Tensor:
+        """A value for each token, cut and padded as TRL cuts and pads the ids: (N, width)."""
+        if self.max_length is not None:
+            keeps_start = self.truncation_mode == "keep_start"
+            kept = slice(self.max_length) if keeps_start else slice(-self.max_length, None)
+            rows = [row[kept] for row in rows]
+        return torch.tensor([row + [padding] * (width - len(row)) for row in rows])
 
     def _packed(self, batch: dict, examples: list[dict], step_ids: Tensor) -> dict[str, Tensor]:
         rows = zip(
@@ -277,6 +313,7 @@ class StepwiseDPOTrainer(DPOTrainer):
         if args.pack == "siblings" and isinstance(train_dataset, IterableDataset):
             raise ValueError("pack: siblings needs all rows at once, not a stream; take pairs")
         datasets = (train_dataset, eval_dataset)
+        self._ref_width = 0  # see _precompute_ref_logps
         # of the global batch that is trained on: see get_batch_samples
         self._mean_counts: Tensor | None = None
         super().__init__(
@@ -335,8 +372,8 @@ class StepwiseDPOTrainer(DPOTrainer):
         if "prompt_ids" in first:
             return dataset
         settings = {
-            # it distinguishes the cache of reference log-probs per step from that per response
-            "row_kind": "steps" if args.has_step_loss else "responses",
+            # it distinguishes the cache of reference log-probs per token from that per response
+            "row_kind": "tokens" if args.has_step_loss else "responses",
             "tokenizer": processing_class,
             "max_length": args.max_length,
             "truncation_mode": args.truncation_mode,
@@ -379,20 +416,26 @@ class StepwiseDPOTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         self._set_packing()  # TRL calls this in its constructor
-        # TRL concatenates the batches: all need the same number of steps
-        self.data_collator.min_steps = max(
-            len(scores) for side in SIDES for scores in dataset[f"{side}_scores"]
+        # TRL concatenates the batches: the log-probs of all need the same width
+        prompts = list(map(len, dataset["prompt_ids"]))
+        lengths = (
+            prompt + len(ids)
+            for side in SIDES
+            for prompt, ids in zip(prompts, dataset[f"{side}_ids"], strict=True)
         )
-        try:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
-        finally:
-            self.data_collator.min_steps = 1
+        longest = max(lengths)
+        self._ref_width = min(longest, self.args.max_length or longest) - 1
+        if not dataset.cache_files:
+            # rows in memory get a file with a random name, which all processes have to share
+            path = broadcast_object_list([dataset._get_cache_file_path(name)])[0]
+            dataset._get_cache_file_path = lambda fingerprint: path
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict) -> Any:
         """Reference log-probs of chosen and of rejected, in nats.
 
-        (B, K) each, one a step; (B,) each, one a response, if all losses are TRL's own."""
-        inputs, steps = _split_batch(inputs)
+        (B, L - 1) each, one a token; (B,) each, one a response, if all losses are TRL's own."""
+        inputs, _ = _split_batch(inputs)
         if not self.args.has_step_loss:
             return super().compute_ref_log_probs(model, inputs)
         adapter: Any = contextlib.nullcontext()
@@ -406,7 +449,8 @@ class StepwiseDPOTrainer(DPOTrainer):
         )
         with torch.no_grad(), checkpointing_off, adapter, self.accelerator.autocast():
             outputs = model(**_model_inputs(inputs), fused_lm_head=True)
-        return _step_logps(outputs.log_probs, steps).chunk(2)
+        logps = _token_logps(outputs.log_probs, inputs)
+        return _with_width(logps, self._ref_width or logps.size(1)).chunk(2)
 
     # --- loss ---
 
@@ -441,24 +485,43 @@ class StepwiseDPOTrainer(DPOTrainer):
         if self.aux_loss_enabled:
             model_inputs["output_router_logits"] = True
         outputs = model(**model_inputs, fused_lm_head=True)
-        chosen_logps, rejected_logps = _step_logps(outputs.log_probs, steps).chunk(2)
+        logps = _token_logps(outputs.log_probs, inputs)  # (2B, L - 1)
         if self.precompute_ref_logps:
-            count = chosen_logps.size(1)
-            ref_chosen, ref_rejected = (inputs[f"ref_{side}_logps"][:, :count] for side in SIDES)
+            stored = [inputs[f"ref_{side}_logps"] for side in SIDES]
+            ref_logps = _with_width(torch.cat(stored), logps.size(1))
         else:
-            reference = self.ref_model or self.model
-            ref_chosen, ref_rejected = self.compute_ref_log_probs(reference, {**inputs, **steps})
+            ref_model = self.ref_model or self.model
+            ref_logps = torch.cat(self.compute_ref_log_probs(ref_model, inputs))
+        step_ids, count = steps["step_ids"][:, 1:], chosen_mask.size(1)
+        chosen_logps, rejected_logps = sum_per_step(logps, step_ids, count).chunk(2)
+        ref_chosen, ref_rejected = sum_per_step(ref_logps, step_ids, count).chunk(2)
         chosen_logratios = chosen_logps - ref_chosen
-        rejected_logratios = rejected_logps - ref_rejected
-
-        pair = (chosen_logratios, rejected_logratios, chosen_scores, rejected_scores)
-        masks = (chosen_mask, rejected_mask)
+        rejected_logratios = blamed = rejected_logps - ref_rejected
         args = self.args
-        options = {"beta": self.beta, "anchor_lambda": args.anchor_lambda}
-        stepwise = {"credit": args.credit, "agg": args.step_agg, "margin_gamma": args.margin_gamma}
+        if args.credit == "fork":
+            _, ratios = (logps - ref_logps).chunk(2)
+            _, reference = ref_logps.chunk(2)
+            _, of_steps = step_ids.chunk(2)
+            candidates = steps["fork_candidates"][:, 1:]
+            blamed = fork_logratios(ratios, reference, of_steps, candidates, count)
+
+        pair = (chosen_logratios, rejected_logratios)
+        judged = (chosen_scores, rejected_scores)
+        masks = (chosen_mask, rejected_mask)
+        weighting = {"credit": args.credit, "agg": args.step_agg}
+        anchor = {"anchor_lambda": args.anchor_lambda}
+        options: dict[str, dict[str, Any]] = {
+            "stepwise": {**weighting, **anchor, "margin_gamma": args.margin_gamma},
+            "step_sft": {**weighting, "chosen_logps": chosen_logps},
+        }
         step_losses = {
             name: STEP_LOSSES[name](
-                *pair, *masks, **options, **(stepwise if name == "stepwise" else {})
+                chosen_logratios,
+                blamed if name in options else rejected_logratios,
+                *judged,
+                *masks,
+                beta=self.beta,
+                **options.get(name, anchor),
             )
             for name in self.loss_types
             if name in STEP_LOSSES
@@ -573,13 +636,16 @@ def _model_inputs(inputs: dict) -> dict:
     return {**known, "labels": labels, "use_cache": False}
 
 
-def _step_logps(log_probs: Tensor, steps: dict) -> Tensor:
-    """(2B, K) from the per-token log-probs (2B, L - 1) of the fused head.
+def _token_logps(log_probs: Tensor, inputs: dict) -> Tensor:
+    """(2B, L - 1) from the log-probs of the fused head.
 
     A prompt-learning adapter adds virtual tokens in front, which are cut off."""
-    step_ids = steps["step_ids"][:, 1:]
-    per_token = log_probs[:, -step_ids.size(1) :].float()
-    return sum_per_step(per_token, step_ids, steps["step_mask"].size(1))
+    return log_probs[:, 1 - inputs["input_ids"].size(1) :].float()
+
+
+def _with_width(values: Tensor, width: int) -> Tensor:
+    """(N, width), cut or filled up with 0 on the right."""
+    return F.pad(values, (0, width - values.size(1)))
 
 
 # --- python train.py dpo ---
