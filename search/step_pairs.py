@@ -8,14 +8,13 @@ that ends right of all rollouts that start after this step or pass through it. T
 kind `rest` is a rollout that ends right, the rejected side one that ends wrong. By judge, the value
 is the mean of the judge's scores of the continuation, and no outcome is looked at.
 
-The score of a step is its own value, or the judge's score. A later step of a rest may have fewer
-rollouts than `min_rollouts`, often the rollout alone. This rollout was taken for its outcome, so
-its outcome says nothing new about the step. Such a step has the score of the step before it, and a
-step that states the answer has 1 or 0.
+The score of a step is its own value, the label `mc` of utils/build_mcts_dataset.py, or the judge's
+score. Every step of a rollout has a value, because the rollout passes through it; where no other
+rollout does, the value is the outcome of this one.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from reasoning.steps import ends_solution
@@ -49,51 +48,44 @@ def siblings(tree: Tree) -> dict[Steps, list[Steps]]:
     return found
 
 
-def solutions(tree: Tree) -> Iterator[tuple[Steps, int, str]]:
-    """(steps, the number of them before the rollout, outcome) of the rollouts that ended with an
-    answer. Text without one gets no EOS, so it would not be what the policy sampled."""
+def solutions(tree: Tree) -> dict[Steps, dict[Steps, str]]:
+    """State -> the solutions from it or through it, in the order of sampling, with outcomes.
+
+    Only those that state an answer: the others get no EOS in training (lm/text_encoding.py), so
+    they would not be what the policy sampled."""
+    found: dict[Steps, dict[Steps, str]] = {}
     for node in tree.nodes.values():
         for rollout in node.rollouts:
             whole = (*node.steps, *rollout.steps)
             if rollout.outcome != "cut" and ends_solution(whole):
-                yield whole, len(node.steps), rollout.outcome
+                for k in range(len(node.steps), len(whole) + 1):
+                    found.setdefault(whole[:k], {})[whole] = rollout.outcome
+    return found
 
 
 def by_answer(tree: Tree, kind: str, min_rollouts: int) -> dict[Steps, list[Continuation]]:
     """State -> its continuations, with values from outcomes.
 
     A value is known if it comes from `min_rollouts` rollouts or more, or if the step states the
-    answer: then one rollout says all."""
-    counts = tree.counts()
-    closing = {whole for whole, _, _ in solutions(tree)}
-    first: dict[tuple[Steps, bool], Steps] = {}  # (state, is right) -> the first such rollout
-    for whole, start, outcome in solutions(tree):
-        for k in range(start + 1, len(whole) + 1):
-            first.setdefault((whole[:k], outcome == "right"), whole)
-
-    def is_known(steps: Steps) -> bool:
-        return steps in closing or counts[steps][1] >= min_rollouts
+    answer: then one rollout says all. Raises RecordError as `Tree.check_outcomes` does."""
+    tree.check_outcomes()
+    counts, through = tree.counts(), solutions(tree)
 
     def value(steps: Steps) -> float:
         right, total = counts[steps]
         return right / total
 
-    def scores(steps: Steps, before: int) -> tuple[float, ...]:
-        found: list[float] = []
-        for k in range(before + 1, len(steps) + 1):
-            own = not found or is_known(steps[:k])
-            found.append(value(steps[:k]) if own else found[-1])
-        return tuple(found)
-
     def continuations(child: Steps) -> Iterator[Continuation]:
-        before, rollouts = len(child) - 1, counts[child][1]
-        more = (value(child), rollouts, is_known(child))
+        before, rollouts, ends = len(child) - 1, counts[child][1], through.get(child, {})
+        more = (value(child), rollouts, child in ends or rollouts >= min_rollouts)
         if kind == "step":
             yield Continuation(child[before:], (value(child),), *more)
             return
-        for is_right in (True, False):
-            if whole := first.get((child, is_right)):
-                yield Continuation(whole[before:], scores(whole, before), *more, is_right)
+        for outcome in ("right", "wrong"):
+            whole = next((steps for steps in ends if ends[steps] == outcome), None)
+            if whole is not None:
+                scores = tuple(value(whole[:k]) for k in range(len(child), len(whole) + 1))
+                yield Continuation(whole[before:], scores, *more, outcome == "right")
 
     return {
         state: [side for child in children for side in continuations(child)]
@@ -103,11 +95,10 @@ def by_answer(tree: Tree, kind: str, min_rollouts: int) -> dict[Steps, list[Cont
 
 def to_judge(tree: Tree, kind: str) -> dict[Steps, int]:
     """The texts that `by_judge` needs scores of -> how many of their first steps need none."""
-    found: dict[Steps, int] = {}
+    through, found = solutions(tree), dict[Steps, int]()
     for state, children in siblings(tree).items():
         if len(children) > 1:
-            texts = children if kind == "step" else _rests(tree, state)
-            for steps in texts:
+            for steps in _texts(children, kind, through):
                 found[steps] = min(len(state), found.get(steps, len(state)))
     return found
 
@@ -119,30 +110,25 @@ def by_judge(
 
     scores: for each text of `to_judge` the scores of its last steps; None if the judge cannot read
     it, which leaves it out."""
-    counts = tree.counts()
+    counts, through = tree.counts(), solutions(tree)
     found: dict[Steps, list[Continuation]] = {}
     for state, children in siblings(tree).items():
-        found[state] = []
-        for steps in children if kind == "step" else _rests(tree, state):
-            if own := scores.get(steps):
-                new = tuple(own[len(own) - len(steps) + len(state) :])
-                rollouts = counts[steps[: len(state) + 1]][1]
-                found[state].append(
-                    Continuation(steps[len(state) :], new, aggregate(new), rollouts)
-                )
+        found[state], before = [], len(state)
+        for steps in _texts(children, kind, through):
+            if last := scores.get(steps):
+                own = tuple(last[before - len(steps) :])
+                rollouts = counts[steps[: before + 1]][1]
+                found[state].append(Continuation(steps[before:], own, aggregate(own), rollouts))
     return found
 
 
-def _rests(tree: Tree, state: Steps) -> list[Steps]:
-    """The different solutions that were sampled from a state or through it."""
-    n = len(state)
-    return list(
-        dict.fromkeys(
-            whole
-            for whole, start, _ in solutions(tree)
-            if start <= n < len(whole) and whole[:n] == state
-        )
-    )
+def _texts(
+    children: list[Steps], kind: str, through: dict[Steps, dict[Steps, str]]
+) -> Iterable[Steps]:
+    """What continues a state: its children, or the solutions through them."""
+    if kind == "step":
+        return children
+    return dict.fromkeys(whole for child in children for whole in through.get(child, ()))
 
 
 def pair_up(

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_input, check_least, check_outputs, here, parse_args, run, unused
+from common.cli import arg, check_input, check_least, check_output, here, parse_args, run, unused
 from common.errors import UserError
 from common.files import (
     ResumableRows,
@@ -252,12 +252,15 @@ def main() -> None:
     job = {name: getattr(args, name) for name in PAIRING} | {"source": source}
     if by_a_judge:
         job |= judge_identity(args)
-    may_replace = ResumableRows.may_replace(args.output, job, args.overwrite)
-    if args.searches:
-        may_replace |= ResumableRows.may_replace(args.trees, search_job, args.overwrite)
     read = [args.input, args.model_name_or_path, *(judge_files(args) if by_a_judge else [])]
-    read += [] if args.searches else [args.from_trees]
-    check_outputs([path for path in (args.trees, args.output) if path], read, may_replace)
+    if args.searches:
+        may_replace = ResumableRows.may_replace(args.trees, search_job, args.overwrite)
+        check_output(args.trees, may_replace, read)
+        read.append(args.trees)
+    else:
+        read.append(args.from_trees)
+    may_replace = ResumableRows.may_replace(args.output, job, args.overwrite)
+    check_output(args.output, may_replace, read)
 
     if args.searches:
         policy = open_policy(args, [problem.prompt for problem in to_search])
