@@ -139,6 +139,8 @@ def pair_up(
     min_gap: the least difference of the two values. per_state: the most pairs; taken are those with
     the widest gap, among equal ones those with more rollouts behind the weaker side, and each
     rejected first step once before any of them twice."""
+    if len({side.steps[0] for side in continuations}) < 2:
+        return [], "one next step only"
     pairs = [
         (chosen, rejected)
         for chosen in continuations

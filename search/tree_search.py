@@ -85,12 +85,14 @@ class Tree:
     def rollouts(self) -> list[Rollout]:
         return [rollout for node in self.nodes.values() for rollout in node.rollouts]
 
-    def check_outcomes(self) -> None:
-        """Raises RecordError if the tree was searched without answers: then it has no values."""
+    def check_outcomes(self, file: str = "this tree") -> None:
+        """Raises RecordError if the tree was searched without answers: then it has no values.
+
+        file: that has it, for the message."""
         if any(rollout.outcome == UNKNOWN for rollout in self.rollouts):
             raise RecordError(
-                "this tree was searched without answers, so its steps have no values: "
-                f"{short(self.prompt)}"
+                f"{file}: searched without answers, so its steps have no values (only "
+                f"utils/build_step_pairs.py --pair_by judge reads it): {short(self.prompt)}"
             )
 
     @property
@@ -238,7 +240,10 @@ def omegaprm(root: "State", is_right: IsRight, budget: TreeBudget) -> TreeSearch
 
     A prefix counts as wrong if none of its rollouts ends right. Rollouts from states of value 0 do
     not enter the pool, because everything after such a state counts as wrong. Rollouts that were
-    cut do not either, because they may have no error."""
+    cut do not either, because they may have no error. Raises ValueError without
+    `is_right`."""
+    if is_right is None:
+        raise ValueError("omegaprm searches for errors, for which it needs the answers")
     tree = Tree(root.prompt, "omegaprm")
     pool: list[tuple[TreeNode, Rollout]] = []
 

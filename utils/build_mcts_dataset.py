@@ -134,6 +134,8 @@ def main() -> None:
         check_input(args.from_trees)
         trees, rows = list(itertools.islice(read_records(args.from_trees, Tree), args.limit)), None
         refuse_held_out(args.from_trees, trees)
+        for tree in trees:
+            tree.check_outcomes(args.from_trees)
         samples_path = check(args, args.overwrite)
     else:
         trees, rows, samples_path = build_trees(args)

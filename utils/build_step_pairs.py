@@ -20,7 +20,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_input, check_least, check_output, here, parse_args, run, unused
+from common.cli import (
+    arg,
+    check_different,
+    check_input,
+    check_least,
+    check_output,
+    here,
+    parse_args,
+    run,
+    unused,
+)
 from common.errors import UserError
 from common.files import (
     ResumableRows,
@@ -142,6 +152,9 @@ class StepPairArguments(JudgeArgs, TreeArgs):
 def read_trees(args: StepPairArguments) -> list[Tree]:
     trees = list(itertools.islice(read_records(args.from_trees, Tree), args.limit))
     refuse_held_out(args.from_trees, trees)
+    if args.pair_by == "answer":
+        for tree in trees:
+            tree.check_outcomes(args.from_trees)
     return trees
 
 
@@ -254,9 +267,9 @@ def main() -> None:
         job |= judge_identity(args)
     read = [args.input, args.model_name_or_path, *(judge_files(args) if by_a_judge else [])]
     if args.searches:
+        check_different([args.trees, args.output], read)
         may_replace = ResumableRows.may_replace(args.trees, search_job, args.overwrite)
         check_output(args.trees, may_replace, read)
-        read.append(args.trees)
     else:
         read.append(args.from_trees)
     may_replace = ResumableRows.may_replace(args.output, job, args.overwrite)
