@@ -2,7 +2,8 @@
 
 A search is a generator for one problem: it yields (state, n), receives n rollouts from that state,
 and returns its Tree. It samples nothing itself, so `run_searches` can run many searches at once and
-request all their rollouts together. It knows no answers: the caller passes `is_right(steps)`.
+request all their rollouts together. It knows no answers: the caller passes `is_right(steps)`, or
+None where no answer is known: `per_step` then samples the same tree without outcomes.
 
 There are two searches with the same signature: `omegaprm` finds the first errors of wrong rollouts,
 `per_step` evaluates every step of the first solutions.
@@ -21,7 +22,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from common.errors import RecordError
+from common.errors import RecordError, short
 from reasoning.records import StepValue
 
 if TYPE_CHECKING:  # nothing here needs torch
@@ -32,14 +33,15 @@ ALPHA, BETA, LENGTH, EXPLORATION = 0.5, 0.9, 500, 0.125
 
 # values of Tree.ended for problems that were not searched beyond the root
 DROPPED = ("always right", "never right", "prompt too long")
+UNKNOWN = "unknown"  # the outcome of a rollout that ended, where no answer is known
 
 
 @dataclass(frozen=True)
 class Rollout:
     """A rollout from a node.
 
-    steps: those it added. outcome: `right`, `wrong`, or `cut` at the token limit. tokens: sampled.
-    state: the whole solution, only kept while the search runs."""
+    steps: those it added. outcome: `right`, `wrong`, `cut` at the token limit, or UNKNOWN without
+    an answer. tokens: sampled. state: the whole solution, only kept while the search runs."""
 
     steps: tuple[str, ...]
     outcome: str
@@ -83,6 +85,16 @@ class Tree:
     def rollouts(self) -> list[Rollout]:
         return [rollout for node in self.nodes.values() for rollout in node.rollouts]
 
+    def check_outcomes(self, file: str = "this tree") -> None:
+        """Raises RecordError if the tree was searched without answers: then it has no values.
+
+        file: that has it, for the message."""
+        if any(rollout.outcome == UNKNOWN for rollout in self.rollouts):
+            raise RecordError(
+                f"{file}: searched without answers, so its steps have no values (only "
+                f"utils/build_step_pairs.py --pair_by judge reads it): {short(self.prompt)}"
+            )
+
     @property
     def tokens(self) -> int:
         return sum(rollout.tokens for rollout in self.rollouts)
@@ -107,7 +119,8 @@ class Tree:
 
         labels: `mc` is MC(s, a), the value of the state after the step. `relative` is
         min(1, MC(s, a) / MC(s)), relative to the state before the step; steps after a state of
-        value 0 are left out."""
+        value 0 are left out. Raises RecordError as `check_outcomes` does."""
+        self.check_outcomes()
         rows, left_out, counts = [], 0, self.counts()
         for steps, (right, total) in counts.items():
             if not steps:
@@ -166,29 +179,37 @@ class TreeBudget:
 
 
 Steps = tuple[str, ...]
+# whether a solution is right; None where no answer is known
+IsRight = Callable[[Steps], bool] | None
 # yields (state, n), receives n rollouts, returns the tree
 TreeSearch = Generator[tuple["State", int], list["State"], Tree]
 
 
 def _evaluate(
-    tree: Tree, state: "State", is_right: Callable[[Steps], bool], budget: TreeBudget
+    tree: Tree, state: "State", is_right: IsRight, budget: TreeBudget
 ) -> Generator[Any, Any, TreeNode]:
     """Request rollouts from a state, and add it to the tree."""
     rollouts = []
     for whole in (yield state, budget.rollouts_per_state):
-        finished = "right" if whole.status == "finished" and is_right(whole.steps) else "wrong"
-        outcome = "cut" if whole.status == "cut" else finished
+        if whole.status == "cut":
+            outcome = "cut"
+        elif is_right is None:
+            outcome = UNKNOWN
+        else:
+            right = whole.status == "finished" and is_right(whole.steps)
+            outcome = "right" if right else "wrong"
         rollouts.append(Rollout(whole.steps[len(state.steps) :], outcome, whole.sampled, whole))
     node = tree.nodes[state.steps] = TreeNode(state.steps, rollouts)
     return node
 
 
 def _begin(
-    tree: Tree, root: "State", is_right: Callable[[Steps], bool], budget: TreeBudget
+    tree: Tree, root: "State", is_right: IsRight, budget: TreeBudget
 ) -> Generator[Any, Any, TreeNode]:
     """Evaluate the root. `tree.ended` is set if the problem is always or never right."""
     node = yield from _evaluate(tree, root, is_right, budget)
-    tree.ended = {0.0: "never right", 1.0: "always right"}.get(node.value, "")
+    if is_right is not None:
+        tree.ended = {0.0: "never right", 1.0: "always right"}.get(node.value, "")
     return node
 
 
@@ -210,7 +231,7 @@ def selection_score(
     return quality + exploration * math.sqrt(all_visits) / (1 + node.visits)
 
 
-def omegaprm(root: "State", is_right: Callable[[Steps], bool], budget: TreeBudget) -> TreeSearch:
+def omegaprm(root: "State", is_right: IsRight, budget: TreeBudget) -> TreeSearch:
     """OmegaPRM (Luo et al. 2024, arXiv 2406.06592).
 
     Repeat: take the wrong rollout with the best `selection_score` from the pool of the whole tree,
@@ -219,7 +240,10 @@ def omegaprm(root: "State", is_right: Callable[[Steps], bool], budget: TreeBudge
 
     A prefix counts as wrong if none of its rollouts ends right. Rollouts from states of value 0 do
     not enter the pool, because everything after such a state counts as wrong. Rollouts that were
-    cut do not either, because they may have no error."""
+    cut do not either, because they may have no error. Raises ValueError without
+    `is_right`."""
+    if is_right is None:
+        raise ValueError("omegaprm searches for errors, for which it needs the answers")
     tree = Tree(root.prompt, "omegaprm")
     pool: list[tuple[TreeNode, Rollout]] = []
 
@@ -254,7 +278,7 @@ def omegaprm(root: "State", is_right: Callable[[Steps], bool], budget: TreeBudge
     return tree
 
 
-def per_step(root: "State", is_right: Callable[[Steps], bool], budget: TreeBudget) -> TreeSearch:
+def per_step(root: "State", is_right: IsRight, budget: TreeBudget) -> TreeSearch:
     """Math-Shepherd with soft estimation (Wang et al. 2024, arXiv 2312.08935).
 
     Rollouts after every step of solutions. The solutions are the rollouts from the root, right or
@@ -277,7 +301,7 @@ def per_step(root: "State", is_right: Callable[[Steps], bool], budget: TreeBudge
     return tree
 
 
-SEARCHES: dict[str, Callable[["State", Callable[[Steps], bool], TreeBudget], TreeSearch]] = {
+SEARCHES: dict[str, Callable[["State", IsRight, TreeBudget], TreeSearch]] = {
     "omegaprm": omegaprm,
     "per_step": per_step,
 }

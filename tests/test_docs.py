@@ -23,6 +23,7 @@ GENERATED = (
         "data/smollm2/",
         "data/tinyllama/",
         "data/mcts_values.jsonl",
+        "data/step_pairs",
     ),
     *("data/mine", "data/prepared", "data/step_labels.jsonl", "models/smollm2-135m-instruct"),
 )

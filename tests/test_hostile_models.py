@@ -62,6 +62,7 @@ COMMANDS = [
      "--scorer"],
     ["utils/build_synthetic_dataset.py", "--limit", "1", "--output", "out", "--model_name_or_path"],
     ["utils/build_mcts_dataset.py", "--limit", "1", "--output", "out", "--model_name_or_path"],
+    ["utils/build_step_pairs.py", "--limit", "1", "--output", "out", "--model_name_or_path"],
     ["utils/build_ranked_responses.py", "--limit", "1", "--output", "out.csv",
      "--model_name_or_path"],
     ["utils/add_surprisal_layers.py", "--output", "out", "--model_name_or_path"],

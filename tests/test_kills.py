@@ -48,6 +48,14 @@ JOBS: dict[str, tuple[str, list[str]]] = {
             | {"csv": "o.csv"},
         ),
         (
+            "step_pairs",
+            "utils/build_step_pairs.py",
+            [],
+            SAMPLED
+            | {"rollouts_per_state": 2, "budget": 4, "output": "o.jsonl", "trees": "t.jsonl"}
+            | {"pair_by": "judge", "judge": "random", "min_gap": 0.01},
+        ),
+        (
             "answers",
             "utils/build_ranked_responses.py",
             [],
@@ -174,7 +182,9 @@ def test_a_training_on_a_full_disk_is_one_line_and_goes_on(inputs, tmp_path, uni
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["dpo", "ppo", "mcts", "score", "problems", "compare"])
+@pytest.mark.parametrize(
+    "job", ["dpo", "ppo", "mcts", "step_pairs", "score", "problems", "compare"]
+)
 def test_a_job_that_is_killed_before_any_change_goes_on(inputs, tmp_path, uninterrupted, job):
     expected, changes = uninterrupted(job)
     script, args = JOBS[job]

@@ -10,6 +10,7 @@ from lm.policy import State
 from reasoning.records import StepValue
 from search.tree_search import (
     SEARCHES,
+    UNKNOWN,
     Rollout,
     Tree,
     TreeBudget,
@@ -338,3 +339,29 @@ def test_many_searches_sample_together_and_find_the_same_as_alone():
     assert found[1] == found[3] == found[64] and len(found[1]) == 16
     assert asked[1] == [1] * 64 and asked[64] == [16] * 4  # the root and three states of each
     assert max(asked[3]) == 3 and sum(asked[3]) == 64
+
+
+def test_without_answers_per_step_asks_for_the_same_states():
+    def world(steps):
+        return [("a", "Answer: 1")[len(steps) :], ("a", "Answer: 0")[len(steps) :]]
+
+    found = []
+    for check in (is_right, None):
+        search = per_step(state(()), check, TreeBudget(rollouts_per_state=2))
+        found.append(drive(search, world, k=2))
+    (known, asked), (unknown, asked_again) = found
+    assert asked == asked_again == [(), ("a",)]
+    assert {rollout.outcome for rollout in known.rollouts} == {"right", "wrong"}
+    assert {rollout.outcome for rollout in unknown.rollouts} == {UNKNOWN}
+    assert [r.steps for r in known.rollouts] == [r.steps for r in unknown.rollouts]
+    assert Tree.from_row(unknown.to_row()) == unknown
+    with pytest.raises(RecordError, match="searched without answers"):
+        unknown.values()
+
+
+def test_without_answers_no_problem_is_always_or_never_right_and_omegaprm_is_refused():
+    search = per_step(state(()), None, TreeBudget(rollouts_per_state=2))
+    tree, asked = drive(search, lambda steps: [("a", "Answer: 1")[len(steps) :]] * 2, k=2)
+    assert asked == [(), ("a",)] and tree.ended == "nothing left"
+    with pytest.raises(ValueError, match="needs the answers"):
+        next(omegaprm(state(()), None, TreeBudget(rollouts_per_state=2)))

@@ -9,56 +9,37 @@ also writes the trees: utils/show_tree.py shows them, and `--from_trees` compute
 them. File names may end in .gz.
 """
 
-import hashlib
 import itertools
-import json
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import arg, check_input, check_least, check_outputs, parse_args, run
-from common.errors import PromptTooLong, RecordError, UserError
+from common.cli import arg, check_input, check_outputs, parse_args, run
+from common.errors import RecordError, UserError
 from common.files import ResumableRows, at_root, read_records, together, write_records, write_text
-from common.progress import progress_bar
-from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
+from lm.registry import check_policy, open_policy
 from reasoning.answers import extract_answer
-from reasoning.datasets.files import Dropped, table_lines
-from reasoning.datasets.loading import load_problems
+from reasoning.datasets.files import table_lines
 from reasoning.datasets.shapes import three_columns
 from reasoning.grading import is_correct
-from reasoning.problems import problems
-from reasoning.records import Problem, StepValue
+from reasoning.records import StepValue
 from reasoning.samples import FEW, Sample, samples_file, show_samples
 from reasoning.splits import refuse_held_out
 from reasoning.steps import ends_solution
-from search.tree_search import DROPPED, SEARCHES, Tree, TreeBudget, run_searches
-
-# the arguments that determine a tree
-SEARCH = ("search", "rollouts_per_state", "budget", "temperature", "max_new_tokens", "seed")
+from search.tree_building import TreeArgs, print_summary, read_problems, search_problems, tree_job
+from search.tree_search import DROPPED, Tree
 
 
 @dataclass
-class TreeArguments(PolicyArgs):
-    input: str | None = arg(
-        None,
-        "problems in any shape that reasoning/datasets/shapes.py reads; if not given: "
-        "the generated train problems",
-    )
+class TreeArguments(TreeArgs):
     output: str = arg(at_root("data/mcts_steps.jsonl.gz"), "file of the steps with their values")
     csv: str | None = arg(None, "also write a table: question and prefix, next step, score")
     trees: str | None = arg(None, "also write the trees to this file, one a line")
     from_trees: str | None = arg(
         None, "no search: label the steps of the trees in this file, which --trees wrote"
-    )
-    search: str = arg(
-        "omegaprm",
-        "omegaprm: first errors of wrong rollouts; per_step: all steps of solutions",
-        choices=[*SEARCHES],
     )
     labels: str = arg(
         "mc",
@@ -67,114 +48,24 @@ class TreeArguments(PolicyArgs):
         choices=["mc", "relative"],
     )
     keep_dropped: bool = arg(False, "keep the steps of problems that are always or never right")
-    rollouts_per_state: int = arg(8, "rollouts from each state that is evaluated")
-    budget: int = arg(64, "most rollouts for a problem, those from its root included")
-    in_flight: int = arg(64, "problems that are searched at once; does not change the result")
-    limit: int | None = arg(
-        None,
-        "use the first LIMIT problems; if not given: 500 of the train problems, all of --input",
-    )
-    temperature: float = arg(1.0, "sampling temperature, above 0")
-    max_new_tokens: int = arg(256, "token limit of a rollout; a longer one is cut, and not right")
-    seed: int = arg(0, "seed of the rollouts")
     overwrite: bool = arg(False, "replace existing outputs")
 
-    def __post_init__(self):
-        check_least(self, rollouts_per_state=1, budget=1, in_flight=1, limit=1, max_new_tokens=1)
-        smallest = 2 * self.rollouts_per_state
-        if self.budget < smallest:
-            raise UserError(
-                f"argument --budget: {self.budget} rollouts are not enough for the root and one "
-                f"more state: expected {smallest} or more (twice --rollouts_per_state)"
-            )
-        if self.temperature <= 0:
-            raise UserError(f"argument --temperature: expected above 0, got {self.temperature}")
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.from_trees and self.trees:
             raise UserError("argument --trees: not with --from_trees, which reads existing trees")
 
 
-def read_problems(args: TreeArguments) -> list[Problem]:
-    if args.input is None:
-        return list(itertools.islice(problems("train"), args.limit or 500))
-    dropped = Dropped()
-    by_prompt = {problem.prompt: problem for problem in load_problems(args.input, dropped=dropped)}
-    dropped.print(args.input)
-    selected = list(itertools.islice(by_prompt.values(), args.limit))
-    refuse_held_out(args.input, selected)
-    return selected
-
-
-def search_problems(args: TreeArguments) -> tuple[list[Tree], ResumableRows, Path]:
+def build_trees(args: TreeArguments) -> tuple[list[Tree], ResumableRows, Path]:
     """The trees in the order of the problems, the rows to which they were appended, and the file
     for samples."""
     to_search = read_problems(args)
     check_policy(args)
-    job = {name: getattr(args, name) for name in SEARCH} | policy_identity(args)
-    content = json.dumps([vars(problem) for problem in to_search])
-    job["problems"] = hashlib.sha256(content.encode()).hexdigest()
+    job = tree_job(args, to_search)
     samples_path = check(args, ResumableRows.may_replace(args.output, job, args.overwrite))
-
     policy = open_policy(args, [problem.prompt for problem in to_search])
     rows = ResumableRows(args.output, job, overwrite=args.overwrite)
-    done = {row["problem"] for row in rows.rows}
-    if done:
-        print(f"resuming: {len(done)} of {len(to_search)} problems are done")
-    budget = TreeBudget(args.budget, args.rollouts_per_state)
-    started, rollouts = time.monotonic(), 0
-
-    def searches() -> Iterator:
-        for number, problem in enumerate(to_search):
-            if number in done:
-                continue
-            try:
-                root = policy.start(problem.prompt)
-            except PromptTooLong:
-                add(number, Tree(problem.prompt, args.search, "prompt too long"))
-            else:
-                yield number, SEARCHES[args.search](root, checker(problem), budget)
-
-    def add(number: int, tree: Tree) -> None:
-        rows.append({"problem": number, "tree": tree.to_row()})
-        bar.update()
-
-    def sampled(count: int) -> None:
-        nonlocal rollouts
-        rollouts += count
-        bar.set_postfix(rollouts=rollouts)
-
-    options = {name: getattr(args, name) for name in ("temperature", "max_new_tokens", "seed")}
-    with progress_bar(
-        total=len(to_search), initial=len(done), desc="searching", unit="problem"
-    ) as bar:
-        found = run_searches(searches(), policy, args.in_flight, **options, sampled=sampled)
-        for number, tree in found:
-            add(number, tree)
-    seconds = time.monotonic() - started
-    print(f"searched for {seconds:.0f} s: {rollouts} rollouts, {rollouts / seconds:.0f} a second")
-    in_order = sorted(rows.rows, key=lambda row: row["problem"])
-    return [Tree.from_row(row["tree"]) for row in in_order], rows, samples_path
-
-
-def checker(problem: Problem) -> Callable[[tuple[str, ...]], bool]:
-    return lambda steps: is_correct(list(steps), problem)
-
-
-def print_summary(trees: list[Tree]) -> None:
-    """Print the numbers of searched and dropped problems, and of rollouts and tokens."""
-    ended = Counter(tree.ended for tree in trees)
-    searched = len(trees) - sum(ended[reason] for reason in DROPPED)
-    dropped = ", ".join(f"{ended[reason]} {reason}" for reason in DROPPED)
-    print(
-        f"{len(trees)} problems: {searched} searched, {ended['budget']} of them until the budget "
-        f"was used; dropped: {dropped}"
-    )
-    outcomes = Counter(rollout.outcome for tree in trees for rollout in tree.rollouts)
-    unused = sum(len(tree.rollouts) for tree in trees if tree.ended in DROPPED)
-    print(
-        f"{outcomes.total()} rollouts ({unused} on dropped problems): {outcomes['right']} right, "
-        f"{outcomes['wrong']} wrong, {outcomes['cut']} cut at the token limit; "
-        f"{sum(tree.tokens for tree in trees)} tokens"
-    )
+    return search_problems(args, to_search, rows, policy, is_correct), rows, samples_path
 
 
 def print_labels(labels: str, values: list[StepValue], left_out: int) -> None:
@@ -243,9 +134,11 @@ def main() -> None:
         check_input(args.from_trees)
         trees, rows = list(itertools.islice(read_records(args.from_trees, Tree), args.limit)), None
         refuse_held_out(args.from_trees, trees)
+        for tree in trees:
+            tree.check_outcomes(args.from_trees)
         samples_path = check(args, args.overwrite)
     else:
-        trees, rows, samples_path = search_problems(args)
+        trees, rows, samples_path = build_trees(args)
 
     print_summary(trees)
     few = sum(tree.ended not in DROPPED for tree in trees) < FEW * len(trees)

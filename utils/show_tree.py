@@ -165,6 +165,7 @@ def main() -> None:
     if not tree.nodes:
         prompt = f"{tree.prompt[:60]!r} ..."
         raise UserError(f"{args.trees}: this problem was not searched ({tree.ended}): {prompt}")
+    tree.check_outcomes(args.trees)
     if (longest := max(map(len, tree.counts()))) > MOST_STEPS:
         raise UserError(
             f"{args.trees}: this tree has a solution of {longest} steps, expected {MOST_STEPS} at "
