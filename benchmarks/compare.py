@@ -50,8 +50,13 @@ from evaluation.results import print_table, write_result
 
 DATA, ROUND_1 = "data/compare", "data/compare/round_1"  # ignored by git
 TREES = "data/mcts_trees.jsonl.gz"
-# train problems, after those that judge-mini learned from
-PROBLEMS, SKIP, SKIP_2 = 2000, 14_000, 16_000
+# regime -> file of its rollouts, split, first problem, number of problems; judge-mini did not learn
+# from these problems
+ROLLOUTS = {
+    **dict.fromkeys("ac", ("rollouts", "train", 14_000, 2000)),
+    "d": ("rollouts_hard", "hard_train", 0, 3000),
+    "e": ("rollouts_2", "train", 16_000, 2000),
+}
 BATCH = 16
 RATES, EPOCHS = (3e-5, 1e-4, 3e-4), (1, 2, 4)
 DEFAULT = "stepwise"
@@ -63,6 +68,7 @@ METHODS: dict[str, tuple[str, str, dict]] = {
     "SFT before the first low score": ("cut", "dpo", {"loss_type": ["sft"]}),
     "DPO": ("judge", "dpo", {"loss_type": ["sigmoid"]}),
     "RPO": ("judge", "dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 1]}),
+    "DPO-Positive": ("whole", "dpo", {"credit": "uniform", "anchor_lambda": 5}),
     "Step-DPO": ("judge", "dpo", {"loss_type": ["step_dpo"], "anchor_lambda": 0}),
     "Full-Step-DPO": ("judge", "dpo", {"loss_type": ["full_step_dpo"], "anchor_lambda": 0}),
 }
@@ -121,9 +127,9 @@ class Comparison:
             first = self.run("a", DEFAULT, *self.tuned("a", DEFAULT), seed=0)
             flags = as_flags(first["settings"] | {"dataset_name": at_root(first["rows"])})
             _call("train.py", "dpo", *flags, "--seed", "0", "--output_dir", at_root(ROUND_1))
-        first_problem, policy = (SKIP_2, ROUND_1) if regime == "e" else (SKIP, BASE)
-        path = folder / ("rollouts_2.jsonl" if regime == "e" else "rollouts.jsonl")
-        compare_rows.sample(path, at_root(policy), first_problem, PROBLEMS)
+        name, *which = ROLLOUTS[regime]
+        path, policy = folder / f"{name}.jsonl", at_root(ROUND_1 if regime == "e" else BASE)
+        compare_rows.sample(path, policy, *which, only_failed=regime == "d")
         rollouts = compare_rows.read_rollouts(path)
         compare_rows.write_rows(folder, regime, rollouts, self.args.limit)
 

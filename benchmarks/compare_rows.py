@@ -1,11 +1,14 @@
 """The training rows of benchmarks/compare.py: rollouts once, and rows for every method from them.
 
 A regime says what is known of the rollouts: (a) and (e) their answers; (c) and (d) only what a
-judge says about them; (b) has search trees. All methods of a regime learn from the same rollouts of
-the same problems. `scores` names who scores the steps of the pairs: `judge`, `exact` (the checker),
-`shuffled` (the judge's scores, permuted over all steps of the pairs) or `planted 0.8`, a judge of
-this AUROC; a planted judge also picks the pairs. In (b) the scores of the trees are the values of
-the steps, and they take the place of the judge's."""
+judge says about them; (b) has search trees. The problems of (d) have 5 or 6 events. All methods of
+a regime learn from the same rollouts of the same problems.
+
+The files of a regime: `judge`, pairs with the judge's scores (in (b) with the values of the trees);
+`exact`, the same pairs with the checker's scores; `shuffled`, with the judge's scores permuted over
+all steps; `whole`, with each side as one step; `cut`, with the chosen steps before the first low
+score; `good`, all good samples. A judge of planted AUROC picks and scores its own pairs.
+"""
 
 import itertools
 import json
@@ -45,36 +48,49 @@ Scorer = Callable[[Problem, Steps], Scores]
 # --- rollouts ---
 
 
-def sample(path: Path, policy_path: str, skip: int, limit: int) -> None:
-    """Write SAMPLES solutions of each train problem, with the scores of the GGUF judge.
+def sample(
+    path: Path, policy_path: str, split: str, skip: int, limit: int, only_failed: bool = False
+) -> None:
+    """Write SAMPLES solutions of each problem, with the scores of the GGUF judge.
 
-    One row a problem: `problem`, `steps` (of each sample that ended) and `judge` (their scores)."""
+    One row a problem: `problem`, `steps` (of each sample that ended) and `judge` (their scores).
+    only_failed: leave out problems of which a sample is right."""
     if path.exists():
         return
     judge_args = JudgeArgs()
-    job = {"policy": identity(policy_path), "skip": skip, "limit": limit}
-    job |= judge_identity(judge_args)
-    selected = list(itertools.islice(problems("train"), skip, skip + limit))
-    rows = ResumableRows(path, job, UNIT)
+    job = {"policy": identity(policy_path), "split": split, "skip": skip, "limit": limit}
+    job |= {"only_failed": only_failed} | judge_identity(judge_args)
+    selected = list(itertools.islice(problems(split), skip, skip + limit))
+    rows = ResumableRows(path, job)
     with open_judge(judge_args) as judge:
         # torch would slow --help
         from lm.policy import Policy
 
-        policy, done = Policy.load(policy_path), len(rows.rows)
+        policy, done = Policy.load(policy_path), len(rows.rows) * UNIT
         with progress_bar(total=limit, initial=done, desc="sampling", unit="problem") as bar:
             for start in range(done, limit, UNIT):
                 group = selected[start : start + UNIT]
                 prompts = [problem.prompt for problem in group]
                 answers = policy.generate(prompts, n=SAMPLES, temperature=1.0, seed=skip + start)
-                ended = [[a.steps for a in own if a.finished and a.steps] for own in answers]
-                of_problem = zip(prompts, ended, strict=True)
-                known = sorted({(prompt, tuple(s)) for prompt, own in of_problem for s in own})
+                ended = [
+                    (problem, [a.steps for a in own if a.finished and a.steps])
+                    for problem, own in zip(group, answers, strict=True)
+                ]
+                if only_failed:
+                    ended = [(p, own) for p, own in ended if not any(is_correct(s, p) for s in own)]
+                known = sorted({(p.prompt, tuple(s)) for p, own in ended for s in own})
                 scores = dict(zip(known, judge.score_steps(known), strict=True))
-                for problem, own in zip(group, ended, strict=True):
-                    judged = [scores[problem.prompt, tuple(steps)] for steps in own]
-                    rows.append({"problem": asdict(problem), "steps": own, "judge": judged})
+                found = [
+                    {
+                        "problem": asdict(problem),
+                        "steps": own,
+                        "judge": [scores[problem.prompt, tuple(steps)] for steps in own],
+                    }
+                    for problem, own in ended
+                ]
+                rows.append({"rows": found})
                 bar.update(len(group))
-    write_records(path, rows.rows)
+    write_records(path, (row for unit in rows.rows for row in unit["rows"]))
     rows.finish()
 
 
@@ -118,8 +134,7 @@ def pick(regime: str, rollouts: Rollouts, limit: int) -> list[tuple[Problem, Sco
     """The first `limit` pairs of a regime other than (b), scored by the rollouts' judge."""
     pairs = []
     for problem, scored in rollouts:
-        wrong = not any(is_correct(steps, problem) for steps, _ in scored)
-        if not scored or (regime == "d" and not wrong):
+        if not scored:
             continue
         if regime in "ae":
             pair, _ = pair_by_answer(problem, [steps for steps, _ in scored])
@@ -160,6 +175,14 @@ def shuffled(pairs: Sequence[ScoredPair], seed: int) -> list[ScoredPair]:
         return ScoredPair(**(vars(pair) | scores))
 
     return [other(pair) for pair in pairs]
+
+
+def as_one_step(pair: ScoredPair) -> ScoredPair:
+    """The pair with each side as one step, chosen with score 1: the ids are the same.
+
+    On such rows `--credit uniform` with its anchor is DPO-Positive (docs/pipeline.md)."""
+    sides = {side: ["\n".join(getattr(pair, side))] for side in ("chosen", "rejected")}
+    return ScoredPair(**(vars(pair) | sides | {"chosen_scores": [1.0], "rejected_scores": [0.0]}))
 
 
 # --- solutions for SFT ---
@@ -227,6 +250,7 @@ def _write(folder: Path, regime: str, pairs: list[ScoredPair], exact: list[Score
         "judge": pairs,
         "exact": exact,
         "shuffled": shuffled(pairs, 0),
+        "whole": [as_one_step(pair) for pair in pairs],
         "cut": before_low_scores(pairs),
     }
     for name, rows in kinds.items():

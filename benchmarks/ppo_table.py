@@ -66,7 +66,7 @@ def make_rows() -> None:
     folder, count = Path(at_root(DATA)), ROLLOUTS // compare_rows.SAMPLES
     if not (folder / "a_good.jsonl").exists():
         path = folder / "rollouts.jsonl"
-        compare_rows.sample(path, at_root(BASE), FIRST_PROBLEM, count)
+        compare_rows.sample(path, at_root(BASE), "train", FIRST_PROBLEM, count)
         compare_rows.write_rows(folder, "a", compare_rows.read_rollouts(path), count)
 
 

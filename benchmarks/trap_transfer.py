@@ -104,9 +104,7 @@ def main() -> None:
         if one.finished and one.steps
     ]
     texts = [(prompts[number], tuple(steps)) for number, steps in solutions]
-    scores = {
-        name: ProcessRewardModel(path).score_steps(texts) for name, path in judges.items()
-    }
+    scores = {name: ProcessRewardModel(path).score_steps(texts) for name, path in judges.items()}
     metrics, table = {}, []
     for kind in KINDS:
         found = []  # (problem, label, score of the PRM of all, score of the PRM without this kind)

@@ -36,6 +36,7 @@ SPLITS = {
     "test": ((850, 900), 4, 2_000, EVENT_COUNTS),
     "hard_validation": ((900, 950), 5, 500, HARD_EVENT_COUNTS),
     "hard": ((950, 1000), 6, 1_000, HARD_EVENT_COUNTS),
+    "hard_train": ((600, 800), 7, 10_000, HARD_EVENT_COUNTS),
 }
 
 _SHE = "Mia Ana Zoe Lily Nora Emma Ruth Sara Ines Tara Maya Lena"

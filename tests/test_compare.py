@@ -37,7 +37,7 @@ def test_each_regime_picks_its_pairs():
     assert (pair.rejected, pair.rejected_scores) == (SLIP[0][1:], [0.2, 0.1])
     (_, best), (_, second) = pick("c", rollouts, 5)
     assert best.chosen == MIA.steps[1:] and best.rejected == SLIP[0][1:]  # means .87, .40, .47
-    assert pick("d", rollouts, 5) == [(bob, second)]
+    assert pick("d", rollouts[1:], 5) == [(bob, second)]
     assert (second.chosen, second.rejected) == (EARLY[0], SLIP[0])
     assert len(pick("c", rollouts, 1)) == 1
     ((exact,),) = [exactly_scored([(bob, second)])]
