@@ -24,7 +24,7 @@ from reasoning.grading import grade_steps, is_correct
 from reasoning.problems import problems
 from reasoning.records import PreferencePair, Problem, ScoredPair
 from reward_model.registry import JudgeArgs, judge_identity, open_judge
-from utils.build_synthetic_dataset import pair_by_answer, pair_by_judge
+from reward_model.solution_pairs import pair_by_answer, pair_by_judge
 
 REGIMES = {
     "a": "answers known, whole solutions",

@@ -12,8 +12,9 @@ import pytest
 from common.cli import run
 from common.files import read_records, read_rows, write_records
 from reasoning.records import PreferencePair, Problem
+from reward_model.solution_pairs import pair_by_answer, pair_by_judge
 from tests.helpers.judges import FixedJudge
-from utils.build_synthetic_dataset import main, pair_by_answer, pair_by_judge, score_group
+from utils.build_synthetic_dataset import main, score_group
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "utils/build_synthetic_dataset.py"

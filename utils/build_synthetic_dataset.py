@@ -31,10 +31,10 @@ from reasoning.datasets.files import Dropped
 from reasoning.datasets.loading import load_problems
 from reasoning.grading import graded, is_correct
 from reasoning.problems import problems
-from reasoning.records import PreferencePair, Problem, Prompt
+from reasoning.records import Problem, Prompt
 from reasoning.samples import FEW, Sample, samples_file, show_samples
 from reasoning.splits import refuse_held_out
-from reward_model.protocols import StepJudge, aggregate
+from reward_model.protocols import StepJudge
 from reward_model.registry import (
     JudgeArgs,
     check_judge,
@@ -44,6 +44,7 @@ from reward_model.registry import (
     open_judge,
     warn_of_foreign_text,
 )
+from reward_model.solution_pairs import pair_by_answer, pair_by_judge
 
 if TYPE_CHECKING:
     from lm.policy import Response
@@ -99,26 +100,6 @@ def read_problems(args: PairArguments) -> Selected:
     dropped.print(args.input)
     refuse_held_out(args.input, selected)
     return selected
-
-
-def pair_by_answer(problem: Problem, samples: list[Steps]) -> tuple[PreferencePair | None, str]:
-    """(pair, why there is none): the first right sample against the first wrong one."""
-    right = [steps for steps in samples if is_correct(steps, problem)]
-    wrong = [steps for steps in samples if steps not in right]
-    if not right or not wrong:
-        return None, "no right sample" if wrong else "no wrong sample"
-    return PreferencePair.from_solutions(problem.prompt, right[0], wrong[0]), ""
-
-
-def pair_by_judge(
-    problem: Prompt, scored: list[tuple[Steps, list[float]]]
-) -> tuple[PreferencePair | None, str]:
-    """(pair, why there is none): the sample with the highest mean step score against the lowest."""
-    ranked = sorted(scored, key=lambda sample: aggregate(sample[1]))
-    (worse, low), (better, high) = ranked[0], ranked[-1]
-    if aggregate(high) == aggregate(low):
-        return None, "all scores equal"
-    return PreferencePair.from_solutions(problem.prompt, better, worse), ""
 
 
 def main() -> None:
