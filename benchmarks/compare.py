@@ -62,7 +62,12 @@ RATES, EPOCHS = (3e-5, 1e-4, 3e-4), (1, 2, 4)
 DEFAULT = "stepwise"
 # method -> (rows, command of train.py, settings)
 METHODS: dict[str, tuple[str, str, dict]] = {
-    DEFAULT: ("judge", "dpo", {}),
+    # the defaults of train.py dpo, written out: they are part of a run's identity
+    DEFAULT: (
+        "judge",
+        "dpo",
+        {"loss_type": ["stepwise", "step_sft"], "credit": "fork", "anchor_lambda": 0},
+    ),
     "SFT on chosen": ("judge", "dpo", {"loss_type": ["sft"]}),
     "SFT on all good samples": ("good", "sft", {}),
     "SFT before the first low score": ("cut", "dpo", {"loss_type": ["sft"]}),

@@ -24,13 +24,14 @@ from evaluation.results import print_table, write_result
 
 RATES = (1.0, 3.0, 1 / 3)  # times the default
 EPOCHS = 3
-CREDITS = ("first_error", "score", "normalized", "uniform")
+CREDITS = ("fork", "first_error", "score", "normalized", "uniform")
 LOSSES = {
-    **{f"stepwise {credit}": {"credit": credit} for credit in CREDITS},
+    "stepwise + step_sft fork": {"loss_type": ["stepwise", "step_sft"], "credit": "fork"},
+    **{f"stepwise {credit}": {"loss_type": ["stepwise"], "credit": credit} for credit in CREDITS},
     "step_dpo": {"loss_type": ["step_dpo"]},
     "full_step_dpo": {"loss_type": ["full_step_dpo"]},
 }
-ANCHORS = {"anchor": {}, "no anchor": {"anchor_lambda": 0.0}}
+ANCHORS = {"anchor": {"anchor_lambda": 5.0}, "no anchor": {"anchor_lambda": 0.0}}
 VARIANTS = {  # name -> settings of train.py dpo
     f"{loss}, {anchor}": {
         **{"lr_scheduler_type": "constant", "warmup_steps": 0, "num_train_epochs": EPOCHS},

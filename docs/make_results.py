@@ -224,7 +224,7 @@ class Section:
 # name of the file in docs/results -> its section; in the order of the page
 COMPARED = {  # the trainings of "Where the credit goes" -> their arguments
     "stepwise": "",
-    "stepwise_no_anchor": "--anchor_lambda 0 ",
+    "first_error": "--loss_type stepwise --credit first_error ",
     "dpo": "--loss_type sigmoid ",
     "step_dpo": "--loss_type step_dpo ",
     "full_step_dpo": "--loss_type full_step_dpo ",

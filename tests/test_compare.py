@@ -6,7 +6,7 @@ from itertools import chain, islice
 import numpy as np
 import pytest
 
-from benchmarks.compare import DEFAULT, MEASURES, contrasts_of, verdict
+from benchmarks.compare import DEFAULT, MEASURES, METHODS, contrasts_of, verdict
 from benchmarks.compare_rows import (
     before_low_scores,
     exactly_scored,
@@ -21,6 +21,7 @@ from evaluation.metrics import auroc_metric, crossed_mean_metric, holm, two_side
 from reasoning.grading import grade_steps
 from reasoning.problems import corrupted, stories
 from reasoning.records import Problem, ScoredPair
+from trainer.stepwise_dpo_trainer import StepwiseDPOConfig
 
 MIA = Problem("Mia?", "10", ["Step 1: 2 + 3 = 5", "Step 2: 5 * 2 = 10", "Answer: 10"])
 RIGHT = (MIA.steps, [0.9, 0.8, 0.9])
@@ -105,6 +106,11 @@ def test_p_values_and_their_correction():
     assert two_sided_p(crossed_mean_metric(shifted + 1)) < 1e-6
     assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
     assert holm([]) == []
+
+
+def test_the_default_is_that_of_the_trainer():
+    settings = METHODS[DEFAULT][2]
+    assert settings == {name: getattr(StepwiseDPOConfig(), name) for name in settings}
 
 
 def test_contrasts_have_a_verdict_each():

@@ -74,12 +74,12 @@ class StepwiseDPOConfig(MiniatureDefaults, DPOConfig):
     """DPOConfig with the step losses. Raises ValueError for impossible values."""
 
     loss_type: list[str] = arg(
-        ["stepwise"],
+        ["stepwise", "step_sft"],
         f"Losses, summed with --loss_weights: {', '.join(STEP_LOSSES)}, alone or with "
         f"sigmoid and sft; or any of TRL's own: {', '.join(TRL_LOSSES)}.",
     )
     credit: str = arg(
-        "first_error",
+        "fork",
         "How `stepwise` and `step_sft` compute step weights from step scores (trainer/losses.py). "
         "`fork` weights steps as first_error does, and blames a wrong step only in the token in "
         "which it leaves the right one.",
@@ -96,7 +96,7 @@ class StepwiseDPOConfig(MiniatureDefaults, DPOConfig):
         "chosen and rejected; 0 or more.",
     )
     anchor_lambda: float = arg(
-        5.0,
+        0.0,
         "Weight of the penalty for good steps that become less likely than under the "
         "reference (DPO-Positive); 0 or more.",
     )
