@@ -19,6 +19,7 @@ from common.files import at_root, identity, read_records
 from common.progress import progress_bar, taking_long
 from lm.known_words import warn_of_unknown_words
 from lm.server_text import check_url
+from reasoning.datasets.loading import problems_of
 from reasoning.problems import problems
 from reasoning.records import Problem
 from reasoning.splits import held_out_files
@@ -94,7 +95,7 @@ def _openai(
 
 def _exact(judge_problems: str | None) -> StepJudge:
     if judge_problems is not None:
-        return ExactJudge(read_records(judge_problems, Problem))
+        return ExactJudge(problems_of(judge_problems))
     # the held-out problems first: to read them is faster than to generate the others
     held_out = (read_records(path, Problem) for path in held_out_files())
     return ExactJudge(itertools.chain(*held_out, problems("train")))
@@ -172,7 +173,7 @@ class JudgeArgs:
         "openai: file that keeps every answer, so that none is paid for twice",
     )
     judge_problems: str | None = arg(
-        None, "exact: JSONL of problems with reference steps (default: the embedded problems)"
+        None, "exact: problems with reference steps (default: the embedded problems)"
     )
     judge_labels: str | None = arg(None, "human: JSONL of step labels")
     shuffled_judge: str = arg(
