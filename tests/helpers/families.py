@@ -6,6 +6,7 @@ weights are random."""
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,14 @@ def _smollm_words() -> Any:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(True), _gpt2_words()])
 
 
+@cache
+def _miniature() -> str:
+    return build_tokenizer().backend_tokenizer.to_str()
+
+
 def _sentencepiece(special: list[str]) -> Tokenizer:
-    """As the miniatures', with the family's names of BOS and EOS."""
-    tokenizer = build_tokenizer().backend_tokenizer
+    """As the miniatures', with the control tokens of the family."""
+    tokenizer = Tokenizer.from_str(_miniature())
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     return tokenizer
 
