@@ -1,12 +1,11 @@
 """Exact accuracy of a policy's greedy answers, for trainings and benchmarks."""
 
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from common.cli import check_input
-from common.files import read_records
 from common.progress import taking_long
+from reasoning.datasets.loading import problems_of
 from reasoning.grading import is_correct
 from reasoning.records import Problem
 
@@ -32,10 +31,10 @@ def correct_answers(
 def greedy_accuracy(path: str, limit: int) -> Callable[["Policy"], dict[str, float]]:
     """A function that measures a policy's `exact_accuracy` (0 to 1) on problems of a file.
 
-    path: JSONL of problems, of which the first `limit` are used. Raises UserError or RecordError if
-    the file cannot be read."""
+    path: problems in any known shape, of which the first `limit` are used. Raises UserError or
+    RecordError if the file cannot be read."""
     check_input(path)
-    problems = list(islice(read_records(path, Problem), limit))
+    problems = problems_of(path, limit)
 
     def evaluate(policy: "Policy") -> dict[str, float]:
         with taking_long(f"answering {len(problems)} problems of {path}"):

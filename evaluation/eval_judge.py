@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import DtypeArgs, arg, check_input, check_least, check_model, parse_args, run
 from common.errors import UserError
-from common.files import at_root, file_stem, read_records, together
+from common.files import at_root, file_stem, together
 from common.progress import taking_long
 from evaluation.judge_card import Judged, RankedPolicy, card, print_card
 from evaluation.metrics import Metric, mean_metric, rate_metric, spearman_metric
@@ -22,7 +22,7 @@ from evaluation.results import output_paths, print_metrics, write_result
 from evaluation.value_calibration import measure_values, roll_out
 from lm.registry import warn_of_foreign_prompts
 from reasoning.datasets.files import Dropped
-from reasoning.datasets.loading import load_step_labels
+from reasoning.datasets.loading import load_step_labels, problems_of
 from reasoning.grading import grade_steps, is_correct
 from reasoning.records import LabelledSolution, Problem
 from reasoning.splits import MAKES_HELD_OUT
@@ -47,9 +47,7 @@ NEVER = -1e9  # log-prob of a sample without a step: it must never be picked
 @dataclass
 class CardArgs(JudgeArgs, DtypeArgs):
     model_name_or_path: str = arg(at_root("models/policy-mini"), "policy that is sampled")
-    input: str = arg(
-        at_root("data/problems_test.jsonl"), "JSONL of held-out problems with reference steps"
-    )
+    input: str = arg(at_root("data/problems_test.jsonl"), "held-out problems with reference steps")
     labels: str | None = arg(
         None,
         "judge these labelled solutions instead of samples: a file or hub name with "
@@ -116,7 +114,7 @@ def check(args: CardArgs) -> tuple[Path, Path]:
 
 def read_problems(args: CardArgs) -> list[Problem]:
     """The problems, each with reference steps. Raises RecordError or UserError."""
-    problems = list(islice(read_records(args.input, Problem), args.limit))
+    problems = problems_of(args.input, args.limit)
     for problem in problems:
         if not problem.steps:
             raise UserError(

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_input, check_least, parse_args, run
 from common.errors import UserError
-from common.files import at_root, file_type, read_records, together
+from common.files import at_root, file_type, together
 from common.progress import progress_bar, taking_long
 from evaluation.metrics import (
     Bin,
@@ -34,7 +34,7 @@ from evaluation.metrics import (
 from evaluation.results import output_paths, print_metrics, print_table, write_result
 from lm.registry import PolicyArgs, check_policy, open_policy
 from reasoning.datasets.files import Dropped, load_rows
-from reasoning.datasets.loading import convert_rows
+from reasoning.datasets.loading import convert_rows, problems_of
 from reasoning.datasets.ranking import check_groups, groups, read_answers
 from reasoning.datasets.shapes import group_of
 from reasoning.grading import is_correct
@@ -67,9 +67,7 @@ class RewardEvalArgs(ScorerArgs, PolicyArgs):
         "split of --data: of the rows of a table (default: test, if it has splits), or "
         "of a hub data set",
     )
-    problems: str = arg(
-        at_root("data/problems_test.jsonl"), "JSONL of problems with answers, for best of n"
-    )
+    problems: str = arg(at_root("data/problems_test.jsonl"), "problems with answers, for best of n")
     n: int = arg(8, "samples a problem; 0: no best of n")
     max_new_tokens: int = arg(256, "longest sample, in tokens")
     output_dir: str = arg(at_root("evaluation/results"), f"folder of {NAME}.json and its plot")
@@ -313,7 +311,7 @@ def main() -> None:
     if args.n:
         is_default = args.problems == RewardEvalArgs.problems
         check_input(args.problems, MAKES_HELD_OUT if is_default else None)
-        problems = list(islice(read_records(args.problems, Problem), args.limit))
+        problems = problems_of(args.problems, args.limit)
         check_policy(args)
     check_scorer(args)
     read = [args.data, args.problems, args.scorer, args.model_name_or_path]

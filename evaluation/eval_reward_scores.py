@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,7 @@ from common.progress import taking_long
 from evaluation.metrics import Metric, compare
 from evaluation.results import output_paths, print_comparison, write_result
 from lm.registry import warn_of_foreign_prompts
-from reasoning.datasets.loading import load_pairs
+from reasoning.datasets.loading import load_pairs, problems_of
 from reasoning.grading import graded, is_correct, step_accuracy
 from reasoning.records import PreferencePair, Problem, ScoredPair
 from reasoning.samples import Sample, show_samples
@@ -57,7 +56,7 @@ class EvalArgs(JudgeArgs, DtypeArgs):
         "policy after training",
         aliases=["--model_name_or_path", "--model-name-or-path"],
     )
-    input: str = arg(at_root("data/problems_test.jsonl"), "JSONL of held-out problems")
+    input: str = arg(at_root("data/problems_test.jsonl"), "held-out problems")
     pairs: str | None = arg(
         None,
         "JSONL of pairs, of which those kept out of training are used (default: the pairs that the "
@@ -110,7 +109,7 @@ def check(args: EvalArgs) -> tuple[list[Problem], list[PreferencePair], str]:
     check_model(args.tuned_model, made_by("tuned_model", "python train.py"))
     check_judge(args)
     check_input(args.input, made_by("input", MAKES_HELD_OUT))
-    problems = list(islice(read_records(args.input, Problem), args.limit))
+    problems = problems_of(args.input, args.limit)
     if args.pairs is None:
         args.pairs, pairs, missing = training_pairs(args.tuned_model)
     else:

@@ -9,14 +9,13 @@ that strategy only.
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import check_input, check_model, parse_args, run
 from common.errors import UserError
-from common.files import at_root, file_stem, read_records, together
+from common.files import at_root, file_stem, together
 from common.progress import taking_long
 from evaluation.results import output_paths, print_table, write_result
 from evaluation.search_measurement import (
@@ -31,6 +30,7 @@ from evaluation.search_measurement import (
 )
 from evaluation.search_report import Report
 from lm.registry import check_policy
+from reasoning.datasets.loading import problems_of
 from reasoning.records import Problem
 from reasoning.samples import SHOWN, samples_file, show_samples
 from reasoning.splits import HELD_OUT, MAKES_HELD_OUT
@@ -67,7 +67,7 @@ def check(args: SearchArgs) -> tuple[Splits, Splits]:
     for split, name in (reported | for_choosing).items():
         path = at_root(f"data/problems_{name}.jsonl") if name in HELD_OUT else name
         check_input(path, MAKES_HELD_OUT if name in HELD_OUT else None)
-        problems[split] = list(islice(read_records(path, Problem), args.limit))
+        problems[split] = problems_of(path, args.limit)
     return (
         {split: problems[split] for split in reported},
         {split: problems[split][: args.choose_limit] for split in for_choosing},

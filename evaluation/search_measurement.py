@@ -40,7 +40,7 @@ class SearchArgs(JudgeArgs, PolicyArgs):
         default="prm", metadata=next(f.metadata for f in fields(JudgeArgs) if f.name == "judge")
     )
     splits: list[str] = arg(
-        ["test", "hard"], f"reported splits: {', '.join(HELD_OUT)}, or JSONL of problems"
+        ["test", "hard"], f"reported splits: {', '.join(HELD_OUT)}, or files of problems"
     )
     choose_on: list[str] = arg(
         ["validation", "hard_validation"],

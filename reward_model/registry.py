@@ -19,6 +19,7 @@ from common.files import at_root, identity, read_records
 from common.progress import progress_bar, taking_long
 from lm.known_words import warn_of_unknown_words
 from lm.server_text import check_url
+from reasoning.datasets.loading import problems_of
 from reasoning.problems import problems
 from reasoning.records import Problem
 from reasoning.splits import held_out_files
@@ -102,7 +103,7 @@ def _outcome(judge_problems: str | None) -> StepJudge:
 
 def _references(judge_problems: str | None) -> Iterator[Problem]:
     if judge_problems is not None:
-        return read_records(judge_problems, Problem)
+        return iter(problems_of(judge_problems))
     # the held-out problems first: to read them is faster than to generate the others
     held_out = (read_records(path, Problem) for path in held_out_files())
     return itertools.chain(*held_out, problems("train"))
@@ -183,7 +184,7 @@ class JudgeArgs:
     )
     judge_problems: str | None = arg(
         None,
-        "exact, outcome: JSONL of problems with reference steps or answers (default: the embedded "
+        "exact, outcome: problems with reference steps, or with answers (default: the embedded "
         "problems)",
     )
     judge_labels: str | None = arg(None, "human: JSONL of step labels")

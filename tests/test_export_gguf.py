@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -18,7 +19,12 @@ from transformers import (
 from common.errors import ModelError, UserError
 from lm.gguf_export import export_gguf
 from lm.gguf_file import read_gguf
+from reward_model.judges.hf import HFJudge
+from reward_model.judges.llamacpp import LlamaCppJudge
 from tests.helpers.chat_models import CHATML, chat_model
+from tests.helpers.families import make_family
+from tests.test_gguf_judge import in_this_process
+from tests.test_llamacpp_judge import SOLUTIONS, STRANGE, ids_of, largest_difference
 from utils.import_gguf import import_gguf
 
 TEXT = (
@@ -103,7 +109,7 @@ def test_several_chat_templates(tiny_model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"model_type": "qwen2"}, "'qwen2' model, expected the LLaMA"),
+        ({"model_type": "gemma"}, "'gemma' model, which this export does not write"),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
             "scaled rotary",
@@ -121,12 +127,89 @@ def test_a_model_it_cannot_write_is_one_line(tiny_model_dir, tmp_path, change, e
     assert not (tmp_path / "m.gguf").exists()
 
 
-def test_a_tokenizer_that_is_not_sentencepiece_is_one_line(tiny_model_dir, tmp_path):
+@pytest.mark.process  # the llama.cpp judge has a process of its own
+@pytest.mark.parametrize("family", ["smollm2", "qwen2", "qwen3", "llama3", "mistral"])
+def test_families_are_read_back(tmp_path, family):
+    """By transformers with equal ids and logits, by llama.cpp with equal ids and scores."""
+    changes = {"sliding_window": None} if family == "mistral" else {}
+    folder = make_family(family, tmp_path / "model", **changes)
+    export_gguf(folder, tmp_path / "m.gguf", "F32")
+    before = AutoTokenizer.from_pretrained(folder)
+    after = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    assert before.chat_template == after.chat_template
+    assert (before.eos_token, before.pad_token) == (after.eos_token, after.pad_token)
+    text = f"{TEXT}\n\nIt's 1234 + (56) = I'D\t say  \n"
+    assert before(text)["input_ids"] == after(text)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf").eval()
+    assert (logits_of(model, before) - logits_of(back, before)).abs().max() < 1e-5
+    assert back.config.tie_word_embeddings == (family in ("smollm2", "qwen2"))
+
+    hf = HFJudge(folder, device="cpu")
+    with LlamaCppJudge(tmp_path / "m.gguf", threads=1) as judge:
+        assert judge.template_name == hf.template_name
+        scores = judge.score_steps(SOLUTIONS)
+        with in_this_process(judge) as native:
+            # llama.cpp does not compose letters and accents, as Qwen's normalizer does
+            for words in (
+                "12345 It's I'D\n\nx",
+                *(text for text in STRANGE if "\u0301" not in text),
+            ):
+                steps = [words, "Step 1: 12 + 3 = 15", words]
+                assert ids_of(judge, native, words, steps) == hf._texts(words, steps, 2)[0], words
+    assert largest_difference(scores, hf.score_steps(SOLUTIONS)) < 2e-3
+    assert len({score for steps in scores for score in steps}) > 8
+
+
+def test_an_adapter_is_merged(tmp_path):
+    """The file holds the tuned model, not its base, and the adapter's chat template."""
+    folder = make_family("smollm2", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder).eval()
+    before = logits_of(base, tokenizer)
+    torch.manual_seed(1)
+    lora = get_peft_model(base, LoraConfig(r=2, init_lora_weights=False)).eval()
+    tuned = logits_of(lora, tokenizer)
+    lora.save_pretrained(tmp_path / "adapter")
+    export_gguf(tmp_path / "adapter", tmp_path / "m.gguf", "F32")
+    back = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf"), tokenizer)
+    assert (back - tuned).abs().max() < 1e-4 < (before - tuned).abs().max()
+    assert read_gguf(tmp_path / "m.gguf", any_kind=True).chat_templates["default"]
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("gemma3", "'gemma3_text' model, which this export does not write"),
+        ("phi3", "'phi3' model, which"),
+        ("gpt2", "'gpt2' model, which"),
+        ("mistral", "a sliding window, which this export does not write"),
+    ],
+)
+def test_a_family_it_cannot_write_is_one_line(tmp_path, family, expected):
+    folder = make_family(family, tmp_path / "model")
+    with pytest.raises(UserError, match=expected):
+        export_gguf(folder, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_tokenizer_that_llamacpp_would_read_otherwise_is_one_line(tiny_model_dir, tmp_path):
     folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
     words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "\n": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Split("\n", behavior="isolated")
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
-    with pytest.raises(UserError, match="not SentencePiece-style"):
+    with pytest.raises(UserError, match=r"a tokenizer that llama\.cpp would not read as it is"):
+        export_gguf(folder, tmp_path / "m.gguf")
+
+
+def test_a_byte_level_tokenizer_with_other_words_is_one_line(tmp_path):
+    folder = make_family("smollm2", tmp_path / "model")
+    spec = json.loads((tmp_path / "model/tokenizer.json").read_text())
+    spec["pre_tokenizer"]["pretokenizers"][0] = {
+        "type": "Split", "pattern": {"Regex": "[0-9]{2}"}, "behavior": "Isolated", "invert": False,
+    }  # fmt: skip
+    (tmp_path / "model/tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match="byte-level BPE with the words of gpt-2, smollm, qwen2"):
         export_gguf(folder, tmp_path / "m.gguf")
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from reasoning.datasets.loading import (
     load_problems,
     load_step_labels,
     load_step_values,
+    problems_of,
 )
 from reasoning.datasets.shapes import KINDS, SHAPES, three_columns
 from reasoning.records import LabelledSolution, PreferencePair, Problem, StepValue
@@ -37,7 +39,38 @@ FILES = {
     "gsm8k.jsonl": ("GSM8K", {"problems": (4, {})}),
     "math.jsonl": ("MATH", {"problems": (2, {"problems without a checkable answer": 1})}),
     "numina.jsonl": ("MATH", {"problems": (2, {"problems without a checkable answer": 2})}),
-    "svamp.csv": ("GSM8K", {"problems": (1, {})}),
+    "svamp.csv": (
+        "SVAMP",
+        {
+            "problems": (
+                3,
+                {
+                    "problems whose answer is not the value of their equation": 1,
+                    "problems whose equation divides by zero": 1,
+                    "problems whose equation is no plain arithmetic": 1,
+                },
+            )
+        },
+    ),
+    "mawps.csv": (
+        "number placeholders",
+        {
+            "problems": (
+                3,
+                {
+                    "problems whose answer is not the value of their equation": 1,
+                    "problems whose equation is no plain arithmetic": 1,
+                    "rows with a wrong 'numbers'": 1,
+                },
+            )
+        },
+    ),
+    "mawps_hub.jsonl": ("number placeholders", {"problems": (2, {})}),
+    "asdiv.xml": (
+        "ASDiv",
+        {"problems": (5, {"problems whose answer is not the value of their equation": 1})},
+    ),
+    "calc_x.jsonl": ("Calc-X", {"problems": (2, {})}),
     "big_math.jsonl": ("problem and answer", {"problems": (2, {})}),
     "prm800k.jsonl": (
         "PRM800K",
@@ -262,8 +295,74 @@ def test_preferences_as_they_are_published(name):
 
 def test_problems_as_they_are_published():
     assert [problem.answer for problem in load("problems", "numina.jsonl")] == ["24", "none"]
-    assert load("problems", "svamp.csv") == [Problem(QUESTION, "24.0")]
     assert [problem.answer for problem in load("problems", "big_math.jsonl")] == ["24", "10"]
+
+
+def test_equations_become_steps():
+    assert load("problems", "svamp.csv") == [
+        Problem(QUESTION, "24", ["Step 1: 6 * 4 = 24", "Answer: 24"]),
+        Problem(
+            "Bo had 15 pears. He ate 3 and shared the others with 3 friends, "
+            "How many pears did each of the 4 get?",
+            "3",
+            ["Step 1: 15 - 3 = 12", "Step 2: 12 / 4 = 3", "Answer: 3"],
+        ),
+        # 10 / 3 = 3.33 would not be true
+        Problem("Ten kites hang on 3 hooks. How many kites hang on each hook?", "3 1/3"),
+    ]
+    assert load("problems", "mawps.csv") == [
+        Problem(
+            "Pia had 17 pens and 4 caps. She didn't keep 9 of the pens, so how many pens are in "
+            "Pia's box?",
+            "8",
+            ["Step 1: 17 - 9 = 8", "Answer: 8"],
+        ),
+        Problem(
+            "The boys' team paid $ 2.5 for each of 4 caps and 3 balls at $ 1.25. How much did they "
+            "pay?",
+            "13.75",
+            [
+                "Step 1: 2.5 * 4 = 10",
+                "Step 2: 3 * 1.25 = 3.75",
+                "Step 3: 10 + 3.75 = 13.75",
+                "Answer: 13.75",
+            ],
+        ),
+        Problem("Uma mixed 2/3 cup of milk and 2 1/3 cups of water. How many cups is that?", "3"),
+    ]
+    assert [problem.steps for problem in load("problems", "mawps_hub.jsonl")] == [
+        ["Step 1: 8 + 5 = 13", "Step 2: 13 - 2 = 11", "Answer: 11"],
+        ["Step 1: 3 * 400 = 1200", "Answer: 1200"],
+    ]
+    asdiv = load("problems", "asdiv.xml")
+    assert [problem.answer for problem in asdiv] == ["7", "70", "12", "3", "Ada"]
+    assert asdiv[1].prompt.startswith("A ferry carries 6 cars & a bus. It sails")
+    assert asdiv[1].steps == [
+        "Step 1: 6 + 1 = 7", "Step 2: 7 * 5 = 35", "Step 3: 35 * 2 = 70", "Answer: 70"
+    ]  # fmt: skip
+    assert [bool(problem.steps) for problem in asdiv] == [True, True, False, False, False]
+    assert [problem.steps for problem in load("problems", "calc_x.jsonl")] == [
+        ["Step 1: 14 - 5 = 9", "Step 2: 9 + 2 = 11", "Answer: 11"],
+        [],
+    ]
+    dropped = Dropped()
+    list(load_problems(str(DATA / "asdiv.xml"), dropped=dropped))
+    assert dropped.notes["problems without steps: their formula is no plain arithmetic"] == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "not XML (no element found"),
+        ("<a><b>", "not XML (no element found"),
+        ("<a></a>", "no rows"),
+        ("<a><p><q>1</q></p><p><q>2</q></p></a>", "of no known shape"),
+    ],
+)
+def test_xml_that_cannot_be_used(tmp_path, content, expected):
+    (tmp_path / "rows.xml").write_text(content)
+    with pytest.raises(RecordError, match=re.escape(expected)):
+        list(load_problems(str(tmp_path / "rows.xml")))
 
 
 SIDES = {"chosen": "4 * 6 = 24\nAnswer: 24", "rejected": "4 + 6 = 10\nAnswer: 10"}
@@ -763,7 +862,11 @@ def test_an_unknown_shape_is_one_line(tmp_path, monkeypatch, row):
         ),
         ("torn.parquet", b"PAR1", "torn.parquet: cannot be read as Parquet"),
         ("rows.xlsx", b"x", "rows.xlsx: expected one of .jsonl"),
-        ("folder/notes.txt", b"x", "folder: no .jsonl, .json, .csv, .parquet file in this folder"),
+        (
+            "folder/notes.txt",
+            b"x",
+            "folder: no .jsonl, .json, .csv, .xml, .parquet file in this folder",
+        ),
         (
             "nobody/nothing",
             None,
@@ -942,3 +1045,16 @@ def test_an_odd_file_of_a_folder_is_left_out(tmp_path):
     assert len(list(load_problems(str(tmp_path), dropped=dropped))) == 3
     assert dropped.examples[0].startswith(f"{tmp_path}/3.json:2: not JSON")
     assert dropped.examples[1] == f"{tmp_path}/4.json: a file without rows"
+
+
+def test_problems_of_any_shape_for_an_evaluation(tmp_path, capsys):
+    """A published row may be odd; a file of this project's own may not have an odd row."""
+    assert len(problems_of(str(DATA / "mawps.csv"), 2)) == 2
+    assert len(problems_of(str(DATA / "mawps.csv"))) == 3
+    printed = capsys.readouterr().out
+    assert "1 rows of" in printed and "field 'numbers': expected a number for every" in printed
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"prompt": "1 + 1?", "answer": "2"}\n{"prompt": "1 + 2?", "answer": 3}\n')
+    assert problems_of(str(own), 1) == [Problem("1 + 1?", "2")]
+    with pytest.raises(RecordError, match=r"own.jsonl:2: field 'answer': expected a text"):
+        problems_of(str(own))

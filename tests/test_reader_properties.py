@@ -33,7 +33,7 @@ NO_ROWS = ("answer_pairs.jsonl", "final_answers.jsonl")  # tables of tests, not 
 FILES = sorted(
     path
     for path in DATA.iterdir()
-    if path.suffix in (".jsonl", ".json", ".csv") and path.name not in NO_ROWS
+    if path.suffix in (".jsonl", ".json", ".csv", ".xml") and path.name not in NO_ROWS
 )
 ROWS = [row for path in FILES for _, row in load_rows(str(path))]
 

@@ -1,10 +1,12 @@
-"""Write a LLaMA model as a GGUF file, which llama.cpp reads and the step judge uses.
+"""Write a model as a GGUF file, which llama.cpp and the judges of GGUF files read.
 
     python utils/export_gguf.py --model_name_or_path models/judge-mini \\
         --output models/judge-mini/judge-mini.Q8_0.gguf --overwrite
 
-The model is a Hugging Face directory of the LLaMA architecture with a SentencePiece-style tokenizer
-(BPE with byte fallback). An adapter is merged into its base first.
+The model is a Hugging Face directory of the kinds LLaMA, Mistral, Qwen2 or Qwen3, with byte-level
+BPE (SmolLM2, Qwen, Llama 3) or a SentencePiece-style tokenizer (BPE with byte fallback). An adapter
+is merged into its base first. `--judge gguf` reads LLaMAs with the second kind of tokenizer,
+`--judge llamacpp` and `--judge hf` read all.
 """
 
 import os
@@ -22,8 +24,7 @@ from lm.gguf_file import QUANTIZATIONS
 @dataclass
 class ExportArguments:
     model_name_or_path: str = arg(
-        at_root("models/judge-mini"),
-        "LLaMA model directory, adapter directory or hub name to export",
+        at_root("models/judge-mini"), "model directory, adapter directory or hub name to export"
     )
     output: str | None = arg(
         None, "GGUF file to write (default: <directory>/<name>.<quantization>.gguf)"

@@ -37,7 +37,7 @@ from reasoning.steps import one_line
 @dataclass
 class PrepareArguments:
     dataset_name: str = arg(
-        help="a .jsonl, .json, .csv (each also with .gz) or .parquet file, a folder of such "
+        help="a .jsonl, .json, .csv, .xml (each also with .gz) or .parquet file, a folder of such "
         "files, or a name on the hub"
     )
     dataset_config: str | None = arg(None, "configuration of a hub data set")

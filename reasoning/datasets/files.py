@@ -1,6 +1,6 @@
 """Rows of a data set: of a local file, of a folder of files, or of a data set on the hub.
 
-Files are .jsonl, .json, .csv or .parquet. All but .parquet may be compressed (.jsonl.gz).
+Files are .jsonl, .json, .csv, .xml or .parquet. All but .parquet may be compressed (.jsonl.gz).
 A row that cannot be read is left out, counted and shown (`Dropped`); the others are used.
 """
 
@@ -15,12 +15,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from common.errors import RecordError
-from common.files import counted, file_stem, file_type, not_utf8, open_text, read_json
+from common.files import counted, file_stem, file_type, not_utf8, open_bytes, open_text, read_json
 from reasoning.steps import one_line
 
-FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+FILE_TYPES = (".jsonl", ".json", ".csv", ".xml", ".parquet")
 # Lists of rows in a JSON file that is one object: {"version": 1, "data": [{...}, {...}]}
 ROW_LISTS = ("data", "rows", "examples", "items", "records", "instances", "samples", "dataset")
 
@@ -215,7 +216,10 @@ def _file_rows(path: Path, split: str | None = None) -> Iterator[tuple[str, Any]
         raise RecordError(f"{path}: expected one of {', '.join(FILE_TYPES)}")
     lines = undecoded = 0
     rows: Iterator[tuple[int | str, Any]]
-    rows = _csv_rows(path) if kind == ".csv" else _json_rows(path, split)
+    if kind == ".json" or kind == ".jsonl":
+        rows = _json_rows(path, split)
+    else:
+        rows = _csv_rows(path) if kind == ".csv" else _xml_rows(path)
     for line, row in rows:
         lines += 1
         undecoded += isinstance(row, RecordError) and str(row).startswith("not UTF-8")
@@ -272,6 +276,23 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
                     yield f"{path}, row {number}", row
     except (ArrowException, OSError, ValueError, RuntimeError) as error:
         raise RecordError(f"{path}: cannot be read as Parquet ({one_line(str(error))})") from None
+
+
+def _xml_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """The elements that hold nothing but fields; a row also has the element's attributes.
+
+    ASDiv: `<Problem ID="1"><Body>...</Body><Question>...</Question></Problem>`."""
+    number, tag = 0, ""
+    try:
+        with open_bytes(path) as file:
+            for _, element in ElementTree.iterparse(file):
+                if element.tag == (tag or element.tag) and len(element):
+                    tag, number = element.tag, number + 1
+                    fields = {child.tag: "".join(child.itertext()).strip() for child in element}
+                    yield number, {**element.attrib, **fields}
+                    element.clear()
+    except ElementTree.ParseError as error:
+        raise RecordError(f"{path}: not XML ({error})") from None
 
 
 def _hub_rows(name: str, config: str | None, split: str | None) -> Iterator[tuple[str, dict]]:

@@ -14,11 +14,11 @@ from typing import Any
 
 from common.cli import beside, here
 from common.errors import RecordError
-from common.files import at_root
+from common.files import at_root, file_type, read_records
 from reasoning.datasets.files import Dropped, is_local, load_rows
 from reasoning.datasets.ranking import RankedGroup
 from reasoning.datasets.shapes import KINDS, SHAPES, Shape, drop_empty, group_of
-from reasoning.records import StepValue
+from reasoning.records import Problem, StepValue
 
 FIRST_ROWS = 100  # decide on the shape of a data set
 ODD_ROWS = 10  # and more are too many if they are nine tenths of the rows
@@ -181,3 +181,15 @@ load_problems = partial(_load, "problems")  # Problem; `steps` if the data set h
 load_step_labels = partial(_load, "step_labels")  # LabelledSolution
 load_pairs = partial(_load, "pairs")  # PreferencePair; scored if the data set labels its steps
 load_step_values = partial(_load, "step_values")  # StepValue: Monte Carlo estimates or labels
+
+
+def problems_of(name: str, limit: int | None = None) -> list[Problem]:
+    """The first `limit` problems of a data set of any shape. Prints what is left out.
+
+    Raises RecordError, in a file of this project's own also for an odd row."""
+    if file_type(name) == ".jsonl" and find_shape(name).name == "problems":
+        return list(itertools.islice(read_records(name, Problem), limit))
+    dropped = Dropped()
+    problems = list(itertools.islice(load_problems(name, dropped=dropped), limit))
+    dropped.print(name)
+    return problems

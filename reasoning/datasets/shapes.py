@@ -10,12 +10,14 @@ A step is one line (reasoning/steps.py). A published step with line breaks, most
 into one line, so that splitting the response again gives equally many steps. Its words stay as
 published, `Step 3:` included, except that the annotations of GSM8K (`<<48/2=24>>`) are removed. A
 text without marked steps is cut by `split_text`. Reference solutions (GSM8K, MATH) are written in
-this project's format: `Step 1: ...`, and a last step `Answer: ...`.
+this project's format: `Step 1: ...`, and a last step `Answer: ...`. Where word problems have an
+equation in place of a solution, the steps are those of the equation (reasoning/equations.py).
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -24,6 +26,15 @@ from common.files import Readable
 from reasoning.answers import extract_answer, same_answer
 from reasoning.datasets.files import Dropped, show
 from reasoning.datasets.ranking import RankedGroup
+from reasoning.equations import (
+    OPERATORS,
+    Expression,
+    number,
+    parse_infix,
+    parse_prefix,
+    shown,
+    work_out,
+)
 from reasoning.records import LabelledSolution, PreferencePair, Problem, StepValue
 from reasoning.steps import (
     CLOSING_STEP,
@@ -235,6 +246,110 @@ def _problem_with_answer(prompt_field: str, answer_field: str) -> Callable:
     return problem
 
 
+# --- SVAMP, MAWPS, ASDiv: problems with an equation ---
+
+_PLACEHOLDER = re.compile(r"\b(?:number|N_)(\d+)\b")  # number0 or N_00
+_GADGET = re.compile(r"<gadget[^>]*>(.*?)</gadget>", re.DOTALL)
+_UNIT = re.compile(r"\s*\([^()]*\)")
+
+
+def _with_equation(
+    prompt: str, answer: str, expressions: Sequence[Expression], dropped: Dropped
+) -> Iterator[Problem]:
+    """One Problem, or none if the value of the last expression is not the answer.
+
+    It has the steps of all expressions, or none if decimals cannot show them exactly."""
+    try:
+        worked = [work_out(expression) for expression in expressions]
+    except ZeroDivisionError:
+        dropped["problems whose equation divides by zero"] += 1
+        return
+    value = shown(worked[-1][0])
+    with suppress(ValueError):  # words, or a fraction: compared as it is
+        answer = shown(number(answer))
+    if not same_answer(answer, value):
+        dropped["problems whose answer is not the value of their equation"] += 1
+        return
+    steps = [step for _, part in worked for step in part or []]
+    if any(part is None for _, part in worked):
+        dropped.notes["problems without steps: decimals cannot show them exactly"] += 1
+        steps = []
+    yield Problem(prompt, value, _reference(steps, value) if steps else [])
+
+
+def _with_infix(
+    prompt: str, answer: str, equations: Sequence[str], dropped: Dropped
+) -> Iterator[Problem]:
+    try:
+        expressions = [parse_infix(equation) for equation in equations]
+    except ValueError:
+        dropped["problems whose equation is no plain arithmetic"] += 1
+    else:
+        yield from _with_equation(prompt, answer, expressions, dropped)
+
+
+def _svamp_problem(row: dict, dropped: Dropped) -> Iterator[Problem]:
+    """`Equation` is infix: `( 8.0 - 3.0 )`."""
+    equation = _text(row, "equation")
+    yield from _with_infix(_question_of(row), _text(row, "answer"), [equation], dropped)
+
+
+def _calculator_problem(row: dict, dropped: Dropped) -> Iterator[Problem]:
+    """`chain`: `<gadget id="calculator">8 - 3</gadget>`, then its output, and so on."""
+    equations = _GADGET.findall(_text(row, "chain")) or [_text(row, "result")]
+    prompt = _joined_marks(_text(row, "question"))
+    yield from _with_infix(prompt, _text(row, "result"), equations, dropped)
+
+
+def _placeholder_problem(row: dict, dropped: Dropped) -> Iterator[Problem]:
+    """`Question` and `Equation` have `number0` or `N_00` in place of the first of the `Numbers`.
+
+    `Equation` is prefix, `- number0 number1`, or infix, `( N_00 - N_01 )`."""
+    numbers, equation = _text(row, "numbers").split(), _text(row, "equation")
+    try:
+        in_text = [shown(number(text)) for text in numbers]
+        prompt = _PLACEHOLDER.sub(lambda match: in_text[int(match[1])], _text(row, "question"))
+        equation = _PLACEHOLDER.sub(lambda match: numbers[int(match[1])], equation)
+    except (ValueError, IndexError):
+        expected = "a number for every placeholder"
+        raise RecordError(f"field 'numbers': expected {expected}, got {show(numbers)}") from None
+    prompt, answer, tokens = _joined_marks(prompt), _text(row, "answer"), equation.split()
+    if len(tokens) < 2 or tokens[0] not in OPERATORS:
+        yield from _with_infix(prompt, answer, [equation], dropped)
+        return
+    try:
+        expression = parse_prefix(tokens)
+    except ValueError:
+        dropped["problems whose equation is no plain arithmetic"] += 1
+    else:
+        yield from _with_equation(prompt, answer, [expression], dropped)
+
+
+def _joined_marks(text: str) -> str:
+    """The text without the spaces that a program put around marks: `Tom 's cat , too .`"""
+    text = re.sub(r"\s(?=[.,;:?!)]|'(?:s|re|ve|ll|d|m)\b|n't\b)", "", one_line(text))
+    return re.sub(r"(?<=s)\s(?='\s)|(?<=\()\s", "", text)  # girls ' team
+
+
+def _asdiv_problem(row: dict, dropped: Dropped) -> Iterator[Problem]:
+    """`Formula`: `7+2=9`, or several with `;` between them. `Answer`: `9 (apples)`.
+
+    Many formulas are no plain arithmetic, as `LCM[2,3]=6`; their problems have no steps."""
+    answer = _text(row, "answer")
+    prompt, answer = _question_of(row), _UNIT.sub("", answer) or answer
+    try:
+        expressions = []
+        for equation in _text(row, "formula").split(";"):
+            left, right = equation.split("=")
+            number(right)  # `13 r1` is none
+            expressions.append(parse_infix(left))
+    except ValueError:
+        dropped.notes["problems without steps: their formula is no plain arithmetic"] += 1
+        yield from _problem(prompt, answer, dropped)
+    else:
+        yield from _with_equation(prompt, answer, expressions, dropped)
+
+
 # --- PRM800K, Math-Shepherd, ProcessBench, TRL: labelled steps ---
 
 # PRM800K rates a step 1 (good), 0 (neutral) or -1 (bad). Its authors count neutral steps as right
@@ -434,8 +549,9 @@ def _column_prompt(row: dict) -> str | None:
     texts = texts_of("prompt") or texts_of(*_PROMPTS, *_PARTS)
     if {"instruction", "input"} <= texts.keys():  # Alpaca
         texts["instruction"] += "\n" + texts.pop("input")
-    if {"question", "body"} <= texts.keys():  # SVAMP
-        texts["question"] = f"{texts.pop('body')} {texts['question']}"
+    if {"question", "body"} <= texts.keys():  # SVAMP, where a body may end without a mark
+        body = texts.pop("body")
+        texts["question"] = f"{body}{'' if body[-1] in '.,;:?!' else ','} {texts['question']}"
     if not texts:
         return None
     longest = max(texts.values(), key=len)
@@ -802,6 +918,25 @@ SHAPES = [
         "problems", ("prompt", "answer"), {"problems": _own_problem}, lambda row: "rank" not in row
     ),
     Shape("MATH", ("problem", "solution"), {"problems": _math_problem}),
+    Shape(  # mwpt5/MAWPS, cq01/mawps-asdiv-a_svamp; MAWPS and ASDiv in github.com/arkilpatel/SVAMP
+        "number placeholders",
+        ("question", "numbers", "equation", "answer"),
+        {"problems": _placeholder_problem},
+    ),
+    Shape(  # EleutherAI/asdiv, github.com/chaochun/nlu-asdiv-dataset
+        "ASDiv",
+        ("body", "question", "formula", "answer"),
+        {"problems": _asdiv_problem},
+        may_be_empty=("body",),
+    ),
+    Shape(  # ChilleD/SVAMP, github.com/arkilpatel/SVAMP
+        "SVAMP",
+        ("body", "question", "equation", "answer"),
+        {"problems": _svamp_problem},
+        may_be_empty=("body",),
+    ),
+    # MU-NLPC/Calc-mawps, MU-NLPC/Calc-svamp, MU-NLPC/Calc-asdiv_a
+    Shape("Calc-X", ("question", "chain", "result"), {"problems": _calculator_problem}),
     Shape("GSM8K", ("question", "answer"), {"problems": _gsm8k_problem}),
     Shape(
         "problem and answer",
