@@ -122,8 +122,9 @@ def check(args: EvalArgs) -> tuple[list[Problem], list[PreferencePair], str]:
     return problems, kept_out, missing
 
 
-# One row of reward_score_comparison.jsonl; the judge could not score an answer without scores:
-#   {"prompt": "Mia has 12 apples. ...", "answer": "52",
+# One row of reward_score_comparison.jsonl: a Problem (reasoning/records.py) and both answers. The
+# judge could not score an answer without scores. evaluation/report.py shows the rows.
+#   {"prompt": "Mia has 12 apples. ...", "answer": "52", "steps": [...], "traps": [...],
 #    "base_steps": ["Step 1: 12 + 14 = 26", ...], "base_scores": [0.98, ...],
 #    "base_finished": true,                                                    it ended by itself
 #    "tuned_steps": [...], "tuned_scores": [...], "tuned_finished": true}
@@ -156,7 +157,7 @@ class Compared:
         return graded(*known, scores=scores)
 
     def row(self) -> dict[str, object]:
-        row: dict[str, object] = {"prompt": self.problem.prompt, "answer": self.problem.answer}
+        row: dict[str, object] = asdict(self.problem)
         for side, answer in self.answers.items():
             row[f"{side}_steps"] = answer.steps
             row[f"{side}_scores"] = self.scores.get(side)
