@@ -30,7 +30,7 @@ from common.files import (
 from common.progress import taking_long
 from evaluation.metrics import Metric, compare
 from evaluation.results import output_paths, print_comparison, write_result
-from lm.registry import warn_of_foreign_prompts
+from lm.registry import PromptArgs, style_of, warn_of_foreign_prompts
 from reasoning.datasets.loading import load_pairs
 from reasoning.grading import graded, is_correct, step_accuracy
 from reasoning.records import PreferencePair, Problem, ScoredPair
@@ -48,7 +48,7 @@ MEASURES = ("reward", "reward_min", "accuracy", "step_accuracy", "unfinished", "
 
 
 @dataclass
-class EvalArgs(JudgeArgs, DtypeArgs):
+class EvalArgs(JudgeArgs, PromptArgs, DtypeArgs):
     base_model: str = arg(
         at_root("models/policy-mini"), "policy before training: a model directory or a hub name"
     )
@@ -109,6 +109,7 @@ def check(args: EvalArgs) -> tuple[list[Problem], list[PreferencePair], str]:
     check_model(args.base_model, made_by("base_model", "make models-policy"))
     check_model(args.tuned_model, made_by("tuned_model", "python train.py"))
     check_judge(args)
+    style_of(args)
     check_input(args.input, made_by("input", MAKES_HELD_OUT))
     problems = list(islice(read_records(args.input, Problem), args.limit))
     if args.pairs is None:
@@ -187,7 +188,7 @@ def main() -> None:
             from lm.policy import Policy  # slow to import (torch)
 
         for side, model in models.items():
-            policy = Policy.load(model)
+            policy = Policy.load(model, style_of(args))
             flag = "--base_model" if side == "base" else "--tuned_model"
             warn_of_foreign_prompts(policy, model, prompts, flag)
             replies = policy.generate(

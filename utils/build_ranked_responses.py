@@ -101,6 +101,8 @@ class AnswerArguments(PolicyArgs):
             raise UserError(f"argument --top_p: expected above 0 and at most 1, got {wrong[0]}")
         if not self.temperature or not self.top_p:
             raise UserError("arguments --temperature and --top_p: expected one number or more")
+        if self.chat and self.prompt_template is not None:
+            raise UserError("argument --prompt_template: --chat sends the prompt alone")
         if self.chat and self.rank_by == "exact":
             raise UserError(
                 "argument --chat: --rank_by exact needs step-by-step solutions, which a chat "
