@@ -65,7 +65,7 @@ from lm.loading import (
 )
 from lm.prompting import set_prompts
 from lm.registry import TemplateArgs, given_prompts
-from reasoning.datasets.files import Dropped
+from reasoning.datasets.files import Dropped, FieldArgs
 from reasoning.datasets.loading import load_records, stored_as
 from reasoning.records import PreferencePair
 from reasoning.splits import held_out_prompts, is_kept_out
@@ -114,7 +114,7 @@ Steps: {steps}, seed {seed}, {seconds:.0f} s. Every setting is in `{job}`.
 
 
 @dataclass
-class DataArgs:
+class DataArgs(FieldArgs):
     dataset_name: str = arg(
         at_root("data/rewarded.jsonl"),
         "a file, a folder, or the name of a data set on the hub, in any shape that "
@@ -142,12 +142,12 @@ def read_dataset(recipe: "Recipe", args: DataArgs) -> list:
     name, held_out, records = args.dataset_name, held_out_prompts(), []
     dropped = Dropped()
     source = (name, args.dataset_config, args.dataset_train_split)
-    for where, record in load_records(recipe.kinds, *source, dropped):
+    for where, record in load_records(recipe.kinds, *source, dropped, args.field_names):
         try:
             records.append(recipe.record.from_row(asdict(record)))
         except RecordError as error:  # the others may have scores, or steps
             if isinstance(record, PreferencePair) and record.chosen_scores is None:
-                error = RecordError(f"{error} (`{_scores_them(name)}`)")
+                error = RecordError(f"{error} (`{_scores_them(name, args.field_flags)}`)")
             dropped.add(where, error)
             continue
         if record.prompt in held_out:
@@ -161,13 +161,19 @@ def read_dataset(recipe: "Recipe", args: DataArgs) -> list:
     return records
 
 
-def _scores_them(name: str) -> str:
+def _scores_them(name: str, field_flags: Sequence[str]) -> str:
     """The command that scores the pairs of a data set, or first brings them into the shape that can
     be scored."""
     try:
         next(read_records(name, PreferencePair))
     except (RecordError, OSError):
-        flags = ("--dataset_name", name, "--output", beside(stored_as(name), "prepared"))
+        flags = (
+            "--dataset_name",
+            name,
+            *field_flags,
+            "--output",
+            beside(stored_as(name), "prepared"),
+        )
         return here("python utils/prepare_dataset.py", *flags)
     flags = ("--input", name, "--output", beside(stored_as(name), "scored"))
     return here("python reward_model/evaluate_steps.py", *flags)

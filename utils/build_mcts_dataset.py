@@ -27,7 +27,7 @@ from common.files import ResumableRows, at_root, read_records, together, write_r
 from common.progress import progress_bar
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
 from reasoning.answers import extract_answer
-from reasoning.datasets.files import Dropped, table_lines
+from reasoning.datasets.files import Dropped, FieldArgs, check_no_fields, table_lines
 from reasoning.datasets.loading import load_problems
 from reasoning.datasets.shapes import three_columns
 from reasoning.grading import is_correct
@@ -43,7 +43,7 @@ SEARCH = ("search", "rollouts_per_state", "budget", "temperature", "max_new_toke
 
 
 @dataclass
-class TreeArguments(PolicyArgs):
+class TreeArguments(PolicyArgs, FieldArgs):
     input: str | None = arg(
         None,
         "problems in any shape that reasoning/datasets/shapes.py reads; if not given: "
@@ -95,9 +95,11 @@ class TreeArguments(PolicyArgs):
 
 def read_problems(args: TreeArguments) -> list[Problem]:
     if args.input is None:
+        check_no_fields(args)
         return list(itertools.islice(problems("train"), args.limit or 500))
     dropped = Dropped()
-    by_prompt = {problem.prompt: problem for problem in load_problems(args.input, dropped=dropped)}
+    loaded = load_problems(args.input, dropped=dropped, fields=args.field_names)
+    by_prompt = {problem.prompt: problem for problem in loaded}
     dropped.print(args.input)
     selected = list(itertools.islice(by_prompt.values(), args.limit))
     refuse_held_out(args.input, selected)
