@@ -5,7 +5,7 @@ are used instead.
 """
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from evaluation.judge_card import Judged, RankedPolicy, card, print_card
 from evaluation.metrics import Metric, mean_metric, rate_metric, spearman_metric
 from evaluation.results import output_paths, print_metrics, write_result
 from evaluation.value_calibration import measure_values, roll_out
-from lm.registry import warn_of_foreign_prompts
+from lm.registry import SamplingArgs, style_of, warn_of_foreign_prompts
 from reasoning.datasets.files import Dropped
 from reasoning.datasets.loading import load_step_labels, problems_of
 from reasoning.grading import grade_steps, is_correct
@@ -40,12 +40,15 @@ if TYPE_CHECKING:
     from lm.policy import Policy
 
 # arguments that --labels does not use
-ONLY_SAMPLES = ("model_name_or_path", "input", "samples", "rollouts", "max_new_tokens", "policies")
+ONLY_SAMPLES = (
+    *("model_name_or_path", "input", "samples", "rollouts", "max_new_tokens", "policies"),
+    *(field.name for field in fields(SamplingArgs)),
+)
 NEVER = -1e9  # log-prob of a sample without a step: it must never be picked
 
 
 @dataclass
-class CardArgs(JudgeArgs, DtypeArgs):
+class CardArgs(JudgeArgs, SamplingArgs, DtypeArgs):
     model_name_or_path: str = arg(at_root("models/policy-mini"), "policy that is sampled")
     input: str = arg(at_root("data/problems_test.jsonl"), "held-out problems with reference steps")
     labels: str | None = arg(
@@ -92,6 +95,7 @@ def check(args: CardArgs) -> tuple[Path, Path]:
         return command if getattr(args, name) == getattr(CardArgs, name) else None
 
     check_judge(args)
+    style_of(args)
     name = judge_name(args)
     if args.labels is not None:
         for unused in ONLY_SAMPLES:
@@ -179,7 +183,7 @@ def rank_policies(
     prompts = [problem.prompt for problem in problems]
     for path in paths:
         name = Path(path).name
-        policy = Policy.load(path)
+        policy = Policy.load(path, style_of(args))
         replies = policy.generate(
             prompts, max_new_tokens=args.max_new_tokens, progress=f"{name}: answers"
         )
@@ -227,7 +231,7 @@ def main() -> None:
             with taking_long("loading the libraries"):
                 from lm.policy import Policy  # slow to import (torch)
 
-            policy = Policy.load(args.model_name_or_path)
+            policy = Policy.load(args.model_name_or_path, style_of(args))
             prompts = [problem.prompt for problem in problems]
             warn_of_foreign_prompts(policy, args.model_name_or_path, prompts)
             judged = sample(args, problems, policy)

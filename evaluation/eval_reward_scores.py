@@ -29,7 +29,7 @@ from common.files import (
 from common.progress import taking_long
 from evaluation.metrics import Metric, compare
 from evaluation.results import output_paths, print_comparison, write_result
-from lm.registry import warn_of_foreign_prompts
+from lm.registry import PromptArgs, style_of, warn_of_foreign_prompts
 from reasoning.datasets.loading import load_pairs, problems_of
 from reasoning.grading import graded, is_correct, step_accuracy
 from reasoning.records import PreferencePair, Problem, ScoredPair
@@ -47,7 +47,7 @@ MEASURES = ("reward", "reward_min", "accuracy", "step_accuracy", "unfinished", "
 
 
 @dataclass
-class EvalArgs(JudgeArgs, DtypeArgs):
+class EvalArgs(JudgeArgs, PromptArgs, DtypeArgs):
     base_model: str = arg(
         at_root("models/policy-mini"), "policy before training: a model directory or a hub name"
     )
@@ -108,6 +108,7 @@ def check(args: EvalArgs) -> tuple[list[Problem], list[PreferencePair], str]:
     check_model(args.base_model, made_by("base_model", "make models-policy"))
     check_model(args.tuned_model, made_by("tuned_model", "python train.py"))
     check_judge(args)
+    style_of(args)
     check_input(args.input, made_by("input", MAKES_HELD_OUT))
     problems = problems_of(args.input, args.limit)
     if args.pairs is None:
@@ -121,8 +122,9 @@ def check(args: EvalArgs) -> tuple[list[Problem], list[PreferencePair], str]:
     return problems, kept_out, missing
 
 
-# One row of reward_score_comparison.jsonl; the judge could not score an answer without scores:
-#   {"prompt": "Mia has 12 apples. ...", "answer": "52",
+# One row of reward_score_comparison.jsonl: a Problem (reasoning/records.py) and both answers. The
+# judge could not score an answer without scores. evaluation/report.py shows the rows.
+#   {"prompt": "Mia has 12 apples. ...", "answer": "52", "steps": [...], "traps": [...],
 #    "base_steps": ["Step 1: 12 + 14 = 26", ...], "base_scores": [0.98, ...],
 #    "base_finished": true,                                                    it ended by itself
 #    "tuned_steps": [...], "tuned_scores": [...], "tuned_finished": true}
@@ -155,7 +157,7 @@ class Compared:
         return graded(*known, scores=scores)
 
     def row(self) -> dict[str, object]:
-        row: dict[str, object] = {"prompt": self.problem.prompt, "answer": self.problem.answer}
+        row: dict[str, object] = asdict(self.problem)
         for side, answer in self.answers.items():
             row[f"{side}_steps"] = answer.steps
             row[f"{side}_scores"] = self.scores.get(side)
@@ -185,7 +187,7 @@ def main() -> None:
             from lm.policy import Policy  # slow to import (torch)
 
         for side, model in models.items():
-            policy = Policy.load(model)
+            policy = Policy.load(model, style_of(args))
             flag = "--base_model" if side == "base" else "--tuned_model"
             warn_of_foreign_prompts(policy, model, prompts, flag)
             replies = policy.generate(

@@ -347,7 +347,7 @@ def first_error(labels: Sequence[float | None]) -> int | None:
     return -1
 
 
-def _reported_error(scores: Sequence[float], threshold: float) -> int:
+def reported_error(scores: Sequence[float], threshold: float) -> int:
     """The index of the first step with a score below the threshold, or -1."""
     return next((k for k, score in enumerate(scores) if score < threshold), -1)
 
@@ -369,7 +369,7 @@ def processbench_metrics(
     (`first_error`) do not count. A kind of which there are no solutions has no metric, and then
     there is no F1."""
     known = [
-        (truth, _reported_error(solution_scores, threshold), cluster)
+        (truth, reported_error(solution_scores, threshold), cluster)
         for solution_labels, solution_scores, cluster in zip(labels, scores, clusters, strict=True)
         if (truth := first_error(solution_labels)) is not None
     ]
@@ -407,7 +407,7 @@ def best_threshold(
         for solution_labels, solution_scores in zip(labels, scores, strict=True):
             truth = first_error(solution_labels)
             if truth is not None:
-                found[truth >= 0].append(_reported_error(solution_scores, threshold) == truth)
+                found[truth >= 0].append(reported_error(solution_scores, threshold) == truth)
         wrong, right = (sum(exact) / len(exact) for exact in found.values())
         return 2 * wrong * right / (wrong + right) if wrong + right else 0.0
 

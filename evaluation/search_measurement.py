@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from common.cli import arg, check_least
 from common.files import AppendedRows, at_root
 from common.progress import progress_bar
-from lm.registry import PolicyArgs, open_policy, policy_identity
+from lm.registry import PolicyArgs, PromptArgs, open_policy, policy_identity
 from reasoning.grading import graded, is_correct
 from reasoning.records import Problem
 from reasoning.samples import Sample
@@ -152,7 +152,10 @@ class SearchMeasurements:
         self._checked = False  # whether the judge was seen to know the words of the answers
         self._policy_args: dict[str, PolicyArgs] = {"own": args}
         if args.other_model is not None:
-            self._policy_args["other"] = PolicyArgs(model_name_or_path=args.other_model)
+            self._policy_args["other"] = PolicyArgs(
+                model_name_or_path=args.other_model,
+                **{f.name: getattr(args, f.name) for f in fields(PromptArgs)},
+            )
         self._policies = {name: policy_identity(a) for name, a in self._policy_args.items()}
         self._judge = judge_identity(args)
         self._store = AppendedRows(path, _is_measurement)

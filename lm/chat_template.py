@@ -6,7 +6,7 @@ kind of conversation; the texts are put in afterwards. So no text of a user can 
 
 Where a model is to answer, thinking is turned off, by whatever switch the template has: an answer
 or a verdict is read right after the prompt. A template that makes the model think all the same is
-refused."""
+refused. Only a policy whose thoughts are kept or cut (`--thinking`) may think."""
 
 import datetime
 import itertools
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ModelError, short
+from lm.thinking import CLOSE, OPEN, last_end
 
 SECONDS = 5  # of CPU time, for all conversations of one call
 WAIT = 60  # seconds of wall-clock time
@@ -40,18 +41,6 @@ SWITCHES: list[tuple[str, dict[str, Any], str]] = [
     ("detailed thinking", {}, "detailed thinking off"),
     (r"reasoning_effort[^%}]{0,99}[\"']none[\"']", {"reasoning_effort": "none"}, ""),
 ]
-_THOUGHT = r"(?:[a-z]{1,20}:)?(?:think(?:ing)?|thoughts?|reasoning)"
-# marks that begin and end the thoughts of a model
-OPEN = re.compile(
-    rf"[<\[◁]\|?(?:start_|begin_of_)?{_THOUGHT}\|?[>\]▷]|<\|open\|>think|<\|channel>thought"
-    r"|<\|channel\|>analysis|Here are my reasoning steps",
-    re.IGNORECASE,
-)
-CLOSE = re.compile(
-    rf"[<\[◁]\|?(?:/|end_|end_of_){_THOUGHT}\|?[>\]▷]|<\|close\|>think|<channel\|>"
-    r"|<\|channel\|>final|\[BEGIN FINAL RESPONSE\]",
-    re.IGNORECASE,
-)
 # around a text, to see what a template strips from it
 LEFT, RIGHT = "\n \n", "\n\t\n"
 STRIPPED = ("", "\n", None)  # arguments of str.strip: nothing, line breaks, white space
@@ -77,14 +66,15 @@ class ChatFrame:
         return "".join(parts)
 
 
-def tokenizer_frame(tokenizer: Any, roles: tuple[str, ...] = ()) -> ChatFrame:
+def tokenizer_frame(
+    tokenizer: Any, roles: tuple[str, ...] = (), has_system: bool = False, thinks: bool = False
+) -> ChatFrame:
     """`chat_frame` of a tokenizer with a chat template.
 
     Raises ModelError if the template cannot be used."""
     try:
-        return chat_frame(
-            default_template(tokenizer.chat_template), tokenizer.special_tokens_map, roles
-        )
+        template = default_template(tokenizer.chat_template)
+        return chat_frame(template, tokenizer.special_tokens_map, roles, has_system, thinks)
     except ValueError as error:
         raise ModelError(
             f"{tokenizer.name_or_path}: its chat template cannot be used: {error}"
@@ -131,22 +121,39 @@ def check_answer(tokenizer: Any, text: str) -> None:
 
 
 def chat_frame(
-    template: str, tokens: Mapping[str, Any] | None = None, roles: tuple[str, ...] = ()
+    template: str,
+    tokens: Mapping[str, Any] | None = None,
+    roles: tuple[str, ...] = (),
+    has_system: bool = False,
+    thinks: bool = False,
 ) -> ChatFrame:
     """The frame of a finished conversation between these roles.
 
     Without roles: of a user's message and the beginning of the answer, with thinking turned off.
-    tokens: the special tokens by name (`bos_token` ...). Raises ValueError with the reason if the
-    template cannot be used."""
-    return _cached_frame(template, json.dumps(tokens or {}, default=str), roles)
+    has_system: a system message stands before it. thinks: thinking is turned on. tokens: the
+    special tokens by name (`bos_token` ...). Raises ValueError with the reason if the template
+    cannot be used."""
+    tokens_text = json.dumps(tokens or {}, default=str)
+    return _cached_frame(template, tokens_text, roles, has_system, thinks)
 
 
 @lru_cache(maxsize=512)
-def _cached_frame(template: str, tokens: str, roles: tuple[str, ...]) -> ChatFrame:
+def _cached_frame(
+    template: str, tokens: str, roles: tuple[str, ...], has_system: bool, thinks: bool
+) -> ChatFrame:
     variables = json.loads(tokens)
     if roles:
         return _frame(template, variables, roles)[0]
-    frames = list(_answer_frames(template, variables))
+    roles = ("system", "user") if has_system else ("user",)
+    try:
+        if thinks:
+            more = {**ON, "add_generation_prompt": True}
+            return _frame(template, {**variables, **more}, roles)[0]
+        frames = list(_answer_frames(template, variables, roles))
+    except ValueError as error:
+        if has_system and not _refuses(template, variables):
+            raise ValueError(f"it takes no system message ({error})") from None
+        raise
     if not frames:
         raise ValueError(
             "it makes the model think before it answers, and has no known way to turn that off"
@@ -154,7 +161,18 @@ def _cached_frame(template: str, tokens: str, roles: tuple[str, ...]) -> ChatFra
     return next((frame for frame in frames if frame.thinking_off), frames[0])
 
 
-def _answer_frames(template: str, variables: dict[str, Any]) -> Iterator[ChatFrame]:
+def _refuses(template: str, variables: dict[str, Any]) -> bool:
+    """Whether a template cannot be used even for a user's message alone."""
+    try:
+        _frame(template, {**variables, "add_generation_prompt": True}, ("user",))
+    except ValueError:
+        return True
+    return False
+
+
+def _answer_frames(
+    template: str, variables: dict[str, Any], roles: tuple[str, ...]
+) -> Iterator[ChatFrame]:
     """The frames of a prompt for an answer in which the model does not begin to think.
 
     One for every switch that the template names, up to the first that is seen to work. Raises
@@ -166,7 +184,7 @@ def _answer_frames(template: str, variables: dict[str, Any]) -> Iterator[ChatFra
             frame, (thinking, answered) = _frame(
                 template,
                 {**variables, **OFF, **more, "add_generation_prompt": True},
-                ("user",),
+                roles,
                 system,
                 [(ON, ()), ({"add_generation_prompt": False}, ("assistant",))],
             )
@@ -174,28 +192,23 @@ def _answer_frames(template: str, variables: dict[str, Any]) -> Iterator[ChatFra
             if not pattern:
                 raise
             continue  # it refuses a system message
-        before, after = frame.pieces
+        *before, after = frame.pieces
         is_closed = bool(CLOSE.search(after))
         if is_closed or OPEN.search(after):
-            thinks = _last(OPEN, after) > _last(CLOSE, after)
+            thinks = last_end(OPEN, after) > last_end(CLOSE, after)
         else:
-            thinks = bool(OPEN.search(before)) or "<|channel|>analysis" in template
+            thinks = bool(OPEN.search("".join(before))) or "<|channel|>analysis" in template
         if thinks:
             continue
         # what it writes before an answer, if it leaves some of that to the model
-        header = answered[1] if answered else ""
+        header = answered[len(roles)] if answered else ""
         rest = header.removeprefix(after)
         if rest != header and rest.strip() and not (OPEN.search(rest) or CLOSE.search(rest)):
-            frame = replace(frame, pieces=(before, header))
-        is_switched = thinking is not None and thinking != [before, after]
+            frame = replace(frame, pieces=(*before, header))
+        is_switched = thinking is not None and thinking != [*before, after]
         yield replace(frame, thinking_off=bool(pattern) or is_closed or is_switched)
         if is_closed or is_switched:
             return
-
-
-def _last(mark: re.Pattern, text: str) -> int:
-    """The end of the last mark in a text; -1 if there is none."""
-    return max((match.end() for match in mark.finditer(text)), default=-1)
 
 
 def _frame(
@@ -205,7 +218,8 @@ def _frame(
     system: str = "",
     others: Sequence[tuple[dict[str, Any], tuple[str, ...]]] = (),
 ) -> tuple[ChatFrame, list[list[str] | None]]:
-    """The frame of messages of these roles, after a system message with the text `system`.
+    """The frame of messages of these roles, after a system message with the text `system`, which
+    stands in front of the first message if that is one of the system's.
 
     others: (more variables, more roles) of further conversations, whose pieces are returned too, or
     None for one that fails. Raises ValueError if the frame itself fails."""
@@ -216,9 +230,12 @@ def _frame(
         more: Mapping[str, Any] = variables,
         added: tuple[str, ...] = (),
     ) -> dict[str, Any]:
-        turns = [("system", system)] if system else []
-        for k, role in enumerate((*roles, *added)):
-            turns.append((role, pads[0] + _mark(k) + pads[1]))
+        texts = [pads[0] + _mark(k) + pads[1] for k in range(len(roles) + len(added))]
+        turns = list(zip((*roles, *added), texts, strict=True))
+        if system and roles[0] == "system":
+            turns[0] = ("system", f"{system}\n\n{texts[0]}")
+        elif system:
+            turns.insert(0, ("system", system))
         messages = [
             {"role": role, "content": [{"type": "text", "text": text}] if as_list else text}
             for role, text in turns

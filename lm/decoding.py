@@ -7,15 +7,22 @@ continues from there need not read the text again.
 """
 
 import hashlib
+import math
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
+
+from lm.prompting import FIELD, USUAL, Style
+from lm.text_encoding import format_prompt
+from lm.thinking import answer_start, open_thought
 
 MAX_ROWS = 256  # rows decoded at once: on two cores more rows do not raise the rate
 # ended rows leave and waiting ones enter when at most this share of the rows is still being written
@@ -30,13 +37,16 @@ class DecodingRow:
 
     prefix: the index of the prefix. samples: the numbers of the samples. limit: the most tokens
     that they may draw. uniforms (n, limit): random numbers for all samples of the prefix, one a
-    token. ids: the tokens drawn so far, EOS included. ended: empty while the row is being written,
-    then "finished" (by EOS), "step" (at the end of a step) or "cut" (at `limit`)."""
+    token. solution, steps: the ids of the solution in the prefix, and the number of its steps. ids:
+    the tokens drawn so far, EOS included. ended: empty while the row is being written, then
+    "finished" (by EOS), "step" (at the end of a step) or "cut" (at `limit`)."""
 
     prefix: int
     samples: list[int]
     limit: int
     uniforms: Any = None
+    solution: Sequence[int] = ()
+    steps: int = 0
     ids: list[int] = field(default_factory=list)
     ended: str = ""
 
@@ -189,8 +199,8 @@ class Decoder:
 
     Its attention is full, or has a sliding window that is longer than the texts."""
 
-    def __init__(self, model: Any, tokenizer: Any, eos_ids: set[int]):
-        self.model, self.tokenizer, self.eos_ids = model, tokenizer, eos_ids
+    def __init__(self, model: Any, tokenizer: Any, eos_ids: set[int], style: Style = USUAL):
+        self.model, self.tokenizer, self.eos_ids, self.style = model, tokenizer, eos_ids, style
         self.context = getattr(model.config, "max_position_embeddings", 2048)
         # ids -> the cache of all of them but the last
         self._kept: OrderedDict[tuple[int, ...], Layers] = OrderedDict()
@@ -210,6 +220,69 @@ class Decoder:
                 ends.append(position)
                 start = position
         return [*ends[:-1], len(ids)] if ends else []
+
+    def new_steps(self, row: DecodingRow) -> list[tuple[int, str]]:
+        """(the number of the row's ids up to its end, its text in one line) of each new step.
+
+        With another separator than a newline a step ends with the token that completes its
+        separator; text behind the last one is a step too, and white space there belongs to the step
+        before. Of a row that ended with a step, the ids behind it begin the next step."""
+        if self.style.has_plain_steps:
+            ends = self.step_ends(row.ids)
+            starts = [0, *ends]
+            return [(b, self.text(row.ids[a:b])) for a, b in zip(starts, ends, strict=False)]
+        ids, separator = [*row.solution, *row.ids], self.style.separator
+        text, at, found = self._raw(ids), 0, []
+        at = self._answer_start(text)
+        while (length := separator.end(text[at:])) is not None:
+            step = separator.step(self._without_special(text[at : at + length]))
+            at += length
+            found.append((self._position(ids, at) - len(row.solution), step))
+        rest = separator.step(self._without_special(text[at:]))
+        if row.ended == "step":
+            return found[row.steps : row.steps + 1]
+        if rest:
+            found.append((len(row.ids), rest))
+        elif found:
+            found[-1] = (len(row.ids), found[-1][1])
+        return found[row.steps :]
+
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """The text of a response as it was written, without thoughts if they are cut."""
+        text = self._raw(ids)
+        return self._without_special(text[self._answer_start(text) :])
+
+    @cached_property
+    def _opened(self) -> str:
+        """The mark behind a prompt in which the model's thoughts begin, if they are cut."""
+        if not self.style.cuts_thoughts:
+            return ""
+        text = format_prompt(FIELD, self.tokenizer, thinks=True)
+        return open_thought(text.rpartition(FIELD)[2])
+
+    def _answer_start(self, text: str) -> int:
+        """Where the steps of a solution begin in its text, behind thoughts that are cut."""
+        if not self.style.cuts_thoughts:
+            return 0
+        return max(0, answer_start(self._opened + text) - len(self._opened))
+
+    def _raw(self, ids: Sequence[int]) -> str:
+        """The text of ids in which thoughts and separators are found: where thoughts are cut with
+        special tokens, which may mark thoughts."""
+        skip = not self.style.cuts_thoughts
+        settings = {"skip_special_tokens": skip, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(ids, **settings)
+
+    def _without_special(self, text: str) -> str:
+        """A part of a `_raw` text without special tokens."""
+        if self.style.cuts_thoughts:
+            for token in self.tokenizer.all_special_tokens:
+                text = text.replace(token, "")
+        return text
+
+    def _position(self, ids: Sequence[int], at: int) -> int:
+        """The fewest ids whose text has `at` letters."""
+        return bisect_left(range(len(ids)), at, key=lambda k: len(self._raw(ids[:k])))
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of ids in one line, without special tokens."""
@@ -236,20 +309,24 @@ class Decoder:
         max_new_tokens: int,
         seed: int,
         one_step: bool = False,
-        top_p: float = 1.0,
+        top_p: float | None = None,
+        begun: Sequence[tuple[Sequence[int], int]] | None = None,
     ) -> Iterator[list[DecodingRow]]:
         """Draw n samples of every prefix; after every token yield the rows that got one.
 
         A sample ends at EOS, after `max_new_tokens`, at the end of the model's context or, with
         `one_step`, at the end of a step. Prefixes are ids, at least one and fewer than the context.
-        top_p, above 0: only the likeliest tokens that together reach this probability are drawn.
+        top_p: instead of that of the style. begun: `solution` and `steps` of the prefixes' rows.
 
         The random numbers of a sample depend on the seed, the prefix and the number of the sample
         alone, so a sample is the same whatever else is decoded."""
         waiting = [
-            DecodingRow(k, [*range(n)], min(max_new_tokens, self.context - len(ids)))
-            for k, ids in enumerate(prefixes)
+            DecodingRow(k, [*range(n)], min(max_new_tokens, self.context - len(ids)), None, *step)
+            for k, (ids, step) in enumerate(
+                zip(prefixes, begun or [((), 0)] * len(prefixes), strict=True)
+            )
         ]
+        top_p = self.style.top_p if top_p is None else top_p
         waiting.sort(key=lambda row: -len(prefixes[row.prefix]))  # similar lengths enter together
 
         def all_ids(row: DecodingRow) -> tuple[int, ...]:
@@ -293,9 +370,21 @@ class Decoder:
         """How the row ended with its last token, or an empty text."""
         if row.ids[-1] in self.eos_ids:
             return "finished"
-        if one_step and self._breaks(row.ids[-1]) and self.text(row.ids):
+        if one_step and self._ends_step(row):
             return "step"
         return "cut" if len(row.ids) >= row.limit else ""
+
+    def _ends_step(self, row: DecodingRow) -> bool:
+        if self.style.has_plain_steps:
+            return self._breaks(row.ids[-1]) and bool(self.text(row.ids))
+        text = self._raw([*row.solution, *row.ids])
+        text = text[self._answer_start(text) :]
+        for _ in range(row.steps + 1):
+            end = self.style.separator.end(text)
+            if end is None:
+                return False
+            text = text[end:]
+        return True
 
     def _draw(self, batch: _Batch, temperature: float, top_p: float) -> list[list[int]]:
         """The next token of every row's samples, all rows padded to the most samples.
@@ -305,12 +394,9 @@ class Decoder:
         most = max(len(row.samples) for row in batch.rows)
         if temperature == 0:
             return batch.logits.argmax(-1, keepdim=True).expand(-1, most).tolist()
-        probabilities = (batch.logits / temperature).softmax(-1)
-        if top_p < 1:
-            ordered, order = probabilities.sort(-1, descending=True)
-            beyond = ordered.cumsum(-1) - ordered >= top_p  # the tokens before it reach top_p
-            probabilities = probabilities.masked_fill(beyond.gather(-1, order.argsort(-1)), 0)
-        cumulative = probabilities.cumsum(-1)
+        cumulative = kept_probabilities(batch.logits / temperature, self.style.top_k, top_p).cumsum(
+            -1
+        )
         uniforms: Any = np.zeros((len(batch.rows), most), dtype=np.float32)
         for place, row in enumerate(batch.rows):
             if not row.ended:
@@ -374,6 +460,24 @@ class Decoder:
         self._kept_bytes += _bytes(layers)
         while self._kept_bytes > KEPT_BYTES:
             self._kept_bytes -= _bytes(self._kept.popitem(last=False)[1])
+
+
+def kept_probabilities(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The probabilities (R, V) of tokens, 0 for those that are not drawn; the others are not
+    normalized again.
+
+    logits (R, V): divided by the temperature. The top_k likeliest tokens are kept (0: all; more, if
+    several are equally likely), and of these the likeliest that together reach top_p (Holtzman et
+    al. 2020)."""
+    if top_k:
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    probabilities = logits.softmax(-1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # the tokens before it reach top_p
+        probabilities = probabilities.masked_fill(beyond.gather(-1, order.argsort(-1)), 0)
+    return probabilities
 
 
 def _bytes(layers: Layers) -> int:

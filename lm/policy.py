@@ -17,7 +17,9 @@ from lm.chat_template import check_answer
 from lm.decoding import Decoder, DecodingRow
 from lm.known_words import tokens_of
 from lm.loading import load_model, scoring_device
+from lm.prompting import USUAL, Style, set_prompts
 from lm.text_encoding import encode_prompt, encode_steps
+from reasoning.steps import NEWLINE
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class State:
     ids are kept, never tokenized again. ends[k]: the number of ids up to the end of step k, counted
     from 1; ends[0]: that of the prompt. status: `open` if it can be continued, `finished` if it
     ended by EOS, `cut` if it ended at a limit. sampled: the number of tokens sampled since the
-    state that was continued."""
+    state that was continued. Ids behind the last end begin the next step."""
 
     prompt: str
     ids: tuple[int, ...]
@@ -76,8 +78,9 @@ class StepLogp:
 class Policy:
     """A causal LM and its tokenizer."""
 
-    def __init__(self, model: Any, tokenizer: Any):
-        self.model, self.tokenizer = model.eval(), tokenizer
+    def __init__(self, model: Any, tokenizer: Any, style: Style = USUAL):
+        self.model, self.tokenizer, self.style = model.eval(), tokenizer, style
+        set_prompts(tokenizer, style.prompts)
         self.device = model.device
         eos = model.generation_config.eos_token_id
         eos_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
@@ -86,24 +89,31 @@ class Policy:
                 f"{model.config._name_or_path}: neither its tokenizer nor its "
                 "generation_config.json names an end-of-text token (EOS), so no sample would end"
             )
-        self.decoder = Decoder(model, tokenizer, eos_ids)
+        self.decoder = Decoder(model, tokenizer, eos_ids, style)
         self.context = self.decoder.context
 
     @classmethod
-    def load(cls, model_name_or_path: str) -> "Policy":
+    def load(cls, model_name_or_path: str, style: Style = USUAL) -> "Policy":
         """The policy of any causal LM or adapter, from a directory or the hub.
 
-        Its dtype is that of `scoring_device`. Raises ModelError if it cannot be loaded."""
+        Its dtype is that of `scoring_device`. Raises ModelError if it cannot be loaded, UserError
+        if the model cannot be asked in this style."""
         device, dtype = scoring_device()
         model, tokenizer = load_model(model_name_or_path, dtype)
-        return cls(model.to(device), tokenizer)
+        return cls(model.to(device), tokenizer, style)
 
     def start(self, prompt: str, steps: Sequence[str] = ()) -> State:
-        """The state of a prompt and the first steps of its solution. Raises PromptTooLong."""
+        """The state of a prompt and the first steps of its solution, one a line.
+
+        Raises PromptTooLong, and ValueError for steps that are no lines in this style."""
         if steps:
+            if not self.style.has_plain_steps:
+                raise ValueError(
+                    "steps are written one a line: this style separates them otherwise"
+                )
             ids, step_of = encode_steps(self.tokenizer, prompt, [], list(steps))
         else:
-            ids, step_of = encode_prompt(self.tokenizer, prompt), []
+            ids, step_of = encode_prompt(self.tokenizer, prompt, thinks=self.style.thinks), []
         self._check_length(prompt, ids)
         finished = bool(steps) and ids[-1] == self.tokenizer.eos_token_id
         ends = [step_of.index(k) for k in range(len(steps))] + [len(ids)]
@@ -155,7 +165,14 @@ class Policy:
         check_open(states)
         children: list[dict[int, State]] = [{} for _ in states]
         total, prefixes = len(states) * n, [state.ids for state in states]
-        decoded = self.decoder.decode(prefixes, n, temperature, max_new_tokens, seed, one_step)
+        begun = (
+            None
+            if self.style.has_plain_steps
+            else [(state.ids[state.ends[0] :], len(state.steps)) for state in states]
+        )
+        decoded = self.decoder.decode(
+            prefixes, n, temperature, max_new_tokens, seed, one_step, begun=begun
+        )
         with tqdm(total=total, desc=progress, unit="sample", disable=progress is None) as bar:
             for rows in decoded:
                 ended = [row for row in rows if row.ended]
@@ -168,18 +185,27 @@ class Policy:
     def _child(self, state: State, row: DecodingRow) -> State:
         start = len(state.ids)
         ids = (*state.ids, *row.ids)
-        ends = self.decoder.step_ends(row.ids)
-        steps = [self.decoder.text(row.ids[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+        found = self.decoder.new_steps(row)
+        steps = [step for _, step in found]
         if steps and not state.steps:
-            check_answer(self.tokenizer, steps[0])
-        if ends:
-            all_ends = (*state.ends, *(start + end for end in ends))
+            self._check_answer(steps[0])
+        if found:
+            all_ends = (*state.ends, *(start + end for end, _ in found))
         else:  # without a new step the ids belong to the last one
             all_ends = (*state.ends[:-1], len(ids))
         status = row.ended
         if status == "step":
             status = "open" if len(ids) < self.context else "cut"
         return State(state.prompt, ids, all_ends, (*state.steps, *steps), status, len(row.ids))
+
+    def _in_lines(self, text: str) -> str:
+        """A text with one step a line, if its steps are separated otherwise."""
+        separator = self.style.separator
+        return text if separator == NEWLINE else "\n".join(separator.split(text))
+
+    def _check_answer(self, text: str) -> None:
+        if not self.style.thinks:
+            check_answer(self.tokenizer, text)
 
     def generate(
         self,
@@ -202,32 +228,40 @@ class Policy:
         self,
         prompts: Sequence[str],
         temperature: float = 0.0,
-        top_p: float = 1.0,
+        top_p: float | None = None,
         max_new_tokens: int = 256,
         seed: int = 0,
         chat: bool = False,
     ) -> list[tuple[str, bool]]:
         """(text with its line breaks, whether it ended by EOS) for every prompt.
 
-        The text of a prompt does not depend on the other prompts. chat: the prompt alone is the
+        The text of a prompt does not depend on the other prompts. top_p: instead of that of the
+        style. chat: the prompt alone is the
         user's message, without the instruction to solve it step by step; the model has a chat
         template. Raises PromptTooLong."""
-        prefixes = [encode_prompt(self.tokenizer, prompt, chat) for prompt in prompts]
+        thinks = self.style.thinks
+        prefixes = [encode_prompt(self.tokenizer, prompt, chat, thinks) for prompt in prompts]
         for prompt, ids in zip(prompts, prefixes, strict=True):
             self._check_length(prompt, ids)
         texts = [("", False)] * len(prompts)
         decoded = self.decoder.decode(prefixes, 1, temperature, max_new_tokens, seed, top_p=top_p)
         for row in itertools.chain.from_iterable(decoded):
             if row.ended:
-                text = self.decoder.decode_text(row.ids).strip()
-                check_answer(self.tokenizer, text)
-                texts[row.prefix] = (text, row.ended == "finished")
+                text = self.decoder.answer_text(row.ids).strip()
+                self._check_answer(text)
+                texts[row.prefix] = (self._in_lines(text), row.ended == "finished")
         return texts
 
     def stream(
         self, prompt: str, temperature: float = 0.0, max_new_tokens: int = 256, seed: int = 0
     ) -> Iterator[str]:
-        """The text of one response, in pieces, as it is written. Raises PromptTooLong."""
+        """The text of one response, in pieces, as it is written. Raises PromptTooLong.
+
+        It comes in one piece if a step is not a line of the text."""
+        if not self.style.has_plain_steps:
+            ((response,),) = self.generate([prompt], 1, temperature, max_new_tokens, seed)
+            yield "\n".join(response.steps)
+            return
         prefix, written, text = self.start(prompt).ids, "", ""
         for (row,) in self.decoder.decode([prefix], 1, temperature, max_new_tokens, seed):
             ids = row.ids[:-1] if row.ended == "finished" else row.ids

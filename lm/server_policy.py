@@ -6,19 +6,21 @@ It has the methods of `Policy`, and its states have text instead of token ids.
 import asyncio
 import sys
 from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from common.errors import PromptTooLong, ServerError, short
+from common.errors import PromptTooLong, ServerError, UserError, short
 from common.terminal import printable
-from lm.chat_template import check_answer
 from lm.loading import load_tokenizer
 from lm.openai_client import OpenAIServer, TooLong, gather
 from lm.policy import Policy, Response, State, StepLogp, check_open
-from lm.text_encoding import format_prompt, response_pieces
+from lm.prompting import FIELD, USUAL, Style, prompts_of, set_prompts
+from lm.text_encoding import format_prompt
+from lm.thinking import answer_start, open_thought
 from reasoning.steps import ends_solution, one_line
 
 # a note is printed if a call has at least so many samples and all samples of each state are equal
@@ -56,7 +58,9 @@ class ServerPolicy(Policy):
         in_flight: int = 16,
         timeout: float = 300.0,
         max_retries: int = 5,
+        style: Style = USUAL,
     ):
+        self.style = style
         self._server = OpenAIServer("policy", base_url, in_flight, timeout, max_retries)
         self._name = model
         self._notes: set[str] = set()
@@ -65,7 +69,7 @@ class ServerPolicy(Policy):
         try:
             self.tokenizer = load_tokenizer(model)
         except (OSError, ValueError, ImportError):
-            self.tokenizer = None
+            self.tokenizer = SimpleNamespace(name_or_path=model, chat_template=None, init_kwargs={})
             template = f"the plain template: no tokenizer of {model} can be loaded here"
         else:
             bos = self.tokenizer.bos_token
@@ -76,6 +80,10 @@ class ServerPolicy(Policy):
             else:
                 template = f"the plain template: {model} has no chat template"
         self._note(f"prompts are written with {template}")
+        prompts = style.prompts
+        if self.tokenizer.chat_template is None:  # a chat is written by the server's template
+            prompts = replace(prompts, system_prompt=None)
+        set_prompts(self.tokenizer, prompts)
 
     def start(self, prompt: str, steps: Sequence[str] = ()) -> State:
         """As in Policy, but a state that fills the context is found only when it is continued."""
@@ -92,7 +100,7 @@ class ServerPolicy(Policy):
         self,
         prompts: Sequence[str],
         temperature: float = 0.0,
-        top_p: float = 1.0,
+        top_p: float | None = None,
         max_new_tokens: int = 256,
         seed: int = 0,
         chat: bool = False,
@@ -103,12 +111,13 @@ class ServerPolicy(Policy):
 
         async def ask(prompt: str) -> tuple[str, bool]:
             text = prompt if chat else self._prompt(prompt)
-            settings = _settings((seed, prompt), temperature, top_p)
+            settings = self._settings((seed, prompt), temperature, top_p)
             try:
                 reply = await self._complete(text, max_new_tokens, settings, chat)
             except TooLong:
                 raise self._no_room(prompt) from None
-            return reply.text.strip(), reply.reason == "stop"
+            text = self._without_thoughts(reply.text).strip()
+            return self._in_lines(text), reply.reason == "stop"
 
         return self._all([ask(prompt) for prompt in prompts])
 
@@ -148,7 +157,7 @@ class ServerPolicy(Policy):
 
         async def ask(state: State, sample: int) -> State:
             key = (seed, state.prompt, state.steps, sample)
-            settings = _settings(key, temperature, 1)
+            settings = self._settings(key, temperature)
             child = await self._next_state(state, max_new_tokens, settings, one_step)
             bar.update()
             return child
@@ -169,6 +178,8 @@ class ServerPolicy(Policy):
     async def _next_state(
         self, state: State, max_new_tokens: int, settings: dict[str, Any], one_step: bool
     ) -> State:
+        if not self.style.has_plain_steps:
+            return await self._next_parts(state, max_new_tokens, settings, one_step)
         text = self._prompt(state.prompt, state.steps)
         if one_step:
             settings = settings | {"stop": ["\n"]}
@@ -197,9 +208,49 @@ class ServerPolicy(Policy):
             status = "open" if one_step and written and not reply.is_eos else "finished"
         if status == "open" and ends_solution(list(steps)):
             status = "finished"
-        if steps and not state.steps and self.tokenizer is not None:
-            check_answer(self.tokenizer, steps[0])
+        if steps and not state.steps:
+            self._check_answer(steps[0])
         return State(state.prompt, (), (), steps, status, sampled)
+
+    async def _next_parts(
+        self, state: State, max_new_tokens: int, settings: dict[str, Any], one_step: bool
+    ) -> State:
+        """As `_next_state`, where a step is not a line of the text.
+
+        The reply goes to its own end, since a server stops at no regular expression. Of one step
+        the rest is thrown away, and counted."""
+        if self.style.cuts_thoughts and (one_step or state.steps):
+            raise UserError(
+                "argument --thinking: a server cannot go on behind thoughts that are cut, step by "
+                "step: keep them (--thinking keep), or leave out --policy_base_url or the search"
+            )
+        text = self._prompt(state.prompt, state.steps)
+        try:
+            reply = await self._complete(text, max_new_tokens, settings)
+        except TooLong:
+            self._too_long.append(state)
+            return State(state.prompt, (), (), state.steps, "cut")
+        written, separator = self._without_thoughts(reply.text), self.style.separator
+        status = "finished" if reply.reason == "stop" else "cut"
+        end = separator.end(written) if one_step else None
+        if end is not None:
+            written = written[:end]
+        steps = (*state.steps, *separator.split(written))
+        if end is not None and not ends_solution(list(steps)):
+            status = "open"
+        elif end is not None:
+            status = "finished"
+        if steps and not state.steps:
+            self._check_answer(steps[0])
+        return State(state.prompt, (), (), steps, status, reply.tokens)
+
+    def _without_thoughts(self, text: str) -> str:
+        """A reply without its thoughts, if they are cut."""
+        if not self.style.cuts_thoughts:
+            return text
+        behind = format_prompt(FIELD, self.tokenizer, thinks=True).rpartition(FIELD)[2]
+        opened = open_thought(behind)
+        return text[max(0, answer_start(opened + text) - len(opened)) :]
 
     def count_tokens(self, texts: Sequence[str]) -> None:
         """None: a server does not show its tokens."""
@@ -207,8 +258,11 @@ class ServerPolicy(Policy):
 
     def _prompt(self, prompt: str, steps: Sequence[str] = ()) -> str:
         """The text to be continued, without BOS, which the server adds."""
-        pieces = response_pieces(list(steps), finished=False)
-        return (format_prompt(prompt, self.tokenizer) + "".join(pieces)).removeprefix(self._bos)
+        if self.style.prompts.system_prompt is not None:
+            set_prompts(self.tokenizer, self.style.prompts)  # refused without a chat template
+        before = format_prompt(prompt, self.tokenizer, thinks=self.style.thinks)
+        pieces = [step + self.style.separator.joint for step in steps]
+        return (before + "".join(pieces)).removeprefix(self._bos)
 
     def _no_room(self, prompt: str) -> PromptTooLong:
         return PromptTooLong(
@@ -222,7 +276,11 @@ class ServerPolicy(Policy):
 
         Servers refuse a request for more tokens than the context has room for: then half as many
         are asked for, down to one. Raises TooLong if there is no room for one."""
-        content = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+        content: dict[str, Any] = {"prompt": text}
+        if chat:
+            system = self.style.prompts.system_prompt or prompts_of(self.tokenizer).system_prompt
+            turns = [("system", system), ("user", text)]
+            content = {"messages": [{"role": r, "content": c} for r, c in turns if c is not None]}
         body = {"model": self._name, **content, "max_tokens": max_tokens, **settings}
         return await self._server.ask("chat" if chat else "text", body, self._read, least_tokens=1)
 
@@ -240,6 +298,15 @@ class ServerPolicy(Policy):
         reason = "stop" if reason in ("eos_token", "stop_sequence") else reason
         return _Reply(text, int(tokens), reason, is_eos)
 
+    def _settings(
+        self, key: tuple, temperature: float, top_p: float | None = None
+    ) -> dict[str, Any]:
+        """Settings of a request; its seed, in 0 .. 2^31 - 1, is a hash of the key."""
+        digest = blake2b(repr(key).encode(errors="surrogatepass"), digest_size=4).digest()
+        seed, top_p = int.from_bytes(digest) >> 1, self.style.top_p if top_p is None else top_p
+        top_k = {"top_k": self.style.top_k} if self.style.top_k else {}  # OpenAI's own has none
+        return {"seed": seed, "temperature": temperature, "top_p": top_p, **top_k}
+
     def _all(self, requests: list[Coroutine[Any, Any, T]]) -> list[T]:
         async def ask_all() -> list[T]:
             async with self._server.open():
@@ -252,10 +319,3 @@ class ServerPolicy(Policy):
         if note not in self._notes:
             self._notes.add(note)
             print(printable(f"{self._server}: {note}"), file=sys.stderr)
-
-
-def _settings(key: tuple, temperature: float, top_p: float) -> dict[str, Any]:
-    """Settings of a request; its seed, in 0 .. 2^31 - 1, is a hash of the key."""
-    digest = blake2b(repr(key).encode(errors="surrogatepass"), digest_size=4).digest()
-    seed = int.from_bytes(digest) >> 1
-    return {"seed": seed, "temperature": temperature, "top_p": top_p}

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from common.errors import ModelError, short
 from lm.chat_template import tokenizer_frame
+from lm.prompting import FIELD, prompts_of
 from reasoning.steps import ends_solution
 
 PLAIN_TEMPLATE = "Problem: {prompt}\nSolution:\n"
@@ -30,21 +31,30 @@ IN_BRACKETS = re.compile(r"<.+>|\[.+\]")
 CUT = "\ud800"
 
 
-def format_prompt(prompt: str, tokenizer: Any = None, instruction: str = CHAT_INSTRUCTION) -> str:
-    """The text that a policy continues.
+def format_prompt(
+    prompt: str, tokenizer: Any = None, chat: bool = False, thinks: bool = False
+) -> str:
+    """The text that a policy continues, with the prompts of lm/prompting.py.
 
     A chat model (a tokenizer with a chat template) gets the instruction and the prompt as the
-    user's message, with thinking turned off. Raises ModelError if the template cannot be used."""
+    user's message; chat: the prompt alone. thinks: thinking is turned on instead of off. Raises
+    ModelError if the template cannot be used."""
+    prompts = prompts_of(tokenizer)
     if getattr(tokenizer, "chat_template", None):
-        return tokenizer_frame(tokenizer).fill(instruction + prompt)
-    return PLAIN_TEMPLATE.format(prompt=prompt)
+        message = prompt if chat else prompts.fill(f"{CHAT_INSTRUCTION}{FIELD}", prompt)
+        system = [] if prompts.system_prompt is None else [prompts.system_prompt]
+        frame = tokenizer_frame(tokenizer, has_system=bool(system), thinks=thinks)
+        return frame.fill(*system, message)
+    return prompts.fill(PLAIN_TEMPLATE, prompt)
 
 
-def encode_prompt(tokenizer: Any, prompt: str, chat: bool = False) -> list[int]:
-    """Token ids of the template with the prompt. chat: without the instruction of the template."""
+def encode_prompt(
+    tokenizer: Any, prompt: str, chat: bool = False, thinks: bool = False
+) -> list[int]:
+    """Token ids of the template with the prompt. chat, thinks: as in `format_prompt`."""
     encoder = text_encoder(tokenizer)
     guarded, _ = encoder.guard(prompt, [])
-    text = format_prompt(guarded, tokenizer, "" if chat else CHAT_INSTRUCTION)
+    text = format_prompt(guarded, tokenizer, chat, thinks)
     return encoder.start(is_chat=bool(tokenizer.chat_template)) + encoder.ids([text])[0]
 
 

@@ -6,7 +6,8 @@ the final answer (lm/text_encoding.py then adds EOS), and with a newline if more
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from reasoning.answers import extract_answer, opens_answer
 
@@ -23,6 +24,65 @@ def one_line(text: str) -> str:
 
 STEP_NUMBER = re.compile(r"\s*Step\s+\d+\s*[:.]", re.IGNORECASE)
 CLOSING_STEP = re.compile(r"\s*(?:(?:Final\s+)?Answer\s*:|####)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class StepSeparator:
+    """What stands between two steps in the text of a model.
+
+    pattern: a match behind the text of a step ends the step; it belongs to no step.
+    joint: what is written between steps that a model is to continue."""
+
+    pattern: re.Pattern
+    joint: str = "\n"
+
+    def end(self, text: str) -> int | None:
+        """Where the first step of a text ends, its separator included; None if it goes on."""
+        ends = (m.end() for m in self.pattern.finditer(text) if self.step(text[: m.start()]))
+        return next(ends, None)
+
+    def split(self, text: str) -> list[str]:
+        """The steps of a text, each in one line."""
+        steps = [self.step(part) for part in self._parts(text)]
+        return [step for step in steps if step]
+
+    def step(self, text: str) -> str:
+        """The text of one step in one line, without its separator."""
+        return one_line(self.pattern.sub(" ", text))
+
+    def _parts(self, text: str) -> Iterator[str]:
+        while (end := self.end(text)) is not None:
+            yield text[:end]
+            text = text[end:]
+        yield text
+
+
+NEWLINE = StepSeparator(re.compile(r"\n"))
+_CLOSES = r"\n(?=\s*(?:(?:Final\s+)?Answer\s*:|####))"  # the final answer is always a step
+SEPARATORS = {
+    "newline": NEWLINE,
+    "blank_line": StepSeparator(re.compile(rf"\n[^\S\n]*\n|{_CLOSES}", re.IGNORECASE), "\n\n"),
+    "numbered": StepSeparator(
+        re.compile(rf"\n(?=\s*(?:[*#]+\s*)?Step\s+\d+\s*[:.])|{_CLOSES}", re.IGNORECASE)
+    ),
+}
+
+
+def step_separator(name: str) -> StepSeparator:
+    """The separator of a name in SEPARATORS, or of a regular expression. Raises ValueError."""
+    if name in SEPARATORS:
+        return SEPARATORS[name]
+    try:
+        pattern = re.compile(name)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"expected {', '.join(SEPARATORS)} or a regular expression, got {name!r} ({error})"
+        ) from None
+    if not name:
+        raise ValueError("expected a name or a regular expression, got an empty text")
+    return StepSeparator(pattern)
+
+
 _OPENING = re.compile(r"\\\[|\\begin\{|\[asy\]")
 _CLOSING = re.compile(r"\\\]|\\end\{|\[/asy\]")
 _SENTENCE = re.compile(r"(?:(?<=[.!?])|(?<=[.!?]\$))\s+(?=[A-Z\\$])")

@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lm.thinking import OPEN, answer_start
+
 # (first letter in the answer, letter behind the last one, {spelling: probability}) of a token for
 # which a spelling of yes or no is listed, or the first letters of one
 Place = tuple[int, int, dict[str, float]]
@@ -16,15 +18,6 @@ Place = tuple[int, int, dict[str, float]]
 # the least P(yes) + P(no) of a place that counts although the answer has no verdict there
 MOST_LIKELY = 0.5
 
-_THOUGHT = r"(?:\w{1,20}:)?(?:think|thinking|thought|thoughts|reasoning|reason|analysis|reflection)"
-_CLOSED = re.compile(
-    rf"</{_THOUGHT}>|\[/THINK\]|<\|end_of_thought\|>|◁/think▷"
-    r"|<\|channel\|>final<\|message\|>|assistantfinal",
-    re.I,
-)
-_OPENED = re.compile(
-    rf"<{_THOUGHT}>|\[THINK\]|<\|begin_of_thought\|>|◁think▷|<\|channel\|>analysis", re.I
-)
 # a base model may go on without a space: "YesAnswer: 4"
 _WORD = re.compile(r"(?<![^\W_])((?:[Yy]es|[Nn]o)(?![^\W_A-Z])|(?:YES|NO)(?![^\W_]))(?!['’-]\w)")
 _WORDS = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
@@ -70,20 +63,13 @@ class Verdict:
     leads: bool
 
 
-def answer_start(text: str) -> int:
-    """Where the answer begins behind a block of reasoning; len(text) if the block is not closed."""
-    start = max((match.end() for match in _CLOSED.finditer(text)), default=0)
-    opened = _OPENED.search(text, start)
-    return len(text) if opened and not text[start : opened.start()].strip() else start
-
-
 def find_verdict(text: str) -> Verdict | None:
     """The verdict of an answer; None if it has none.
 
     Of several words yes and no the first counts if it begins the answer, else the last that is
     stated (`the answer is no`), else the last that is a sentence of its own, else the last."""
     start = answer_start(text)
-    opened = _OPENED.search(text, start)
+    opened = OPEN.search(text, start)
     end = min(opened.start() if opened else len(text), start + LONGEST)
     found: dict[str, Verdict] = {}
     for match in _WORD.finditer(text, start, end):

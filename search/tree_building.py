@@ -14,7 +14,7 @@ from common.errors import PromptTooLong, UserError
 from common.files import ResumableRows, read_records
 from common.progress import progress_bar
 from lm.registry import PolicyArgs, policy_identity
-from reasoning.datasets.files import Dropped
+from reasoning.datasets.files import Dropped, FieldArgs, check_no_fields
 from reasoning.datasets.loading import load_problems
 from reasoning.problems import problems
 from reasoning.records import Problem, Prompt
@@ -29,7 +29,7 @@ SEARCH = ("search", "rollouts_per_state", "budget", "temperature", "max_new_toke
 
 
 @dataclass
-class TreeArgs(PolicyArgs):
+class TreeArgs(PolicyArgs, FieldArgs):
     """The arguments of a search over many problems, mixed into those of a script."""
 
     input: str | None = arg(
@@ -68,11 +68,12 @@ class TreeArgs(PolicyArgs):
 def read_problems(args: TreeArgs, with_answers: bool = True) -> Sequence[Problem | Prompt]:
     """The problems to search, each prompt once. Raises UserError if one of them is held out."""
     if args.input is None:
+        check_no_fields(args)
         return list(itertools.islice(problems("train"), args.limit or 500))
     dropped = Dropped()
     rows: Iterable[Problem | Prompt]
     if with_answers:
-        rows = load_problems(args.input, dropped=dropped)
+        rows = load_problems(args.input, dropped=dropped, fields=args.field_names)
     else:
         rows = read_records(args.input, Prompt)
     selected = list(itertools.islice({row.prompt: row for row in rows}.values(), args.limit))

@@ -21,7 +21,9 @@ def test_the_demo_writes_into_its_own_folder_alone(tmp_path):
     sizes = ("--problems", 40, "--test_problems", 8)
     done = run_script(repo / "utils/demo.py", *sizes, cwd=tmp_path, timeout=900)
     assert done.returncode == 0, done.stderr
-    assert "| accuracy" in done.stdout and "5/5 Answer: the tuned model" in done.stdout
+    assert "| accuracy" in done.stdout and "5/6 Answer: the tuned model" in done.stdout
+    page = repo / "data/demo/results/report.html"
+    assert page.is_file() and done.stdout.splitlines()[-1].endswith(str(page))
     new = {path for path in repo.rglob("*") if "__pycache__" not in path.parts} - before
     assert all(path.is_relative_to(repo / "data/demo") for path in new), new
     assert (repo / "data/demo/results/reward_score_comparison.json").is_file()

@@ -51,6 +51,7 @@ from reasoning.datasets.ranking import (
 )
 from reasoning.records import LabelledSolution, PreferencePair
 from reward_model.judges.human import HumanJudge
+from tests.helpers.browser import PATIENCE, browser, in_browser, requested_hosts
 from utils.rank_responses import OPEN_ROUTES, RANKS, ROUTES, STEPS, agreement_html, main, turn
 
 SCRIPT = "utils/rank_responses.py"
@@ -579,36 +580,6 @@ def test_agreement_on_the_terminal(tmp_path, monkeypatch, capsys):
 
 # --- in a browser ---
 
-CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
-in_browser = pytest.mark.skipif(
-    not (Path(CHROMIUM).exists() and Path(DRIVER).exists()),
-    reason=f"no {CHROMIUM} or {DRIVER}: Debian's packages chromium and chromium-driver",
-)
-PATIENCE = 240  # seconds: the machine may be busy
-
-
-@contextmanager
-def browser(profile: Path, width: int = 1280, height: int = 1000, *more: str):
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (
-        *("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"),
-        *("disable-background-networking", "disable-component-update", "disable-sync"),
-        *(f"user-data-dir={profile}", f"window-size={width},{height}", *more),
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    driver.set_page_load_timeout(PATIENCE)
-    driver.set_script_timeout(PATIENCE)
-    try:
-        yield driver
-    finally:
-        driver.quit()
-
 
 def free_port() -> int:
     with socket.socket() as any_free:
@@ -691,19 +662,7 @@ class Page:
 
     def network(self) -> set[str]:
         """The hosts to which the browser has sent requests since the last call."""
-        from urllib.parse import urlsplit
-
-        events = [
-            json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")
-        ]
-        sent = [
-            event["params"]["request"]["url"]
-            for event in events
-            if event["method"] == "Network.requestWillBeSent"
-        ]
-        return {
-            urlsplit(url).netloc for url in sent if not url.startswith(("data:", "blob:", "chrome"))
-        }
+        return requested_hosts(self.driver)
 
 
 @in_browser

@@ -229,7 +229,8 @@ def read_ranked(recipe: Recipe, args: DataArgs) -> list[RankedGroup]:
 
     Raises RecordError, or UserError for a held-out problem."""
     name = args.dataset_name
-    records = _groups_of_table(name) if file_type(name) == ".csv" else _groups_of_pairs(args)
+    is_table = file_type(name) == ".csv" and not args.field_names
+    records = _groups_of_table(name) if is_table else _groups_of_pairs(args)
     refuse_held_out(name, records)
     return records
 
@@ -253,7 +254,7 @@ def _groups_of_table(name: str) -> list[RankedGroup]:
 def _groups_of_pairs(args: DataArgs) -> list[RankedGroup]:
     dropped, name = Dropped(), args.dataset_name
     source = (name, args.dataset_config, args.dataset_train_split)
-    records = [group for _, group in load_groups(*source, dropped)]
+    records = [group for _, group in load_groups(*source, dropped, args.field_names)]
     dropped.print(name)
     return records
 

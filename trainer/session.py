@@ -63,7 +63,9 @@ from lm.loading import (
     merge_adapter,
     pick_device,
 )
-from reasoning.datasets.files import Dropped
+from lm.prompting import set_prompts
+from lm.registry import TemplateArgs, given_prompts
+from reasoning.datasets.files import Dropped, FieldArgs
 from reasoning.datasets.loading import load_records, stored_as
 from reasoning.records import PreferencePair
 from reasoning.splits import held_out_prompts, is_kept_out
@@ -88,7 +90,7 @@ NOT_THE_JOB = (
 )
 # where something was read from; what it held is in the job as well
 PATHS = ("dataset", "model_name_or_path", "judge_path", "judge_problems", "judge_labels")
-SETTINGS_IN_FILES = ("chat_template_path", "deepspeed", "fsdp_config")
+SETTINGS_IN_FILES = ("chat_template_path", "prompt_template", "deepspeed", "fsdp_config")
 IS_MAIN = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
 ANSWERS = (
     "It answers the prompt template of `lm/text_encoding.py`: one step a line, then `Answer: ...`."
@@ -112,7 +114,7 @@ Steps: {steps}, seed {seed}, {seconds:.0f} s. Every setting is in `{job}`.
 
 
 @dataclass
-class DataArgs:
+class DataArgs(FieldArgs):
     dataset_name: str = arg(
         at_root("data/rewarded.jsonl"),
         "a file, a folder, or the name of a data set on the hub, in any shape that "
@@ -140,12 +142,12 @@ def read_dataset(recipe: "Recipe", args: DataArgs) -> list:
     name, held_out, records = args.dataset_name, held_out_prompts(), []
     dropped = Dropped()
     source = (name, args.dataset_config, args.dataset_train_split)
-    for where, record in load_records(recipe.kinds, *source, dropped):
+    for where, record in load_records(recipe.kinds, *source, dropped, args.field_names):
         try:
             records.append(recipe.record.from_row(asdict(record)))
         except RecordError as error:  # the others may have scores, or steps
             if isinstance(record, PreferencePair) and record.chosen_scores is None:
-                error = RecordError(f"{error} (`{_scores_them(name)}`)")
+                error = RecordError(f"{error} (`{_scores_them(name, args.field_flags)}`)")
             dropped.add(where, error)
             continue
         if record.prompt in held_out:
@@ -159,13 +161,19 @@ def read_dataset(recipe: "Recipe", args: DataArgs) -> list:
     return records
 
 
-def _scores_them(name: str) -> str:
+def _scores_them(name: str, field_flags: Sequence[str]) -> str:
     """The command that scores the pairs of a data set, or first brings them into the shape that can
     be scored."""
     try:
         next(read_records(name, PreferencePair))
     except (RecordError, OSError):
-        flags = ("--dataset_name", name, "--output", beside(stored_as(name), "prepared"))
+        flags = (
+            "--dataset_name",
+            name,
+            *field_flags,
+            "--output",
+            beside(stored_as(name), "prepared"),
+        )
         return here("python utils/prepare_dataset.py", *flags)
     flags = ("--input", name, "--output", beside(stored_as(name), "scored"))
     return here("python reward_model/evaluate_steps.py", *flags)
@@ -311,6 +319,8 @@ class Training:
         """The command, the data, and all settings and files that change the trained weights."""
         noun, settings = self.recipe.noun, self.config.to_dict()
         contents = {"model": identity(self.model, self.model_args.model_revision)}
+        if isinstance(self.config, TemplateArgs):
+            given_prompts(self.config)  # checked before any work
         if isinstance(self.config, JudgeArgs):
             contents |= judge_identity(self.config)
         for name in SETTINGS_IN_FILES:
@@ -376,6 +386,13 @@ class Training:
         if self.model_args.attn_implementation:
             model.set_attn_implementation(self.model_args.attn_implementation)
 
+    def set_prompts(self, tokenizer: Any) -> None:
+        """Apply --system_prompt and --prompt_template to the tokenizer, which is saved with them.
+
+        Raises UserError."""
+        if isinstance(self.config, TemplateArgs):
+            set_prompts(tokenizer, given_prompts(self.config))
+
     def start_model(
         self, model: Any, tokenizer: Any, convert: Callable[[Any, Any], Any] | None = None
     ) -> dict[str, Any]:
@@ -385,6 +402,7 @@ class Training:
         it is one already. With --use_peft the adapter of such a model is trained further. Any other
         adapter is merged into its base. Raises ValueError for --use_peft with an adapter to
         convert."""
+        self.set_prompts(tokenizer)
         peft_config = get_peft_config(self.model_args)
         if is_peft_model(model) and self.model_args.use_peft:
             if convert:
@@ -424,6 +442,7 @@ class Training:
         # on the meta device: this only checks the weights and the tokenizer
         model = load_weights(AutoModelForCausalLM, self.model, device_map="meta", **hub)
         tokenizer = fit_tokenizer(load_tokenizer(self.model, **hub), model)
+        self.set_prompts(tokenizer)
         return start | {"model": self.model, "processing_class": tokenizer}
 
     def _adapter(self, needs_reference: bool, hub: dict) -> dict[str, Any]:
@@ -441,6 +460,7 @@ class Training:
             model, tokenizer = load_model(self.model, "float32", **hub)
             model = merge_adapter(model, getattr(torch, dtype))
         self.set_attention(model)
+        self.set_prompts(tokenizer)
         reference = {}
         if needs_reference and not args.use_peft:
             reference = {"ref_model": copy.deepcopy(model)}

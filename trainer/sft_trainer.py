@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
 
 from common.errors import RecordError
+from lm.registry import TemplateArgs
 from lm.text_encoding import encode_steps, text_encoder
 from reasoning.records import PreferencePair, Problem
 from reasoning.steps import ends_solution
@@ -53,7 +54,7 @@ class Solution:
 
 
 @dataclass
-class StepSFTConfig(MiniatureDefaults, SFTConfig):
+class StepSFTConfig(MiniatureDefaults, TemplateArgs, SFTConfig):
     """SFTConfig with the loss on the steps. Raises ValueError for impossible values."""
 
     def __post_init__(self) -> None:

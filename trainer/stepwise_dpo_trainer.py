@@ -30,6 +30,7 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first,
 
 from common.cli import arg
 from lm.loading import load_tokenizer
+from lm.registry import TemplateArgs
 from lm.text_encoding import encode_steps, text_encoder
 from lm.tree_attention import mask_dtype, supports_tree_attention
 from reasoning.records import ScoredPair
@@ -70,7 +71,7 @@ STEP_KEYS = ("step_ids", "step_mask", "step_scores", "fork_candidates", "truncat
 
 
 @dataclass
-class StepwiseDPOConfig(MiniatureDefaults, DPOConfig):
+class StepwiseDPOConfig(MiniatureDefaults, TemplateArgs, DPOConfig):
     """DPOConfig with the step losses. Raises ValueError for impossible values."""
 
     loss_type: list[str] = arg(

@@ -40,7 +40,7 @@ from common.files import ResumableRows, at_root
 from common.progress import progress_bar
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
 from reasoning.answers import extract_answer
-from reasoning.datasets.files import Dropped, load_rows
+from reasoning.datasets.files import Dropped, FieldArgs, check_no_fields, load_rows
 from reasoning.datasets.loading import convert_rows, load_problems
 from reasoning.datasets.ranking import RankedResponse, check_groups, write_answers
 from reasoning.grading import grade_steps, graded, is_correct, step_value
@@ -61,7 +61,7 @@ KINDS = ("right", "flawed", "wrong", "malformed")  # best first
 
 
 @dataclass
-class AnswerArguments(PolicyArgs):
+class AnswerArguments(PolicyArgs, FieldArgs):
     input: str | None = arg(
         None,
         "prompts: rows with `prompt` and optionally `category`, or problems in any "
@@ -101,6 +101,8 @@ class AnswerArguments(PolicyArgs):
             raise UserError(f"argument --top_p: expected above 0 and at most 1, got {wrong[0]}")
         if not self.temperature or not self.top_p:
             raise UserError("arguments --temperature and --top_p: expected one number or more")
+        if self.chat and self.prompt_template is not None:
+            raise UserError("argument --prompt_template: --chat sends the prompt alone")
         if self.chat and self.rank_by == "exact":
             raise UserError(
                 "argument --chat: --rank_by exact needs step-by-step solutions, which a chat "
@@ -136,6 +138,7 @@ class PromptTask:
 def read_tasks(args: AnswerArguments) -> list[PromptTask]:
     """The prompts to answer, each once. Raises UserError if one of them is held out."""
     if args.input is None:
+        check_no_fields(args)
         unused = itertools.islice(enumerate(problems("train")), LEARNED, None)
         return [
             PromptTask(problem.prompt, "", problem, number in VALIDATION)
@@ -143,10 +146,10 @@ def read_tasks(args: AnswerArguments) -> list[PromptTask]:
         ]
     dropped = Dropped()
     if args.rank_by == "exact":
-        loaded = load_problems(args.input, dropped=dropped)
+        loaded = load_problems(args.input, dropped=dropped, fields=args.field_names)
         rows = (PromptTask(problem.prompt, "", problem) for problem in loaded)
     else:
-        rows = _prompts(args.input, dropped)
+        rows = _prompts(args.input, dropped, args.field_names)
     tasks = list(itertools.islice({task.prompt: task for task in rows}.values(), args.limit))
     dropped.print(args.input)
     refuse_held_out(args.input, tasks)
@@ -156,10 +159,10 @@ def read_tasks(args: AnswerArguments) -> list[PromptTask]:
     return tasks
 
 
-def _prompts(name: str, dropped: Dropped) -> Iterator[PromptTask]:
-    _, first = next(load_rows(name))
+def _prompts(name: str, dropped: Dropped, fields: dict[str, str]) -> Iterator[PromptTask]:
+    _, first = next(load_rows(name, fields=fields))
     if "prompt" not in first:
-        loaded = load_problems(name, dropped=dropped)
+        loaded = load_problems(name, dropped=dropped, fields=fields)
         yield from (PromptTask(problem.prompt) for problem in loaded)
         return
 
@@ -170,7 +173,7 @@ def _prompts(name: str, dropped: Dropped) -> Iterator[PromptTask]:
             raise RecordError(f"field 'category': expected a text, got {got}")
         yield PromptTask(Prompt.from_row(row).prompt, category)
 
-    rows = convert_rows(name, load_rows(name, dropped=dropped), convert, dropped)
+    rows = convert_rows(name, load_rows(name, dropped=dropped, fields=fields), convert, dropped)
     yield from (task for _, task in rows)
 
 

@@ -15,7 +15,6 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ from common.errors import UserError
 from common.files import ResumableRows, at_root, read_records, write_records
 from common.progress import progress_bar
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
-from reasoning.datasets.files import Dropped
+from reasoning.datasets.files import Dropped, FieldArgs, check_no_fields, load_rows
 from reasoning.datasets.loading import load_problems
 from reasoning.grading import graded, is_correct
 from reasoning.problems import problems
@@ -58,7 +57,7 @@ Selected = list[Problem] | list[Prompt]
 
 
 @dataclass
-class PairArguments(JudgeArgs, PolicyArgs):
+class PairArguments(JudgeArgs, PolicyArgs, FieldArgs):
     input: str | None = arg(
         None,
         "problems in any shape that reasoning/datasets/shapes.py knows; default: the "
@@ -91,11 +90,17 @@ class PairArguments(JudgeArgs, PolicyArgs):
 def read_problems(args: PairArguments) -> Selected:
     """The problems to sample, each prompt once. Raises UserError if one of them is held out."""
     if args.input is None:
+        check_no_fields(args)
         return list(itertools.islice(problems("train"), args.limit or 2000))
     by_answer = args.pair_by == "answer"
     dropped = Dropped()
-    problems_of = partial(load_problems, dropped=dropped)
-    rows = problems_of(args.input) if by_answer else read_records(args.input, Prompt)
+    if by_answer:
+        rows = load_problems(args.input, dropped=dropped, fields=args.field_names)
+    elif args.field_names:
+        loaded = load_rows(args.input, dropped=dropped, fields=args.field_names)
+        rows = (Prompt.from_row(row) for _, row in loaded)
+    else:
+        rows = read_records(args.input, Prompt)
     selected = list(itertools.islice({row.prompt: row for row in rows}.values(), args.limit))
     dropped.print(args.input)
     refuse_held_out(args.input, selected)

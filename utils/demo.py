@@ -21,6 +21,7 @@ DEMO = "data/demo"  # ignored by git
 BASE, TUNED = "models/policy-mini", f"{DEMO}/model"
 PAIRS, REWARDED = f"{DEMO}/synthetic_dataset.jsonl", f"{DEMO}/rewarded.jsonl"
 LOGS, RESULTS = f"{DEMO}/logs", f"{DEMO}/results"
+COMPARISON = "reward_score_comparison"
 
 
 @dataclass
@@ -62,36 +63,42 @@ def main() -> None:
     shutil.rmtree(ROOT / DEMO, ignore_errors=True)
     start = time.monotonic()
     step(
-        "1/5 Sample",
+        "1/6 Sample",
         "The policy answers each train problem 8 times; a right and a wrong answer make a pair.",
         *("utils/build_synthetic_dataset.py", "--limit", args.problems),
         *("--output", PAIRS, "--seed", args.seed),
     )
     step(
-        "2/5 Judge",
+        "2/6 Judge",
         "A GGUF model is asked after every step whether it is right; P(yes) is the step's score.",
         *("reward_model/evaluate_steps.py", "--input", PAIRS, "--output", REWARDED),
     )
     step(
-        "3/5 Train",
+        "3/6 Train",
         "Stepwise DPO raises steps with high scores and lowers the first step with a low score.",
         *("train.py", "--dataset_name", REWARDED, "--output_dir", TUNED, "--logs_dir", LOGS),
         *("--seed", args.seed),
     )
     step(
-        "4/5 Compare",
+        "4/6 Compare",
         "Base and tuned model answer held-out problems; a table shows judge reward and accuracy.",
         *("evaluation/eval_reward_scores.py", "--tuned_model", TUNED, "--pairs", REWARDED),
         *("--limit", args.test_problems, "--output_dir", RESULTS),
     )
-    prompt = improved_prompt(ROOT / RESULTS / "reward_score_comparison.jsonl")
+    prompt = improved_prompt(ROOT / RESULTS / f"{COMPARISON}.jsonl")
     answer = ("inference.py", "--show_scores", "--prompt", prompt, "--model_name_or_path")
     why = "One held-out problem, with the judge's score beside each step."
-    step("5/5 Answer: the base", why, *answer, BASE)
-    step("5/5 Answer: the tuned model", "The same problem after training.", *answer, TUNED)
-    plot = at_root(f"{RESULTS}/reward_score_comparison.png")
+    step("5/6 Answer: the base", why, *answer, BASE)
+    step("5/6 Answer: the tuned model", "The same problem after training.", *answer, TUNED)
+    step(
+        "6/6 Look",
+        "One page has every problem with both answers, scored and checked, and the curves.",
+        *("evaluation/report.py", "--results_dir", RESULTS, "--logs_dir", LOGS),
+    )
+    plot, page = (at_root(f"{RESULTS}/{name}") for name in (f"{COMPARISON}.png", "report.html"))
     minutes = (time.monotonic() - start) / 60
     print(f"\nThe table of step 4 as a plot: {plot} (the whole loop took {minutes:.1f} minutes)")
+    print(f"All answers, to look at in a browser: {page}")
 
 
 if __name__ == "__main__":

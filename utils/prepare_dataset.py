@@ -28,14 +28,14 @@ from common.files import at_root, file_stem, together, write_records
 from common.progress import taking_long
 from reasoning.answers import same_answer
 from reasoning.datasets import loading
-from reasoning.datasets.files import NOT_READ, Dropped, folder_files
+from reasoning.datasets.files import NOT_READ, Dropped, FieldArgs, folder_files
 from reasoning.datasets.shapes import KINDS
 from reasoning.records import PreferencePair, StepValue
 from reasoning.steps import one_line
 
 
 @dataclass
-class PrepareArguments:
+class PrepareArguments(FieldArgs):
     dataset_name: str = arg(
         help="a .jsonl, .json, .csv, .xml (each also with .gz) or .parquet file, a folder of such "
         "files, or a name on the hub"
@@ -70,7 +70,8 @@ def load_side(
 
     counts: of what is read and dropped. remarks: gets the first odd rows, and what else to say."""
     source = (args.dataset_name, args.dataset_config, split)
-    shape = loading.find_shape(*source)
+    fields = args.field_names
+    shape = loading.find_shape(*source, fields)
     best = next(iter(shape.gives))
     kind = args.to or ("pairs" if best == "step_labels" else best)
     has_steps = {"step_labels", "step_values"} & shape.gives.keys()
@@ -85,7 +86,7 @@ def load_side(
         "step_values": loading.load_step_values,
     }[kind]
     dropped = Dropped()
-    records = list(itertools.islice(load(*source, dropped=dropped), args.limit))
+    records = list(itertools.islice(load(*source, dropped=dropped, fields=fields), args.limit))
     counts["labelled steps read" if make_pairs else f"{kind} read"] += len(records)
     for reason, count in dropped.items():
         counts[f"  dropped, {reason}"] += count

@@ -13,11 +13,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from common.errors import RecordError
+from common.cli import arg
+from common.errors import RecordError, UserError
 from common.files import counted, file_stem, file_type, not_utf8, open_bytes, open_text, read_json
 from reasoning.steps import one_line
 
@@ -83,15 +85,53 @@ def is_local(name: str) -> bool:
     )
 
 
+OUR_FIELDS = ("prompt", "chosen", "rejected", "answer")
+
+
+@dataclass(kw_only=True)
+class FieldArgs:
+    """The fields of a data set of one's own, mixed into the arguments of a script that reads it."""
+
+    prompt_field: str | None = arg(
+        None, "field that holds the prompt; `a.b` is the field b within the field a"
+    )
+    chosen_field: str | None = arg(None, "field that holds the better answer of a pair")
+    rejected_field: str | None = arg(None, "field that holds the worse answer of a pair")
+    answer_field: str | None = arg(None, "field that holds the right final answer")
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """Our name of a field -> its name in the data set, of the fields that were given."""
+        given = {name: getattr(self, f"{name}_field") for name in OUR_FIELDS}
+        return {ours: theirs for ours, theirs in given.items() if theirs is not None}
+
+    @property
+    def field_flags(self) -> list[str]:
+        """The flags that were given, for a command to copy."""
+        flags = ((f"--{ours}_field", theirs) for ours, theirs in self.field_names.items())
+        return [word for flag in flags for word in flag]
+
+
+def check_no_fields(args: FieldArgs) -> None:
+    """Raises UserError for a field of a data set that is not given."""
+    for ours in args.field_names:
+        raise UserError(f"argument --{ours}_field: goes with a data set of your own")
+
+
 def load_rows(
-    name: str, config: str | None = None, split: str | None = None, dropped: Dropped | None = None
+    name: str,
+    config: str | None = None,
+    split: str | None = None,
+    dropped: Dropped | None = None,
+    fields: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, dict]]:
     """Stream (where, row) of a data set; `where` is `file:line` or similar, for error messages.
 
     Names of columns are in lower case, without white space around them. config: of a hub data set.
     split: of a folder, see `folder_files`; of a JSON file with several lists of rows, the name of
     one; of a hub data set, its split (default: train, or the only one). All other files have no
-    splits. dropped: counts what cannot be read. Raises RecordError."""
+    splits. dropped: counts what cannot be read. fields: our name -> name in the data set; such a
+    field replaces one that has our name. Raises RecordError, also if the first row lacks one."""
     dropped = Dropped() if dropped is None else dropped
     if not is_local(name):
         rows = _hub_rows(name, config, split)
@@ -107,8 +147,9 @@ def load_rows(
         elif not isinstance(row, dict):
             dropped.add(where, RecordError(f"expected a JSON object, got {show(row)}"))
         else:
+            row = _lower(row)
+            yield where, _renamed(row, fields, None if found else where) if fields else row
             found = True
-            yield where, _lower(row)
     if not found:
         what = "; ".join(dropped.examples) if dropped.odd > before else ""
         raise RecordError(f"{name}: no rows" + (f" that can be read; {what}" if what else ""))
@@ -117,6 +158,37 @@ def load_rows(
 def _lower(row: dict) -> dict:
     lower = {str(name).strip().lower(): value for name, value in row.items()}
     return lower if len(lower) == len(row) else row
+
+
+def _renamed(row: dict, fields: Mapping[str, str], where: str | None) -> dict:
+    """The row with our names of its fields. where: of a row that must have them (RecordError)."""
+    values = {}
+    for ours, theirs in fields.items():
+        first, dot, rest = theirs.strip().partition(".")
+        # the names of columns are in lower case, unless two of them would be the same then
+        for spelling in (theirs, theirs.strip().lower(), f"{first.lower()}{dot}{rest}"):
+            found, value = _value_at(row, spelling)
+            if found:
+                values[ours] = value
+                break
+        else:
+            if where is not None:
+                known = ", ".join(map(str, row))[:200]
+                raise RecordError(
+                    f"{where}: argument --{ours}_field: no field {theirs!r}; its fields are {known}"
+                )
+    taken = {*fields.values(), *(name.strip().lower() for name in fields.values()), *fields}
+    return {name: value for name, value in row.items() if name not in taken} | values
+
+
+def _value_at(row: dict, path: str) -> tuple[bool, Any]:
+    """(whether there is one, the value) of a field, or of a path like `question.problem`."""
+    value: Any = row
+    for name in [path] if path in row else path.split("."):
+        if not isinstance(value, dict) or name not in value:
+            return False, None
+        value = value[name]
+    return True, value
 
 
 # --- folders ---

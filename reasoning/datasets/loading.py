@@ -7,7 +7,7 @@ shown (`Dropped`); a data set in which no row or almost none can be used is a Re
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,15 @@ def shape_of(rows: Sequence[tuple[str, dict]]) -> Shape:
     raise RecordError(f"{where}: fields {found[:200]} are of no known shape; known: {known}")
 
 
-def find_shape(name: str, config: str | None = None, split: str | None = None) -> Shape:
+def find_shape(
+    name: str,
+    config: str | None = None,
+    split: str | None = None,
+    fields: Mapping[str, str] | None = None,
+) -> Shape:
     """The shape of a data set, from its first rows. Raises RecordError."""
-    return shape_of(list(itertools.islice(load_rows(name, config, split), FIRST_ROWS)))
+    rows = load_rows(name, config, split, fields=fields)
+    return shape_of(list(itertools.islice(rows, FIRST_ROWS)))
 
 
 def convert_rows(
@@ -102,13 +108,15 @@ def load_records(
     config: str | None = None,
     split: str | None = None,
     dropped: Dropped | None = None,
+    fields: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Stream (where, record) of a data set, in the first of `kinds` that its shape can give.
 
     kinds: keys of reasoning.datasets.shapes.KINDS. config: of a hub data set. split: of a hub data
-    set or a folder. dropped: counts the rows that are left out, by reason. Raises RecordError."""
+    set or a folder. dropped: counts the rows that are left out, by reason. fields: as in
+    `load_rows`. Raises RecordError."""
     dropped = Dropped() if dropped is None else dropped
-    rows = load_rows(name, config, split, dropped)
+    rows = load_rows(name, config, split, dropped, fields)
     first = list(itertools.islice(rows, FIRST_ROWS))
     shape = shape_of(first)
     kind = next((kind for kind in kinds if kind in shape.gives), None)
@@ -128,12 +136,16 @@ def load_records(
 
 
 def load_groups(
-    name: str, config: str | None = None, split: str | None = None, dropped: Dropped | None = None
+    name: str,
+    config: str | None = None,
+    split: str | None = None,
+    dropped: Dropped | None = None,
+    fields: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, RankedGroup]]:
     """Stream (where, group) of a data set of ranked groups, or of pairs of any shape that gives
     pairs: a pair is a group of two whole answers. Raises RecordError."""
     dropped = Dropped() if dropped is None else dropped
-    rows = load_rows(name, config, split, dropped)
+    rows = load_rows(name, config, split, dropped, fields)
     yield from convert_rows(name, rows, group_of, dropped)
 
 
@@ -164,10 +176,11 @@ def _load(
     config: str | None = None,
     split: str | None = None,
     dropped: Dropped | None = None,
+    fields: Mapping[str, str] | None = None,
 ) -> Iterator[Any]:
     """The records of one kind; for step values also the labels of labelled steps."""
     kinds = ["step_values", "step_labels"] if kind == "step_values" else [kind]
-    for _, record in load_records(kinds, name, config, split, dropped):
+    for _, record in load_records(kinds, name, config, split, dropped, fields):
         if kind != "step_values" or isinstance(record, StepValue):
             yield record
             continue
@@ -176,7 +189,7 @@ def _load(
                 yield StepValue(record.prompt, step, label, prefix=record.steps[:k])
 
 
-# Each takes (name, config, split, dropped) as load_records does, and raises RecordError.
+# Each takes (name, config, split, dropped, fields) as load_records does, and raises RecordError.
 load_problems = partial(_load, "problems")  # Problem; `steps` if the data set has solutions
 load_step_labels = partial(_load, "step_labels")  # LabelledSolution
 load_pairs = partial(_load, "pairs")  # PreferencePair; scored if the data set labels its steps

@@ -8,6 +8,7 @@ import torch
 
 from common.cli import arg
 from common.files import at_root
+from lm.registry import TemplateArgs
 from reward_model.registry import JudgeArgs
 from trainer.defaults import check_numbers
 
@@ -147,7 +148,7 @@ class StepPPOConfig:
 
 
 @dataclass
-class PPOArgs(JudgeArgs, StepPPOConfig):
+class PPOArgs(JudgeArgs, TemplateArgs, StepPPOConfig):
     """StepPPOConfig, the judge whose scores are the rewards, and the problems of the evaluation."""
 
     judge: str = field(default="prm", metadata=JudgeArgs.__dataclass_fields__["judge"].metadata)
