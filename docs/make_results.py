@@ -29,13 +29,6 @@ A commit that ends in `-dirty` had uncommitted changes in its working tree.
 HEADLINES = [
     ("Accuracy of the base policy, test problems", "reward_score_comparison", "base_accuracy"),
     ("... after stepwise DPO", "reward_score_comparison", "tuned_accuracy"),
-    (
-        "Stepwise DPO on 512 pairs, three seeds",
-        "main_table",
-        "by answer: stepwise, the default/accuracy",
-    ),
-    ("SFT on the same chosen answers", "main_table", "by answer: SFT on chosen/accuracy"),
-    ("DPO on the same pairs", "main_table", "by answer: DPO at its best lr/accuracy"),
     ("Step PPO, hard problems, three seeds", "ppo", "hard/step PPO/accuracy"),
     (
         "Weighted vote of 64 samples by prm-mini, hard problems",
@@ -80,22 +73,6 @@ def comparison(result: Result) -> str:
         both = metrics[f"base_{name}"], metrics[f"tuned_{name}"], metrics[f"{name}_improvement"]
         rows.append([name, *map(figure, both), f"{both[0]['n']:,}"])
     return table(["metric", "base", "tuned", "difference", "n"], rows)
-
-
-def main_table(result: Result) -> str:
-    """One row a training, one column a way to choose the pairs."""
-    metrics = result["metrics"]
-    kinds = ["by answer", "by judge"]
-    first = f"{kinds[0]}: "
-    names = [
-        name.removeprefix(first).removesuffix("/accuracy")
-        for name in metrics
-        if name.startswith(first) and name.endswith("/accuracy")
-    ]
-    rows = [["base", *[figure(metrics["base_accuracy"])] * 2]]
-    for name in names:
-        rows.append([name, *(figure(metrics[f"{kind}: {name}/accuracy"]) for kind in kinds)])
-    return table(["training", *(f"pairs {kind}" for kind in kinds)], rows)
 
 
 def ppo(result: Result) -> str:
@@ -238,8 +215,14 @@ SECTIONS: dict[str, Section] = {
         comparison,
     ),
     "demo/reward_score_comparison": Section("The same in the demo", ("make demo",), 4, comparison),
-    "main_table": Section(
-        "What the step scores add", ("python benchmarks/main_table.py --seeds 3",), 120, main_table
+    "hard/reward_score_comparison": Section(
+        "Base against tuned, 1,000 hard problems",
+        (
+            "python evaluation/eval_reward_scores.py --input data/problems_hard.jsonl"
+            " --output_dir evaluation/results/hard",
+        ),
+        5,
+        comparison,
     ),
     "stability": Section(
         "Losses over learning rates and epochs", ("python benchmarks/stability.py",), 60, stability
