@@ -23,6 +23,7 @@ import torch
 import transformers
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, ProgressCallback, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
@@ -403,7 +404,7 @@ class Training:
         adapter is merged into its base. Raises ValueError for --use_peft with an adapter to
         convert."""
         self.set_prompts(tokenizer)
-        peft_config = get_peft_config(self.model_args)
+        peft_config = self._new_adapter(model.config.model_type)
         if is_peft_model(model) and self.model_args.use_peft:
             if convert:
                 raise ValueError(
@@ -426,7 +427,7 @@ class Training:
         config, args = self.config, self.model_args
         hub = {"revision": args.model_revision, "trust_remote_code": config.trust_remote_code}
         start: dict[str, Any] = {
-            "peft_config": get_peft_config(args),
+            "peft_config": None,
             "quantization_config": get_quantization_config(args),
         }
         if base_of(self.model, args.model_revision)[1]:
@@ -443,7 +444,18 @@ class Training:
         model = load_weights(AutoModelForCausalLM, self.model, device_map="meta", **hub)
         tokenizer = fit_tokenizer(load_tokenizer(self.model, **hub), model)
         self.set_prompts(tokenizer)
+        start["peft_config"] = self._new_adapter(model.config.model_type)
         return start | {"model": self.model, "processing_class": tokenizer}
+
+    def _new_adapter(self, model_type: str) -> Any:
+        """The configuration of the adapter that --use_peft asks for, or None.
+
+        Where PEFT knows no usual layers of this type of model, all linear layers are adapted."""
+        config = get_peft_config(self.model_args)
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        if config is not None and config.target_modules is None and model_type not in known:
+            config.target_modules = "all-linear"
+        return config
 
     def _adapter(self, needs_reference: bool, hub: dict) -> dict[str, Any]:
         """The arguments of TRL's trainers to start from an adapter.
