@@ -66,7 +66,12 @@ METHODS: dict[str, tuple[str, str, dict]] = {
     DEFAULT: (
         "judge",
         "dpo",
-        {"loss_type": ["stepwise", "step_sft"], "credit": "fork", "anchor_lambda": 0},
+        {
+            "loss_type": ["stepwise", "step_sft"],
+            "loss_weights": [1, 4],
+            "credit": "fork",
+            "anchor_lambda": 0,
+        },
     ),
     "SFT on chosen": ("judge", "dpo", {"loss_type": ["sft"]}),
     "SFT on all good samples": ("good", "sft", {}),

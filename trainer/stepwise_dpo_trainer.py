@@ -62,6 +62,8 @@ STEP_LOSSES: dict[str, Callable[..., StepLoss]] = {
     "full_step_dpo": full_step_dpo_loss,
     "step_sft": step_sft_loss,
 }
+# the default losses and their weights, chosen on validation problems (docs/LOG.md)
+DEFAULT_LOSSES = {"stepwise": 1.0, "step_sft": 4.0}
 MIXABLE = (*STEP_LOSSES, "sigmoid", "sft")  # losses that can be combined with a step loss
 SIDES = ("chosen", "rejected")
 CPU_BLOCK = 512  # tokens; smaller blocks have less padding, but slower matrix products
@@ -75,9 +77,15 @@ class StepwiseDPOConfig(MiniatureDefaults, TemplateArgs, DPOConfig):
     """DPOConfig with the step losses. Raises ValueError for impossible values."""
 
     loss_type: list[str] = arg(
-        ["stepwise", "step_sft"],
+        list(DEFAULT_LOSSES),
         f"Losses, summed with --loss_weights: {', '.join(STEP_LOSSES)}, alone or with "
         f"sigmoid and sft; or any of TRL's own: {', '.join(TRL_LOSSES)}.",
+    )
+    loss_weights: list[float] | None = arg(
+        None,
+        "Weight of each loss of --loss_type (default: "
+        f"{' and '.join(f'{weight:g}' for weight in DEFAULT_LOSSES.values())} for "
+        f"{' and '.join(DEFAULT_LOSSES)}, else 1 each).",
     )
     credit: str = arg(
         "fork",
@@ -114,6 +122,8 @@ class StepwiseDPOConfig(MiniatureDefaults, TemplateArgs, DPOConfig):
         self.loss_type = (
             [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
         )
+        if self.loss_weights is None and self.loss_type == list(DEFAULT_LOSSES):
+            self.loss_weights = list(DEFAULT_LOSSES.values())
         known = (*STEP_LOSSES, *TRL_LOSSES)
         unknown = [name for name in self.loss_type if name not in known]
         if unknown or not self.loss_type:
