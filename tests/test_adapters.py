@@ -96,6 +96,8 @@ def train_from(model: str, folder: Path, *more: object, command: str = "dpo") ->
         "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 2,
         "save_total_limit": 9, "learning_rate": 1e-3, "bf16": "false", "disable_tqdm": "true",
     }  # fmt: skip
+    if command == "dpo":
+        flags["loss_type"] = "stepwise"  # its first loss is ln 2
     argv = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     with patch.object(sys, "argv", ["train.py", command, *argv, *map(str, more)]):
         train.main()

@@ -80,7 +80,7 @@ def test_a_package_that_is_not_there(tmp_path, monkeypatch, capsys, package, arg
         (["--adam_beta1", "1"], "--adam_beta1: expected 0 to 0.999999"),
         (["--weight_decay", "-1"], "--weight_decay: expected 0 to"),
         (["--max_grad_norm", "-1"], "--max_grad_norm: expected 0 to"),
-        (["--loss_weights", "-1"], "--loss_weights: expected 0 to"),
+        (["--loss_type", "sigmoid", "--loss_weights", "-1"], "--loss_weights: expected 0 to"),
         (["--save_steps", "0"], "--save_steps: expected above 0 to"),
         (["--max_steps", "0"], "--max_steps: expected 1 or more, or -1"),
         (["--max_steps", "-5"], "--max_steps: expected 1 or more, or -1"),
