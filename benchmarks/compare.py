@@ -78,7 +78,11 @@ METHODS: dict[str, tuple[str, str, dict]] = {
     "SFT before the first low score": ("cut", "dpo", {"loss_type": ["sft"]}),
     "DPO": ("judge", "dpo", {"loss_type": ["sigmoid"]}),
     "RPO": ("judge", "dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 1]}),
-    "DPO-Positive": ("whole", "dpo", {"credit": "uniform", "anchor_lambda": 5}),
+    "DPO-Positive": (
+        "whole",
+        "dpo",
+        {"loss_type": ["stepwise"], "credit": "uniform", "anchor_lambda": 5},
+    ),
     "Step-DPO": ("judge", "dpo", {"loss_type": ["step_dpo"], "anchor_lambda": 0}),
     "Full-Step-DPO": ("judge", "dpo", {"loss_type": ["full_step_dpo"], "anchor_lambda": 0}),
 }

@@ -200,8 +200,8 @@ class Section:
 
 # name of the file in docs/results -> its section; in the order of the page
 COMPARED = {  # the trainings of "Where the credit goes" -> their arguments
-    "stepwise": "",
-    "first_error": "--loss_type stepwise --credit first_error ",
+    "stepwise": "--loss_type stepwise --credit first_error --anchor_lambda 5 ",
+    "stepwise_no_anchor": "--loss_type stepwise --credit first_error ",
     "dpo": "--loss_type sigmoid ",
     "step_dpo": "--loss_type step_dpo ",
     "full_step_dpo": "--loss_type full_step_dpo ",
