@@ -162,7 +162,7 @@ def test_figures_with_intervals_stand_in_a_result(page):
     missing = [figure for figure in figures if figure not in known]
     # figures from before results were kept as files; each is gone when its experiment runs again
     unfiled = {"pipeline.md": 3, "reward_model.md": 2, "step_values_and_prm.md": 16}
-    assert len(missing) == unfiled.get(page.name, 0), missing
+    assert len(missing) <= unfiled.get(page.name, 0), missing
 
 
 @pytest.mark.process
