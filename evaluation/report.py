@@ -345,11 +345,11 @@ def main() -> None:
         "searches": searches(results / "search.json"),
         "judges": judges(results),
     }
-    scripts = {
-        "comparison": f"{here('python evaluation/eval_reward_scores.py')} in {results}",
-        "trainings": f"{here('python train.py')} in {logs}",
-        "searches": f"{here('python evaluation/eval_search.py')} in {results}",
-        "judges": f"{here('python evaluation/eval_judge.py')} in {results}",
+    made_by = {  # part -> (the folder where it is looked for, the script that writes it)
+        "comparison": (results, "python evaluation/eval_reward_scores.py"),
+        "trainings": (logs, "python train.py"),
+        "searches": (results, "python evaluation/eval_search.py"),
+        "judges": (results, "python evaluation/eval_judge.py"),
     }
     if not any(data.values()):
         raise UserError(
@@ -360,9 +360,9 @@ def main() -> None:
     check_output(output, args.overwrite)
     name = Path(compared["tuned"]).name if compared else results.resolve().name
     write_text(output, [page(f"Report: {name}", data)])
-    for part, script in scripts.items():
+    for part, (folder, script) in made_by.items():
         if not data[part]:
-            print(f"no {part}: nothing of {script}")
+            print(f"the page has no {part}: {folder} has none; {here(script)} writes them")
     print(f"wrote {output} ({output.stat().st_size / 1e6:.1f} MB): open it in a browser")
 
 
