@@ -27,6 +27,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -48,14 +49,14 @@ from evaluation.metrics import (
 )
 from evaluation.results import print_table, write_result
 
-DATA, ROUND_1 = "data/compare", "data/compare/round_1"  # ignored by git
+DATA = "data/compare"  # ignored by git
 TREES = "data/mcts_trees.jsonl.gz"
-# regime -> file of its rollouts, split, first problem, number of problems; judge-mini did not learn
-# from these problems
+# regime -> split, first problem and number of the problems of its rollouts, from which judge-mini
+# did not learn
 ROLLOUTS = {
-    **dict.fromkeys("ac", ("rollouts", "train", 14_000, 2000)),
-    "d": ("rollouts_hard", "hard_train", 0, 3000),
-    "e": ("rollouts_2", "train", 16_000, 2000),
+    **dict.fromkeys("ac", ("train", 14_000, 2000)),
+    "d": ("hard_train", 0, 3000),
+    "e": ("train", 16_000, 2000),
 }
 BATCH = 16
 RATES, EPOCHS = (3e-5, 1e-4, 3e-4), (1, 2, 4)
@@ -125,27 +126,36 @@ class Comparison:
 
     # --- training rows ---
 
+    def rollouts(self, regime: str) -> compare_rows.Rollouts:
+        folder, policy = Path(at_root(DATA)), at_root(self.base(regime))
+        split = ROLLOUTS[regime]
+        path = compare_rows.sample(folder, policy, *split, only_failed=regime == "d")
+        return compare_rows.read_rollouts(path)
+
     def make_rows(self, regime: str) -> None:
-        """Make the rows of a regime that are not there yet."""
-        folder = Path(at_root(DATA))
-        if (folder / f"{regime}_good.jsonl").exists():  # it is written last
-            return
+        """Write the training rows of a regime."""
+        folder, limit = Path(at_root(DATA)), self.args.limit
         if regime == "b":
             pairs = folder / "step_pairs.jsonl"
-            flags = ["--from_trees", at_root(TREES), "--per_state", "1", "--output", str(pairs)]
-            if not pairs.exists():
-                _call("utils/build_step_pairs.py", *flags)
-            compare_rows.write_tree_rows(folder, Path(at_root(TREES)), pairs, self.args.limit)
-            return
-        if regime == "e" and not Path(at_root(ROUND_1), "config.json").exists():
-            first = self.run("a", DEFAULT, *self.tuned("a", DEFAULT), seed=0)
-            flags = as_flags(first["settings"] | {"dataset_name": at_root(first["rows"])})
-            _call("train.py", "dpo", *flags, "--seed", "0", "--output_dir", at_root(ROUND_1))
-        name, *which = ROLLOUTS[regime]
-        path, policy = folder / f"{name}.jsonl", at_root(ROUND_1 if regime == "e" else BASE)
-        compare_rows.sample(path, policy, *which, only_failed=regime == "d")
-        rollouts = compare_rows.read_rollouts(path)
-        compare_rows.write_rows(folder, regime, rollouts, self.args.limit)
+            flags = {"from_trees": at_root(TREES), "per_state": 1, "output": pairs}
+            _call("utils/build_step_pairs.py", *as_flags(flags | {"overwrite": "true"}))
+            compare_rows.write_tree_rows(folder, Path(at_root(TREES)), pairs, limit)
+        else:
+            compare_rows.write_rows(folder, regime, self.rollouts(regime), limit)
+
+    def base(self, regime: str) -> str:
+        """The policy that is trained in a regime."""
+        return self.round_1 if regime == "e" else BASE
+
+    @cached_property
+    def round_1(self) -> str:
+        """The policy of the first round: that of the default in (a), trained if it is not there."""
+        first = self.run("a", DEFAULT, *self.tuned("a", DEFAULT), seed=0)
+        folder = f"{DATA}/round_1_{key_of(first)[:8]}"
+        if not Path(at_root(folder), "config.json").exists():
+            flags = first["settings"] | {"dataset_name": at_root(first["rows"]), "seed": 0}
+            _call("train.py", "dpo", *as_flags(flags | {"output_dir": at_root(folder)}))
+        return folder
 
     def run(
         self, regime: str, method: str, rate: float, epochs: int, seed: int, rows: str = ""
@@ -160,7 +170,7 @@ class Comparison:
             "name": f"{regime}: {method}",
             "recipe": recipe,
             "rows": f"{DATA}/{regime}_{rows}.jsonl",
-            "model": ROUND_1 if regime == "e" else BASE,
+            "model": self.base(regime),
             "settings": settings | more,
             "seed": seed,
             "each_epoch": False,
@@ -198,8 +208,7 @@ class Comparison:
             for method in args.methods
         }
         for regime in args.regimes:
-            base = base_run(f"{DATA}/{regime}_judge.jsonl", TEST, SAMPLES)
-            runs[regime, "base", 0] = base | {"model": ROUND_1 if regime == "e" else BASE}
+            runs[regime, "base", 0] = base_run(TEST, SAMPLES, self.base(regime))
         found: dict[tuple[str, str], list[dict]] = {}
         for (regime, method, _), row in zip(runs, self.rows([*runs.values()]), strict=True):
             found.setdefault((regime, method), []).append(row)
@@ -207,11 +216,9 @@ class Comparison:
 
     def planted(self) -> dict[float, dict[str, list[dict]]]:
         """AUROC -> method -> the rows of its seeds, for judges of this AUROC in (c)."""
-        folder, runs = Path(at_root(DATA)), {}
-        rollouts = compare_rows.read_rollouts(folder / "rollouts.jsonl")
+        rollouts, runs = self.rollouts("c"), {}
         for auroc in PLANTED:
-            if not (folder / f"c_planted_{auroc:g}.jsonl").exists():
-                compare_rows.write_planted_rows(folder, auroc, rollouts, self.args.limit)
+            compare_rows.write_planted_rows(Path(at_root(DATA)), auroc, rollouts, self.args.limit)
         for seed in range(self.args.seeds):
             for auroc in PLANTED:
                 for method in (DEFAULT, "DPO"):
@@ -331,16 +338,20 @@ def report(comparison: Comparison, found: dict, planted: dict) -> None:
 def main() -> None:
     (args,) = parse_args(CompareArguments, description=__doc__)
     comparison = Comparison(args)
-    # (a) is tuned before (e) is made: the second round begins with the policy of the first
-    for regime in dict.fromkeys(TUNED_IN[regime] for regime in args.regimes):
+    has_planted = args.until == "planted" and "c" in args.regimes
+    # the controls, the second round and the planted judges need the settings of these
+    needed = {DEFAULT, *args.methods, *(["DPO"] if has_planted else [])}
+    tuned_in = dict.fromkeys(TUNED_IN[regime] for regime in args.regimes)
+    for regime in tuned_in:
         comparison.make_rows(regime)
-        comparison.tune(regime, [method for method in args.methods if method in METHODS])
+        comparison.tune(regime, [method for method in METHODS if method in needed])
     found, planted = {}, {}
     if args.until != "tuning":
         for regime in args.regimes:
-            comparison.make_rows(regime)
+            if regime not in tuned_in:
+                comparison.make_rows(regime)
         found = comparison.test()
-    if args.until == "planted" and "c" in args.regimes:
+    if has_planted:
         planted = comparison.planted()
     report(comparison, found, planted)
 

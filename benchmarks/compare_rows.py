@@ -12,13 +12,14 @@ score; `good`, all good samples. A judge of planted AUROC picks and scores its o
 
 import itertools
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import NormalDist
 
-from common.files import ResumableRows, identity, read_records, read_rows, write_records
+from common.files import ResumableRows, identity, read_records, read_rows, rows_hash, write_records
 from common.progress import progress_bar
 from reasoning.grading import grade_steps, is_correct
 from reasoning.problems import problems
@@ -49,17 +50,19 @@ Scorer = Callable[[Problem, Steps], Scores]
 
 
 def sample(
-    path: Path, policy_path: str, split: str, skip: int, limit: int, only_failed: bool = False
-) -> None:
-    """Write SAMPLES solutions of each problem, with the scores of the GGUF judge.
+    folder: Path, policy_path: str, split: str, skip: int, limit: int, only_failed: bool = False
+) -> Path:
+    """Write SAMPLES solutions of each problem, with the scores of the GGUF judge. Returns the file.
 
     One row a problem: `problem`, `steps` (of each sample that ended) and `judge` (their scores).
-    only_failed: leave out problems of which a sample is right."""
-    if path.exists():
-        return
+    only_failed: leave out problems of which a sample is right. The name of the file has a hash of
+    all that the rows depend on; if it is there, nothing is sampled."""
     judge_args = JudgeArgs()
     job = {"policy": identity(policy_path), "split": split, "skip": skip, "limit": limit}
     job |= {"only_failed": only_failed} | judge_identity(judge_args)
+    path = folder / f"rollouts_{rows_hash([job])[:8]}.jsonl"
+    if path.exists():
+        return path
     selected = list(itertools.islice(problems(split), skip, skip + limit))
     rows = ResumableRows(path, job)
     with open_judge(judge_args) as judge:
@@ -92,6 +95,7 @@ def sample(
                 bar.update(len(group))
     write_records(path, (row for unit in rows.rows for row in unit["rows"]))
     rows.finish()
+    return path
 
 
 def read_rollouts(path: Path) -> Rollouts:
@@ -121,7 +125,7 @@ def planted_judge(auroc: float) -> Scorer:
         for k, label in enumerate(grade_steps(steps, problem)):
             seed = json.dumps([problem.prompt, *steps[: k + 1]])
             x = distance * (label - 0.5) + random.Random(seed).gauss(0, 1)
-            found.append(1 / (1 + 2.718281828459045 ** (-distance * x)))
+            found.append(1 / (1 + math.exp(-distance * x)))
         return found
 
     return scores

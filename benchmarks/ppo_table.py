@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import compare_rows
-from benchmarks.compare import shares
+from benchmarks.compare import SAMPLES, shares
 from benchmarks.runs import BASE, base_run, key_of, run_all
 from common.cli import arg, check_input, check_least, parse_args, run
 from common.files import at_root
@@ -46,7 +46,7 @@ ROWS: dict[str, tuple[str, str, dict]] = {
     "DPO": (f"{DATA}/a_judge.jsonl", "dpo", {"loss_type": ["sigmoid"]}),
     "stepwise DPO": (f"{DATA}/a_judge.jsonl", "dpo", {}),
 }
-MEASURED, SAMPLES = {"hard": 1000, "test": 2000}, 4
+MEASURED = {"hard": 1000, "test": 2000}
 MEASURES = ("hard", "test", "hard, sampled", "test, sampled")
 
 
@@ -62,12 +62,10 @@ class PPOTableArguments:
 
 
 def make_rows() -> None:
-    """The rows that the rollouts of policy-mini give, unless they are there."""
+    """The rows that the rollouts of policy-mini give."""
     folder, count = Path(at_root(DATA)), ROLLOUTS // compare_rows.SAMPLES
-    if not (folder / "a_good.jsonl").exists():
-        path = folder / "rollouts.jsonl"
-        compare_rows.sample(path, at_root(BASE), "train", FIRST_PROBLEM, count)
-        compare_rows.write_rows(folder, "a", compare_rows.read_rollouts(path), count)
+    path = compare_rows.sample(folder, at_root(BASE), "train", FIRST_PROBLEM, count)
+    compare_rows.write_rows(folder, "a", compare_rows.read_rollouts(path), count)
 
 
 def main() -> None:
@@ -75,7 +73,7 @@ def main() -> None:
     check_input(at_root(STEPS), "python utils/build_mcts_dataset.py")
     make_rows()
     common = {"model": BASE, "measure": MEASURED, "samples": SAMPLES, "each_epoch": False}
-    runs = {("base", 0): base_run(f"{DATA}/a_judge.jsonl", MEASURED, SAMPLES)}
+    runs = {("base", 0): base_run(MEASURED, SAMPLES)}
     for seed in range(args.seeds):
         for name in args.rows:
             rows, recipe, settings = ROWS[name]

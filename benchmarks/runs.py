@@ -129,11 +129,12 @@ def bits(correct: str) -> list[float]:
     return [float(c) for c in correct]
 
 
-def base_run(rows: str, measure: dict[str, int], samples: int = 0) -> dict:
-    """A run that measures the base: its learning rate is 0."""
+def base_run(measure: dict[str, int], samples: int = 0, model: str = BASE) -> dict:
+    """A run that measures a model as it is: its learning rate is 0."""
     settings = {"learning_rate": 0.0, "max_steps": 1}
-    named = {"name": "base", "recipe": "dpo", "rows": rows, "model": BASE, "settings": settings}
-    return {**named, "seed": 0, "measure": measure, "samples": samples, "each_epoch": False}
+    named = {"name": "base", "recipe": "dpo", "rows": "data/rewarded.jsonl", "model": model}
+    measured = {"measure": measure, "samples": samples, "each_epoch": False}
+    return {**named, "settings": settings, "seed": 0, **measured}
 
 
 def key_of(run: dict) -> str:
@@ -149,15 +150,17 @@ def run_all(runs: Sequence[dict], path: Path, workers: int) -> list[dict]:
 
     `workers` runs are trained at once, each on its share of the cores."""
     store = AppendedRows(path, lambda row: "key" in row)
+    by_key = {key_of(run): run for run in runs}
     done = {row["key"] for row in store.rows}
-    todo = [run for run in runs if key_of(run) not in done]
+    todo = {key: run for key, run in by_key.items() if key not in done}
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
-        futures = {pool.submit(train_and_measure, {**run, "threads": threads}): run for run in todo}
+        futures = {
+            pool.submit(train_and_measure, {**run, "threads": threads}): key
+            for key, run in todo.items()
+        }
         for future in tqdm(as_completed(futures), total=len(todo), unit="run", desc="training"):
-            key = key_of(futures[future])
-            store.append(*({**row, "key": key} for row in future.result()))
+            store.append(*({**row, "key": futures[future]} for row in future.result()))
     store.close()
-    keys = {key_of(run) for run in runs}
-    return [row for row in store.rows if row["key"] in keys]
+    return [row for row in store.rows if row["key"] in by_key]

@@ -82,7 +82,7 @@ def main() -> None:
     ]
     path = output / "stability.jsonl"
     rows = run_all(grid, path, args.workers)
-    (base_row,) = run_all([base_run(args.pairs, measure)], path, 1)
+    (base_row,) = run_all([base_run(measure)], path, 1)
     base = rate_metric(bits(base_row["correct"]["validation"]))
     metrics: dict[str, Metric] = {"base/accuracy": base}
     table = [("base", "", str(base), "", "")]

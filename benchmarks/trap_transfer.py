@@ -55,6 +55,7 @@ def trap_kinds(story: Story) -> list[str]:
 
 def train_prm(name: str, trees: Sequence[dict]) -> Path:
     """The PRM of some trees; it is trained unless it is there already."""
+    name = f"{name}_{len(trees)}"
     folder = Path(at_root(MODELS), name)
     path, start = Path(at_root(DATA), f"{name}.jsonl"), at_root(START)
     if not (folder / "relative/config.json").exists():

@@ -236,9 +236,8 @@ class Policy:
         """(text with its line breaks, whether it ended by EOS) for every prompt.
 
         The text of a prompt does not depend on the other prompts. top_p: instead of that of the
-        style. chat: the prompt alone is the
-        user's message, without the instruction to solve it step by step; the model has a chat
-        template. Raises PromptTooLong."""
+        style. chat: the prompt alone is the user's message, without the instruction to solve it
+        step by step; the model has a chat template. Raises PromptTooLong."""
         thinks = self.style.thinks
         prefixes = [encode_prompt(self.tokenizer, prompt, chat, thinks) for prompt in prompts]
         for prompt, ids in zip(prompts, prefixes, strict=True):

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,10 @@ from common.errors import RecordError, UserError
 from common.files import read_records, write_records
 from reasoning.datasets.files import Dropped, FieldArgs, check_no_fields, load_rows
 from reasoning.datasets.loading import find_shape, load_groups, load_pairs, load_problems
+from reasoning.datasets.selection import select_problems
 from reasoning.records import PreferencePair
 from tests.helpers.mains import call_main
-from utils import build_synthetic_dataset, prepare_dataset
+from utils import prepare_dataset
 
 BETTER, WORSE = "Step 1: 3 + 4 = 7\nAnswer: 7", "Step 1: 3 + 4 = 8\nAnswer: 8"
 OWN = {"Task": {"Text": "3 + 4 = ?"}, "good": BETTER, "bad": WORSE, "gold": 7, "answer": "no"}
@@ -84,13 +84,11 @@ def test_scripts_take_them(own, tmp_path, monkeypatch, capsys):
     assert code == 0, err
     prompts = [pair.prompt for pair in read_records(output, PreferencePair)]
     assert prompts == ["3 + 4 = ?", "3 + 5 = ?"]
-    monkeypatch.setattr(sys, "argv", ["x"])
-    args = build_synthetic_dataset.PairArguments(
-        input=own, prompt_field="Task.Text", answer_field="gold"
-    )
-    assert [p.answer for p in build_synthetic_dataset.read_problems(args)] == ["7", "7"]
-    args = build_synthetic_dataset.PairArguments(
-        input=own, prompt_field="Task.Text", pair_by="judge"
-    )
-    assert [p.prompt for p in build_synthetic_dataset.read_problems(args)] == prompts
+    fields = FieldArgs(prompt_field="Task.Text", answer_field="gold")
+    assert [p.answer for p in select_problems(own, None, 9, fields)] == ["7", "7"]
+    fields = FieldArgs(prompt_field="Task.Text")
+    found = select_problems(own, None, 9, fields, with_answers=False)
+    assert [p.prompt for p in found] == prompts
+    with pytest.raises(UserError, match="--prompt_field: goes with a data set of your own"):
+        select_problems(None, None, 9, fields)
     assert json.loads(Path(own).read_text().splitlines()[0]) == OWN

@@ -23,14 +23,15 @@ from common.files import ResumableRows, at_root, read_records, together, write_r
 from lm.registry import check_policy, open_policy
 from reasoning.answers import extract_answer
 from reasoning.datasets.files import table_lines
+from reasoning.datasets.selection import select_problems
 from reasoning.datasets.shapes import three_columns
 from reasoning.grading import is_correct
 from reasoning.records import StepValue
 from reasoning.samples import FEW, Sample, samples_file, show_samples
 from reasoning.splits import refuse_held_out
 from reasoning.steps import ends_solution
-from search.tree_building import TreeArgs, print_summary, read_problems, search_problems, tree_job
 from search.tree_search import DROPPED, Tree
+from utils.tree_building import PROBLEMS, TreeArgs, print_summary, search_problems, tree_job
 
 
 @dataclass
@@ -59,7 +60,7 @@ class TreeArguments(TreeArgs):
 def build_trees(args: TreeArguments) -> tuple[list[Tree], ResumableRows, Path]:
     """The trees in the order of the problems, the rows to which they were appended, and the file
     for samples."""
-    to_search = read_problems(args)
+    to_search = select_problems(args.input, args.limit, PROBLEMS, args)
     check_policy(args)
     job = tree_job(args, to_search)
     samples_path = check(args, ResumableRows.may_replace(args.output, job, args.overwrite))

@@ -43,6 +43,7 @@ from common.files import (
 )
 from common.progress import progress_bar
 from lm.registry import check_policy, open_policy
+from reasoning.datasets.selection import select_problems
 from reasoning.grading import is_correct
 from reasoning.records import ScoredPair
 from reasoning.splits import refuse_held_out
@@ -56,8 +57,8 @@ from reward_model.registry import (
     warn_of_foreign_text,
 )
 from search.step_pairs import KINDS, Continuation, by_answer, by_judge, gap, pair_up, to_judge
-from search.tree_building import TreeArgs, print_summary, read_problems, search_problems, tree_job
 from search.tree_search import SEARCHES, Steps, Tree
+from utils.tree_building import PROBLEMS, TreeArgs, print_summary, search_problems, tree_job
 
 TREES = at_root("data/mcts_trees.jsonl.gz")
 MAKES_TREES = "python utils/build_mcts_dataset.py --trees data/trees.jsonl.gz --overwrite"
@@ -255,7 +256,9 @@ def main() -> None:
     if by_a_judge:
         check_judge(args)
     if args.searches:
-        to_search = read_problems(args, with_answers=not by_a_judge)
+        to_search = select_problems(
+            args.input, args.limit, PROBLEMS, args, with_answers=not by_a_judge
+        )
         check_policy(args)
         search_job = tree_job(args, to_search)
         source = search_job

@@ -23,16 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, beside, check_least, check_output, here, parse_args, run
 from common.errors import UserError
-from common.files import ResumableRows, at_root, read_records, write_records
+from common.files import ResumableRows, at_root, write_records
 from common.progress import progress_bar
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
-from reasoning.datasets.files import Dropped, FieldArgs, check_no_fields, load_rows
-from reasoning.datasets.loading import load_problems
+from reasoning.datasets.files import FieldArgs
+from reasoning.datasets.selection import select_problems
 from reasoning.grading import graded, is_correct
-from reasoning.problems import problems
 from reasoning.records import Problem, Prompt
 from reasoning.samples import FEW, Sample, samples_file, show_samples
-from reasoning.splits import refuse_held_out
 from reward_model.protocols import StepJudge
 from reward_model.registry import (
     JudgeArgs,
@@ -87,29 +85,10 @@ class PairArguments(JudgeArgs, PolicyArgs, FieldArgs):
             raise UserError("argument --judge: samples are judged with --pair_by judge only")
 
 
-def read_problems(args: PairArguments) -> Selected:
-    """The problems to sample, each prompt once. Raises UserError if one of them is held out."""
-    if args.input is None:
-        check_no_fields(args)
-        return list(itertools.islice(problems("train"), args.limit or 2000))
-    by_answer = args.pair_by == "answer"
-    dropped = Dropped()
-    if by_answer:
-        rows = load_problems(args.input, dropped=dropped, fields=args.field_names)
-    elif args.field_names:
-        loaded = load_rows(args.input, dropped=dropped, fields=args.field_names)
-        rows = (Prompt.from_row(row) for _, row in loaded)
-    else:
-        rows = read_records(args.input, Prompt)
-    selected = list(itertools.islice({row.prompt: row for row in rows}.values(), args.limit))
-    dropped.print(args.input)
-    refuse_held_out(args.input, selected)
-    return selected
-
-
 def main() -> None:
     (args,) = parse_args(PairArguments, description=__doc__.split("\n\n")[0])
-    selected = read_problems(args)
+    by_answer = args.pair_by == "answer"
+    selected = select_problems(args.input, args.limit, 2000, args, with_answers=by_answer)
     check_policy(args)
     if args.pair_by == "judge":
         check_judge(args)

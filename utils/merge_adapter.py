@@ -59,13 +59,11 @@ def main() -> None:
 
     try:
         base, is_adapter = base_of(adapter)
-        if not is_adapter:
-            raise UserError(f"{adapter} is a whole model, not an adapter: nothing is to be merged")
         stored = AutoConfig.from_pretrained(base, trust_remote_code=False).dtype
     except LOAD_ERRORS as error:
-        if isinstance(error, UserError):
-            raise
         raise ModelError(f"{adapter}: its base cannot be found ({first_line(error)})") from None
+    if not is_adapter:
+        raise UserError(f"{adapter} is a whole model, not an adapter: nothing is to be merged")
     dtype = stored or torch.float32
     if args.merged_dtype != "auto":
         dtype = getattr(torch, args.merged_dtype)

@@ -1,29 +1,26 @@
 """Search many problems with a policy, in a job that resumes: what scripts that make trees share."""
 
 import hashlib
-import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from common.cli import arg, check_least
 from common.errors import PromptTooLong, UserError
-from common.files import ResumableRows, read_records
+from common.files import ResumableRows
 from common.progress import progress_bar
 from lm.registry import PolicyArgs, policy_identity
-from reasoning.datasets.files import Dropped, FieldArgs, check_no_fields
-from reasoning.datasets.loading import load_problems
-from reasoning.problems import problems
+from reasoning.datasets.files import FieldArgs
 from reasoning.records import Problem, Prompt
-from reasoning.splits import refuse_held_out
 from search.tree_search import DROPPED, SEARCHES, UNKNOWN, IsRight, Tree, TreeBudget, run_searches
 
 if TYPE_CHECKING:  # torch would slow --help
     from lm.policy import Policy
 
+PROBLEMS = 500  # of the train problems, if neither --input nor --limit is given
 # the arguments that determine a tree
 SEARCH = ("search", "rollouts_per_state", "budget", "temperature", "max_new_tokens", "seed")
 
@@ -39,7 +36,8 @@ class TreeArgs(PolicyArgs, FieldArgs):
     )
     limit: int | None = arg(
         None,
-        "use the first LIMIT problems; if not given: 500 of the train problems, all of --input",
+        "use the first LIMIT problems; if not given: "
+        f"{PROBLEMS} of the train problems, all of --input",
     )
     search: str = arg(
         "omegaprm",
@@ -63,23 +61,6 @@ class TreeArgs(PolicyArgs, FieldArgs):
             )
         if self.temperature <= 0:
             raise UserError(f"argument --temperature: expected above 0, got {self.temperature}")
-
-
-def read_problems(args: TreeArgs, with_answers: bool = True) -> Sequence[Problem | Prompt]:
-    """The problems to search, each prompt once. Raises UserError if one of them is held out."""
-    if args.input is None:
-        check_no_fields(args)
-        return list(itertools.islice(problems("train"), args.limit or 500))
-    dropped = Dropped()
-    rows: Iterable[Problem | Prompt]
-    if with_answers:
-        rows = load_problems(args.input, dropped=dropped, fields=args.field_names)
-    else:
-        rows = read_records(args.input, Prompt)
-    selected = list(itertools.islice({row.prompt: row for row in rows}.values(), args.limit))
-    dropped.print(args.input)
-    refuse_held_out(args.input, selected)
-    return selected
 
 
 def tree_job(args: TreeArgs, to_search: Sequence[Problem | Prompt]) -> dict:
