@@ -23,6 +23,7 @@ below 0.05; `equivalent` means that the whole interval lies within 2 points.
 Writes compare.json and compare.png to --output_dir, and the answers of every run to
 compare.jsonl."""
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -143,6 +144,14 @@ class Comparison:
         else:
             compare_rows.write_rows(folder, regime, self.rollouts(regime), limit)
 
+    def has_rows(self, regime: str, method: str) -> bool:
+        """Whether there is anything for a method to learn from, such as a good sample."""
+        rows = CONTROLS.get(method) or METHODS[method][0]
+        found = Path(at_root(f"{DATA}/{regime}_{rows}.jsonl")).stat().st_size > 0
+        if not found:
+            print(f"({regime}) {method} is left out: there are no rows for it")
+        return found
+
     def base(self, regime: str) -> str:
         """The policy that is trained in a regime."""
         return self.round_1 if regime == "e" else BASE
@@ -181,19 +190,20 @@ class Comparison:
     # --- tuning ---
 
     def tune(self, regime: str, methods: Sequence[str]) -> None:
-        cells = [
-            (method, rate, epochs) for method in methods for rate in RATES for epochs in EPOCHS
-        ]
+        methods = [method for method in methods if self.has_rows(regime, method)]
+        cells = list(itertools.product(methods, RATES, EPOCHS))
         more = {"measure": VALIDATION, "samples": 0}
         found = self.rows([self.run(regime, *cell, seed=0) | more for cell in cells])
         for (method, rate, epochs), row in zip(cells, found, strict=True):
             right = [float(digit) for split in VALIDATION for digit in row["correct"][split]]
             self.rates.setdefault((regime, method), {})[rate, epochs] = rate_metric(right)
 
+    def is_tuned(self, regime: str, method: str) -> bool:
+        return (TUNED_IN[regime], DEFAULT if method in CONTROLS else method) in self.rates
+
     def tuned(self, regime: str, method: str) -> tuple[float, int]:
         """The learning rate and the number of epochs of a method."""
-        own = DEFAULT if method in CONTROLS else method
-        rates = self.rates[TUNED_IN[regime], own]
+        rates = self.rates[TUNED_IN[regime], DEFAULT if method in CONTROLS else method]
         return max(rates, key=lambda cell: rates[cell].value)
 
     # --- test ---
@@ -201,11 +211,15 @@ class Comparison:
     def test(self) -> dict[tuple[str, str], list[dict]]:
         """(regime, method) -> the rows of its seeds. `base` is the policy that is trained."""
         args = self.args
+        cells = [
+            (regime, method)
+            for regime, method in itertools.product(args.regimes, args.methods)
+            if self.is_tuned(regime, method) and self.has_rows(regime, method)
+        ]
         runs = {
             (regime, method, seed): self.run(regime, method, *self.tuned(regime, method), seed=seed)
             for seed in range(args.seeds)
-            for regime in args.regimes
-            for method in args.methods
+            for regime, method in cells
         }
         for regime in args.regimes:
             runs[regime, "base", 0] = base_run(TEST, SAMPLES, self.base(regime))
