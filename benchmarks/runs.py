@@ -155,7 +155,7 @@ def run_all(runs: Sequence[dict], path: Path, workers: int) -> list[dict]:
     todo = {key: run for key, run in by_key.items() if key not in done}
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(workers, context) as pool:
         futures = {
             pool.submit(train_and_measure, {**run, "threads": threads}): key
             for key, run in todo.items()
