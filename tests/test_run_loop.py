@@ -86,6 +86,12 @@ def test_the_loop_runs_and_resumes(tmp_path, run_script):
     for name in ("test", "test_others"):
         result = tmp_path / f"loop/round_1/compare_{name}/reward_score_comparison.json"
         assert json.loads(result.read_text())["metrics"]["tuned_accuracy"]["n"] == 6
+    rivals = ("--loop", tmp_path / "loop", "--output_dir", tmp_path, "--seeds", 1, "--methods")
+    done = run_script("benchmarks/real.py", *rivals, "SFT on right samples", timeout=900)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "real.json").read_text())["metrics"]
+    for name in ("test", "test_others"):
+        assert metrics[f"{name}/SFT on right samples/accuracy_improvement"]["n"] == 6
     again = run_script(*command)
     assert again.returncode == 0 and again.stdout.count("there already") == 8
     assert json.loads((tmp_path / "loop/stages.json").read_text()) == stages
