@@ -352,10 +352,6 @@ def main() -> None:
         args.model_name_or_path = choose_model(args)
     check_policy(args)
 
-    with taking_long("loading the libraries"):
-        from transformers.utils import logging  # slow to import
-
-    logging.disable_progress_bar()  # no bar of loading weights before the answer
     sys.stdout.reconfigure(errors="replace")  # ? for characters that the terminal cannot show
     if args.scorer is not None:
         opened = open_scorer(args)
