@@ -84,7 +84,8 @@ def test_the_demo_writes_into_its_own_folder_alone(tmp_path):
     # a log has no bars
     assert "\r" not in done.stdout + done.stderr and "%|" not in done.stderr, done.stderr
     page = repo / "data/demo/results/report.html"
-    assert page.is_file() and done.stdout.splitlines()[-1].endswith(str(page))
+    *_, shown = done.stdout.splitlines()[-1].rpartition(": ")
+    assert page.is_file() and (tmp_path / shown).samefile(page)
     new = {path for path in repo.rglob("*") if "__pycache__" not in path.parts} - before
     assert all(path.is_relative_to(repo / "data/demo") for path in new), new
     assert (repo / "data/demo/results/reward_score_comparison.json").is_file()
