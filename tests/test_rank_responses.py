@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from common.cli import run
 from common.errors import RecordError, UserError
 from common.files import read_rows, write_records
+from common.page_server import OPEN_ROUTES, ROUTES
 from evaluation.agreement import agreement, agreement_rows
 from reasoning.annotation import (
     AnnotationTask,
@@ -52,7 +53,7 @@ from reasoning.datasets.ranking import (
 from reasoning.records import LabelledSolution, PreferencePair
 from reward_model.judges.human import HumanJudge
 from tests.helpers.browser import PATIENCE, browser, in_browser, requested_hosts
-from utils.rank_responses import OPEN_ROUTES, RANKS, ROUTES, STEPS, agreement_html, main, turn
+from utils.rank_responses import RANKS, STEPS, agreement_html, main, turn
 
 SCRIPT = "utils/rank_responses.py"
 # Text that must stay as it is: hostile to HTML, templates (JavaScript's, Gradio's), Markdown and
@@ -849,7 +850,7 @@ def test_the_page_on_a_phone(tmp_path):
             assert all(text.rect["width"] > 330 for text in page.all(".item .text"))
             box = "return arguments[0].getBoundingClientRect()"
             (foot,) = (js(box, found) for found in page.all(".foot"))
-            assert 0 < foot["top"] and foot["bottom"] <= 844
+            assert foot["top"] > 0 and foot["bottom"] <= 844
 
         fits()
         assert len(page.all(".prompt math msup")) == 1 and len(page.all(".text math mfrac")) == 4
