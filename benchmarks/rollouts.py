@@ -24,8 +24,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import trange
-
 from benchmarks.turns import Figures, Variant
 from common.cli import (
     DtypeArgs,
@@ -39,6 +37,7 @@ from common.cli import (
 )
 from common.errors import UserError
 from common.files import at_root
+from common.progress import Bar
 from evaluation.metrics import Metric
 from evaluation.results import print_table, write_result
 from reasoning.problems import problems
@@ -174,7 +173,7 @@ def main() -> None:
             variants[f"llama.cpp, {Path(path).name.split('.')[-2]}"] = variant(llamacpp, path)
         for each in variants.values():
             each.round((cells[0][0], 1, 0))  # a warm-up
-        for seed in trange(1, args.rounds + 1, desc="rounds"):
+        for seed in Bar(range(1, args.rounds + 1), desc="measuring", unit="round"):
             for kind, n in cells:
                 for name, each in variants.items():
                     if kind != "together" or name == OURS or name in GENERATE:

@@ -29,9 +29,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from common.files import AppendedRows, at_root, identity, read_records
+from common.progress import Bar
 from reasoning.grading import is_correct
 from reasoning.problems import problems
 from reasoning.records import Problem
@@ -169,7 +168,7 @@ def run_all(runs: Sequence[dict], path: Path, workers: int) -> list[dict]:
             pool.submit(train_and_measure, {**run, "threads": threads}): key
             for key, run in todo.items()
         }
-        for future in tqdm(as_completed(futures), total=len(todo), unit="run", desc="training"):
+        for future in Bar(as_completed(futures), total=len(todo), unit="run", desc="training"):
             store.append(*({**row, "key": futures[future]} for row in future.result()))
     store.close()
     return [row for row in store.rows if row["key"] in by_key]

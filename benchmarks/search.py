@@ -25,12 +25,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import trange
-
 from benchmarks.turns import Variant
 from common.cli import DtypeArgs, arg, check_least, check_model, check_output, parse_args, run
 from common.errors import UserError
 from common.files import at_root
+from common.progress import Bar
 from evaluation.metrics import Metric
 from evaluation.results import print_table, write_result
 from reasoning.grading import is_correct
@@ -119,7 +118,7 @@ def main() -> None:
         variants = {way: stack.enter_context(Variant(search, args, way)) for way in args.ways}
         for each in variants.values():
             each.wait()
-        for seed in trange(args.rounds, desc="rounds"):
+        for seed in Bar(range(args.rounds), desc="measuring", unit="round"):
             found = {way: each.round(seed).pop("answers") for way, each in variants.items()}
             for way in args.ways:
                 if way in SAME_ANSWERS and found[way] != found[OURS]:

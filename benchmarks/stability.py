@@ -86,7 +86,7 @@ def main() -> None:
     base = rate_metric(bits(base_row["correct"]["validation"]))
     metrics: dict[str, Metric] = {"base/accuracy": base}
     table = [("base", "", str(base), "", "")]
-    curves: dict[float, dict[str, list[float]]] = {rate: {} for rate in sorted(rates)}
+    curves: dict[tuple[str, float], list[Metric]] = {}
     for one in grid:
         name, rate = one["name"], one["settings"]["learning_rate"]
         found = [row for row in rows if (row["name"], row["settings"]) == (name, one["settings"])]
@@ -95,13 +95,20 @@ def main() -> None:
         for row, accuracy in zip(found, accuracies, strict=True):
             metrics[f"{name}/lr {rate:.1e}/epoch {row['epoch']}/accuracy"] = accuracy
         table.append((name, f"{rate:.1e}", *map(str, accuracies)))
-        curves[rate][name] = [accuracy.value for accuracy in accuracies]
+        curves[name, rate] = accuracies
     title = (
         f"exact accuracy, {args.validation} validation problems, {args.limit} pairs, constant lr, "
         "seed 0"
     )
     print_table(title, ["loss", "lr", *[f"epoch {k + 1}" for k in range(EPOCHS)]], table)
-    panels = {f"lr {rate:.1e}": lines for rate, lines in curves.items()}
+    panels = {
+        loss: {
+            f"lr {rate:.1e}, {anchor}": curves[f"{loss}, {anchor}", rate]
+            for anchor in ANCHORS
+            for rate in sorted(rates)
+        }
+        for loss in LOSSES
+    }
     stability_plot(output / "stability.png", base.value, panels, title)
     result = output / "stability.json"
     write_result(result, metrics, vars(args), [0])

@@ -22,11 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import trange
-
 from benchmarks.turns import Variant
 from common.cli import arg, check_least, check_model, check_output, parse_args, run
 from common.files import at_root
+from common.progress import Bar
 from common.threads import FEW_SPINS, WAIT_VARIABLES
 from evaluation.metrics import Metric
 from evaluation.results import print_table, write_result
@@ -131,7 +130,7 @@ def main() -> None:
         for both in pairs.values():
             for each in both:
                 each.wait()
-        for _ in trange(args.rounds, desc="rounds"):
+        for _ in Bar(range(args.rounds), desc="measuring", unit="round"):
             for job in args.jobs:
                 for name, (first, second) in pairs.items():
                     value = (job, args.seconds)

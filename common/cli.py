@@ -2,6 +2,7 @@
 
 import argparse
 import codecs
+import difflib
 import errno
 import inspect
 import math
@@ -13,7 +14,7 @@ import signal
 import sys
 import threading
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -254,7 +255,9 @@ def parse_args(
             parser.set_defaults_with_config(**values)
         namespace, unknown = parser.parse_known_args(flags)
         if unknown:
-            fail(f"unknown argument {_cut(' '.join(unknown))} (see --help)")
+            flag = next((word for word in unknown if word.startswith("-")), "")
+            meant = _meant(flag, [*front._option_string_actions, *parser._option_string_actions])
+            fail(f"unknown argument {_cut(' '.join(unknown))} ({meant}see --help)")
         _check_numbers(vars(namespace))
         for each in dataclasses:
             if issubclass(each, DtypeArgs) and namespace.dtype != "auto":
@@ -273,6 +276,16 @@ def parse_args(
 def _cut(text: str) -> str:
     """A message that quotes what a user wrote, at most 400 characters."""
     return text if len(text) <= 400 else f"{text[:300]} ... {text[-80:]}"
+
+
+def _meant(given: str, names: Iterable[str]) -> str:
+    """`did you mean --x? ` for what is nearly one of the names, else an empty text."""
+    word = given.partition("=")[0].replace("-", "_").strip("_").lower()
+    alike: dict[str, str] = {}
+    for name in names:  # --no_x stands before --no-x
+        alike.setdefault(name.replace("-", "_").strip("_"), name)
+    found = difflib.get_close_matches(word, alike, n=1, cutoff=0.7)
+    return f"did you mean {alike[found[0]]}? " if found else ""
 
 
 def _check_numbers(values: dict[str, Any]) -> None:
@@ -361,6 +374,7 @@ def _config_values(
     if not isinstance(root, yaml.MappingNode):
         fail(f"{where} must hold `key: value` lines")
     actions = {action.dest: action for action in reversed(parser._actions)}  # --x, not --no_x
+    del actions["help"]
     values: dict[str, Any] = {}
     for key_node, node in root.value:
         key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "[...]"
@@ -369,8 +383,8 @@ def _config_values(
         if key == "env":
             values[key] = None
             _set_env(where, _construct(loader, node, f"{where}: key 'env'"), may_set_env)
-        elif key not in actions or key == "help":
-            fail(f"{where}: unknown key {short(key)} (see --help)")
+        elif key not in actions:
+            fail(f"{where}: unknown key {short(key)} ({_meant(key, actions)}see --help)")
         else:
             values[key] = _config_value(parser, loader, where, actions[key], node, kinds[key])
     values.pop("env", None)

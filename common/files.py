@@ -30,10 +30,8 @@ except ImportError:  # Windows: outputs are not locked
     fcntl = None  # type: ignore[assignment]
 
 
-from tqdm import tqdm
-
 from common.errors import RecordError, UserError
-from common.progress import QUIET, taking_long
+from common.progress import QUIET, Bar, taking_long
 
 ROOT = Path(__file__).resolve().parents[1]
 # in the folder of a model that train.py made: describes the training
@@ -254,7 +252,7 @@ def read_records(path: str | Path, kind: type[R]) -> Iterator[R]:
 
 def counted(rows: Iterable[T], name: str | Path) -> Iterator[T]:
     """The rows of a file or data set, with a progress bar if they take over 3 seconds."""
-    yield from tqdm(rows, desc=f"reading {name}", unit=" rows", delay=QUIET, leave=False)
+    yield from Bar(rows, desc=f"reading {name}", unit=" row", delay=QUIET, leave=False)
 
 
 def to_line(record: Any) -> str:

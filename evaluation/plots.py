@@ -1,8 +1,12 @@
-"""The plots of the evaluation scripts; the only module that imports matplotlib."""
+"""The plots of the evaluation scripts; the only module that imports matplotlib.
 
-import itertools
+Colours are told apart with any colour blindness, and are never alone: lines have markers and kinds
+of dashes, bars have hatches. A panel has at most six series. Intervals of curves are bands.
+"""
+
 import textwrap
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +21,19 @@ from common.files import replacing
 from evaluation.judge_card import Card, JudgedStep, RankedPolicy
 from evaluation.metrics import Bin, Metric
 
-BASE, TUNED, WARNING = "#8a8f98", "#1f77b4", "#d1495b"
+# Six series of a panel: colour (Okabe and Ito 2008, with black), marker, dashes, hatch of bars
+LOOKS = [
+    ("#0072b2", "o", "-", ""),
+    ("#d55e00", "s", (0, (6, 2)), "///"),
+    ("#000000", "^", (0, (2, 2)), "..."),
+    ("#cc79a7", "D", (0, (6, 2, 2, 2)), "\\\\\\"),
+    ("#56b4e9", "X", (0, (1, 1)), "xxx"),
+    ("#e69f00", "P", (0, (4, 1, 1, 1)), "ooo"),
+]
+BAR_LOOKS = [look for look in LOOKS if look[0] != "#000000"]  # intervals are black
+MOST = len(LOOKS)  # series in a panel
+RIGHT, WRONG = LOOKS[0][0], LOOKS[1][0]  # steps, pairs and answers
+BASE, TUNED = "#8a8f98", RIGHT
 
 # What a training plot shows: panel -> key in the trainer's log -> label of its line.
 PANELS = {
@@ -48,18 +64,25 @@ LESS_LIKELY = "drift/good_steps_less_likely"  # on the right axis of the last pa
 
 
 def _panels(
-    path: str | Path, title: str, panels: Sequence[Callable[[plt.Axes], None]], height: float = 3.8
+    path: str | Path,
+    title: str,
+    panels: Sequence[Callable[[plt.Axes], None]],
+    height: float = 3.8,
+    width: float = 5.2,
+    most: int = 2,
+    below: Callable[[Figure], None] = lambda figure: None,
 ) -> None:
-    """A figure with one panel for each function, two in a row."""
-    across = min(2, len(panels))
+    """A figure with one panel for each function, `most` in a row."""
+    across = min(most, len(panels))
     down = -(-len(panels) // across)
-    size = (5.2 * across, height * down)
+    size = (width * across, height * down)
     figure, grid = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
     for axes, panel in zip(grid.flat, panels, strict=False):
         panel(axes)
         _no_frame(axes)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
+    below(figure)
     _title(figure, title)
     _save(figure, path)
 
@@ -100,6 +123,53 @@ def _whiskers(metrics: Sequence[Metric]) -> list[list[float]]:
     ]
 
 
+def _curve(
+    axes: plt.Axes,
+    places: Sequence[float],
+    values: Sequence[Metric],
+    look: int,
+    label: str | None = None,
+) -> plt.Line2D:
+    """A line through the values, with their intervals as a band; a single value has a whisker."""
+    color, marker, dashes, _ = LOOKS[look]
+    style = {"color": color, "marker": marker, "linestyle": dashes, "markersize": 4}
+    (line,) = axes.plot(places, _values(values), label=label, linewidth=1.6, **style)
+    ends = [metric.ci95 or [metric.value, metric.value] for metric in values]
+    if len(values) == 1:
+        axes.vlines(places, *zip(*ends, strict=True), color=color, linewidth=1.2)
+    else:
+        axes.fill_between(places, *zip(*ends, strict=True), color=color, alpha=0.16, linewidth=0)
+    return line
+
+
+def _name_ends(axes: plt.Axes, lines: Sequence[plt.Line2D]) -> None:
+    """The names of lines beside their right ends, instead of a legend; they do not overlap."""
+    low, high = axes.get_ylim()
+    left, right = axes.get_xlim()
+    gap = 0.075 * (high - low)
+    lines = sorted(lines, key=lambda line: line.get_ydata()[-1])
+    places: list[float] = []
+    for line in lines:
+        places.append(max(line.get_ydata()[-1], places[-1] + gap if places else low))
+    for k in range(1, len(places) + 1):
+        places[-k] = min(places[-k], high - gap * (k - 1))
+    beside = axes.get_yaxis_transform()
+    for line, place in zip(lines, places, strict=True):
+        end, up = line.get_xdata()[-1], line.get_ydata()[-1]
+        look = {"color": line.get_color(), "linewidth": 0.8, "label": "_leader"}
+        if len(line.get_xdata()) > 1:  # a single value is a level
+            axes.plot([end, right], [up, up], **look)
+        axes.plot([1, 1.04], [up, place], transform=beside, clip_on=False, **look)
+        axes.text(1.05, place, line.get_label(), transform=beside, fontsize=8, va="center")
+    axes.set(xlim=(left, right), ylim=(low, high))
+
+
+def _in_groups(names: Sequence[str], most: int = MOST) -> list[Sequence[str]]:
+    """The names in as few groups as possible, of about the same size, at most `most` in each."""
+    size = -(-len(names) // -(-len(names) // most)) if names else 1
+    return [names[start : start + size] for start in range(0, len(names), size)]
+
+
 def _bars(axes: plt.Axes, metrics: dict[str, Metric], highlighted: Callable[[str], bool]) -> None:
     """One bar a metric, with its interval; the highlighted ones have another colour."""
     values = list(metrics.values())
@@ -122,7 +192,7 @@ def _diagram(axes: plt.Axes, bins: Sequence[Bin], share: str) -> None:
     """A reliability diagram; the numbers beside the points are the sizes of the bins."""
     rights, scores = [row.right for row in bins], [row.score for row in bins]
     axes.plot([0, 1], [0, 1], "--", color=BASE, linewidth=1)
-    axes.errorbar(scores, _values(rights), _whiskers(rights), fmt="o-", color=TUNED, capsize=3)
+    _curve(axes, scores, rights, 0)
     for score, right in zip(scores, rights, strict=True):
         _name_point(axes, f"{right.n:,}", (score, right.value))
     axes.set(xlim=(-0.02, 1.08), ylim=(-0.02, 1.02))
@@ -157,11 +227,12 @@ def comparison_plot(
 
     shown: metric -> label below its bars."""
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for offset, side, color in ((-0.2, "base", BASE), (0.2, "tuned", TUNED)):
+    for offset, side, color, hatch in ((-0.2, "base", BASE, ""), (0.2, "tuned", TUNED, "///")):
         places = [k + offset for k in range(len(shown))]
         values = [metrics[f"{side}_{name}"] for name in shown]
         heights, ends = _values(values), _whiskers(values)
-        axes.bar(places, heights, 0.36, color=color, label=side, yerr=ends, capsize=5)
+        look = {"color": color, "hatch": hatch, "edgecolor": "white", "label": side}
+        axes.bar(places, heights, 0.36, yerr=ends, capsize=5, **look)
         _write_values(axes, places, values)
     axes.set_xticks(range(len(shown)), shown.values())
     axes.set_ylim(0, 1.12)  # space for the number above a bar of height 1
@@ -209,10 +280,13 @@ def _value_reliability(axes: plt.Axes, bins: Sequence[Bin], error: Metric) -> No
 
 
 def _distribution(axes: plt.Axes, steps: Sequence[JudgedStep], auroc: Metric | None) -> None:
-    for name, label, color in (("right", 1, TUNED), ("wrong", 0, WARNING)):
+    for name, label, look in (("right", 1, 0), ("wrong", 0, 1)):
         scores = [step.score for step in steps if step.label == label]
+        color, _, dashes, hatch = LOOKS[look]
+        style = {"color": color, "linestyle": dashes, "linewidth": 1.4, "histtype": "step"}
+        style |= {"hatch": hatch, "fill": look == 0, "alpha": 0.6 if look == 0 else 1}
         name = f"{name} steps ({len(scores):,})"
-        axes.hist(scores, bins=20, range=(0, 1), color=color, alpha=0.6, label=name)
+        axes.hist(scores, bins=20, range=(0, 1), label=name, **style)
     axes.set(xlabel="score", ylabel="steps")
     axes.set_title("scores" + _in_brackets("AUROC", auroc), fontsize=9)
     axes.legend(frameon=False, fontsize=8)
@@ -220,15 +294,15 @@ def _distribution(axes: plt.Axes, steps: Sequence[JudgedStep], auroc: Metric | N
 
 def _by_position(axes: plt.Axes, rows: Sequence[tuple[str, Metric | None, Metric | None]]) -> None:
     positions, rights, wrongs = zip(*rows, strict=True)
-    for name, side, color in (("right", rights, TUNED), ("wrong", wrongs, WARNING)):
+    lines = []
+    for name, side, look in (("right", rights, 0), ("wrong", wrongs, 1)):
         places = [k for k, metric in enumerate(side) if metric]
-        means = [metric for metric in side if metric]
-        points = (places, _values(means), _whiskers(means))
-        axes.errorbar(*points, fmt="o-", color=color, capsize=3, label=name)
+        if means := [metric for metric in side if metric]:
+            lines.append(_curve(axes, places, means, look, f"{name} steps"))
     axes.set_xticks(range(len(rows)), positions)
     axes.set(ylim=(-0.02, 1.02), xlabel="position of the step", ylabel="mean score")
     axes.set_title("score by position", fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
+    _name_ends(axes, lines)
 
 
 def _best_of_n(axes: plt.Axes, metrics: dict[str, Metric], samples: float | None) -> None:
@@ -306,12 +380,16 @@ def _score_by_rank(
 def _score_over_length(
     axes: plt.Axes, answers: Sequence[ScoredAnswer], spearman: Metric | None
 ) -> None:
-    for k, name in enumerate(dict.fromkeys(category for *_, category in answers)):
-        points = [(length, score) for _, length, score, category in answers if category == name]
-        lengths, scores = zip(*points, strict=True)
-        axes.scatter(
-            lengths, scores, s=5, alpha=0.5, color=f"C{k % 10}", label=_text(name or "answers")
-        )
+    sizes = Counter(category for *_, category in answers)
+    shown = [name for name, _ in sizes.most_common(MOST if len(sizes) <= MOST else MOST - 1)]
+    rest = f"{len(sizes) - len(shown)} other categories"
+    groups: dict[str, list[tuple[int, float]]] = {_text(name or "answers"): [] for name in shown}
+    for _, length, score, category in answers:
+        label = _text(category or "answers") if category in shown else rest
+        groups.setdefault(label, []).append((length, score))
+    for (label, points), (color, marker, *_) in zip(groups.items(), LOOKS, strict=False):
+        look = {"s": 9, "alpha": 0.5, "color": color, "marker": marker, "linewidths": 0}
+        axes.scatter(*zip(*points, strict=True), label=label, **look)
     axes.set(xlabel="length, characters", ylabel="score")
     bracket = _in_brackets("Spearman within groups", spearman)
     axes.set_title("score over length" + bracket, fontsize=9)
@@ -347,8 +425,8 @@ def _best_response(axes: plt.Axes, metrics: dict[str, Metric]) -> None:
 def training_plot(history: Sequence[dict], path: str | Path, title: str) -> bool:
     """The course of a training run, from `trainer.state.log_history`: one panel for each of PANELS.
 
-    Rows with `eval_` are dashed. Returns False and writes nothing if the history has no such
-    key."""
+    Rows with `eval_` are dashed, with hollow markers. Returns False and writes nothing if the
+    history has no such key."""
     logged = {key.removeprefix("eval_") for row in history for key in row}
     shown = [
         name
@@ -365,69 +443,77 @@ def training_plot(history: Sequence[dict], path: str | Path, title: str) -> bool
 
 def _training_panel(axes: plt.Axes, name: str, history: Sequence[dict], unit: str) -> None:
     lines = []
-    for (key, label), color in zip(PANELS[name].items(), (TUNED, BASE), strict=False):
-        lines += _training_lines(axes, history, key, label, color)
+    for look, (key, label) in enumerate(PANELS[name].items()):
+        lines += _training_lines(axes, history, key, label, look)
     if name == DRIFT and lines:
         axes.axhline(0, color="black", linewidth=0.8)
     if name == DRIFT and any({LESS_LIKELY, f"eval_{LESS_LIKELY}"} & row.keys() for row in history):
         share = axes.twinx()
         label = "good steps less likely (right axis)"
-        lines += _training_lines(share, history, LESS_LIKELY, label, WARNING)
+        lines += _training_lines(share, history, LESS_LIKELY, label, 3)
         share.set_ylim(0, 1)
-        share.tick_params(axis="y", colors=WARNING)
+        share.tick_params(axis="y", colors=LOOKS[3][0])
         share.spines[["top"]].set_visible(False)
     if "(share)" in name:
         axes.set_ylim(0, 1.02)
-    axes.legend(handles=lines, frameon=False, fontsize=8)
+    axes.legend(handles=lines, frameon=False, fontsize=8, handlelength=3)
     axes.set_title(name, fontsize=10)
     axes.set_xlabel(unit)
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _training_lines(
-    axes: plt.Axes, history: Sequence[dict], key: str, label: str, color: str
-) -> list:
-    """The lines of one key: training, and held-out (dashed)."""
+    axes: plt.Axes, history: Sequence[dict], key: str, label: str, look: int
+) -> list[plt.Line2D]:
+    """The lines of one key: training, and held-out (dashed, with hollow markers)."""
     lines = []
-    for prefix, side, style in (("", "", "-"), ("eval_", ", held-out", "--")):
+    color, marker, *_ = LOOKS[look]
+    for prefix, side, style, fill in (("", "", "-", color), ("eval_", ", held-out", "--", "white")):
         rows = [row for row in history if prefix + key in row and "step" in row]
         if rows:
             steps, values = [row["step"] for row in rows], [row[prefix + key] for row in rows]
-            marker = "o" if len(rows) < 40 else None  # a line through one point is invisible
-            style_of_line = {"color": color, "marker": marker, "markersize": 3}
-            lines += axes.plot(steps, values, style, label=label + side, **style_of_line)
+            # a line through one point is invisible; many lines of the log need a few markers
+            every = max(1, len(rows) // 12) if len(rows) >= 40 else None
+            marks = {"marker": marker, "markersize": 3.5, "markevery": every}
+            marks["markerfacecolor"] = fill
+            lines += axes.plot(steps, values, style, label=label + side, color=color, **marks)
     return lines
 
 
 def stability_plot(
-    path: str | Path, base: float, panels: dict[str, dict[str, Sequence[float]]], title: str
+    path: str | Path, base: float, panels: dict[str, dict[str, Sequence[Metric]]], title: str
 ) -> None:
-    """Exact accuracy after each epoch, one panel a learning rate.
+    """Exact accuracy after each epoch, one panel a loss.
 
-    panels: title -> "LOSS, anchor" or "LOSS, no anchor" -> accuracies (0 to 1) after epochs 1, 2,
-    ... Each loss has one colour; the line without anchor is dashed. base: accuracy before
-    training."""
-    size = (4.0 * len(panels), 4.2)
-    figure, grid = plt.subplots(
-        1, len(panels), figsize=size, layout="constrained", sharey=True, squeeze=False
-    )
-    losses = list(dict.fromkeys(run.split(", ")[0] for runs in panels.values() for run in runs))
-    for axes, (name, runs) in zip(grid.flat, panels.items(), strict=True):
-        for run, values in runs.items():
-            loss, anchor = run.split(", ")
-            style = "-" if anchor == "anchor" else "--"
-            color = f"C{losses.index(loss)}"
-            points = (range(len(values) + 1), [base, *values])
-            axes.plot(*points, style, color=color, marker="o", markersize=3, label=run)
+    panels: loss -> setting, such as "lr 1e-4, no anchor" -> accuracies after epochs 1, 2, ...; the
+    settings of all losses have the same names, six at most. base: accuracy before training."""
+    settings = list(dict.fromkeys(name for runs in panels.values() for name in runs))
+    look_of = {name: look for look, name in enumerate(settings)}
+    start = Metric(base, None, 0)
+
+    def panel(axes: plt.Axes, loss: str, runs: dict[str, Sequence[Metric]]) -> None:
+        for name, values in runs.items():
+            places = range(len(values) + 1)
+            _curve(axes, places, [start, *values], look_of[name], _text(name))
         axes.axhline(base, color=BASE, linewidth=0.8)
-        axes.set(ylim=(0, 1), xlabel="epochs", title=name)
+        axes.set(ylim=(0, 1), xlabel="epochs", ylabel="exact accuracy (95 % intervals)")
         axes.set_xticks(range(1 + max(map(len, runs.values()))))
-        _no_frame(axes)
-    grid.flat[0].set_ylabel("exact accuracy")
-    handles = grid.flat[0].get_legend_handles_labels()
-    figure.legend(*handles, frameon=False, fontsize=8, loc="outside lower center", ncols=4)
-    _title(figure, title)
-    _save(figure, path)
+        axes.set_title(_text(loss), fontsize=10)
+
+    drawn = [partial(panel, loss=loss, runs=runs) for loss, runs in panels.items()]
+    _panels(path, title, drawn, height=3.2, width=3.8, most=3, below=_legend_below)
+
+
+def _legend_below(figure: Figure) -> None:
+    """One legend for all panels."""
+    handles = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    look = {"frameon": False, "fontsize": 8, "loc": "outside lower center", "handlelength": 4}
+    columns = _in_groups([*handles], max(1, int(figure.get_figwidth() / 2.3)))
+    figure.legend(handles.values(), handles.keys(), ncols=len(columns[0]), **look)
 
 
 def compare_plot(
@@ -441,11 +527,12 @@ def compare_plot(
     panels: title -> method -> one Metric for each of `splits`. curve: AUROC -> difference."""
 
     def regime(axes: plt.Axes, title: str, methods: dict[str, list[Metric]]) -> None:
-        for k, (split, marker) in enumerate(zip(splits, "os", strict=False)):
+        for k, (split, (color, marker, *_)) in enumerate(zip(splits, LOOKS, strict=False)):
             values = [metrics[k] for metrics in methods.values()]
             places = [m + 0.15 * (2 * k - 1) for m in range(len(values))]
-            options = {"fmt": marker, "color": (TUNED, "#e69f00")[k], "markersize": 4}
-            axes.errorbar(_values(values), places, xerr=_whiskers(values), label=split, **options)
+            ends = zip(*(metric.ci95 or [metric.value] * 2 for metric in values), strict=True)
+            axes.hlines(places, *ends, color=color, alpha=0.3, linewidth=5)
+            axes.plot(_values(values), places, marker, color=color, markersize=4, label=split)
         axes.set_yticks(range(len(methods)), list(methods), fontsize=8)
         axes.invert_yaxis()
         axes.set(xlabel="exact accuracy, greedy (95 % intervals)")
@@ -453,8 +540,7 @@ def compare_plot(
         axes.legend(frameon=False, fontsize=8)
 
     def planted(axes: plt.Axes) -> None:
-        values = [*curve.values()]
-        axes.errorbar([*curve], _values(values), yerr=_whiskers(values), marker="o", color=TUNED)
+        _curve(axes, [*curve], [*curve.values()], 0)
         axes.axhline(0, color=BASE, linewidth=0.8)
         axes.set(xlabel="step AUROC of the judge", ylabel="stepwise DPO minus DPO, accuracy")
         axes.set_title("is this judge worth it?", fontsize=10)
@@ -468,37 +554,48 @@ def credit_plot(
 ) -> None:
     """Left: change of log-prob by kind of step, a bar a model. Right: share of right next steps.
 
-    models: the base first; it has no bar on the left. kinds: name in the metrics -> label."""
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(12, 4.4), layout="constrained", width_ratios=[len(kinds), 3]
-    )
-    palette = itertools.cycle(plt.get_cmap("tab10").colors)
-    colors = dict(zip(models, itertools.chain([BASE], palette), strict=False))
-    for axes, group, names, labels in (
-        (left, "logp_change", models[1:], kinds),
-        (right, "next_step_accuracy", models, {"trap": "at traps", "elsewhere": "elsewhere"}),
-    ):
-        width = 0.8 / len(names)
-        for m, name in enumerate(names):
-            keys = [f"{name}/{group}/{kind}" for kind in labels]
-            values = [metrics[key] for key in keys if key in metrics]
-            offset = (m - (len(names) - 1) / 2) * width
-            places = [k + offset for k, key in enumerate(keys) if key in metrics]
-            style = {
-                "color": colors[name],
-                "label": _text(name) if axes is right else None,
-                "capsize": 2,
-            }
-            axes.bar(places, _values(values), width, yerr=_whiskers(values), **style)
-        axes.set_xticks(range(len(labels)), labels.values(), fontsize=8)
-        _no_frame(axes)
-    left.axhline(0, color="black", linewidth=0.8)
-    left.set(ylabel="nats a step (95 % intervals)")
-    left.set_title("log-prob of steps, tuned minus base, pairs kept out of training", fontsize=10)
-    right.set(ylim=(0, 1.02), ylabel="share right")
-    right.set_title("greedy next step after a right prefix", fontsize=10)
-    figure.legend(frameon=False, loc="outside lower center", ncols=min(6, len(models)))
+    models: the base first; it has no bar on the left. More than five tuned models have several
+    rows of panels. kinds: name in the metrics -> label."""
+    base, *tuned = models
+    rows = _in_groups(tuned, MOST - 1) or [[]]
+    figure, grid = plt.subplots(
+        len(rows), 2, figsize=(12, 4.0 * len(rows)), layout="constrained", squeeze=False,
+        sharey="col", width_ratios=[len(kinds), 3],
+    )  # fmt: skip
+    for names, (left, right) in zip(rows, grid, strict=True):
+        looks = dict(zip(names, BAR_LOOKS, strict=False))
+        places = {"trap": "at traps", "elsewhere": "elsewhere"}
+        _credit_bars(left, metrics, "logp_change", looks, kinds)
+        base_look = (BASE, "", "", "")
+        _credit_bars(right, metrics, "next_step_accuracy", {base: base_look, **looks}, places)
+        left.axhline(0, color="black", linewidth=0.8)
+        left.set(ylabel="nats a step (95 % intervals)")
+        right.set(ylim=(0, 1.02), ylabel="share right")
+        right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    title = "log-prob of steps, tuned minus base, pairs kept out of training"
+    grid[0][0].set_title(title, fontsize=10)
+    grid[0][1].set_title("greedy next step after a right prefix", fontsize=10)
     _save(figure, path)
+
+
+def _credit_bars(
+    axes: plt.Axes,
+    metrics: dict[str, Metric],
+    group: str,
+    looks: dict[str, tuple],
+    labels: dict[str, str],
+) -> None:
+    """Bars of the models (`looks`) side by side at each of the labels."""
+    width = 0.8 / max(1, len(looks))
+    for m, (name, (color, _, _, hatch)) in enumerate(looks.items()):
+        keys = [f"{name}/{group}/{kind}" for kind in labels]
+        values = [metrics[key] for key in keys if key in metrics]
+        offset = (m - (len(looks) - 1) / 2) * width
+        places = [k + offset for k, key in enumerate(keys) if key in metrics]
+        style = {"color": color, "hatch": hatch, "edgecolor": "white", "label": _text(name, 40)}
+        axes.bar(places, _values(values), width, yerr=_whiskers(values), capsize=2, **style)
+    axes.set_xticks(range(len(labels)), labels.values(), fontsize=8)
+    _no_frame(axes)
 
 
 def curves_plot(
@@ -513,59 +610,70 @@ def curves_plot(
 
     curves: label -> a value for each place. across, up: the names of the axes."""
 
-    def panel(axes: plt.Axes) -> None:
-        for label, values in curves.items():
-            axes.plot(places, values, marker="o", markersize=3, label=label)
+    def panel(axes: plt.Axes, names: Sequence[str]) -> None:
+        lines = []
+        for name, (color, marker, dashes, _) in zip(names, LOOKS, strict=False):
+            look = {"color": color, "marker": marker, "linestyle": dashes, "markersize": 4}
+            lines += axes.plot(places, curves[name], label=_text(name, 30), **look)
         axes.set(xlabel=across, ylabel=up, xlim=(0, None), ylim=(0, None))
-        axes.legend(frameon=False)
+        _name_ends(axes, lines)
 
-    _panels(path, title, [panel])
+    _panels(path, title, [partial(panel, names=names) for names in _in_groups([*curves])])
 
 
 # --- search ---
 
 
+Points = Sequence[tuple[Metric, Metric]]  # (tokens, accuracy) of one line, by n
+
+
 def frontier_plot(
     path: str | Path,
-    panels: Mapping[str, Mapping[str, Sequence[tuple[Metric, Metric]]]],
+    panels: Mapping[str, Mapping[str, Points]],
     controls: Collection[str],
     title: str,
 ) -> None:
-    """Accuracy over sampled tokens a problem, one panel a split.
+    """Accuracy over sampled tokens a problem, for each split one panel a strategy.
 
-    panels: split -> line -> its points (tokens, accuracy). A line of one point also has a dotted
-    horizontal line. The lines of controls are dashed."""
-    figure, grid = plt.subplots(
-        1, len(panels), figsize=(6.8 * len(panels), 4.8), layout="constrained", squeeze=False
-    )
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    palette = plt.get_cmap("tab20").colors
-    colors = dict(zip(names, itertools.cycle(palette[::2] + palette[1::2]), strict=False))
-    for axes, (split, lines) in zip(grid.flat, panels.items(), strict=True):
-        for name, points in lines.items():
-            accuracies = [accuracy for _, accuracy in points]
-            places = _values([tokens for tokens, _ in points])
-            color, style = colors[name], "o--" if name in controls else "o-"
-            look = {
-                "fmt": style,
-                "color": color,
-                "capsize": 2,
-                "markersize": 4,
-                "label": _text(name),
-            }
-            axes.errorbar(places, _values(accuracies), _whiskers(accuracies), **look)
-            if len(points) == 1:
-                axes.axhline(accuracies[0].value, color=color, linewidth=0.8, linestyle=":")
-        axes.set(xscale="log", ylim=(0, 1))
-        axes.set(xlabel="sampled tokens a problem", ylabel="exact accuracy (95 % intervals)")
-        axes.set_title(_text(split), fontsize=10)
-        _no_frame(axes)
-    handles = {
-        label: handle
-        for axes in grid.flat
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    look = {"frameon": False, "fontsize": 8, "loc": "outside lower center"}
-    figure.legend(handles.values(), handles.keys(), ncols=4 * len(panels), **look)
-    _title(figure, title)
-    _save(figure, path)
+    panels: split -> line -> its points. A strategy has its own controls beside it (`NAME-...`, two
+    at most), the majority vote, and greedy answers as level lines."""
+    drawn = [
+        partial(_frontier_panel, title=f"{split}: {name}" if name else split, lines=lines)
+        for split, found in panels.items()
+        for name, lines in _by_strategy(found, controls).items()
+    ]
+    _panels(path, title, drawn, height=3.2, width=4.6, most=3)
+
+
+def _by_strategy(
+    found: Mapping[str, Points], controls: Collection[str]
+) -> dict[str, dict[str, Points]]:
+    """Panel -> its lines, six at most."""
+    greedy = [name for name in found if name.split(", ")[-1] == "greedy"][:2]
+    beside = [name for name in ("majority_vote", *greedy) if name in found]
+    own = [name for name in found if name not in (*beside, *controls)]
+    curves = [name for name in own if len(found[name]) > 1]
+    groups: dict[str, Sequence[str]] = {}
+    for name in curves:
+        its = [control for control in controls if control.startswith(f"{name}-")]
+        groups[name] = [name, *beside, *[control for control in its if control in found][:2]]
+    points = [name for name in own if name not in curves] or ([] if curves else beside)
+    for k, names in enumerate(_in_groups(points)):
+        groups[" " * k] = names
+    return {title: {name: found[name] for name in names} for title, names in groups.items()}
+
+
+def _frontier_panel(axes: plt.Axes, title: str, lines: Mapping[str, Points]) -> None:
+    drawn = []
+    for look, (name, points) in enumerate(lines.items()):
+        accuracies = [accuracy for _, accuracy in points]
+        tokens = _values([tokens for tokens, _ in points])
+        drawn.append(_curve(axes, tokens, accuracies, look, _text(name, 30)))
+        if len(points) == 1:
+            color, _, dashes, _ = LOOKS[look]
+            style = {"color": color, "linewidth": 0.8, "linestyle": dashes}
+            axes.axhline(accuracies[0].value, label="_level", **style)
+    axes.set(xscale="log", ylim=(0, 1))
+    axes.set(xlabel="sampled tokens a problem", ylabel="exact accuracy (95 % intervals)")
+    axes.set_title(_text(title, 50), fontsize=10)
+    _name_ends(axes, drawn)

@@ -12,12 +12,12 @@ from typing import Any
 import gguf
 import numpy as np
 from tokenizers import Regex, pre_tokenizers
-from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from common.errors import UserError, first_line
 from common.files import replacing
+from common.progress import Bar
 from lm.loading import base_of, load_model, merge_adapter
 
 # model type -> its name in llama.cpp, which rotates pairs of neighbours in a `llama` alone
@@ -88,7 +88,7 @@ def export_gguf(model_dir: str | Path, output: str | Path, quantization: str = "
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, weight in tqdm(weights.items(), desc="writing", unit="tensor"):
+        for name, weight in Bar(weights.items(), desc="writing", unit="tensor"):
             array = weight.float().numpy()
             if kind == "llama" and "q_proj" in name:
                 array = _permute(array, config.num_attention_heads)

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub.utils import disable_progress_bars
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
@@ -25,6 +27,10 @@ from transformers.utils import (
 from common.cli import DTYPE_VARIABLE, DTYPES, warn
 from common.errors import ModelError, UserError, first_line, short
 from common.progress import taking_long
+
+# Loading and saving weights takes seconds and shows no bars; downloads do, on a terminal.
+with disable_progress_bars():  # transformers turns off both
+    transformers.logging.disable_progress_bar()
 
 # the errors known to be raised by the libraries for a folder that is no model
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from common.errors import ModelError, PromptTooLong
+from common.progress import Bar
 from lm.chat_template import check_answer
 from lm.decoding import Decoder, DecodingRow
 from lm.known_words import tokens_of
@@ -173,7 +173,7 @@ class Policy:
         decoded = self.decoder.decode(
             prefixes, n, temperature, max_new_tokens, seed, one_step, begun=begun
         )
-        with tqdm(total=total, desc=progress, unit="sample", disable=progress is None) as bar:
+        with Bar(total=total, desc=progress, unit="sample", disable=progress is None) as bar:
             for rows in decoded:
                 ended = [row for row in rows if row.ended]
                 for row in ended:
@@ -305,7 +305,7 @@ class Policy:
         off completely has 0 tokens."""
         results, cut = [], 0
         starts = range(0, len(rows), batch_size)
-        for start in tqdm(starts, desc=progress, unit="batch", disable=progress is None):
+        for start in Bar(starts, desc=progress, unit="batch", disable=progress is None):
             batch = rows[start : start + batch_size]
             encoded = [encode_steps(self.tokenizer, *row) for row in batch]
             longest = min(self.context, max(len(ids) for ids, _ in encoded))

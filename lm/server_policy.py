@@ -11,9 +11,8 @@ from hashlib import blake2b
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from common.errors import PromptTooLong, ServerError, UserError, short
+from common.progress import Bar
 from common.terminal import printable
 from lm.loading import load_tokenizer
 from lm.openai_client import OpenAIServer, TooLong, gather
@@ -162,7 +161,7 @@ class ServerPolicy(Policy):
             bar.update()
             return child
 
-        with tqdm(total=len(asked), desc=progress, unit="sample", disable=progress is None) as bar:
+        with Bar(total=len(asked), desc=progress, unit="sample", disable=progress is None) as bar:
             answers = self._all([ask(state, sample) for state, sample in asked])
         found = dict(zip(asked, answers, strict=True))
         children = [[found[sample] for sample in group] for group in samples]

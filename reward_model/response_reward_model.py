@@ -27,13 +27,12 @@ from typing import Any
 
 import torch
 from peft.utils import load_peft_weights
-from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from common.cli import here, training_flags
 from common.errors import JudgeError, ModelError, UserError, first_line, short
-from common.progress import taking_long
+from common.progress import Bar, taking_long
 from lm.chat_template import render_chat
 from lm.known_words import tokens_of
 from lm.loading import (
@@ -280,7 +279,7 @@ class ResponseRewardModel(ResponseScorer):
             return len(encoded[index][0])
 
         is_silent = progress is None
-        with tqdm(total=len(pairs), desc=progress, unit="response", disable=is_silent) as bar:
+        with Bar(total=len(pairs), desc=progress, unit="response", disable=is_silent) as bar:
             for batch in batches_by_length(range(len(pairs)), self.batch_tokens, length):
                 values = self._scores([encoded[index][0] for index in batch])
                 for index, score in zip(batch, values, strict=True):

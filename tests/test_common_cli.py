@@ -116,6 +116,36 @@ def test_a_mistake_is_one_line(tmp_path, capsys, content, args, message):
     assert stopped.value.code == 2 and message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--stratgy", "--strategy"),
+        ("--over-write", "--overwrite"),
+        ("-limit", "--limit"),
+        ("--no_shufle", "--no_shuffle"),
+        ("--LIMT=3", "--limit"),
+        ("--confg", "--config"),
+        ("--model_name_or_path", None),
+        ("3", None),
+        ("--", None),
+    ],
+)
+def test_a_mistyped_argument_is_guessed(tmp_path, capsys, given, meant):
+    with pytest.raises(SystemExit):
+        parse("--name", "a", "astray", given, "3")
+    error = capsys.readouterr().err
+    hint = f"did you mean {meant}? " if meant else ""
+    assert error.endswith(f" ({hint}see --help)\n"), error
+
+
+def test_a_mistyped_key_of_a_file_is_guessed(tmp_path, capsys):
+    for key, meant in (("stratgy", "strategy"), ("over-write", "overwrite"), ("hlep", None)):
+        (tmp_path / "my.yaml").write_text(f"name: a\n{key}: 3\n")
+        hint = f"did you mean {meant}? " if meant else ""
+        error = refused(capsys, "--config", str(tmp_path / "my.yaml"))
+        assert error.endswith(f"unknown key '{key}' ({hint}see --help)\n"), error
+
+
 def test_a_missing_file_is_one_line(capsys):
     for args, message in (
         (["--config"], "argument --config: expected one argument"),

@@ -1,9 +1,13 @@
 """Plots show what the history or the card holds, and their files are complete."""
 
+import itertools
+import re
 import warnings
 
+import numpy as np
 import pytest
 
+from common.files import ROOT
 from evaluation import plots
 from evaluation.judge_card import Card, JudgedStep, RankedPolicy
 from evaluation.metrics import Bin, Metric
@@ -117,19 +121,109 @@ def test_the_card_of_a_judge_draws_what_it_holds(tmp_path, drawn):
     assert {file.name for file in tmp_path.iterdir()} == {"few.png", "all.png"}
 
 
-def test_stability_has_a_panel_a_rate_and_a_line_a_loss(tmp_path, drawn):
-    runs = {"dpo, anchor": [0.6, 0.7], "dpo, no anchor": [0.5, 0.1]}
-    plots.stability_plot(
-        tmp_path / "stability.png",
-        0.4,
-        {"lr 1e-4": runs, "lr 3e-4": {"dpo, anchor": [0.2]}},
-        "title",
+def test_stability_has_a_panel_a_loss_and_a_line_a_setting(tmp_path, drawn):
+    def metrics(*values):
+        return [Metric(value, [value - 0.05, value + 0.05], 500) for value in values]
+
+    runs = {"lr 1e-4, anchor": metrics(0.6, 0.7), "lr 1e-4, no anchor": metrics(0.5, 0.1)}
+    one = {"lr 1e-4, no anchor": metrics(0.2)}
+    plots.stability_plot(tmp_path / "stability.png", 0.4, {"dpo": runs, "step_dpo": one}, "title")
+    assert [title for title, _ in drawn] == ["dpo", "step_dpo"]
+    assert drawn[0][1]["lr 1e-4, no anchor"] == ([0, 1, 2], [0.4, 0.5, 0.1])
+    assert drawn[1][1] == {"lr 1e-4, no anchor": ([0, 1], [0.4, 0.2])}
+
+
+# --- colours ---
+
+# Machado, Oliveira and Fernandes 2009: linear RGB as people with full colour blindness see it
+SIGHTS = {
+    "normal": np.eye(3),
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+               [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+               [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+               [0.004733, 0.691367, 0.303900]],
+}  # fmt: skip
+TO_XYZ = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
+          [0.0193339, 0.1191920, 0.9503041]]  # fmt: skip
+
+
+def difference(one: str, other: str, sight: str) -> float:
+    """CIE76 colour difference as a person sees it; about 2.3 is just noticeable."""
+
+    def lab(color: str) -> np.ndarray:
+        rgb = np.array([int(color[k : k + 2], 16) for k in (1, 3, 5)]) / 255
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        seen = np.clip(np.array(SIGHTS[sight]) @ linear, 0, 1)
+        ratio = np.array(TO_XYZ) @ seen / [0.95047, 1, 1.08883]
+        x, y, z = np.where(ratio > 0.008856, np.cbrt(ratio), ratio * 7.787 + 16 / 116)
+        return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+    return float(np.linalg.norm(lab(one) - lab(other)))
+
+
+def looks_of_page() -> dict[str, list[str]]:
+    """The colours of the series of the report page, in its light and its dark scheme."""
+    css = (ROOT / "evaluation/report.css").read_text()
+    found = re.findall(r"--look\d: (#\w{6})", css)
+    assert len(found) == 12
+    return {"page, light": found[:6], "page, dark": found[6:]}
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+def test_all_readers_tell_the_colours_apart(sight):
+    palettes = {"plots": [look[0] for look in plots.LOOKS], **looks_of_page()}
+    for where, palette in palettes.items():
+        for pair in itertools.combinations(palette, 2):
+            assert difference(*pair, sight) > 15, (where, pair)
+    assert difference(plots.RIGHT, plots.WRONG, sight) > 60
+    assert difference(plots.BASE, plots.TUNED, sight) > 25
+    css = (ROOT / "evaluation/report.css").read_text()
+    for scheme in zip(
+        *(re.findall(rf"--{end}: (#\w+)", css) for end in ("high", "low")), strict=True
+    ):
+        assert difference(*scheme, sight) > 60
+
+
+def test_series_differ_without_colours_too():
+    markers, dashes, hatches = ([look[k] for look in plots.LOOKS] for k in (1, 2, 3))
+    assert len(set(markers)) == len(set(map(str, dashes))) == len(set(hatches)) == plots.MOST == 6
+
+
+@pytest.mark.process
+def test_no_panel_has_more_than_six_series(tmp_path, drawn):
+    half, path = Metric(0.5, [0.4, 0.6], 4), tmp_path / "plot.png"
+    tokens = Metric(9.0, None, 4)
+    curve = [(tokens, half), (Metric(99.0, None, 4), half)]
+    names = ["beam", "mcts"]
+    controls = [f"beam-{k}" for k in range(4)]
+    lines = {name: curve for name in ("majority_vote", *names, *controls)}
+    lines |= {name: curve[:1] for name in ("greedy", "large, greedy", *"abcdefgh")}
+    plots.frontier_plot(path, {"test": lines}, controls, "many")
+    panels = {title.strip(): [*labels] for title, labels in drawn}
+    beside = ["majority_vote", "greedy", "large, greedy"]
+    assert panels["test: beam"] == ["beam", *beside, "beam-0", "beam-1"]
+    assert panels["test: mcts"] == ["mcts", *beside]
+    assert {name for labels in panels.values() for name in labels} >= {*names, *"abcdefgh"}
+    plots.curves_plot(path, "many", [1, 2], {name: [1, 2] for name in "abcdefgh"}, "x", "y")
+    answers = [(1, k, 0.1, f"category {k % 9}") for k in range(90)]
+    error = {"calibration_error": half}
+    bins = [Bin(0.2, 0.3, 0.2, half)]
+    plots.response_plot(path, "many", answers, bins, {"all": half}, {}, error)
+    assert drawn and all(len(labels) <= 6 for _, labels in drawn)
+
+
+def test_intervals_of_curves_are_bands(tmp_path, monkeypatch):
+    bands = []
+    monkeypatch.setattr(plots.plt.Axes, "fill_between", lambda *given, **_: bands.append(given[1:]))
+    one, two = Metric(0.5, [0.4, 0.6], 4), Metric(0.7, None, 4)
+    plots.compare_plot(
+        tmp_path / "x.png", {"d": {"dpo": [one, two]}}, ["test"], {0.6: one, 0.9: two}
     )
-    assert [title for title, _ in drawn] == ["lr 1e-4", "lr 3e-4"]
-    lines = drawn[0][1]
-    assert lines["dpo, no anchor"] == ([0, 1, 2], [0.4, 0.5, 0.1]) and drawn[1][1][
-        "dpo, anchor"
-    ] == ([0, 1], [0.4, 0.2])
+    assert [[list(side) for side in band] for band in bands] == [
+        [[0.6, 0.9], [0.4, 0.7], [0.6, 0.7]]
+    ]
 
 
 NAMES = {
@@ -175,7 +269,7 @@ def test_any_name_can_stand_in_a_plot(tmp_path, name, monkeypatch):
 
 
 def test_more_models_and_lines_than_colours(tmp_path):
-    half, names = Metric(0.5, [0.4, 0.6], 4), [f"model-{k}" for k in range(30)]
+    half, names = Metric(0.5, [0.4, 0.6], 4), [f"model-{k}" for k in range(13)]
     metrics = {f"{name}/next_step_accuracy/trap": half for name in names}
     plots.credit_plot(tmp_path / "credit.png", metrics, names, {"chosen": "chosen"})
     lines = {name: [(half, half)] for name in names}

@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from common.cli import run
 from common.errors import RecordError, UserError
 from common.files import read_rows, write_records
+from common.page_server import OPEN_ROUTES, ROUTES
 from evaluation.agreement import agreement, agreement_rows
 from reasoning.annotation import (
     AnnotationTask,
@@ -52,7 +53,7 @@ from reasoning.datasets.ranking import (
 from reasoning.records import LabelledSolution, PreferencePair
 from reward_model.judges.human import HumanJudge
 from tests.helpers.browser import PATIENCE, browser, in_browser, requested_hosts
-from utils.rank_responses import OPEN_ROUTES, RANKS, ROUTES, STEPS, agreement_html, main, turn
+from utils.rank_responses import RANKS, STEPS, agreement_html, main, turn
 
 SCRIPT = "utils/rank_responses.py"
 # Text that must stay as it is: hostile to HTML, templates (JavaScript's, Gradio's), Markdown and
@@ -816,6 +817,57 @@ def test_a_persons_session(table, tmp_path, run_script):
     judge = HumanJudge(tmp_path / "labels.jsonl")
     scores = judge.score_steps([(row.prompt, row.steps) for row in written])
     assert scores == [*(row.labels for row in written[:3]), None]
+
+
+@in_browser
+@pytest.mark.slow
+@pytest.mark.process
+def test_the_page_on_a_phone(tmp_path):
+    """390 px wide: nothing is wider, texts have the width, the save bar is in view, formulas are
+    drawn."""
+    rows = [
+        RankedResponse(
+            "Solve $x^2 = 9$.", f"Answer {k}: \\(x = \\pm\\frac{{{k}}}{{3}}\\) " + "word " * 90
+        )
+        for k in range(4)
+    ]
+    write_answers(tmp_path / "answers.csv", rows)
+    write_records(tmp_path / "pairs.jsonl", PAIRS)
+    port = free_port()
+    files = ("--input", "answers.csv", "--steps", "pairs.jsonl", "--labels", "labels.jsonl")
+    with (
+        server(port, *files, "--ranker", "Ann", cwd=tmp_path),
+        browser(tmp_path / "profile", 390, 844) as driver,
+    ):
+        metrics = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        page, js = Page(driver), driver.execute_script
+        driver.get(printed_address(tmp_path))
+        page.see("0 of 1 prompts done")
+
+        def fits() -> None:
+            assert js("return [innerWidth, document.documentElement.scrollWidth]") == [390, 390]
+            assert all(text.rect["width"] > 330 for text in page.all(".item .text"))
+            box = "return arguments[0].getBoundingClientRect()"
+            (foot,) = (js(box, found) for found in page.all(".foot"))
+            assert foot["top"] > 0 and foot["bottom"] <= 844
+
+        fits()
+        assert len(page.all(".prompt math msup")) == 1 and len(page.all(".text math mfrac")) == 4
+        assert js("return document.documentElement.scrollHeight") > 844
+        js("window.scrollTo(0, 300)")
+        fits()
+        page.press("1111", "\ue007")
+        page.see("All 1 prompts are done")
+        for tab in page.all("button[role=tab]"):
+            if tab.text == "Label steps":
+                tab.click()
+        page.see("0 of 4 solutions done")
+        fits()
+        assert page.network() == {f"127.0.0.1:{port}"}
+    assert [row.answer for row in read_answers(tmp_path / "answers.csv")] == [
+        r.answer for r in rows
+    ]
 
 
 # What a page of another origin can try: to change ranks, and to read a text. TARGET is the server,

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +54,7 @@ from common.files import (
     was_killed,
     write_text,
 )
-from common.progress import taking_long
+from common.progress import Bar, taking_long
 from lm.known_words import tokens_of, warn_of_unknown_words
 from lm.loading import (
     base_of,
@@ -759,17 +760,27 @@ def silence_libraries() -> None:
     warnings.simplefilter("ignore")
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     logging.getLogger("trl").setLevel(logging.ERROR)
 
 
 class ProgressBar(ProgressCallback):
-    """A progress bar with a few numbers beside it (log key -> word), not the whole log as a
-    line."""
+    """A bar with a few numbers beside it (log key -> word), not the whole log as a line.
+
+    Off a terminal it is one line; the bars of evaluations are for terminals only."""
 
     def __init__(self, shown: dict[str, str]):
         super().__init__()
         self.shown = shown
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.current_step = done = state.global_step
+        if state.is_world_process_zero:
+            options = {"desc": "training", "unit": "step", "dynamic_ncols": True}
+            self.training_bar = Bar(total=state.max_steps, initial=done, **options)
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        if sys.stderr.isatty():
+            super().on_prediction_step(*args, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None and "loss" in logs:

@@ -28,11 +28,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
-
 from common.cli import arg, check_model, check_output, parse_args, run
 from common.errors import UserError
 from common.files import at_root, replacing_folder
+from common.progress import Bar
 from evaluation.metrics import auroc_metric, mean_metric
 from lm.text_encoding import encode_steps
 from reasoning.problems import changed_numbers, stories
@@ -209,7 +208,7 @@ def build(args: SurprisalArguments, model: Any, tokenizer: Any) -> dict:
         losses["next"] = -(data["expected"].exp() * logps).sum(-1)[on].mean()
         return losses
 
-    bar = tqdm(range(args.updates), desc="learning how surprising tokens are")
+    bar = Bar(range(args.updates), desc="learning how surprising tokens are", unit="update")
     for _ in bar:
         losses = batch_losses(next_batch())
         loss = sum(losses.values())

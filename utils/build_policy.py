@@ -25,10 +25,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
-
 from common.cli import arg, check_outputs, hold_output, parse_args, run
 from common.files import at_root, release, replacing_folder, write_text
+from common.progress import Bar
 from evaluation.metrics import mean_metric, rate_metric
 from lm.text_encoding import batches_by_length, encode_steps
 from reasoning.grading import grade_steps, is_correct
@@ -118,7 +117,7 @@ def collate_text(batch: list[list[dict]]) -> dict[str, Any]:
 
 def policy_data(tokenizer: Any, count: int, seed: int) -> Iterator[dict]:
     texts = itertools.islice(pretraining_texts(seed), count)
-    for problem, steps in tqdm(texts, total=count, desc="writing pretraining texts"):
+    for problem, steps in Bar(texts, total=count, desc="writing pretraining", unit="text"):
         ids, step_of = encode_steps(tokenizer, problem.prompt, [], steps)
         yield {"ids": ids, "step_of": step_of}
 

@@ -64,7 +64,6 @@ def import_gguf(source: Path, output: Path, dtype: str, sha256: str) -> None:
     # first, because transformers trusts damaged lengths
     header = read_gguf(source, any_kind=True)
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     try:
         tokenizer = load_tokenizer(source.parent, gguf_file=source.name)
         options = {"dtype": dtype, "gguf_file": source.name}

@@ -11,22 +11,19 @@ so a page that was stopped resumes.
 
 import html
 import json
-import os
-import secrets
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_different, check_input, parse_args, run
 from common.errors import UserError
 from common.files import at_root
-from common.page_guard import PageGuard
+from common.formulas import html_with_formulas
+from common.page_server import check_port, prepare, serve
 from evaluation.agreement import AGREEMENT_COLUMNS, agreement_rows
 from evaluation.results import print_table
 from reasoning.annotation import (
@@ -46,15 +43,6 @@ from reasoning.datasets.ranking import check_groups, read_answers
 ANSWERS = "data/answers.csv.gz"
 MADE_BY = "python utils/build_ranked_responses.py"
 HERE = Path(__file__).resolve()
-# Everything that the page asks of Gradio; nothing else is answered, no upload and no file.
-ROUTES = [
-    *(("GET", path) for path in ("/", "/theme.css", "/favicon.ico", "/assets/", "/static/")),
-    ("GET", "/gradio_api/queue/data"),
-    ("POST", "/gradio_api/queue/join"),
-    ("POST", "/gradio_api/component_server/"),
-]
-# Gradio asks itself for the first to see that it works; browsers ask for the second without cookie.
-OPEN_ROUTES = [("GET", "/gradio_api/startup-events"), ("GET", "/manifest.json")]
 
 
 @dataclass
@@ -74,13 +62,12 @@ class RankArguments:
     share: bool = arg(False, "give the page a public address too, through Gradio's servers")
 
     def __post_init__(self) -> None:
-        if not 1 <= self.port <= 65535:
-            raise UserError(f"argument --port: expected 1 to 65535, got {self.port}")
+        check_port(self.port)
         if self.ranker is not None:
             self.ranker = check_name(self.ranker)
 
 
-# --- the page as HTML; every text from a file or a person goes through html.escape ---
+# --- the page as HTML; every text from a file or a person is escaped ---
 
 
 @dataclass(frozen=True)
@@ -139,13 +126,13 @@ def task_html(name: str, tasks: Sequence[AnnotationTask], task: AnnotationTask, 
     items = "".join(
         f'<div class="item" tabindex="0" data-place="{k}" data-mark="{html.escape(mark)}">'
         f'<div class="choice">{buttons}{grip}</div>'
-        f'<div class="text">{html.escape(item)}</div></div>'
+        f'<div class="text" dir="auto">{html_with_formulas(item)}</div></div>'
         for k, (item, mark) in enumerate(marked)
     )
     save = "Save again" if task.done else "Save"
     return f"""{head_html(name, tasks, kind)}
 <div class="task" data-key="{task.key}" data-keys="{keys}">
-<div class="prompt">{html.escape(task.prompt)}</div>
+<div class="prompt" dir="auto">{html_with_formulas(task.prompt)}</div>
 <div class="ask">{kind.question}</div><div class="help">{kind.help}</div>
 <div class="items {kind.name}">{items}</div>
 <input class="note" maxlength="1000" placeholder="A note, if you like (N; Esc leaves it)"
@@ -247,48 +234,6 @@ def build_page(ranking: AnswerRanking, labelling: StepLabelling | None, ranker: 
     return page
 
 
-def serve(args: RankArguments, page: Any) -> None:
-    """Serve the page until Ctrl-C.
-
-    Raises UserError if the port is in use or if Gradio gives no public address."""
-    import gradio as gr  # heavy
-    from starlette.middleware import Middleware
-
-    token = secrets.token_urlsafe(24)
-    port = "" if args.port == 80 else f":{args.port}"  # as browsers write it
-    hosts = {f"{name}{port}" for name in ("127.0.0.1", "localhost")}
-    guard = Middleware(
-        PageGuard, token=token, cookie=f"ranking_{args.port}", hosts=hosts, routes=ROUTES,
-        open_routes=OPEN_ROUTES,
-    )  # fmt: skip
-
-    # fonts of the system, so that none is loaded from the network
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    theme = gr.themes.Default(primary_hue="indigo", **fonts)
-    css = HERE.with_suffix(".css").read_text(encoding="utf-8")
-    try:
-        _, local, public = page.launch(
-            server_name="127.0.0.1", server_port=args.port, share=args.share, theme=theme, css=css,
-            quiet=True, footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False,
-            prevent_thread_lock=True, app_kwargs={"middleware": [guard]},
-        )  # fmt: skip
-    except OSError as error:
-        raise UserError(
-            f"argument --port: {args.port} cannot be used ({error}); give another"
-        ) from None
-    if args.share and not public:
-        raise UserError(
-            "argument --share: Gradio gave no public address; leave --share out to use the page "
-            "on this machine"
-        )
-    if public:
-        hosts.add(urlsplit(public).netloc)
-    labels = f", labels of steps in {args.labels}" if args.steps else ""
-    print(f"ranks are saved in {args.output or args.input}{labels}")
-    print(f"{(public or local).rstrip('/')}/?token={token} (Ctrl-C ends)", flush=True)
-    threading.Event().wait()
-
-
 def print_agreement(path: str) -> None:
     """Print the agreement of a table's rankers. Raises UserError if no prompt has two rankers."""
     rows = read_answers(path)
@@ -304,10 +249,7 @@ def main() -> None:
     check_input(args.input, MADE_BY if args.input == at_root(ANSWERS) else None)
     if args.agreement:
         return print_agreement(args.input)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    for proxies in ("NO_PROXY", "no_proxy"):  # Gradio requests its own page to see that it works
-        os.environ[proxies] = ",".join(filter(None, [os.environ.get(proxies), "127.0.0.1"]))
+    prepare()
     solutions = load_solutions(args.steps) if args.steps else None
     if args.steps:
         check_different([args.labels], [args.steps, args.input, args.output])
@@ -315,7 +257,11 @@ def main() -> None:
     locks = [hold(path) for path in written]
     ranking = AnswerRanking(args.input, args.output)
     labelling = StepLabelling(solutions, args.labels) if solutions else None
-    serve(args, build_page(ranking, labelling, args.ranker))
+    css = HERE.with_suffix(".css").read_text(encoding="utf-8")
+    labels = f", labels of steps in {args.labels}" if args.steps else ""
+    note = f"ranks are saved in {args.output or args.input}{labels}"
+    page = build_page(ranking, labelling, args.ranker)
+    serve(page, css, "ranking", args.port, args.share, note)
     for lock in locks:
         lock.close()
 

@@ -106,7 +106,7 @@ summary {{ cursor: pointer }}
 .value {{ display: inline-block; min-width: 2.6em; text-align: center; border-radius: .4em;
          font-variant-numeric: tabular-nums }}
 .counts {{ color: #666; font-size: 85% }}
-.mark {{ color: #a00; font-weight: bold }}
+.mark {{ color: #a34900; font-weight: bold }}
 </style></head><body>
 <h1>Search tree</h1>
 <p>{headline}</p>
@@ -118,12 +118,13 @@ visits of the search.</p>
 
 
 def as_page(tree: Tree) -> str:
-    """A page of nested steps that can be folded, coloured from red (value 0) to green (1).
+    """A page of nested steps that can be folded, coloured from orange (value 0) to blue (1), which
+    colour-blind readers tell apart; the number beside it says the same.
 
     Texts of the model and of the problem are escaped."""
 
     def element(line: Line) -> str:
-        color = f"background: hsl({120 * line.value:.0f} 70% 82%)"
+        color = f"background: color-mix(in oklab, #56b4e9 {line.value:.0%}, #f2a85e)"
         counts = f"{line.right} of {line.total}"
         counts += "" if line.visits is None else f", {line.visits} visits"
         label = (

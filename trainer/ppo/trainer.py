@@ -279,7 +279,7 @@ class StepPPOTrainer:
             self.accelerator.init_trackers(run_name, _flat(args.to_dict()))
         hidden = args.disable_tqdm or not self.accelerator.is_main_process
         done = self.state.global_step
-        options = {"initial": done, "unit": "update", "disable": hidden}
+        options = {"desc": "training", "initial": done, "unit": "update", "disable": hidden}
         with progress_bar(total=self.updates, **options) as bar:
             if done == 0:
                 self._evaluate()
