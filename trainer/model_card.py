@@ -6,6 +6,7 @@ metadata are those that the hub reads: licence, base model, figures (model-index
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,12 +122,15 @@ def _result(figure: Figure, task: str, about: About) -> EvalResult:
 
 
 def licence_of(model: str) -> str | None:
-    """The licence that the card of a model names, for an adapter without one that of its base."""
-    folder = Path(model)
-    try:
-        card = ModelCard.load(folder / "README.md" if folder.is_dir() else model)
-    except Exception:  # no card, no network, or metadata of another form: the card says so
-        card = None
+    """The licence that the card of a model names, or for an adapter the card of its base.
+
+    None if there is none that can be read."""
+    folder, card = Path(model), None
+    readme = folder / "README.md"
+    if readme.is_file() or not folder.is_dir():
+        # no card on the hub, no network, or metadata of another form: the card says so
+        with suppress(Exception):
+            card = ModelCard.load(readme if folder.is_dir() else model)
     if card is not None and isinstance(card.data.license, str):
         return card.data.license
     base, _ = adapter_base(folder)
@@ -171,9 +175,9 @@ def prm_use(model: Any, tokenizer: Any, is_adapter: bool) -> Use:
         return _clone_use("token-classification", text, lines)
     lines = [
         *_step_lines(token, tokenizer),
-        f'marks = inputs["input_ids"][0] == tokenizer.convert_tokens_to_ids({token!r})',
-        "begins = marks.nonzero()[:, 0].tolist()",
-        "ends = [*(begin - 1 for begin in begins[1:]), -1]",
+        f"token = tokenizer.convert_tokens_to_ids({token!r})",
+        'begins = (inputs["input_ids"][0] == token).nonzero()[:, 0]',
+        "ends = [*(begins[1:] - 1).tolist(), -1]",
         "values = model(**inputs).logits[0, ends, 0].sigmoid()",
         f"print(values{'.cummin(0).values' if is_least else ''}.tolist())",
     ]
@@ -216,8 +220,8 @@ def _step_lines(token: str, tokenizer: Any) -> list[str]:
     """Code that writes a prompt and steps with step tokens."""
     return [
         f"template = {format_prompt(FIELD, tokenizer)!r}",
-        f'text = template.replace("{FIELD}", question)',
-        f'text += "".join(f"{token}{{step}}\\n" for step in steps)',
+        f'text = template.replace("{FIELD}", question)'
+        f' + "".join(f"{token}{{step}}\\n" for step in steps)',
         f"inputs = {_tokenized('text', tokenizer)}",
     ]
 

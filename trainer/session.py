@@ -71,6 +71,7 @@ from reasoning.datasets.loading import load_records, stored_as
 from reasoning.records import PreferencePair
 from reasoning.splits import held_out_prompts, is_kept_out
 from reward_model.registry import JudgeArgs, check_judge, judge_files, judge_identity
+from trainer.hub import open_repo, push
 from trainer.model_card import About, Figure, Use, model_card, policy_use
 from trainer.settings_check import check_settings
 
@@ -264,6 +265,9 @@ class Training:
                     "give another one"
                 )
         self._check_files()
+        self.pushes = getattr(config, "push_to_hub", False)
+        if self.pushes:
+            config.push_to_hub = False  # transformers' own: see trainer/hub.py
         self.job = self._job()
         resume = config.resume_from_checkpoint
         self.checkpoint = checkpoint_to_resume(self.folder, self.job, args.overwrite, resume)
@@ -476,6 +480,7 @@ class Training:
             write_text(self.folder / JOB, [json.dumps(self.job, indent=1)])
         note = getattr(trainer, "balance", "")
         self._announce(trainer, note, say)
+        repo = open_repo(config, self.folder) if self.pushes and main_process else ""
         if isinstance(trainer, transformers.Trainer):
             trainer.add_callback(PlainCheckpoints())
             trainer.add_callback(NoStepTooMany())
@@ -533,6 +538,9 @@ class Training:
         kind = "adapter" if self.model_args.use_peft else "model"
         wrote = f"wrote the tuned {kind} to {self.folder}, the log to {self.log_file}"
         say(wrote + (f", its picture to {self.picture}" if drawn else ""))
+        if repo:
+            with taking_long(f"pushing {self.folder} to {repo}"):
+                say(f"pushed it: {push(config, self.folder, repo)}")
 
     def _announce(self, trainer: Any, note: str, say: Callable) -> None:
         """Print the data, the precision, and how the training can be resumed."""
