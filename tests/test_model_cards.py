@@ -3,7 +3,10 @@
 The code of a card runs in the folder of the model, without this repository, unless the model is an
 adapter that only this repository can load."""
 
+import json
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -180,6 +183,33 @@ def test_the_licence_of_a_base(tmp_path):
     assert licence_of(str(base)) == licence_of(str(adapter)) == "apache-2.0"
     (adapter / "README.md").write_text("---\nlicense: mit\n---\n")
     assert licence_of(str(adapter)) == "mit"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A stand-in for the hub, which knows one model."""
+
+    def do_GET(self) -> None:
+        known = self.path.startswith("/api/models/me/base")
+        data = json.dumps({"id": "me/base", "cardData": {"license": "llama3.2"}}).encode()
+        self.send_response(200 if known else 404)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_licence_of_a_base_on_the_hub(monkeypatch):
+    """None if the hub does not know the base, or cannot be reached."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        assert licence_of("me/base") == "llama3.2" and licence_of("me/other") is None
+        server.shutdown()
+    assert licence_of("me/base") is None
 
 
 def test_a_chat_template_stands_in_the_card_as_text(tmp_path, tiny_model_dir):

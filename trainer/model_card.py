@@ -8,10 +8,11 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from common.files import adapter_base
 from lm.prompting import FIELD
@@ -86,7 +87,7 @@ def model_card(
     licence, base = about.licence, about.base_name
     if licence is None and about.base is not None:
         licence = licence_of(about.base)
-    results = [_result(figure, use.pipeline, about) for figure in figures]
+    results = [_result(figure, use.pipeline, about) for figure in figures if isfinite(figure.value)]
     metadata = ModelCardData(
         license=licence,
         library_name=about.library,
@@ -125,14 +126,16 @@ def licence_of(model: str) -> str | None:
     """The licence that the card of a model names, or for an adapter the card of its base.
 
     None if there is none that can be read."""
-    folder, card = Path(model), None
-    readme = folder / "README.md"
-    if readme.is_file() or not folder.is_dir():
-        # no card on the hub, no network, or metadata of another form: the card says so
-        with suppress(Exception):
-            card = ModelCard.load(readme if folder.is_dir() else model)
-    if card is not None and isinstance(card.data.license, str):
-        return card.data.license
+    folder, data = Path(model), None
+    # no card, no network, or metadata of another form: the card of the new model says so
+    with suppress(Exception):
+        if not folder.is_dir():
+            data = HfApi().model_info(model, timeout=10).card_data
+        elif (folder / "README.md").is_file():
+            data = ModelCard.load(folder / "README.md").data
+    licence = getattr(data, "license", None)
+    if isinstance(licence, str):
+        return licence
     base, _ = adapter_base(folder)
     return licence_of(base) if base else None
 

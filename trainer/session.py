@@ -480,6 +480,8 @@ class Training:
             write_text(self.folder / JOB, [json.dumps(self.job, indent=1)])
         note = getattr(trainer, "balance", "")
         self._announce(trainer, note, say)
+        # now, because an error would lose a finished training
+        use = recipe.use(trainer.model, trainer.processing_class, self.model_args.use_peft)
         repo = open_repo(config, self.folder) if self.pushes and main_process else ""
         if isinstance(trainer, transformers.Trainer):
             trainer.add_callback(PlainCheckpoints())
@@ -518,7 +520,7 @@ class Training:
         dataset = Path(self.args.dataset_name).name
         title = f"{recipe.title(config)} {len(self.rows)} {recipe.noun} of {dataset}"
         drawn = False
-        card = self._card(title, trainer, rows, seconds, note)
+        card = self._card(title, use, rows, state.global_step, seconds, note)
         with taking_long(f"writing {self.folder}"), staged_model(trainer, self.folder, card):
             if main_process:
                 log: dict[str, Any] = {"output_dir": str(self.folder.resolve()), "job": self.job}
@@ -569,22 +571,22 @@ class Training:
         elif config.save_strategy != "no":
             say("if this is stopped, the same command resumes from the last checkpoint")
 
-    def _card(self, title: str, trainer: Any, rows: list, seconds: float, note: str) -> str:
+    def _card(self, title: str, use: Use, rows: list, steps: int, seconds: float, note: str) -> str:
         """The model card. rows: (log key, word, first, last) of the closing table."""
-        recipe, is_adapter = self.recipe, self.model_args.use_peft
+        recipe = self.recipe
         about = About(
             name=self.folder.resolve().name,
             base=self.model,
             data=self.args.dataset_name,
             split="train",
-            library="peft" if is_adapter else "transformers",
+            library="peft" if self.model_args.use_peft else "transformers",
             tags=recipe.tags.split(", "),
         )
         training = [
             f"- Base model: {about.base_name}.",
             f"- Data: {len(self.rows)} {recipe.noun} of {about.data_name}."
             + f" {note}." * bool(note),
-            f"- {trainer.state.global_step} steps, seed {self.config.seed}, {seconds:.0f} s.",
+            f"- {steps} steps, seed {self.config.seed}, {seconds:.0f} s.",
             f"- Every setting is in `{JOB}`.",
         ]
         table = [
@@ -595,7 +597,7 @@ class Training:
         return model_card(
             about,
             f"{about.base_name} after {title}.",
-            recipe.use(trainer.model, trainer.processing_class, is_adapter),
+            use,
             "\n".join(training),
             [Figure(kind, word, last) for kind, word, _, last in rows],
             "\n".join(table),
