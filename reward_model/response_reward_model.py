@@ -84,6 +84,8 @@ class ResponseTokens:
         self.is_chat = bool(tokenizer.chat_template)
         has_pairs = None not in (tokenizer.cls_token_id, tokenizer.sep_token_id)
         self.is_pair = has_pairs and not (self.is_chat or self.steps)
+        is_plain = not (self.is_chat or self.is_pair or self.steps or question)
+        self.ends_with_eos = is_plain and tokenizer.eos_token_id is not None
 
     def encode(self, pairs: Sequence[Response]) -> list[tuple[list[int], int]]:
         """(ids, number of tokens that max_length cut off) of every (prompt, response).
@@ -99,12 +101,12 @@ class ResponseTokens:
             texts = [[*p, *between, *r] for p, r in zip(prompts, responses, strict=True)]
         else:
             texts = self.encoder.ids(
-                [self._text(prompt, response) for prompt, (response,) in guarded]
+                [self.text(prompt, response) for prompt, (response,) in guarded]
             )
             if self.is_chat:  # a chat template writes the special tokens itself
                 leading = leading if texts and texts[0][: len(leading)] == leading else []
                 texts = [ids[len(leading) :] for ids in texts]
-            elif not (self.question or self.steps) and self.tokenizer.eos_token_id is not None:
+            elif self.ends_with_eos:
                 end = [self.tokenizer.eos_token_id]
         encoded = []
         for text in texts:
@@ -113,7 +115,8 @@ class ResponseTokens:
             encoded.append((ids[: len(leading)] + ids[len(leading) + over :], over))
         return encoded
 
-    def _text(self, prompt: str, response: str) -> str:
+    def text(self, prompt: str, response: str) -> str:
+        """The text of both, but for an encoder and for an end-of-text token."""
         if self.steps:
             return self.steps.text(prompt, split_steps(response))
         if self.is_chat:

@@ -27,7 +27,8 @@ GENERATED = (
     ),
     *("data/mine", "data/prepared", "data/step_labels.jsonl", "models/smollm2-135m-instruct"),
 )
-WRITTEN = {"log.json", "training.png", "search.jsonl", "adapter_config.json", "config.json"}
+WRITTEN = {"log.json", "training.png", "training_job.json", "search.jsonl"}
+WRITTEN |= {"adapter_config.json", "config.json"}
 FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir()}
 FLAG = re.compile(r"(?<![\w-])--([A-Za-z][\w-]*)")
 REMOVED = re.compile(r"`[^`]*` \([^)]*(?:option|script) since removed\)")

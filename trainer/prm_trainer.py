@@ -32,6 +32,7 @@ from reasoning.records import LabelledSolution, StepValue
 from reward_model.prm_formats import StepTokens
 from reward_model.process_reward_model import from_causal_lm, head_names, load_prm
 from trainer.defaults import MiniatureDefaults
+from trainer.model_card import prm_use
 from trainer.session import Recipe, Training
 
 logger = get_logger(__name__)
@@ -342,6 +343,5 @@ RECIPE = Recipe(
         "values/bad": "mean value of the other steps",
     },
     bar={"loss": "loss", "values/good": "good steps", "values/bad": "bad steps"},
-    use="The model gives every step a value, 0 to 1: `--judge prm --judge_path FOLDER` in the "
-    "scripts that judge.",
+    use=prm_use,
 )

@@ -53,6 +53,7 @@ from reward_model.response_reward_model import (
     longest,
 )
 from trainer.defaults import MiniatureDefaults, check_numbers
+from trainer.model_card import reward_use
 from trainer.session import DataArgs, Recipe, Training
 
 logger = get_logger(__name__)
@@ -300,7 +301,6 @@ RECIPE = Recipe(
     },
     bar={"loss": "loss", "accuracy": "pairwise accuracy"},
     model="models/prm-mini",
-    use="It scores whole responses: "
-    "`python reward_model/score_responses.py score --scorer FOLDER --output scored.csv`.",
+    use=reward_use,
     read=read_ranked,
 )

@@ -72,6 +72,8 @@ from reasoning.datasets.loading import load_records, stored_as
 from reasoning.records import PreferencePair
 from reasoning.splits import held_out_prompts, is_kept_out
 from reward_model.registry import JudgeArgs, check_judge, judge_files, judge_identity
+from trainer.hub import open_repo, push
+from trainer.model_card import About, Figure, Use, model_card, policy_use
 from trainer.settings_check import check_settings
 
 JOB = TRAINING_JOB  # in the output folder, so that the same command resumes it
@@ -94,25 +96,6 @@ NOT_THE_JOB = (
 PATHS = ("dataset", "model_name_or_path", "judge_path", "judge_problems", "judge_labels")
 SETTINGS_IN_FILES = ("chat_template_path", "prompt_template", "deepspeed", "fsdp_config")
 IS_MAIN = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
-ANSWERS = (
-    "It answers the prompt template of `lm/text_encoding.py`: one step a line, then `Answer: ...`."
-)
-CARD = """---
-library_name: {library}
-tags: [{tags}]
----
-
-# {name}
-
-{base} after {title}.
-
-| | first | last |
-|---|---|---|
-{table}
-
-Steps: {steps}, seed {seed}, {seconds:.0f} s. Every setting is in `{job}`.
-{use}
-"""
 
 
 @dataclass
@@ -200,7 +183,7 @@ class Recipe:
     columns: dict[str, str]  # log key -> words, of the closing table
     bar: dict[str, str] = field(default_factory=dict)  # log key -> word, beside the progress bar
     model: str = "models/policy-mini"  # the default model to start from
-    use: str = ANSWERS  # the sentence of the card about how to use the model
+    use: Callable[[Any, Any, bool], Use] = policy_use  # of the card
     read: Callable[["Recipe", DataArgs], list] = read_dataset
 
 
@@ -283,6 +266,9 @@ class Training:
                     "give another one"
                 )
         self._check_files()
+        self.pushes = getattr(config, "push_to_hub", False)
+        if self.pushes:
+            config.push_to_hub = False  # transformers' own: see trainer/hub.py
         self.job = self._job()
         resume = config.resume_from_checkpoint
         self.checkpoint = checkpoint_to_resume(self.folder, self.job, args.overwrite, resume)
@@ -495,6 +481,9 @@ class Training:
             write_text(self.folder / JOB, [json.dumps(self.job, indent=1)])
         note = getattr(trainer, "balance", "")
         self._announce(trainer, note, say)
+        # now, because an error would lose a finished training
+        use = recipe.use(trainer.model, trainer.processing_class, self.model_args.use_peft)
+        repo = open_repo(config, self.folder) if self.pushes and main_process else ""
         if isinstance(trainer, transformers.Trainer):
             trainer.add_callback(PlainCheckpoints())
             trainer.add_callback(NoStepTooMany())
@@ -528,11 +517,11 @@ class Training:
         for name, word in recipe.columns.items():
             values = [log[name] for log in history if name in log]
             if values:
-                rows.append((word, values[0], values[-1]))
+                rows.append((name, word, values[0], values[-1]))
         dataset = Path(self.args.dataset_name).name
         title = f"{recipe.title(config)} {len(self.rows)} {recipe.noun} of {dataset}"
         drawn = False
-        card = self._card(title, rows, state, seconds, note)
+        card = self._card(title, use, rows, state.global_step, seconds, note)
         with taking_long(f"writing {self.folder}"), staged_model(trainer, self.folder, card):
             if main_process:
                 log: dict[str, Any] = {"output_dir": str(self.folder.resolve()), "job": self.job}
@@ -544,7 +533,7 @@ class Training:
                 if not drawn:
                     self.picture.unlink(missing_ok=True)  # of an earlier training
         say(f"\n{'':40}{'first':>10}{'last':>10}")
-        for word, first, last in rows:
+        for _, word, first, last in rows:
             say(f"{word:40}{first:10.3f}{last:10.3f}")
         say(f"{'seconds':40}{'':10}{seconds:10.0f}")
         if history and "num_tokens" in history[-1]:  # of this run alone; without padding
@@ -552,6 +541,9 @@ class Training:
         kind = "adapter" if self.model_args.use_peft else "model"
         wrote = f"wrote the tuned {kind} to {self.folder}, the log to {self.log_file}"
         say(wrote + (f", its picture to {self.picture}" if drawn else ""))
+        if repo:
+            with taking_long(f"pushing {self.folder} to {repo}"):
+                say(f"pushed it: {push(config, self.folder, repo)}")
 
     def _announce(self, trainer: Any, note: str, say: Callable) -> None:
         """Print the data, the precision, and how the training can be resumed."""
@@ -580,19 +572,36 @@ class Training:
         elif config.save_strategy != "no":
             say("if this is stopped, the same command resumes from the last checkpoint")
 
-    def _card(self, title: str, rows: list, state: Any, seconds: float, note: str) -> str:
-        return CARD.format(
-            library="peft" if self.model_args.use_peft else "transformers",
-            tags=self.recipe.tags,
+    def _card(self, title: str, use: Use, rows: list, steps: int, seconds: float, note: str) -> str:
+        """The model card. rows: (log key, word, first, last) of the closing table."""
+        recipe = self.recipe
+        about = About(
             name=self.folder.resolve().name,
-            base=Path(self.model).name if Path(self.model).is_dir() else self.model,
-            title=title,
-            table="\n".join(f"| {word} | {first:.4g} | {last:.4g} |" for word, first, last in rows),
-            steps=state.global_step,
-            seed=self.config.seed,
-            seconds=seconds,
-            job=JOB,
-            use=f"{note}. {self.recipe.use}" if note else self.recipe.use,
+            base=self.model,
+            data=self.args.dataset_name,
+            split="train",
+            library="peft" if self.model_args.use_peft else "transformers",
+            tags=recipe.tags.split(", "),
+        )
+        training = [
+            f"- Base model: {about.base_name}.",
+            f"- Data: {len(self.rows)} {recipe.noun} of {about.data_name}."
+            + f" {note}." * bool(note),
+            f"- {steps} steps, seed {self.config.seed}, {seconds:.0f} s.",
+            f"- Every setting is in `{JOB}`.",
+        ]
+        table = [
+            "Of the training batches, at the first and at the last log:\n",
+            "| | first | last |\n|---|---|---|",
+            *(f"| {word} | {first:.4g} | {last:.4g} |" for _, word, first, last in rows),
+        ]
+        return model_card(
+            about,
+            f"{about.base_name} after {title}.",
+            use,
+            "\n".join(training),
+            [Figure(kind, word, last) for kind, word, _, last in rows],
+            "\n".join(table),
         )
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from accelerate.tracking import get_available_trackers
-from huggingface_hub import whoami
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
 from common.errors import UserError, first_line
+from trainer.hub import check_hub
 
 LARGE, SMALL = 10**9, 1e-9
 # (least, largest value) -> arguments; None is always possible
@@ -86,8 +86,8 @@ def check_settings(config: Any, model_args: Any) -> None:
             )
         if config.torch_compile:
             _try("--torch_compile", _compile, config)
-        if config.push_to_hub:  # a network, and a token that may write
-            _try("--push_to_hub", lambda config: whoami(config.hub_token), config)
+        if config.push_to_hub:
+            check_hub(config)
 
 
 def _try(name: str, use: Callable[[Any], Any], config: Any) -> Any:

@@ -30,17 +30,19 @@ from utils.build_policy import bucketed, building, card, finish, job_of, train
 JUDGE_FILE = "judge-mini.Q8_0.gguf"
 
 # Markdown, one sentence a line
-JUDGE_CARD = """
+JUDGE_SUMMARY = """
 A step judge: it answers "Right?" with Yes or No after every step of a solution.
 It was made by `python utils/build_judge.py` and takes the place of a pretrained model that can do arithmetic.
-
+"""  # noqa: E501
+JUDGE_TRAINING = """
 - Training starts from policy-surprisal: policy-mini with two layers that hold how unlikely it found each token.
 - Data with exact labels: {examples} solutions of pretraining problems (a quarter right, the others with mistakes)
   and {samples} policy-mini samples of train problems.
 - AdamW, peak learning rate {learning_rate}, decayed linearly to 0, seed {seed}.
 - Weights in half precision; `judge-mini.Q8_0.gguf` is the same model for llama.cpp and ctransformers.
-- Licence: as the repository.
 """  # noqa: E501
+# of the metadata
+JUDGE_KINDS = {"step AUROC": "step_auroc", "step accuracy at .5": "step_accuracy"}
 
 
 @dataclass
@@ -205,6 +207,7 @@ def make_judge(args: JudgeBuildArguments, work: Path, job: dict) -> None:
     from lm.gguf_export import export_gguf
     from lm.loading import load_model
     from lm.policy import Policy
+    from trainer.model_card import judge_use
 
     policy, folder = Policy.load(args.policy), work / "judge-mini"
     tokenizer = policy.tokenizer
@@ -224,7 +227,8 @@ def make_judge(args: JudgeBuildArguments, work: Path, job: dict) -> None:
     judge, _ = load_model(str(folder), "float32")
     export_gguf(folder, folder / JUDGE_FILE)
     figures = judge_figures(judge.to(policy.device), tokenizer, policy, args.validation)
-    card(folder, JUDGE_CARD.format(**job), figures)
+    use, base = judge_use(tokenizer), args.model_name_or_path
+    card(folder, JUDGE_SUMMARY, JUDGE_TRAINING.format(**job), use, figures, JUDGE_KINDS, base)
 
 
 def main() -> None:

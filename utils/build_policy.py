@@ -40,19 +40,21 @@ SHAPES = {"mini": (192, 512, 4, 6, 3), "large": (320, 864, 5, 10, 5)}
 LEARNING_RATES = {"mini": [2e-3], "large": [7e-4, 1.4e-3, 2.8e-3]}
 
 # Markdown, one sentence a line
-POLICY_CARD = """
+POLICY_SUMMARY = """
 A LLaMA of {parameters} parameters (hidden {hidden}, {layers} layers), trained from random weights.
 It was made by `python utils/build_policy.py{flags}`.
-
+"""
+POLICY_TRAINING = """
 - Data: {policy_examples} solved word problems of `reasoning/problems.py`, each once, about 2,000 tokens per update.
 - AdamW, peak learning rate {learning_rate}, decayed linearly to 0, seed {seed}.
 - The text has mistakes, as human text has: the writer is wrong at 60 % of the traps and 3 % of the other steps.
   The model's greedy answers are therefore wrong at traps, by design.
 - Weights in half precision.
-- Licence: as the repository.
 """  # noqa: E501
 
-TRIALS_CARD = """
+POLICY_KINDS = {"greedy accuracy": "accuracy"}  # of the metadata
+
+TRIALS = """
 The learning rate is the best of several, each tried on the first {trial_examples} texts.
 The best is the one with the highest likelihood of the reference solutions of validation problems.
 """
@@ -216,12 +218,22 @@ def finish(model: Any, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(temporary)
 
 
-def card(folder: Path, text: str, figures: dict) -> None:
-    rows = "".join(
-        f"| {name} | {metric} | {metric.n} |\n" for name, metric in figures.items() if metric
-    )
+def card(
+    folder: Path, summary: str, training: str, use: Any, figures: dict, kinds: dict, base: Any
+) -> None:
+    """Write the card of a model of this repository, and print its table.
+
+    figures: words -> metric. kinds: words -> name of a metric that is in the metadata as well.
+    base: the model that training started from, or None."""
+    from trainer.model_card import About, Figure, model_card  # torch would slow --help
+
+    found = {name: metric for name, metric in figures.items() if metric}
+    rows = "".join(f"| {name} | {metric} | {metric.n} |\n" for name, metric in found.items())
     table = f"| on validation problems | value and 95 % interval | n |\n|---|---|---|\n{rows}"
-    write_text(folder / "README.md", [f"# {folder.name}\n{text}\n{table}"])
+    values = [Figure(kinds[name], name, found[name].value) for name in kinds if name in found]
+    about = About(folder.name, base, "validation problems", licence="mit", tags=["reasoning"])
+    text = model_card(about, summary, use, training, values, table)
+    write_text(folder / "README.md", [text])
     print(table, flush=True)
 
 
@@ -229,6 +241,7 @@ def make_policy(args: BuildArguments, tokenizer: Any, work: Path, job: dict) -> 
     """Make `work/policy-SIZE` with its card, after trials if there are several learning rates."""
     # torch would slow --help
     from lm.policy import Policy
+    from trainer.model_card import policy_use
 
     examples: list[dict] = []
 
@@ -262,12 +275,15 @@ def make_policy(args: BuildArguments, tokenizer: Any, work: Path, job: dict) -> 
         "layers": layers,
         "parameters": f"{policy.model.num_parameters() / 1e6:.1f}M",
     }
-    text = POLICY_CARD.format(**values) + (TRIALS_CARD.format(**values) if trials else "")
+    summary, training = POLICY_SUMMARY.format(**values), POLICY_TRAINING.format(**values)
+    training += TRIALS.format(**values) if trials else ""
+    use = policy_use(policy.model, policy.tokenizer, is_adapter=False)
     trial_figures = {
         f"log-prob of reference solutions, nats a token, trial with {rate:g}": metric
         for rate, metric in trials.items()
     }
-    card(work / name, text, policy_figures(policy, args.validation) | trial_figures)
+    figures = policy_figures(policy, args.validation) | trial_figures
+    card(work / name, summary, training, use, figures, POLICY_KINDS, base=None)
 
 
 @contextmanager
