@@ -76,8 +76,17 @@ def test_a_checkpoint_is_resumed_in_the_way_that_wrote_it(tmp_path, written, now
     if way == now:
         Training._check_checkpoint(training, trainer)  # type: ignore[arg-type]
         return
-    with pytest.raises(UserError, match="resume it in the same way, on any number of processes"):
+    with pytest.raises(UserError, match="resume it in this way"):
         Training._check_checkpoint(training, trainer)  # type: ignore[arg-type]
+
+
+def test_deepspeed_resumes_on_as_many_processes_only(tmp_path):
+    checkpoint = tmp_path / "checkpoint-2"
+    (checkpoint / "global_step2").mkdir(parents=True)
+    (tmp_path / "training_job.json").write_text('{"processes": 2}')
+    trainer = SimpleNamespace(is_fsdp_enabled=False, is_deepspeed_enabled=True)
+    with pytest.raises(UserError, match="as many processes as before"):
+        Training._check_checkpoint(SimpleNamespace(checkpoint=checkpoint), trainer)  # type: ignore
 
 
 def test_step_ppo_refuses_shared_weights(monkeypatch):

@@ -524,9 +524,12 @@ class Training:
         now = [k for k in SHARDED if getattr(trainer, f"is_{k.lower()}_enabled", False)]
         if now != [before] * (before in SHARDED):
             way = before if before in SHARDED else "neither FSDP nor DeepSpeed"
+            raise UserError(f"{self.checkpoint} is of a training with {way}: resume it in this way")
+        count = _job_in(self.checkpoint.resolve().parent).get("processes", PROCESSES)
+        if before == "DeepSpeed" and count != PROCESSES:
             raise UserError(
-                f"{self.checkpoint} is of a training with {way}: resume it in the same way, on any "
-                "number of processes"
+                f"{self.checkpoint}: DeepSpeed resumes on as many processes as before ({count}), "
+                f"not on {PROCESSES}"
             )
 
     def _announce(self, trainer: Any, note: str, say: Callable) -> None:
