@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 
-.PHONY: help demo test test-fast test-properties lint docs results reproduce models models-policy models-surprisal models-judge models-prm models-reward models-large data rounds smollm2 smollm2-run clean
+.PHONY: help demo test test-fast test-properties lint docs results reproduce models models-policy models-surprisal models-judge models-prm models-reward models-large data rounds smollm2 smollm2-run real clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
@@ -155,6 +155,13 @@ saved_model/smollm2_dpo/adapter_config.json: | data/smollm2/rewarded.jsonl
 
 evaluation/results/smollm2/reward_score_comparison.json: | saved_model/smollm2_dpo/adapter_config.json
 	$(BIN) evaluation/eval_reward_scores.py --config configs/smollm2/evaluate.yaml
+
+# Problems that people wrote, as files or hub data sets; SVAMP is for tests alone.
+PROBLEMS := mwpt5/MAWPS
+TEST_PROBLEMS := ChilleD/SVAMP
+
+real: $(SMOLLM2)/config.json  ## the whole loop on SmolLM2 and MAWPS, tested on SVAMP as well; resumes
+	$(BIN) utils/run_loop.py --problems $(PROBLEMS) --test_problems $(TEST_PROBLEMS)
 
 clean:  ## remove what runs wrote, keep what is committed and the installation
 	git clean -fdXq -e '!$(VENV)' -- saved_model logs evaluation data models

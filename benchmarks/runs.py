@@ -8,7 +8,7 @@ A run is a dict:
      "model": "models/policy-mini",          the policy that is trained
      "settings": {"learning_rate": 1e-4},    arguments of train.py
      "seed": 0,
-     "measure": {"test": 2000, "hard": 1000},  split -> number of problems
+     "measure": {"test": 2000, "hard": 1000},  split, or file of problems -> number of problems
      "samples": 4,                           0: greedy answers only; else also so many samples of
                                              each problem at temperature 1
      "each_epoch": false}                    measure greedy answers after each epoch, or at the end
@@ -22,7 +22,7 @@ import json
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import import_module
 from itertools import islice
@@ -31,9 +31,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from common.files import AppendedRows, at_root, identity
+from common.files import AppendedRows, at_root, identity, read_records
 from reasoning.grading import is_correct
 from reasoning.problems import problems
+from reasoning.records import Problem
 
 if TYPE_CHECKING:
     from lm.policy import Policy
@@ -103,7 +104,7 @@ def measured(policy: "Policy", measure: dict[str, int], samples: int) -> dict[st
     `SPLIT`: 0 or 1 for the greedy answer. `SPLIT, sampled`: how many of `samples` are right."""
     correct = {}
     for split, count in measure.items():
-        asked = list(islice(problems(split), count))
+        asked = list(islice(asked_problems(split), count))
         prompts = [problem.prompt for problem in asked]
         ways: dict[str, dict[str, Any]] = {split: {}}
         if samples:
@@ -113,6 +114,11 @@ def measured(policy: "Policy", measure: dict[str, int], samples: int) -> dict[st
             right = [sum(is_correct(a.steps, problem) for a in own) for problem, own in answers]
             correct[name] = "".join(map(str, right))
     return correct
+
+
+def asked_problems(split: str) -> Iterable[Problem]:
+    """The problems of a split of the problem world, or of a file (`.jsonl`)."""
+    return read_records(at_root(split), Problem) if split.endswith(".jsonl") else problems(split)
 
 
 def as_flags(settings: dict) -> list[str]:
@@ -142,6 +148,9 @@ def key_of(run: dict) -> str:
     named = {name: value for name, value in run.items() if name not in ("threads", "name")}
     for name in ("rows", "model"):
         named[name] = identity(at_root(run[name]))
+    files = [split for split in run["measure"] if split.endswith(".jsonl")]
+    if files:
+        named["files"] = [identity(at_root(file)) for file in files]
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
@@ -155,7 +164,7 @@ def run_all(runs: Sequence[dict], path: Path, workers: int) -> list[dict]:
     todo = {key: run for key, run in by_key.items() if key not in done}
     threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(workers, context) as pool:
         futures = {
             pool.submit(train_and_measure, {**run, "threads": threads}): key
             for key, run in todo.items()

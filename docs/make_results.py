@@ -41,6 +41,9 @@ HEADLINES = [
 ]
 
 
+MEASURES = ("test", "hard", "test, sampled", "hard, sampled")  # of benchmarks/compare.py
+
+
 def figure(metric: dict | None, interval: bool = True) -> str:
     """A metric as `0.952 [0.942, 0.961]`; an empty text if there is none."""
     if metric is None:
@@ -73,6 +76,52 @@ def comparison(result: Result) -> str:
         both = metrics[f"base_{name}"], metrics[f"tuned_{name}"], metrics[f"{name}_improvement"]
         rows.append([name, *map(figure, both), f"{both[0]['n']:,}"])
     return table(["metric", "base", "tuned", "difference", "n"], rows)
+
+
+def compare(result: Result) -> str:
+    """For each regime accuracies and contrasts, then the planted judges and the tuning."""
+    metrics, contrasts = result["metrics"], result["contrasts"]
+    parts = []
+    for regime in dict.fromkeys(contrast["regime"] for contrast in contrasts):
+        rows = compared_methods(metrics, f"{regime}/")
+        header = ["method", *MEASURES, "chosen log-prob minus reference"]
+        parts += [f"Regime ({regime}), accuracy:", table(header, rows)]
+        rows = [
+            [
+                *(c["rival"], c["measure"], figure(c | {"value": c["difference"]})),
+                *(f"{c['p_holm']:.2g}", c["verdict"]),
+            ]
+            for c in contrasts
+            if c["regime"] == regime
+        ]
+        header = ["rival", "measure", "difference", "Holm's p", "verdict"]
+        parts += [f"Regime ({regime}), {contrasts[0]['method']} minus:", table(header, rows)]
+    planted = {name: metric for name, metric in metrics.items() if name.startswith("planted/")}
+    if planted:
+        rows = [[*name.split("/", 2)[1:], figure(metric)] for name, metric in planted.items()]
+        parts += ["Planted judges in (c):", table(["AUROC", "metric", "value"], rows)]
+    tuning: dict[str, dict[str, str]] = {}
+    for name, metric in metrics.items():
+        if name.startswith("tuning/"):
+            _, regime, method, cell, _ = name.split("/")
+            tuning.setdefault(f"({regime}) {method}", {})[cell] = figure(metric, interval=False)
+    cells = list(next(iter(tuning.values())))
+    rows = [[method, *(own[cell] for cell in cells)] for method, own in tuning.items()]
+    return "\n\n".join([*parts, "Accuracy on validation problems:", table(["", *cells], rows)])
+
+
+def compared_methods(metrics: dict, start: str) -> list[list[str]]:
+    """One row a method of a regime."""
+    end = f"/{MEASURES[0]}/accuracy"
+    names = [n.removesuffix(end) for n in metrics if n.startswith(start) and n.endswith(end)]
+    return [
+        [
+            name.removeprefix(start),
+            *(figure(metrics[f"{name}/{measure}/accuracy"]) for measure in MEASURES),
+            figure(metrics.get(f"{name}/logps_chosen_vs_ref")),
+        ]
+        for name in names
+    ]
 
 
 def ppo(result: Result) -> str:

@@ -16,7 +16,7 @@ from common.cli import DtypeArgs, arg, check_input, check_least, check_model, pa
 from common.errors import UserError
 from common.files import at_root, file_stem, together
 from common.progress import taking_long
-from evaluation.judge_card import Judged, RankedPolicy, card, print_card
+from evaluation.judge_card import Judged, RankedPolicy, card, print_card, verdict
 from evaluation.metrics import Metric, mean_metric, rate_metric, spearman_metric
 from evaluation.results import output_paths, print_metrics, write_result
 from evaluation.value_calibration import measure_values, roll_out
@@ -274,6 +274,7 @@ def main() -> None:
     )
     extras = {
         "judge": judge_name(args),
+        "verdict": verdict(found.metrics.get("step_auroc")),
         "right_steps": right,
         "left_out": left_out,
         "samples_a_problem": found.samples,
@@ -294,6 +295,7 @@ def main() -> None:
     if found.best_threshold:
         threshold, f1 = found.best_threshold
         print(f"the highest processbench_f1 on these data is {f1:.3f}, at --threshold {threshold}")
+    print(verdict(found.metrics.get("step_auroc")))
     print(*notes, f"wrote {result} and {plot}", sep="\n")
 
 

@@ -35,8 +35,8 @@ from evaluation.results import output_paths, print_metrics, print_table, write_r
 from lm.registry import PolicyArgs, check_policy, open_policy
 from reasoning.datasets.files import Dropped, load_rows
 from reasoning.datasets.loading import convert_rows, problems_of
+from reasoning.datasets.preference_shapes import group_of
 from reasoning.datasets.ranking import check_groups, groups, read_answers
-from reasoning.datasets.shapes import group_of
 from reasoning.grading import is_correct
 from reasoning.records import Problem
 from reasoning.splits import MAKES_HELD_OUT

@@ -277,6 +277,24 @@ def selection_metrics(
     return rows, sum(map(len, groups)) / len(groups)
 
 
+def verdict(step_auroc: Metric | None) -> str:
+    """What the report card says about training on the judge's scores, in words."""
+    if step_auroc is None or step_auroc.ci95 is None:
+        return "verdict: open, because AUROC needs right and wrong steps"
+    low, high = step_auroc.ci95
+    if high < 0.5:
+        return (
+            "verdict: worse than chance: the judge scores wrong steps higher than right ones. "
+            "Check the labels and the question; do not train on its scores"
+        )
+    if low <= 0.5:
+        return (
+            "verdict: not shown to be better than chance (AUROC 0.5). Do not train on its scores; "
+            "take another judge, or label more steps if there are few"
+        )
+    return f"verdict: better than chance, with a step AUROC of at least {low:.3f}"
+
+
 def print_card(title: str, card: Card, spearman: Metric | None) -> None:
     """Print the tables; spearman: the correlation of reward and accuracy over `card.policies`."""
     shown = {

@@ -22,6 +22,14 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+_ANNOTATION = re.compile(r"<<[^<>]*>>")
+
+
+def without_annotations(text: str) -> str:
+    """The text without the annotations of GSM8K's calculator, such as `<<48/2=24>>`."""
+    return _ANNOTATION.sub("", text)
+
+
 STEP_NUMBER = re.compile(r"\s*Step\s+\d+\s*[:.]", re.IGNORECASE)
 CLOSING_STEP = re.compile(r"\s*(?:(?:Final\s+)?Answer\s*:|####)", re.IGNORECASE)
 

@@ -9,7 +9,8 @@ import pytest
 from common.errors import UserError
 from common.files import write_records
 from evaluation import eval_judge
-from evaluation.judge_card import Judged, card
+from evaluation.judge_card import Judged, card, verdict
+from evaluation.metrics import Metric
 from reasoning.records import LabelledSolution
 from tests.helpers.mains import call_main
 
@@ -210,6 +211,20 @@ def shown_value(result: dict, name: str) -> list[str]:
     return [f"{metric['value']:.3f} [{metric['ci95'][0]:.3f}, {metric['ci95'][1]:.3f}]"]
 
 
+@pytest.mark.parametrize(
+    "ci95, words",
+    [
+        ([0.72, 0.80], "better than chance, with a step AUROC of at least 0.720"),
+        ([0.50, 0.61], "not shown to be better than chance"),
+        ([0.45, 0.56], "not shown to be better than chance"),
+        ([0.31, 0.42], "worse than chance"),
+        (None, "open"),
+    ],
+)
+def test_the_verdict_says_whether_to_train_on_the_scores(ci95, words):
+    assert verdict(Metric(0.5, ci95, 40)).startswith(f"verdict: {words}")
+
+
 @pytest.mark.process
 def test_the_exact_judge_has_the_best_metrics(evaluate, tmp_path, tiny_model_dir):
     """Samples of the embedded policy, exact scores; ranks a random policy and this policy twice."""
@@ -222,6 +237,7 @@ def test_the_exact_judge_has_the_best_metrics(evaluate, tmp_path, tiny_model_dir
     for name in ("step_auroc", "decision_accuracy", "kappa", "processbench_f1", "policy_spearman"):
         assert values[name] == 1, name
     assert values["calibration_error"] == values["brier"] == 0
+    assert result["verdict"] in out and "better than chance" in result["verdict"]
     assert values["best_of_n/chance"] < values["best_of_n/last"] <= values["best_of_n/oracle"]
     assert values["best_of_n_over_log-prob/last"] == pytest.approx(
         values["best_of_n/last"] - values["best_of_n/log-prob"]

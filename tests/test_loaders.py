@@ -21,7 +21,8 @@ from reasoning.datasets.loading import (
     load_step_values,
     problems_of,
 )
-from reasoning.datasets.shapes import KINDS, SHAPES, three_columns
+from reasoning.datasets.shapes import KINDS, SHAPES
+from reasoning.datasets.step_shapes import three_columns
 from reasoning.records import LabelledSolution, PreferencePair, Problem, StepValue
 from reasoning.steps import split_steps, split_text
 

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,12 @@ FILES = sorted(
 ROWS = [row for path in FILES for _, row in load_rows(str(path))]
 
 texts = st.text(st.characters(codec="utf-8"), max_size=20)
-filled = st.text("ab 0=-+@'\",;:[]{}\\$é猫🐱", min_size=1, max_size=8).map(one_line).filter(bool)
+# `[]` is left out: in a table it is an empty list
+filled = (
+    st.text("ab 0=-+@'\",;:[]{}\\$é猫🐱", min_size=1, max_size=8)
+    .map(one_line)
+    .filter(lambda text: text and not re.fullmatch(r"\[\s*\]", text))
+)
 numbers = st.integers() | st.just(10**400) | st.just(int("9" * 4300)) | st.floats()
 odd_texts = st.sampled_from(
     ["", " ", "null", "nan", "=1", "\ud83d", "[1", '{"a": 1}', "ки", "Step 1:"]

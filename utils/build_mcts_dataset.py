@@ -24,7 +24,7 @@ from lm.registry import check_policy, open_policy
 from reasoning.answers import extract_answer
 from reasoning.datasets.files import table_lines
 from reasoning.datasets.selection import select_problems
-from reasoning.datasets.shapes import three_columns
+from reasoning.datasets.step_shapes import three_columns
 from reasoning.grading import is_correct
 from reasoning.records import StepValue
 from reasoning.samples import FEW, Sample, samples_file, show_samples

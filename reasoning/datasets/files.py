@@ -492,7 +492,7 @@ def _cell(name: str, value: str) -> Any:
                 ) from None
             return value
     if isinstance(found, dict):
-        return found if all(isinstance(key, str) for key in found) else value
+        return found if found and all(isinstance(key, str) for key in found) else value
     if not isinstance(found, list):
         return value
     of_numbers = name.strip().lower().endswith(("labels", "scores"))

@@ -16,8 +16,10 @@ from common.cli import beside, here
 from common.errors import RecordError
 from common.files import at_root, file_type, read_records
 from reasoning.datasets.files import Dropped, is_local, load_rows
+from reasoning.datasets.preference_shapes import group_of
 from reasoning.datasets.ranking import RankedGroup
-from reasoning.datasets.shapes import KINDS, SHAPES, Shape, drop_empty, group_of
+from reasoning.datasets.row_fields import drop_empty
+from reasoning.datasets.shapes import KINDS, SHAPES, Shape
 from reasoning.records import Problem, StepValue
 
 FIRST_ROWS = 100  # decide on the shape of a data set
