@@ -64,6 +64,7 @@ def test_configurations_and_splits_are_one_for_all_or_one_for_each():
     assert [data.source for data in args.data_sets] == [("a", "x", "train"), ("b", "y", "train")]
     args = DataArgs(dataset_name=["a", "a"], dataset_train_split=["train", "test"])
     assert [data.source for data in args.data_sets] == [("a", None, "train"), ("a", None, "test")]
+    assert [data.label for data in args.data_sets] == ["a", "a test"]
 
 
 @pytest.mark.process

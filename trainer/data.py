@@ -32,6 +32,12 @@ class DataSet:
         """The first arguments of the loaders in reasoning/datasets/loading.py."""
         return self.name, self.config, self.split
 
+    @property
+    def label(self) -> str:
+        """The name, with the configuration and a split other than train."""
+        more = [self.config, self.split if self.split != "train" else None]
+        return " ".join(filter(None, [self.name, *more]))
+
 
 @dataclass
 class DataArgs(FieldArgs):

@@ -172,7 +172,7 @@ def train(
         sets = [recipe.read(recipe, data) for data in args.data_sets]
         training = Training(recipe, args, config, model_args, sets, stack, accuracy)
         training.run(training.build(), plot, callbacks)
-        if torch.distributed.is_initialized():
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # torch warns if nobody does
 
 
@@ -270,8 +270,8 @@ class Training:
     def _job(self) -> dict:
         """The command, the data, and all settings and files that change the trained weights."""
         noun, settings = self.recipe.noun, self.config.to_dict()
-        names = self.args.dataset_name
-        counts = {name: self.used[number] for number, name in enumerate(names)}
+        sets = self.args.data_sets
+        counts = {data.label: self.used[number] for number, data in enumerate(sets)}
         contents = {"model": identity(self.model, self.model_args.model_revision)}
         if isinstance(self.config, TemplateArgs):
             given_prompts(self.config)  # checked before any work
@@ -282,7 +282,7 @@ class Training:
                 contents[name] = content_hash(path) or path
         job = {
             "command": self.recipe.command,
-            "dataset": names[0] if len(names) == 1 else counts,
+            "dataset": sets[0].name if len(sets) == 1 else counts,
             noun: len(self.rows),
             f"{noun}_sha256": rows_hash(self.rows),
             **{k: v for k, v in settings.items() if not k.startswith(NOT_THE_JOB)},
@@ -441,6 +441,7 @@ class Training:
         """Train, write model, card and log, and print the closing table."""
         config, recipe = self.config, self.recipe
         main_process = trainer.is_world_process_zero()
+        self._check_checkpoint(trainer)
         say = print if main_process else lambda *_: None
         if main_process:
             if self.checkpoint is None:
@@ -451,7 +452,6 @@ class Training:
             write_text(self.folder / JOB, [json.dumps(self.job, indent=1)])
         note = getattr(trainer, "balance", "")
         self._announce(trainer, note, say)
-        self._check_checkpoint(trainer)
         if isinstance(trainer, transformers.Trainer):
             trainer.add_callback(PlainCheckpoints())
             trainer.add_callback(NoStepTooMany())
@@ -491,8 +491,7 @@ class Training:
             values = [log[name] for log in history if name in log]
             if values:
                 rows.append((word, values[0], values[-1]))
-        data = self._data([Path(name).name for name in self.args.dataset_name])
-        title = f"{recipe.title(config)} {len(self.rows)} {recipe.noun} of {data}"
+        title = f"{recipe.title(config)} {len(self.rows)} {recipe.noun} of {self._data(short=True)}"
         drawn = False
         card = self._card(title, rows, state, seconds, note)
         with taking_long(f"writing {self.folder}"), staged_model(trainer, self.folder, card):
@@ -536,11 +535,12 @@ class Training:
         """Print the data, the precision, and how the training can be resumed."""
         config = self.config
         say(
-            f"{len(self.rows)} {self.recipe.noun} of {self._data(self.args.dataset_name)}; "
+            f"{len(self.rows)} {self.recipe.noun} of {self._data()}; "
             f"{len(self.kept_out)} more are kept out of all training (a tenth of all prompts)"
         )
         if unused := sum(map(len, self.sets)) - len(self.rows):
-            why = "--limit" if self.args.dataset_weights is None else "--dataset_weights"
+            given = {"--dataset_weights": self.args.dataset_weights, "--limit": self.args.limit}
+            why = " and ".join(flag for flag, value in given.items() if value is not None)
             say(f"{unused} more are not used, because of {why}")
         if note:
             say(note)
@@ -562,8 +562,14 @@ class Training:
         elif config.save_strategy != "no":
             say("if this is stopped, the same command resumes from the last checkpoint")
 
-    def _data(self, names: Sequence[str]) -> str:
-        """These names of the data sets, each with the number of its rows if there are several."""
+    def _data(self, short: bool = False) -> str:
+        """The names of the data sets, each with the number of its rows if there are several.
+
+        short: without their folders."""
+        sets = self.args.data_sets
+        names = [sets[0].name] if len(sets) == 1 else [data.label for data in sets]
+        if short:
+            names = [Path(name).name for name in names]
         if len(names) == 1:
             return names[0]
         return " and ".join(f"{name} ({self.used[number]})" for number, name in enumerate(names))
@@ -592,10 +598,10 @@ def _spread(trainer: Any) -> str:
         return ""
     count = f"{accelerator.num_processes} process" + "es" * (accelerator.num_processes > 1)
     if kind in ("FSDP", "DEEPSPEED"):
-        return f", {count} that share the weights ({kind.replace('SPEED', 'Speed')})"
+        return f", {count} ({kind.replace('SPEED', 'Speed')})"
     wanted = [k for k in SHARDED if os.environ.get(f"ACCELERATE_USE_{k.upper()}") == "true"]
     not_used = f"; {wanted[0]} needs GPUs and is not used" if wanted else ""
-    return f", {count} with all weights each (DDP){not_used}"
+    return f", {count} (DDP){not_used}"
 
 
 # --- folders ---

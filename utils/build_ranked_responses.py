@@ -372,16 +372,17 @@ def answer_prompts(
                     kinds = Counter(kind_of(sample, task.problem) for sample in samples)
                 counts = {"ended": sum(sample.finished for sample in samples), "kinds": kinds}
                 row = {"answers": list(map(asdict, answers)), "why_not": why_not, **counts}
-                verdicts = [
-                    asdict(graded(task.prompt, split_steps(text), ended, task.problem))
-                    for text, ended in ((sample.text, sample.finished) for sample in samples)
-                ]
                 if why_not:  # a sample that shows why
-                    row["sample"] = verdicts[0]
+                    row["sample"] = with_verdict(task, samples[0])
                 if args.save_samples:
-                    row["all"] = verdicts
+                    row["all"] = [with_verdict(task, sample) for sample in samples]
                 rows.append(row)
                 bar.update()
+
+
+def with_verdict(task: PromptTask, sample: Sample) -> dict:
+    """A row of the file of samples."""
+    return asdict(graded(task.prompt, split_steps(sample.text), sample.finished, task.problem))
 
 
 def print_summary(args: AnswerArguments, rows: list[dict], answers: list[RankedResponse]) -> None:
