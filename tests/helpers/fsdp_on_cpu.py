@@ -4,7 +4,6 @@ torch shards on CPUs too (gloo), but accelerate uses FSDP on GPUs only: on CPUs 
 DDP. Here it takes CPU processes for such of GPUs. At the end the number of sharded modules is
 printed, so that a test sees that there are some."""
 
-import atexit
 import gc
 import runpy
 import sys
@@ -29,7 +28,9 @@ def count() -> None:
 
 
 PartialState.__init__ = as_on_gpus  # type: ignore[method-assign]
-atexit.register(count)
 del sys.argv[0]
 sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
-runpy.run_path(sys.argv[0], run_name="__main__")
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    count()
