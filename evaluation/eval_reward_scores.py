@@ -84,6 +84,8 @@ def training_pairs(model: str) -> tuple[str | None, list[PreferencePair], str]:
         name, count, expected = (job[key] for key in ("dataset", "pairs", "pairs_sha256"))
     except (OSError, ValueError, KeyError, TypeError):
         return None, [], f"{model} has no {TRAINING_JOB} of a training on pairs"
+    if isinstance(name, dict):
+        return None, [], f"{model} was trained on several data sets: give one of them with --pairs"
     for path in (str(name), str(ROOT / str(name))):  # a relative path may be meant from the root
         if Path(path).exists():
             try:

@@ -50,7 +50,11 @@ class Problem:
 #    "rejected": ["Step 2: 26 + 2 = 28", "Answer: 28"],  the steps of the worse one
 #    "chosen_scores": [0.98, 0.97],                      a judge's score of each step of `chosen`,
 #                                                        0 (wrong) to 1 (right)
-#    "rejected_scores": [0.03, 0.01]}                    the same for `rejected`
+#    "rejected_scores": [0.03, 0.01],                    the same for `rejected`
+#    "judge": "prm-mini 0f3a5c90d1e2"}                   the judge of these scores: its name, and a
+#                                                        hash of what it is (optional: only of
+#                                                        pairs that build_synthetic_dataset.py
+#                                                        --pair_by judge has made)
 @dataclass(frozen=True)
 class PreferencePair:
     prompt: str
@@ -59,6 +63,7 @@ class PreferencePair:
     prefix: list[str] = field(default_factory=list)
     chosen_scores: list[float] | None = None
     rejected_scores: list[float] | None = None
+    judge: str | None = None
 
     @classmethod
     def from_solutions(cls, prompt: str, better: list[str], worse: list[str]) -> "PreferencePair":
@@ -77,6 +82,7 @@ class PreferencePair:
             rejected=_steps(row, "rejected"),
             chosen_scores=_scores(row, "chosen_scores"),
             rejected_scores=_scores(row, "rejected_scores"),
+            judge=_text(row, "judge") if row.get("judge") is not None else None,
         )
         for side in ("chosen", "rejected"):
             steps, scores = getattr(pair, side), getattr(pair, f"{side}_scores")

@@ -1,11 +1,11 @@
 """Show samples with the grader's verdict, where sampling gave little or nothing to learn from."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import check_output
+from common.cli import arg, check_output
 from common.errors import UserError, short
 from common.files import file_stem, read_rows, write_records
 
@@ -42,6 +42,17 @@ class Sample:
         if self.scores is not None:
             lines.append(f"  scores     {' '.join(f'{score:.3f}' for score in self.scores)}")
         return lines
+
+
+@dataclass(kw_only=True)
+class SaveSamplesArgs:
+    """Mixed into the arguments of a script that samples."""
+
+    save_samples: bool = arg(
+        False,
+        "also write every sample, with the grader's verdict and the judge's scores if it was "
+        "judged, to NAME.samples.jsonl beside the output",
+    )
 
 
 # verdict -> what to do if most samples have it
@@ -88,3 +99,9 @@ def show_samples(samples: Sequence[Sample], path: Path | None = None) -> None:
     if path is not None:
         write_records(path, shown)
         print(f"wrote these samples, whole, to {path}")
+
+
+def write_samples(path: Path, rows: Iterable[dict]) -> None:
+    """Write all samples of --save_samples: of every row its list `all`, each a Sample as a dict."""
+    count = write_records(path, (Sample(**each) for row in rows for each in row.get("all", ())))
+    print(f"wrote all {count} samples to {path}")

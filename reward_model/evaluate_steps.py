@@ -48,6 +48,7 @@ from reward_model.registry import (
     check_judge,
     judge_files,
     judge_identity,
+    judge_record,
     open_judge,
     warn_of_foreign_text,
 )
@@ -74,17 +75,33 @@ def solutions(pair: PreferencePair) -> list[Solution]:
     return [(pair.prompt, [*pair.prefix, *steps]) for steps in (pair.chosen, pair.rejected)]
 
 
-def score_pairs(judge: StepJudge, pairs: list[PreferencePair]) -> list[PreferencePair]:
+def score_pairs(
+    judge: StepJudge, pairs: list[PreferencePair], record: str | None = None
+) -> list[PreferencePair]:
     """The pairs with a score for every step of both sides, or with none at all if the judge cannot
-    score one side."""
-    sides = list(itertools.chain.from_iterable(map(solutions, pairs)))
-    scores = judge.score_steps(sides, skip=[len(pair.prefix) for pair in pairs for _ in range(2)])
+    score one side.
+
+    record: of this judge (reward_model/registry.py); the pairs that have it keep their scores."""
+    todo = [pair for pair in pairs if not has_scores_of(record, pair)]
+    sides = list(itertools.chain.from_iterable(map(solutions, todo)))
+    skip = [len(pair.prefix) for pair in todo for _ in range(2)]
+    scores = judge.score_steps(sides, skip=skip) if todo else []
+    found = zip(scores[::2], scores[1::2], strict=True)
     scored = []
-    for pair, chosen, rejected in zip(pairs, scores[::2], scores[1::2], strict=True):
-        if chosen is None or rejected is None:
-            chosen = rejected = None
-        scored.append(replace(pair, chosen_scores=chosen, rejected_scores=rejected))
+    for pair in pairs:
+        if not has_scores_of(record, pair):
+            chosen, rejected = next(found)
+            if chosen is None or rejected is None:
+                chosen = rejected = None
+            named = record if pair.judge and chosen is not None else None
+            pair = replace(pair, chosen_scores=chosen, rejected_scores=rejected, judge=named)
+        scored.append(pair)
     return scored
+
+
+def has_scores_of(record: str | None, pair: PreferencePair) -> bool:
+    """Whether the scores of a pair are of the judge with this record."""
+    return record is not None and pair.judge == record and pair.chosen_scores is not None
 
 
 def main() -> None:
@@ -109,6 +126,11 @@ def main() -> None:
     if args.limit is not None and args.limit < len(pairs):
         drawn = random.Random(args.seed).sample(range(len(pairs)), args.limit)
         pairs = [pairs[index] for index in sorted(drawn)]
+    record = judge_record(args)
+    if kept := sum(has_scores_of(record, pair) for pair in pairs):
+        print(
+            f"{kept} of {len(pairs)} pairs have the scores of this judge and are not judged again"
+        )
 
     with open_judge(args) as judge:
         rows = ResumableRows(output, job, unit, args.overwrite)
@@ -120,7 +142,7 @@ def main() -> None:
             initial=len(rows.rows), total=len(pairs), unit="pair", desc="scoring"
         ) as bar:
             for start in range(len(rows.rows), len(pairs), unit):
-                for pair in score_pairs(judge, pairs[start : start + unit]):
+                for pair in score_pairs(judge, pairs[start : start + unit], record):
                     rows.append(asdict(pair))
                     bar.update()
 

@@ -5,8 +5,10 @@ then uses `with open_judge(args) as judge`. A new judge is one function and one 
 flag that it alone needs is one more field of `JudgeArgs`.
 """
 
+import hashlib
 import inspect
 import itertools
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -283,6 +285,16 @@ def judge_name(args: JudgeArgs) -> str:
         if kind != "gguf" and not name.startswith(f"{kind}-")
     ]
     return "-".join(filter(None, [*kinds, name]))
+
+
+def judge_record(args: JudgeArgs) -> str | None:
+    """What a pair says of the judge of its scores: its name, and a hash of what determines them.
+
+    None for the controls, whose scores say nothing of a pair."""
+    if args.judge in (SHUFFLED, "random"):
+        return None
+    identified = json.dumps(judge_identity(args), sort_keys=True)
+    return f"{judge_name(args)} {hashlib.sha256(identified.encode()).hexdigest()[:12]}"
 
 
 def warn_of_foreign_text(judge: StepJudge, solutions: Sequence[Solution]) -> bool:

@@ -1,5 +1,7 @@
 """Preference pairs of whole solutions to one problem: by their answers, or by a judge."""
 
+from dataclasses import replace
+
 from reasoning.grading import is_correct
 from reasoning.records import PreferencePair, Problem, Prompt
 from reward_model.protocols import aggregate
@@ -17,11 +19,17 @@ def pair_by_answer(problem: Problem, samples: list[Steps]) -> tuple[PreferencePa
 
 
 def pair_by_judge(
-    problem: Prompt, scored: list[tuple[Steps, list[float]]]
+    problem: Prompt, scored: list[tuple[Steps, list[float]]], judge: str | None = None
 ) -> tuple[PreferencePair | None, str]:
-    """(pair, why there is none): the sample with the highest mean step score against the lowest."""
+    """(pair, why there is none): the sample with the highest mean step score against the lowest.
+
+    judge: the record of the judge (reward_model/registry.py); then the pair keeps its scores."""
     ranked = sorted(scored, key=lambda sample: aggregate(sample[1]))
     (worse, low), (better, high) = ranked[0], ranked[-1]
     if aggregate(high) == aggregate(low):
         return None, "all scores equal"
-    return PreferencePair.from_solutions(problem.prompt, better, worse), ""
+    pair = PreferencePair.from_solutions(problem.prompt, better, worse)
+    if judge is not None:
+        k = len(pair.prefix)
+        pair = replace(pair, chosen_scores=high[k:], rejected_scores=low[k:], judge=judge)
+    return pair, ""

@@ -18,7 +18,7 @@ import pytest
 
 from common.cli import run
 from common.errors import PromptTooLong, ServerError
-from common.files import write_records
+from common.files import read_rows, write_records
 from lm.policy import Policy
 from lm.server_policy import ServerPolicy
 from reasoning.datasets.ranking import check_groups, groups, read_answers
@@ -213,7 +213,10 @@ def test_prompts_of_any_kind_are_left_to_be_ranked(monkeypatch, tmp_path, tiny_m
     given = ("--model_name_or_path", model, "--chat", "--max_new_tokens", 12)
     sampled = (*given, "--temperature", 0, 0.8, "--top_p", 1, 0.9, 0.8)
     script(monkeypatch, *sampled, "--input", "prompts.csv", "--output", "answers.csv")
-    script(monkeypatch, *sampled, "--input", "prompts.csv.gz", "--output", "answers.csv.gz")
+    compressed = ("--input", "prompts.csv.gz", "--output", "answers.csv.gz")
+    script(monkeypatch, *sampled, *compressed, "--save_samples")
+    samples = [row for _, row in read_rows("answers.samples.jsonl")]
+    assert len(samples) == 8 and {row["verdict"] for row in samples} <= {"cut", "no answer"}
     rows = read_answers("answers.csv")
     check_groups(rows, "answers.csv")
     assert gzip.decompress(Path("answers.csv.gz").read_bytes()) == Path("answers.csv").read_bytes()

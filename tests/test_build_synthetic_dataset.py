@@ -1,6 +1,7 @@
 """The pair builder: what makes a pair, what is refused, and that a killed run resumes exactly."""
 
 import gzip
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from common.cli import run
 from common.files import read_records, read_rows, write_records
 from reasoning.records import PreferencePair, Problem
+from reasoning.samples import Sample
 from reward_model.solution_pairs import pair_by_answer, pair_by_judge
 from tests.helpers.judges import FixedJudge
 from utils.build_synthetic_dataset import main, score_group
@@ -49,6 +51,14 @@ def test_best_against_worst_mean_score():
     pair, _ = pair_by_judge(PROBLEM, scored)
     assert pair.chosen == RIGHT[1:] and pair.rejected == WRONG[1:]
     assert pair_by_judge(PROBLEM, [(RIGHT, [1, 1, 1])] * 2) == (None, "all scores equal")
+
+
+def test_a_pair_keeps_the_scores_and_says_which_judge_gave_them():
+    scored = [(WRONG, [1, 0.2, 0.1]), (RIGHT, [1, 0.9, 0.8])]
+    pair, _ = pair_by_judge(PROBLEM, scored, "prm-mini 0f3a")
+    assert pair.prefix == RIGHT[:1] and pair.judge == "prm-mini 0f3a"
+    assert (pair.chosen_scores, pair.rejected_scores) == ([0.9, 0.8], [0.2, 0.1])
+    assert PreferencePair.from_row(vars(pair)) == pair
 
 
 def test_samples_longer_than_the_judges_context_are_dropped():
@@ -124,14 +134,49 @@ def test_pairs_by_the_exact_judge_and_by_its_control(half_right, run_script, tmp
     given = ("--model_name_or_path", half_right[0], "--input", "problems.jsonl")
     given += ("--max_new_tokens", 30, "--pair_by", "judge", "--judge_problems", "problems.jsonl")
     answers = {problem.prompt: problem.steps[-1] for problem in EIGHT}
-    right = {}
+    right, made = {}, {}
     for judge in (["exact"], ["shuffled", "--shuffled_judge", "exact"]):
         output = tmp_path / f"{judge[0]}.jsonl"
-        done = run_script(SCRIPT, *given, "--judge", *judge, "--output", output)
+        more = ("--save_samples",) if judge == ["exact"] else ()
+        done = run_script(SCRIPT, *given, "--judge", *judge, "--output", output, *more)
         assert done.returncode == 0, done.stderr
-        pairs = read_records(output, PreferencePair)
+        pairs = made[judge[0]] = list(read_records(output, PreferencePair))
         right[judge[0]] = [pair.chosen[-1] == answers[pair.prompt] for pair in pairs]
     assert len(right["exact"]) >= 4 and all(right["exact"]) and not all(right["shuffled"])
+    assert {pair.judge for pair in made["shuffled"]} == {None}, "scores of a control say nothing"
+
+    # --save_samples: every sample, with its verdict and its scores
+    samples = [Sample(**row) for _, row in read_rows(tmp_path / "exact.samples.jsonl")]
+    assert len(samples) == 8 * len(EIGHT) and not (tmp_path / "shuffled.samples.jsonl").exists()
+    assert {sample.verdict for sample in samples} >= {"right", "wrong"}
+    for sample in samples:
+        if sample.verdict in ("right", "wrong"):
+            assert sample.scores is not None and len(sample.scores) == len(sample.steps)
+            assert (sample.scores[-1] == 1) == (sample.verdict == "right")
+
+    # the pairs have the scores of these samples, and the same judge is not asked again
+    scores_of = {(s.prompt, tuple(s.steps)): s.scores for s in samples}
+    (record,) = {pair.judge for pair in made["exact"]}
+    assert re.fullmatch(r"exact-problems [0-9a-f]{12}", record)
+    for pair in made["exact"]:
+        for side, scores in (
+            (pair.chosen, pair.chosen_scores),
+            (pair.rejected, pair.rejected_scores),
+        ):
+            assert scores_of[pair.prompt, (*pair.prefix, *side)][len(pair.prefix) :] == scores
+    score = ("reward_model/evaluate_steps.py", "--input", "exact.jsonl")
+    judge = ("--judge", "exact", "--judge_problems", "problems.jsonl")
+    done = run_script(*score, *judge, "--output", "same.jsonl")
+    count = len(made["exact"])
+    assert f"{count} of {count} pairs have the scores of this judge" in done.stdout, done.stderr
+    assert (tmp_path / "same.jsonl").read_bytes() == (tmp_path / "exact.jsonl").read_bytes()
+    write_records(
+        tmp_path / "others.jsonl", [*EIGHT, Problem("Mia has 9 apples.", "9", ["Answer: 9"])]
+    )
+    done = run_script(*score, *judge[:-1], "others.jsonl", "--output", "other.jsonl")
+    assert "scores of this judge" not in done.stdout and done.returncode == 0, done.stderr
+    (other,) = {pair.judge for pair in read_records(tmp_path / "other.jsonl", PreferencePair)}
+    assert other != record and other.startswith("exact-others ")
 
 
 @pytest.mark.process

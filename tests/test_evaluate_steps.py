@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from common.files import ROOT, read_records, write_records
 from reasoning.records import PreferencePair, ScoredPair
 from reward_model import evaluate_steps
 from reward_model.tinyllama_reward_model import TinyLlamaRewardScorer
+from tests.helpers.judges import FixedJudge
 from tests.helpers.mains import call_main
 
 pytestmark = pytest.mark.process  # the default judge has a process of its own
@@ -72,6 +74,27 @@ def test_the_script_scores_every_step(run_script, tiny_gguf, tmp_path):
     assert json.loads((tmp_path / "out" / "r.left_out.jsonl").read_text()) == {**LONG, "prefix": []}
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["r.jsonl", "r.left_out.jsonl"]
+
+
+def test_the_scores_of_the_same_judge_are_kept():
+    """Only the other pairs are judged; they get the record of the judge if they had one."""
+    asked = []
+
+    def score(prompt: str, step: str, previous: list[str]) -> float | None:
+        asked.append(prompt)
+        return None if step == "</s>" else 0.5
+
+    pairs = [PreferencePair.from_row(row) for row in ROWS]
+    scores = {"chosen_scores": [0.9, 0.8], "rejected_scores": [0.1]}
+    pairs[0] = replace(pairs[0], **scores, judge="a 1")
+    pairs[2] = replace(pairs[2], chosen_scores=[0.9], rejected_scores=[0.1], judge="b 2")
+    found = evaluate_steps.score_pairs(FixedJudge(score), pairs, "a 1")
+    assert found[0] == pairs[0] and pairs[0].prompt not in asked
+    assert found[1] == pairs[1], "the judge cannot read it"
+    half = {"chosen_scores": [0.5], "rejected_scores": [0.5]}
+    assert found[2] == replace(pairs[2], **half, judge="a 1")
+    again = evaluate_steps.score_pairs(FixedJudge(score), pairs)  # a control has no record
+    assert again[2] == replace(pairs[2], **half, judge=None) and pairs[0].prompt in asked
 
 
 def test_compressed_files(evaluate, tmp_path):

@@ -19,7 +19,7 @@ from common.files import ROOT, write_records
 from reasoning.splits import is_kept_out
 from tests.helpers.scripts import run_script
 from tests.helpers.training import flags, make_pairs, refused
-from trainer.session import DataArgs, read_dataset
+from trainer.data import DataArgs, read_dataset
 from trainer.stepwise_dpo_trainer import RECIPE
 
 pytestmark = pytest.mark.process
@@ -278,7 +278,7 @@ def test_an_odd_row_among_others_is_left_out_and_shown(tmp_path, capsys):
         {**ROW, "chosen_scores": None, "rejected_scores": None},
     ]
     write_records(tmp_path / "rows.jsonl", [ROW, bad[0], ROW, bad[1]])
-    records = read_dataset(RECIPE, DataArgs(dataset_name=str(tmp_path / "rows.jsonl")))
+    records = read_dataset(RECIPE, *DataArgs(dataset_name=[str(tmp_path / "rows.jsonl")]).data_sets)
     assert len(records) == 2
     printed = capsys.readouterr().out
     assert "rows.jsonl:2: field 'rejected_scores'" in printed

@@ -52,9 +52,10 @@ from reward_model.response_reward_model import (
     load_reward_model,
     longest,
 )
+from trainer.data import DataSet
 from trainer.defaults import MiniatureDefaults, check_numbers
 from trainer.model_card import reward_use
-from trainer.session import DataArgs, Recipe, Training
+from trainer.session import Recipe, Training
 
 logger = get_logger(__name__)
 
@@ -225,14 +226,13 @@ class ResponseRewardTrainer(RewardTrainer):
 # --- python train.py reward ---
 
 
-def read_ranked(recipe: Recipe, args: DataArgs) -> list[RankedGroup]:
+def read_ranked(recipe: Recipe, data: DataSet) -> list[RankedGroup]:
     """The training groups of a table of ranked answers; pairs become groups of two answers.
 
     Raises RecordError, or UserError for a held-out problem."""
-    name = args.dataset_name
-    is_table = file_type(name) == ".csv" and not args.field_names
-    records = _groups_of_table(name) if is_table else _groups_of_pairs(args)
-    refuse_held_out(name, records)
+    is_table = file_type(data.name) == ".csv" and not data.fields.field_names
+    records = _groups_of_table(data.name) if is_table else _groups_of_pairs(data)
+    refuse_held_out(data.name, records)
     return records
 
 
@@ -252,11 +252,11 @@ def _groups_of_table(name: str) -> list[RankedGroup]:
     return records
 
 
-def _groups_of_pairs(args: DataArgs) -> list[RankedGroup]:
-    dropped, name = Dropped(), args.dataset_name
-    source = (name, args.dataset_config, args.dataset_train_split)
-    records = [group for _, group in load_groups(*source, dropped, args.field_names)]
-    dropped.print(name)
+def _groups_of_pairs(data: DataSet) -> list[RankedGroup]:
+    dropped = Dropped()
+    loaded = load_groups(*data.source, dropped, data.fields.field_names)
+    records = [group for _, group in loaded]
+    dropped.print(data.name)
     return records
 
 

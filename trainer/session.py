@@ -7,11 +7,13 @@ functions from a higher layer: one plots the log, one measures accuracy.
 import copy
 import json
 import logging
+import math
 import os
 import shutil
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -30,25 +32,20 @@ from transformers import AutoModelForCausalLM, ProgressCallback, TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from common.cli import (
-    arg,
-    beside,
     check_different,
     check_input,
-    check_least,
     check_model,
-    here,
     hold_output,
     holds_something,
     parse_args,
 )
-from common.errors import RecordError, UserError, first_line
+from common.errors import UserError, first_line
 from common.files import (
     TRAINING_JOB,
     Readable,
     at_root,
     content_hash,
     identity,
-    read_records,
     release,
     rows_hash,
     was_killed,
@@ -67,16 +64,16 @@ from lm.loading import (
 )
 from lm.prompting import set_prompts
 from lm.registry import TemplateArgs, given_prompts
-from reasoning.datasets.files import Dropped, FieldArgs
-from reasoning.datasets.loading import load_records, stored_as
-from reasoning.records import PreferencePair
-from reasoning.splits import held_out_prompts, is_kept_out
+from reasoning.splits import is_kept_out
 from reward_model.registry import JudgeArgs, check_judge, judge_files, judge_identity
+from trainer.data import DataArgs, DataSet, mix, read_dataset
 from trainer.hub import open_repo, push
 from trainer.model_card import About, Figure, Use, model_card, policy_use
 from trainer.settings_check import check_settings
 
 JOB = TRAINING_JOB  # in the output folder, so that the same command resumes it
+# the way to share a model's weights between processes -> files of its checkpoints
+SHARDED = {"FSDP": "pytorch_model_fsdp*", "DeepSpeed": "global_step*"}
 # the last file of a finished training
 FINISHED = ("config.json", "adapter_config.json")
 # in the output folder: the finished model, until all its files are in their places
@@ -89,79 +86,17 @@ WRITTEN = (
 # settings that do not change the weights: the names begin with one of these
 NOT_THE_JOB = (
     *("logging", "log_", "hub_", "push_", "save_", "report_to", "run_name", "disable_tqdm"),
-    *("output_dir", "resume", "eval"),
+    *("output_dir", "resume", "eval", "ddp_"),
     *("threads", "judge_requests", "judge_cache"),
 )
+# their product is the number of rows of an update, however many processes share the work
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
 # where something was read from; what it held is in the job as well
 PATHS = ("dataset", "model_name_or_path", "judge_path", "judge_problems", "judge_labels")
 SETTINGS_IN_FILES = ("chat_template_path", "prompt_template", "deepspeed", "fsdp_config")
-IS_MAIN = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
-
-
-@dataclass
-class DataArgs(FieldArgs):
-    dataset_name: str = arg(
-        at_root("data/rewarded.jsonl"),
-        "a file, a folder, or the name of a data set on the hub, in any shape that "
-        "reasoning/datasets/shapes.py reads. dpo: scored pairs; sft: problems with steps, or "
-        "pairs; prm: step values or step labels; ppo: step values, or problems; reward: ranked "
-        "answers, or pairs",
-    )
-    dataset_config: str | None = arg(None, "configuration of a hub data set")
-    dataset_train_split: str = arg("train", "split of a hub data set")
-    limit: int | None = arg(None, "train on the first LIMIT rows; on all if not given")
-    logs_dir: str = arg(
-        at_root("logs"), "folder of the logs; a run writes <run name>/log.json and training.png"
-    )
-    overwrite: bool = arg(False, "replace a finished or a different training in output_dir")
-
-    def __post_init__(self) -> None:
-        check_least(self, limit=1)
-
-
-def read_dataset(recipe: "Recipe", args: DataArgs) -> list:
-    """All rows of the data set as checked records of the recipe's class.
-
-    Odd rows are left out, and printed. Raises RecordError if no row can be used, UserError for a
-    held-out problem."""
-    name, held_out, records = args.dataset_name, held_out_prompts(), []
-    dropped = Dropped()
-    source = (name, args.dataset_config, args.dataset_train_split)
-    for where, record in load_records(recipe.kinds, *source, dropped, args.field_names):
-        try:
-            records.append(recipe.record.from_row(asdict(record)))
-        except RecordError as error:  # the others may have scores, or steps
-            if isinstance(record, PreferencePair) and record.chosen_scores is None:
-                error = RecordError(f"{error} (`{_scores_them(name, args.field_flags)}`)")
-            dropped.add(where, error)
-            continue
-        if record.prompt in held_out:
-            raise UserError(
-                f"{where}: a held-out problem ({held_out[record.prompt]}); training on it would "
-                "spoil every comparison"
-            )
-    if not records:
-        raise RecordError(f"{name}: none of its rows can be used; {'; '.join(dropped.examples)}")
-    dropped.print(name)
-    return records
-
-
-def _scores_them(name: str, field_flags: Sequence[str]) -> str:
-    """The command that scores the pairs of a data set, or first brings them into the shape that can
-    be scored."""
-    try:
-        next(read_records(name, PreferencePair))
-    except (RecordError, OSError):
-        flags = (
-            "--dataset_name",
-            name,
-            *field_flags,
-            "--output",
-            beside(stored_as(name), "prepared"),
-        )
-        return here("python utils/prepare_dataset.py", *flags)
-    flags = ("--input", name, "--output", beside(stored_as(name), "scored"))
-    return here("python reward_model/evaluate_steps.py", *flags)
+# of the processes that torchrun or accelerate starts
+IS_MAIN = os.environ.get("RANK", "0") == "0"
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
@@ -184,7 +119,7 @@ class Recipe:
     bar: dict[str, str] = field(default_factory=dict)  # log key -> word, beside the progress bar
     model: str = "models/policy-mini"  # the default model to start from
     use: Callable[[Any, Any, bool], Use] = policy_use  # of the card
-    read: Callable[["Recipe", DataArgs], list] = read_dataset
+    read: Callable[["Recipe", DataSet], list] = read_dataset
 
 
 def train(
@@ -202,7 +137,7 @@ def train(
     warnings.filterwarnings("ignore", category=FutureWarning)
     device, bf16 = pick_device()
     defaults = {
-        "dataset_name": at_root(recipe.data),
+        "dataset_name": [at_root(recipe.data)],
         "model_name_or_path": at_root(recipe.model),
         "output_dir": at_root(recipe.output_dir),
         "use_cpu": device == "cpu",
@@ -213,22 +148,24 @@ def train(
     args, config, model_args = parse_args(*classes, **shown, args=argv, defaults=defaults)
     check_settings(config, model_args)
     if args.dataset_name == defaults["dataset_name"]:
-        check_input(args.dataset_name, recipe.made_by)
+        check_input(args.dataset_name[0], recipe.made_by)
     with ExitStack() as stack:
         stack.callback(release)
         if IS_MAIN:
             was_killed(Path(config.output_dir, JOB))  # another process is told before it reads
-        rows = recipe.read(recipe, args)
-        training = Training(recipe, args, config, model_args, rows, stack, accuracy)
+        sets = [recipe.read(recipe, data) for data in args.data_sets]
+        training = Training(recipe, args, config, model_args, sets, stack, accuracy)
         training.run(training.build(), plot, callbacks)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # torch warns if nobody does
 
 
 class Training:
     """One training, from parsed arguments to a written model.
 
-    config: an instance of recipe.config; model_args: TRL's ModelConfig; rows: the result of
-    recipe.read; stack: closes what a trainer opens. The constructor checks the arguments before
-    anything is loaded or written: it raises UserError."""
+    config: an instance of recipe.config; model_args: TRL's ModelConfig; sets: the rows of each data
+    set, as recipe.read returns them; stack: closes what a trainer opens. The constructor checks the
+    arguments before anything is loaded or written: it raises UserError."""
 
     def __init__(
         self,
@@ -236,7 +173,7 @@ class Training:
         args: DataArgs,
         config: Any,
         model_args: Any,
-        rows: list,
+        sets: list[list],
         stack: ExitStack,
         accuracy: Callable[[str, int], Callable] | None = None,
     ):
@@ -250,13 +187,12 @@ class Training:
         self.log_file = Path(args.logs_dir) / run_name / "log.json"
         self.picture = self.log_file.with_name("training.png")
         check_model(self.model, "make models" if self.model == at_root(recipe.model) else None)
-        self.kept_out = [row for row in rows if is_kept_out(row.prompt)]
-        self.rows = [row for row in rows if not is_kept_out(row.prompt)][: args.limit]
-        if not self.rows or (config.eval_strategy != "no" and not self.kept_out):
-            missing = "evaluation" if self.rows else "training"
-            raise UserError(
-                f"{args.dataset_name}: its {len(rows)} {recipe.noun} leave none for {missing}"
-            )
+        self.kept_out = [row for rows in sets for row in rows if is_kept_out(row.prompt)]
+        self.sets = [[row for row in rows if not is_kept_out(row.prompt)] for rows in sets]
+        mixed = mix(self.sets, args.dataset_weights, config.seed)[: args.limit]
+        self.rows = [row for _, row in mixed]
+        self.used = Counter(number for number, _ in mixed)  # number of a data set -> of its rows
+        self._check_rows()
         if Path(self.model).is_dir():
             # absolute, because an adapter stores the path of its base
             self.model = str(Path(self.model).resolve())
@@ -276,12 +212,27 @@ class Training:
             for path in (self.folder / JOB, self.log_file, self.picture):
                 hold_output(path)
 
+    def _check_rows(self) -> None:
+        """Raises UserError if nothing is left to train on, to evaluate on, or of a data set."""
+        names, noun = self.args.dataset_name, self.recipe.noun
+        evaluates = self.config.eval_strategy != "no"
+        if not self.rows or (evaluates and not self.kept_out):
+            missing = "evaluation" if self.rows else "training"
+            count = len(self.kept_out) + sum(map(len, self.sets))
+            raise UserError(f"{', '.join(names)}: its {count} {noun} leave none for {missing}")
+        for number, (name, rows) in enumerate(zip(names, self.sets, strict=True)):
+            if not self.used[number]:
+                raise UserError(
+                    f"{name}: none of its {len(rows)} {noun} is trained on: give it a larger share "
+                    "with --dataset_weights, a larger --limit, or leave it out"
+                )
+
     def _check_files(self) -> None:
         """Raises UserError if an output is an input, or if the log would replace another one."""
         config = self.config
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file, expected a folder to write the model to")
-        read = [self.args.dataset_name, self.model, getattr(config, "eval_problems", None)]
+        read = [*self.args.dataset_name, self.model, getattr(config, "eval_problems", None)]
         read += [getattr(config, name, None) for name in SETTINGS_IN_FILES]
         if isinstance(config, JudgeArgs):
             check_judge(config)
@@ -306,6 +257,8 @@ class Training:
     def _job(self) -> dict:
         """The command, the data, and all settings and files that change the trained weights."""
         noun, settings = self.recipe.noun, self.config.to_dict()
+        sets = self.args.data_sets
+        counts = {data.label: self.used[number] for number, data in enumerate(sets)}
         contents = {"model": identity(self.model, self.model_args.model_revision)}
         if isinstance(self.config, TemplateArgs):
             given_prompts(self.config)  # checked before any work
@@ -316,11 +269,12 @@ class Training:
                 contents[name] = content_hash(path) or path
         job = {
             "command": self.recipe.command,
-            "dataset": self.args.dataset_name,
+            "dataset": sets[0].name if len(sets) == 1 else counts,
             noun: len(self.rows),
             f"{noun}_sha256": rows_hash(self.rows),
             **{k: v for k, v in settings.items() if not k.startswith(NOT_THE_JOB)},
             **asdict(self.model_args),
+            "processes": PROCESSES,
             "model_name_or_path": self.model,
             "contents": contents,
         }
@@ -331,6 +285,9 @@ class Training:
     def build(self) -> Any:
         """Make the trainer. Raises UserError if the model cannot be loaded or trained this way."""
         silence_libraries()
+        if getattr(self.config, "ddp_find_unused_parameters", False) is None:
+            # the losses reach all weights; torch warns of a slower search that finds none unused
+            self.config.ddp_find_unused_parameters = False
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(self.log_file.parent))
         try:
             with taking_long(f"loading {self.model} and preparing {len(self.rows)} rows"):
@@ -471,6 +428,7 @@ class Training:
         """Train, write model, card and log, and print the closing table."""
         config, recipe = self.config, self.recipe
         main_process = trainer.is_world_process_zero()
+        self._check_checkpoint(trainer)
         say = print if main_process else lambda *_: None
         if main_process:
             if self.checkpoint is None:
@@ -506,6 +464,11 @@ class Training:
             is_known = isinstance(error, UserError | OSError)  # a full disk is no compiler's error
             if getattr(config, "torch_compile", False) and not is_known:
                 name = "torch_compile"  # the compiler raises many kinds of errors
+            if "find_unused_parameters" in str(error):
+                raise UserError(
+                    "argument --ddp_find_unused_parameters: the loss does not reach all weights of "
+                    "this model: give true"
+                ) from None
             if name is None:
                 raise
             raise UserError(f"argument --{name}: {first_line(error)}") from None
@@ -518,8 +481,7 @@ class Training:
             values = [log[name] for log in history if name in log]
             if values:
                 rows.append((name, word, values[0], values[-1]))
-        dataset = Path(self.args.dataset_name).name
-        title = f"{recipe.title(config)} {len(self.rows)} {recipe.noun} of {dataset}"
+        title = f"{recipe.title(config)} {len(self.rows)} {recipe.noun} of {self._data(short=True)}"
         drawn = False
         card = self._card(title, use, rows, state.global_step, seconds, note)
         with taking_long(f"writing {self.folder}"), staged_model(trainer, self.folder, card):
@@ -545,19 +507,40 @@ class Training:
             with taking_long(f"pushing {self.folder} to {repo}"):
                 say(f"pushed it: {push(config, self.folder, repo)}")
 
+    def _check_checkpoint(self, trainer: Any) -> None:
+        """Raises UserError for a checkpoint of FSDP or DeepSpeed to resume without it, or for one
+        without them to resume with one: their files differ."""
+        if self.checkpoint is None:
+            return
+        before = next((k for k, file in SHARDED.items() if any(self.checkpoint.glob(file))), "DDP")
+        now = [k for k in SHARDED if getattr(trainer, f"is_{k.lower()}_enabled", False)]
+        if now != [before] * (before in SHARDED):
+            way = before if before in SHARDED else "neither FSDP nor DeepSpeed"
+            raise UserError(f"{self.checkpoint} is of a training with {way}: resume it in this way")
+        count = _job_in(self.checkpoint.resolve().parent).get("processes", PROCESSES)
+        if before == "DeepSpeed" and count != PROCESSES:
+            raise UserError(
+                f"{self.checkpoint}: DeepSpeed resumes on as many processes as before ({count}), "
+                f"not on {PROCESSES}"
+            )
+
     def _announce(self, trainer: Any, note: str, say: Callable) -> None:
         """Print the data, the precision, and how the training can be resumed."""
         config = self.config
         say(
-            f"{len(self.rows)} {self.recipe.noun} of {self.args.dataset_name}; "
+            f"{len(self.rows)} {self.recipe.noun} of {self._data()}; "
             f"{len(self.kept_out)} more are kept out of all training (a tenth of all prompts)"
         )
+        if unused := sum(map(len, self.sets)) - len(self.rows):
+            given = {"--dataset_weights": self.args.dataset_weights, "--limit": self.args.limit}
+            why = " and ".join(flag for flag, value in given.items() if value is not None)
+            say(f"{unused} more are not used, because of {why}")
         if note:
             say(note)
         precision = self.model_args.dtype
         if config.bf16 or config.fp16:
             precision = f"{'bf16' if config.bf16 else 'fp16'} autocast"
-        say(f"{config.device.type}, {precision}")
+        say(f"{config.device.type}, {precision}{_spread(trainer)}")
         if say is print:
             warn_of_unknown_words(
                 partial(tokens_of, trainer.processing_class),
@@ -572,20 +555,32 @@ class Training:
         elif config.save_strategy != "no":
             say("if this is stopped, the same command resumes from the last checkpoint")
 
+    def _data(self, short: bool = False) -> str:
+        """The names of the data sets, each with the number of its rows if there are several.
+
+        short: without their folders."""
+        sets = self.args.data_sets
+        names = [sets[0].name] if len(sets) == 1 else [data.label for data in sets]
+        if short:
+            names = [Path(name).name for name in names]
+        if len(names) == 1:
+            return names[0]
+        return " and ".join(f"{name} ({self.used[number]})" for number, name in enumerate(names))
+
     def _card(self, title: str, use: Use, rows: list, steps: int, seconds: float, note: str) -> str:
         """The model card. rows: (log key, word, first, last) of the closing table."""
         recipe = self.recipe
         about = About(
             name=self.folder.resolve().name,
             base=self.model,
-            data=self.args.dataset_name,
+            data=self.args.dataset_name[0] if len(self.sets) == 1 else self._data(short=True),
             split="train",
             library="peft" if self.model_args.use_peft else "transformers",
             tags=recipe.tags.split(", "),
         )
         training = [
             f"- Base model: {about.base_name}.",
-            f"- Data: {len(self.rows)} {recipe.noun} of {about.data_name}."
+            f"- Data: {len(self.rows)} {recipe.noun} of {self._data(short=True)}."
             + f" {note}." * bool(note),
             f"- {steps} steps, seed {self.config.seed}, {seconds:.0f} s.",
             f"- Every setting is in `{JOB}`.",
@@ -603,6 +598,20 @@ class Training:
             [Figure(kind, word, last) for kind, word, _, last in rows],
             "\n".join(table),
         )
+
+
+def _spread(trainer: Any) -> str:
+    """How a training is spread over processes, as the end of a line; empty if there is only one."""
+    accelerator = trainer.accelerator
+    kind = accelerator.distributed_type.value.replace("_", " ")  # FSDP, DEEPSPEED, MULTI GPU ...
+    if kind == "NO":
+        return ""
+    count = f"{accelerator.num_processes} process" + "es" * (accelerator.num_processes > 1)
+    if kind in ("FSDP", "DEEPSPEED"):
+        return f", {count} ({kind.replace('SPEED', 'Speed')})"
+    wanted = [k for k in SHARDED if os.environ.get(f"ACCELERATE_USE_{k.upper()}") == "true"]
+    not_used = f"; {wanted[0]} needs GPUs and is not used" if wanted else ""
+    return f", {count} (DDP){not_used}"
 
 
 # --- folders ---
@@ -661,7 +670,9 @@ def checkpoint_to_resume(
         if checkpoint is None or not (checkpoint / "trainer_state.json").is_file():
             place = checkpoint or folder
             raise UserError(f"--resume_from_checkpoint {resume}: no whole checkpoint in {place}")
-        pickles = {path.name for path in checkpoint.rglob("*.bin")} - {"training_args.bin"}
+        # FSDP writes the last two, and reads them with weights_only
+        known = {"training_args.bin", "optimizer.bin", "pytorch_model_fsdp.bin"}
+        pickles = {path.name for path in checkpoint.rglob("*.bin")} - known
         if pickles or not any(checkpoint.rglob("*.safetensors")):
             found = f"{min(pickles)} is no safetensors" if pickles else "it has no safetensors"
             raise UserError(
@@ -700,8 +711,11 @@ def _differences(before: dict, job: dict) -> list[str]:
         first, second = before.get(name), job.get(name)
         if name == "contents" and isinstance(first, dict) and isinstance(second, dict):
             found += _differences(first, second)
-        elif name not in PATHS and first != second:
+        elif name not in (*PATHS, *BATCH) and first != second:
             found.append(name)
+    rows, rows_now = (math.prod(each.get(name) or 1 for name in BATCH) for each in (before, job))
+    if rows != rows_now:
+        found.append(f"{' * '.join(BATCH)} ({rows}, now {rows_now})")
     return sorted(set(found))
 
 

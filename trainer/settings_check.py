@@ -5,6 +5,7 @@ in a training, with a traceback.
 """
 
 import importlib.util
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -70,6 +71,12 @@ def check_settings(config: Any, model_args: Any) -> None:
     # step PPO reports through accelerate
     is_trainer = isinstance(config, TrainingArguments)
     known = get_available_reporting_integrations() if is_trainer else get_available_trackers()
+    for way in ("FSDP", "DEEPSPEED"):
+        if not is_trainer and os.environ.get(f"ACCELERATE_USE_{way}", "").lower() == "true":
+            raise UserError(
+                "step PPO samples from the policy that it trains, so every process needs all "
+                "weights: use accelerate launch without FSDP and DeepSpeed, or torchrun"
+            )
     given = config.report_to or "none"
     for tracker in [given] if isinstance(given, str) else given:
         if tracker not in {*map(str, known), "none", "all"}:

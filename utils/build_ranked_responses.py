@@ -46,7 +46,7 @@ from reasoning.datasets.ranking import RankedResponse, check_groups, write_answe
 from reasoning.grading import grade_steps, graded, is_correct, step_value
 from reasoning.problems import changed_numbers, problems
 from reasoning.records import Problem, Prompt
-from reasoning.samples import FEW, samples_file, show_samples
+from reasoning.samples import FEW, SaveSamplesArgs, samples_file, show_samples, write_samples
 from reasoning.samples import Sample as GradedSample
 from reasoning.splits import default_split, refuse_held_out
 from reasoning.steps import CLOSING_STEP, STEP_NUMBER, split_steps
@@ -61,7 +61,7 @@ KINDS = ("right", "flawed", "wrong", "malformed")  # best first
 
 
 @dataclass
-class AnswerArguments(PolicyArgs, FieldArgs):
+class AnswerArguments(PolicyArgs, FieldArgs, SaveSamplesArgs):
     input: str | None = arg(
         None,
         "prompts: rows with `prompt` and optionally `category`, or problems in any "
@@ -316,6 +316,8 @@ def main() -> None:
     job |= policy_identity(args)
     job["settings"] = args.settings()
     job["tasks"] = hashlib.sha256(json.dumps([asdict(task) for task in tasks]).encode()).hexdigest()
+    if args.save_samples:
+        job["save_samples"] = True
     read = [args.input, args.model_name_or_path]
     may_replace = ResumableRows.may_replace(args.output, job, args.overwrite)
     check_output(args.output, may_replace, read)
@@ -333,6 +335,8 @@ def main() -> None:
     if sum(not row["why_not"] for row in rows.rows) < FEW * len(tasks):
         samples = [GradedSample(**row["sample"]) for row in rows.rows if row.get("sample")]
         show_samples(samples, samples_path)
+    if args.save_samples:
+        write_samples(samples_path, rows.rows)
     if not answers:
         rows.finish()
         raise UserError(
@@ -369,10 +373,16 @@ def answer_prompts(
                 counts = {"ended": sum(sample.finished for sample in samples), "kinds": kinds}
                 row = {"answers": list(map(asdict, answers)), "why_not": why_not, **counts}
                 if why_not:  # a sample that shows why
-                    steps, ended = split_steps(samples[0].text), samples[0].finished
-                    row["sample"] = asdict(graded(task.prompt, steps, ended, task.problem))
+                    row["sample"] = with_verdict(task, samples[0])
+                if args.save_samples:
+                    row["all"] = [with_verdict(task, sample) for sample in samples]
                 rows.append(row)
                 bar.update()
+
+
+def with_verdict(task: PromptTask, sample: Sample) -> dict:
+    """A row of the file of samples."""
+    return asdict(graded(task.prompt, split_steps(sample.text), sample.finished, task.problem))
 
 
 def print_summary(args: AnswerArguments, rows: list[dict], answers: list[RankedResponse]) -> None:

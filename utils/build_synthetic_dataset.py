@@ -4,8 +4,9 @@
 
 The policy answers every problem several times. A pair is one right and one wrong answer (`--pair_by
 answer`, rejection sampling), or the sample with the highest and the one with the lowest judge score
-(`--pair_by judge`, which needs no reference answers). The steps with which both sides begin become
-the pair's `prefix`. Held-out problems are refused. A killed run resumes when it is started again.
+(`--pair_by judge`, which needs no reference answers, and keeps the scores). The steps with which
+both sides begin become the pair's `prefix`. Held-out problems are refused. A killed run resumes
+when it is started again.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,14 @@ from reasoning.datasets.files import FieldArgs
 from reasoning.datasets.selection import select_problems
 from reasoning.grading import graded, is_correct
 from reasoning.records import Problem, Prompt
-from reasoning.samples import FEW, Sample, samples_file, show_samples
+from reasoning.samples import (
+    FEW,
+    Sample,
+    SaveSamplesArgs,
+    samples_file,
+    show_samples,
+    write_samples,
+)
 from reward_model.protocols import StepJudge
 from reward_model.registry import (
     JudgeArgs,
@@ -38,6 +47,7 @@ from reward_model.registry import (
     judge_files,
     judge_flags,
     judge_identity,
+    judge_record,
     open_judge,
     warn_of_foreign_text,
 )
@@ -55,7 +65,7 @@ Selected = list[Problem] | list[Prompt]
 
 
 @dataclass
-class PairArguments(JudgeArgs, PolicyArgs, FieldArgs):
+class PairArguments(JudgeArgs, PolicyArgs, FieldArgs, SaveSamplesArgs):
     input: str | None = arg(
         None,
         "problems in any shape that reasoning/datasets/shapes.py knows; default: the "
@@ -98,6 +108,8 @@ def main() -> None:
     job["problems"] = hashlib.sha256(rows_read.encode()).hexdigest()
     if args.pair_by == "judge":
         job |= judge_identity(args)
+    if args.save_samples:
+        job["save_samples"] = True
     read = [args.input, args.model_name_or_path, *judge_files(args)]
     may_replace = ResumableRows.may_replace(args.output, job, args.overwrite)
     check_output(args.output, may_replace, read)
@@ -115,6 +127,8 @@ def main() -> None:
     if len(pairs) < FEW * len(selected):
         samples = [Sample(**row["sample"]) for row in rows.rows if row.get("sample")]
         show_samples(samples, samples_path)
+    if args.save_samples:
+        write_samples(samples_path, rows.rows)
     if not pairs:
         rows.finish()
         raise UserError(f"no pairs could be made (see above), nothing was written to {args.output}")
@@ -138,7 +152,7 @@ def sample_problems(
         "temperature": args.temperature,
         "max_new_tokens": args.max_new_tokens,
     }
-    make_pair = pair_by_judge if judge else pair_by_answer
+    make_pair = partial(pair_by_judge, judge=judge_record(args)) if judge else pair_by_answer
     no_sample = "no sample ended" + (f", or all were {judge.unscored_reason}" if judge else "")
     done = len(rows.rows)
     with progress_bar(total=len(selected), initial=done, desc="sampling", unit="problem") as bar:
@@ -169,6 +183,9 @@ def sample_problems(
                 row |= {"why_not": why_not, "pair": vars(pair) if pair else False}
                 if not pair:  # a sample that shows why
                     row["sample"] = asdict(example(problem, responses[0], own if judge else []))
+                if args.save_samples:
+                    scored = own if judge else []
+                    row["all"] = [asdict(example(problem, each, scored)) for each in responses]
                 rows.append(row)
                 bar.update()
 
@@ -176,7 +193,7 @@ def sample_problems(
 def example(
     problem: Problem | Prompt, response: "Response", scored: list[tuple[Steps, list[float]]]
 ) -> Sample:
-    """The first sample of a problem with its verdict, and with its scores if it was judged."""
+    """A sample of a problem with its verdict, and with its scores if it was judged."""
     scores = next((scores for steps, scores in scored if steps == response.steps), None)
     reference = problem if isinstance(problem, Problem) else None
     return graded(problem.prompt, response.steps, response.finished, reference, scores=scores)

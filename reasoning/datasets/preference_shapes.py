@@ -54,7 +54,7 @@ def step_dpo_pair(row: dict, dropped: Dropped) -> Iterator[PreferencePair]:
     if chosen == rejected:
         dropped["pairs with the same step on both sides"] += 1
         return
-    scores = {"chosen_scores": [1.0], "rejected_scores": [0.0]}
+    scores: dict[str, Any] = {"chosen_scores": [1.0], "rejected_scores": [0.0]}
     yield PreferencePair(prompt, [chosen], [rejected], prefix, **scores)
 
 
