@@ -117,13 +117,12 @@ class Engine(AbstractContextManager):
 
     def __init__(self, make_worker: MakeWorker):
         self._make = make_worker
-        self._worker: Worker | None = None
+        self.worker: Any = None  # a Worker, if it is in this process and built
 
-    def build(self, units: int = 1) -> Worker | None:
-        """Build what so many units need, if it is not there. Returns the worker in this process."""
-        if units and self._worker is None:
-            self._worker = self._make()
-        return self._worker
+    def build(self, units: int = 1) -> None:
+        """Build what so many units need, if it is not there."""
+        if units and self.worker is None:
+            self.worker = self._make()
 
     def map(self, units: Iterable[Unit], left_out: LeftOut | None = None) -> Iterator[tuple]:
         """(key, items, rows) of every unit, when it is finished, in any order.
@@ -131,14 +130,14 @@ class Engine(AbstractContextManager):
         left_out: makes the rows of items that are left out. Without it such an item ends the run
         with a ModelError."""
         for key, items in units:
-            worker = self.build()
-            assert worker is not None
-            yield key, items, worker(key, items)
+            self.build()
+            assert self.worker is not None
+            yield key, items, self.worker(key, items)
 
     def close(self) -> None:
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
+        if self.worker is not None:
+            self.worker.close()
+            self.worker = None
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -271,6 +270,8 @@ class _RayEngine(Engine):
 
     def _connect(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray's own 15 is for workers beside other jobs; these have the priority of this process
+        os.environ.setdefault("RAY_worker_niceness", "0")
         address = os.environ.get("RAY_ADDRESS") or "local"
         local: dict[str, Any] = {
             "num_cpus": self._most,
@@ -358,9 +359,9 @@ def answer_of(work: Callable[[], list], ends: type | None = None) -> tuple[str, 
 
 def _last_lines(said: Any) -> str:
     """What was printed, without progress: what a `\\r` overwrites, and `still loading ...`."""
-    lines = [line.rpartition("\r")[2] for line in said.getvalue().splitlines()]
+    lines = [line.rpartition("\r")[2] for line in said.getvalue().split("\n")]
     kept = [line for line in lines if not re.match(r"still .* \(\d+ s\) \.\.\.$", line)]
-    return "".join(f"{line}\n" for line in kept)
+    return "\n".join(kept)
 
 
 def _exit_detail(error: BaseException) -> str:
@@ -472,13 +473,14 @@ class Job:
         desc, noun: `scoring`, `pair`, for the progress bar. The workers are called with the number
         of the unit's first item."""
         missing = self.missing(rows)
-        units = ((start, self.items[start : start + self.unit]) for start in missing)
-        with self.keeping(rows), open_engine(self.args, make_worker) as engine:
-            engine.build(len(missing))
-            with self.bar(rows, desc, noun) as bar:
-                for start, _, found in engine.map(units, left_out):
-                    rows.append(*found, at=start)
-                    bar.update(len(found))
+        units = ((start, list(self.items[start : start + self.unit])) for start in missing)
+        with (
+            self.working(rows, make_worker, len(missing)) as engine,
+            self.bar(rows, desc, noun) as bar,
+        ):
+            for start, _, found in engine.map(units, left_out):
+                rows.append(*found, at=start)
+                bar.update(len(found))
 
     def missing(self, rows: ResumableRows) -> list[int]:
         """The first item of each unit that is not there."""
@@ -489,14 +491,17 @@ class Job:
         return progress_bar(total=total, initial=len(rows), desc=desc, unit=noun)
 
     @contextlib.contextmanager
-    def keeping(self, rows: ResumableRows) -> Iterator[None]:
-        """In the block all rows are appended. A part is finished then."""
-        try:
-            yield
-        except BaseException:
-            if not len(rows):  # nothing to resume
-                rows.finish()
-            raise
+    def working(self, rows: ResumableRows, make_worker: MakeWorker, units: int) -> Iterator[Engine]:
+        """The engine with workers for so many units. In the block all rows are appended; a part is
+        finished then."""
+        with open_engine(self.args, make_worker) as engine:
+            try:
+                engine.build(units)
+            except BaseException:
+                if not len(rows):  # nothing to resume
+                    rows.finish()
+                raise
+            yield engine
         if self.is_part:
             rows.close()
             os.replace(rows.path, self.file)

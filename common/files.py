@@ -589,7 +589,7 @@ def _row(line: bytes) -> dict | None:
     return row if isinstance(row, dict) else None
 
 
-def _number_of(line: bytes) -> int | None:
+def row_number(line: bytes) -> int | None:
     """The number of a row of ResumableRows; None for any other line."""
     row = _row(line) if line.endswith(b"\n") else None
     number = row["n"] if row is not None and row.keys() == {"n", "row"} else None
@@ -637,7 +637,7 @@ class ResumableRows(_Lines):
         with open(self.path, "rb") as file:
             place = start = len(file.readline())
             for line in file:
-                number = _number_of(line)
+                number = row_number(line)
                 if size == 0:
                     first = number or 0
                     is_new = first % self._unit == 0 and not self.has(first)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from common.cli import arg, check_least
-from common.engine import FATAL, EngineArgs, Job, open_engine
+from common.engine import FATAL, EngineArgs, Job
 from common.errors import PromptTooLong, UserError
 from common.files import ResumableRows
 from lm.known_words import MOST_TEXTS
@@ -96,18 +96,19 @@ def search_problems(
         rollouts += count
         bar.set_postfix(rollouts=rollouts)
 
-    with job.keeping(rows), open_engine(args, make_worker) as engine:
-        groups = [missing[n : n + args.in_flight] for n in range(0, len(missing), args.in_flight)]
-        worker = engine.build(len(groups))
-        with job.bar(rows, "searching", "problem") as bar:
-            if worker is not None:  # in this process: a new search begins when one has ended
-                for number, tree in worker.search(missing, sampled):
+    groups = [missing[n : n + args.in_flight] for n in range(0, len(missing), args.in_flight)]
+    with (
+        job.working(rows, make_worker, len(groups)) as engine,
+        job.bar(rows, "searching", "problem") as bar,
+    ):
+        if engine.worker is not None:  # in this process: a new search begins when one has ended
+            for number, tree in engine.worker.search(missing, sampled):
+                add(number, tree)
+        else:
+            for _, group, trees in engine.map(enumerate(groups), left_out(args)):
+                for (number, _), tree in zip(group, trees, strict=True):
+                    sampled(sum(len(node["rollouts"]) for node in tree["nodes"]))
                     add(number, tree)
-            else:
-                for _, group, trees in engine.map(enumerate(groups), left_out(args)):
-                    for (number, _), tree in zip(group, trees, strict=True):
-                        sampled(sum(len(node["rollouts"]) for node in tree["nodes"]))
-                        add(number, tree)
     seconds = time.monotonic() - started
     print(f"searched for {seconds:.0f} s: {rollouts} rollouts, {rollouts / seconds:.0f} a second")
     return [] if job.is_part else [Tree.from_row(row) for row in rows]
