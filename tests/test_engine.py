@@ -1,16 +1,22 @@
 """Units of work in this process, in parts (`--shard`), and on Ray actors."""
 
+import importlib.util
 import itertools
 import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from common import engine
-from common.engine import Job, Shard, answer_of, check_engine, shard_of
-from common.errors import JudgeError, UserError
-from common.files import ResumableRows, write_records
+from common.engine import FATAL, Job, Shard, answer_of, check_engine, shard_of
+from common.errors import JudgeError, ModelError, UserError
+from common.files import ROOT, ResumableRows, write_records
 from reward_model import evaluate_steps
 from tests.helpers.mains import call_main
 from tests.helpers.training import make_pairs
@@ -264,3 +270,112 @@ def test_parts_of_other_arguments_are_refused(here, score, merge):
     assert code == 2 and "shard-2-of-2 is part of another job" in err
     code, _, err = merge("nothing.jsonl")
     assert code == 2 and "no parts" in err
+
+
+# --- on Ray ---
+
+slow_on_ray = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("ray") is None,
+        reason="ray is not installed: pip install -r requirements-ray.txt",
+    ),
+]
+
+
+def on_ray(test):
+    for mark in slow_on_ray:
+        test = mark(test)
+    return test
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The address of a cluster of two nodes on this machine, with two CPUs each."""
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 2, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+    nodes = Cluster(initialize_head=True, head_node_args=node)
+    nodes.add_node(**{name: node[name] for name in ("num_cpus", "object_store_memory")})
+    yield nodes.address
+    nodes.shutdown()
+
+
+@pytest.fixture
+def ray_here(cluster, here, monkeypatch) -> Path:
+    monkeypatch.setenv("RAY_ADDRESS", cluster)
+    return here
+
+
+@on_ray
+def test_an_item_that_kills_its_workers_is_left_out(ray_here, capsys):
+    """And so is one on which they fail; the others of its unit are there."""
+    items = [1, 2, 3, "deadly", 5, 6, 7, "bug", "judge", 10]
+    rows = fill(items, 3, engine="ray", workers=2).rows
+    for number, (item, row) in enumerate(zip(items, rows, strict=True)):
+        expected = {"square": item * item} if isinstance(item, int) else left_out(item, FATAL)
+        assert row == expected, number
+    assert worked_on().count(0) == 1  # a unit that nothing happened to
+    assert "a worker died: JudgeError: the judge has gone (unit 6)" in capsys.readouterr().err
+
+
+@on_ray
+def test_a_mistake_ends_the_run_and_so_does_a_worker_that_cannot_be_built(ray_here):
+    with pytest.raises(UserError, match="row 3 is wrong"):
+        fill([1, "mistake"], 1, engine="ray")
+    Path("out.jsonl.partial").unlink()
+    with pytest.raises(UserError, match="no such model"):
+        fill([1, 2], fails="no such model", engine="ray")
+    assert not Path("out.jsonl.partial").exists()
+
+
+@on_ray
+def test_a_job_ends_if_all_that_its_workers_do_is_die(ray_here, monkeypatch):
+    monkeypatch.setattr(engine, "MOST_DEATHS", 3)
+    with pytest.raises(ModelError, match="4 workers died and no unit was finished in between"):
+        fill(["deadly"] * 20, 1, engine="ray")
+
+
+@on_ray
+def test_long_units_hold_up_one_worker_and_no_other(ray_here):
+    """One of two workers has the long unit, the other one all others."""
+    rows = fill([1, 10**6, *range(2, 30)], 1, seconds=-1, engine="ray", workers=2)
+    assert len(rows) == 30
+    lines = [line.split() for line in Path("log").read_text().splitlines() if " " in line]
+    long = next(pid for number, _, pid in lines if number == "1")
+    behind = [pid for number, _, pid in lines if int(number) > 1]
+    assert behind.count(long) <= 2
+
+
+@on_ray
+def test_20_kills_of_workers_and_of_the_driver(ray_here):
+    """No row is lost or there twice, and few units are worked on again."""
+    count, seconds, rng = 800, 0.1, random.Random(0)
+    command = [sys.executable, ROOT / "tests/helpers/workers.py", count, 2, seconds]
+
+    def start() -> subprocess.Popen:
+        with open("messages", "ab") as messages:
+            return subprocess.Popen(list(map(str, command)), stdout=messages, stderr=messages)
+
+    def units() -> list[list[str]]:
+        lines = Path("log").read_text().splitlines() if Path("log").exists() else []
+        return [line.split() for line in lines if " " in line]
+
+    driver, started = start(), 0
+    for number, at in enumerate(sorted(rng.sample(range(10, 700), 20))):
+        while len(units()) < max(at, started + 3):
+            assert driver.poll() is None, Path("messages").read_text()[-3000:]
+            time.sleep(0.02)
+        if number % 2:
+            driver.send_signal(signal.SIGKILL)
+            driver.wait()
+            driver, started = start(), len(units())
+        else:
+            os.kill(int(units()[-1][2]), signal.SIGKILL)
+    assert driver.wait(300) == 0, Path("messages").read_text()[-3000:]
+    assert Path("out.txt").read_text() == "".join(f"{k * k}\n" for k in range(count))
+    again = len(units()) - count
+    print(f"{again} of {count} units were worked on again")
+    assert again <= 0.05 * count and {int(unit[0]) for unit in units()} == {*range(count)}

@@ -1,11 +1,20 @@
-"""A worker that takes no model, for tests of the engine."""
+"""A worker that takes no model, for tests of the engine.
+
+    python tests/helpers/workers.py COUNT WORKERS SECONDS
+
+squares numbers on Ray, one a unit, and leaves them as the rows of a job in the current folder."""
 
 import os
+import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from common.engine import ShardArgs
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from common.cli import run
+from common.engine import Job, ShardArgs
 from common.errors import JudgeError, UserError
 
 
@@ -28,7 +37,8 @@ class Squaring:
     def __call__(self, start: int, items: list) -> list[dict]:
         with open(self.log, "a") as file:
             file.write(f"{start} {len(items)} {os.getpid()}\n")
-        time.sleep(self.seconds)
+        # with -1 second the larger a number, the longer it takes
+        time.sleep(self.seconds if self.seconds >= 0 else sum(items) / 200_000)
         if "deadly" in items:
             os._exit(1)
         if "judge" in items:
@@ -44,3 +54,17 @@ class Squaring:
 
 def left_out(item: object, reason: str) -> dict:
     return {"left_out": str(item), "why_not": reason}
+
+
+def main() -> None:
+    count, workers, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    job = Job(Arguments(engine="ray", workers=workers), {"seed": 0}, range(count), 1)
+    rows = job.open()
+    make_worker = partial(Squaring, Path("log").absolute(), seconds)
+    job.fill(rows, make_worker, left_out, desc="squaring", noun="number")
+    Path("out.txt").write_text("".join(f"{row['square']}\n" for row in rows))
+    rows.finish()
+
+
+if __name__ == "__main__":
+    run(main)
