@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import os
 import random
 import signal
@@ -17,11 +18,13 @@ from common import engine
 from common.engine import FATAL, Job, Shard, answer_of, check_engine, shard_of
 from common.errors import JudgeError, ModelError, UserError
 from common.files import ROOT, ResumableRows, write_records
-from reward_model import evaluate_steps
+from evaluation import eval_search
+from reasoning.problems import problems
+from reward_model import evaluate_steps, score_responses
 from tests.helpers.mains import call_main
 from tests.helpers.training import make_pairs
 from tests.helpers.workers import Arguments, Squaring, left_out
-from utils import merge_shards
+from utils import build_mcts_dataset, build_ranked_responses, build_synthetic_dataset, merge_shards
 
 # --- rows in any order ---
 
@@ -379,3 +382,85 @@ def test_20_kills_of_workers_and_of_the_driver(ray_here):
     again = len(units()) - count
     print(f"{again} of {count} units were worked on again")
     assert again <= 0.05 * count and {int(unit[0]) for unit in units()} == {*range(count)}
+
+
+POLICY, FEW = ("--model_name_or_path", ROOT / "models/policy-mini"), ("--max_new_tokens", 40)
+# name -> (script, its arguments, the files that it writes)
+SCRIPTS: dict[str, tuple] = {
+    "synthetic": (
+        build_synthetic_dataset,
+        ("--limit", 130, "--samples", 2, *POLICY, *FEW, "--output", "out.jsonl"),
+        ["out.jsonl"],
+    ),
+    "judged": (
+        build_synthetic_dataset,
+        ("--limit", 70, "--samples", 2, *POLICY, *FEW, "--output", "out.jsonl")
+        + ("--pair_by", "judge", "--judge", "prm", "--judge_path", ROOT / "models/prm-mini"),
+        ["out.jsonl"],
+    ),
+    "evaluate": (
+        evaluate_steps,
+        ("--input", ROOT / "data/synthetic_dataset.jsonl", "--limit", 100, "--judge", "hf")
+        + ("--judge_path", ROOT / "models/policy-mini", "--output", "out.jsonl"),
+        ["out.jsonl"],
+    ),
+    "trees": (
+        build_mcts_dataset,
+        ("--limit", 12, "--in_flight", 5, "--rollouts_per_state", 2, "--budget", 8, *POLICY)
+        + (*FEW, "--output", "out.jsonl", "--trees", "trees.jsonl", "--keep_dropped"),
+        ["out.jsonl", "trees.jsonl"],
+    ),
+    "answers": (
+        build_ranked_responses,
+        ("--limit", 200, "--answers", 2, *POLICY, *FEW, "--output", "out.csv"),
+        ["out.csv"],
+    ),
+    "scores": (
+        score_responses,
+        ("score", "--input", "responses.jsonl", "--scorer", ROOT / "models/reward-mini")
+        + ("--output", "out.jsonl"),
+        ["out.jsonl"],
+    ),
+    "search": (
+        eval_search,
+        ("--splits", "problems.jsonl", "--choose_on", "validation", "--choose_limit", 60)
+        + ("--limit", 60, "--strategies", "best_of_n", "beam", "--aggregates", "min", "--n", 2)
+        + ("--samples", 2, "--controls", "random", "--judge_path", ROOT / "models/prm-mini")
+        + (*POLICY, *FEW, "--output_dir", "."),
+        ["search.jsonl"],
+    ),
+}
+
+
+def contents(names: list[str]) -> dict[str, list]:
+    """The lines of files, which are removed. Those of search.jsonl have an order and a time of
+    their own."""
+    found = {name: Path(name).read_text().splitlines() for name in names}
+    if "search.jsonl" in found:
+        rows = map(json.loads, found["search.jsonl"])
+        found["search.jsonl"] = sorted(
+            json.dumps({k: v for k, v in row.items() if k != "seconds"}) for row in rows
+        )
+    for name in [*names, "search.json", "search.png"]:
+        Path(name).unlink(missing_ok=True)
+    return found
+
+
+@on_ray
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_result_is_that_of_one_process(ray_here, monkeypatch, capsys, name):
+    script, given, written = SCRIPTS[name]
+    write_records("problems.jsonl", itertools.islice(problems("test"), 60))
+    texts = [{"prompt": f"{n} + 1 = ?", "response": f"Answer: {n % 7}"} for n in range(1100)]
+    write_records("responses.jsonl", texts)
+    first, rest = (given[:1], given[1:]) if given[0] == "score" else ((), given)
+
+    def call(*more: object) -> dict[str, list]:
+        arguments = (*first, *rest, *more)
+        code, _, err = call_main(script.main, *arguments, monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 0, err
+        return contents(written)
+
+    expected = call()
+    for workers in (1, 2, 4) if name == "synthetic" else (2,):
+        assert call("--engine", "ray", "--workers", workers) == expected, workers
