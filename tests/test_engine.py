@@ -384,49 +384,47 @@ def test_20_kills_of_workers_and_of_the_driver(ray_here):
     assert again <= 0.05 * count and {int(unit[0]) for unit in units()} == {*range(count)}
 
 
-POLICY, FEW = ("--model_name_or_path", ROOT / "models/policy-mini"), ("--max_new_tokens", 40)
+POLICY = "--model_name_or_path {root}/models/policy-mini --max_new_tokens 40"
+PRM = "--judge_path {root}/models/prm-mini"
 # name -> (script, its arguments, the files that it writes)
 SCRIPTS: dict[str, tuple] = {
     "synthetic": (
         build_synthetic_dataset,
-        ("--limit", 130, "--samples", 2, *POLICY, *FEW, "--output", "out.jsonl"),
+        f"--limit 130 --samples 2 {POLICY} --output out.jsonl",
         ["out.jsonl"],
     ),
     "judged": (
         build_synthetic_dataset,
-        ("--limit", 70, "--samples", 2, *POLICY, *FEW, "--output", "out.jsonl")
-        + ("--pair_by", "judge", "--judge", "prm", "--judge_path", ROOT / "models/prm-mini"),
+        f"--limit 70 --samples 2 {POLICY} --pair_by judge --judge prm {PRM} --output out.jsonl",
         ["out.jsonl"],
     ),
     "evaluate": (
         evaluate_steps,
-        ("--input", ROOT / "data/synthetic_dataset.jsonl", "--limit", 100, "--judge", "hf")
-        + ("--judge_path", ROOT / "models/policy-mini", "--output", "out.jsonl"),
+        "--input {root}/data/synthetic_dataset.jsonl --limit 100 --output out.jsonl "
+        "--judge hf --judge_path {root}/models/policy-mini",
         ["out.jsonl"],
     ),
     "trees": (
         build_mcts_dataset,
-        ("--limit", 12, "--in_flight", 5, "--rollouts_per_state", 2, "--budget", 8, *POLICY)
-        + (*FEW, "--output", "out.jsonl", "--trees", "trees.jsonl", "--keep_dropped"),
+        f"--limit 12 --in_flight 5 --rollouts_per_state 2 --budget 8 {POLICY} --keep_dropped "
+        "--output out.jsonl --trees trees.jsonl",
         ["out.jsonl", "trees.jsonl"],
     ),
     "answers": (
         build_ranked_responses,
-        ("--limit", 200, "--answers", 2, *POLICY, *FEW, "--output", "out.csv"),
+        f"--limit 200 --answers 2 {POLICY} --output out.csv",
         ["out.csv"],
     ),
     "scores": (
         score_responses,
-        ("score", "--input", "responses.jsonl", "--scorer", ROOT / "models/reward-mini")
-        + ("--output", "out.jsonl"),
+        "score --input responses.jsonl --scorer {root}/models/reward-mini --output out.jsonl",
         ["out.jsonl"],
     ),
     "search": (
         eval_search,
-        ("--splits", "problems.jsonl", "--choose_on", "validation", "--choose_limit", 60)
-        + ("--limit", 60, "--strategies", "best_of_n", "beam", "--aggregates", "min", "--n", 2)
-        + ("--samples", 2, "--controls", "random", "--judge_path", ROOT / "models/prm-mini")
-        + (*POLICY, *FEW, "--output_dir", "."),
+        "--splits problems.jsonl --choose_on validation --choose_limit 60 --limit 60 --samples 2 "
+        f"--strategies best_of_n beam --aggregates min --n 2 --controls random {POLICY} {PRM} "
+        "--output_dir .",
         ["search.jsonl"],
     ),
 }
@@ -453,10 +451,10 @@ def test_the_result_is_that_of_one_process(ray_here, monkeypatch, capsys, name):
     write_records("problems.jsonl", itertools.islice(problems("test"), 60))
     texts = [{"prompt": f"{n} + 1 = ?", "response": f"Answer: {n % 7}"} for n in range(1100)]
     write_records("responses.jsonl", texts)
-    first, rest = (given[:1], given[1:]) if given[0] == "score" else ((), given)
+    words = [word.format(root=ROOT) for word in given.split()]
 
     def call(*more: object) -> dict[str, list]:
-        arguments = (*first, *rest, *more)
+        arguments = (*words, *more)
         code, _, err = call_main(script.main, *arguments, monkeypatch=monkeypatch, capsys=capsys)
         assert code == 0, err
         return contents(written)
