@@ -154,12 +154,17 @@ class SearchMeasurements:
             name: policy_identity(own) for name, own in policy_arguments(args).items()
         }
         self._judge = judge_identity(args)
-        self._engine = open_engine(args, partial(Searcher, args))
+        self.searcher = Searcher(args)  # in this process
+        is_here = args.engine == "local"
+        self._engine = open_engine(
+            args, (lambda: self.searcher) if is_here else partial(Searcher, args)
+        )
         self._store = AppendedRows(path, _is_measurement)
         self._rows: dict[str, dict] = {row["key"]: row for row in self._store.rows}
 
     def close(self) -> None:
         self._engine.close()
+        self.searcher.close()
         self._store.close()
 
     def key(self, setting: Setting, policy: str, chunk: Sequence[Problem]) -> str:
@@ -200,7 +205,7 @@ class SearchMeasurements:
     def examples(self, problems: Sequence[Problem]) -> list[Sample]:
         """Greedy answers of the policy with their verdicts."""
         prompts = [problem.prompt for problem in problems]
-        policy = open_policy(self.args, prompts)
+        policy = self.searcher.open_policy("own", prompts)
         answers = policy.generate(prompts, max_new_tokens=self.args.max_new_tokens)
         return [
             graded(problem.prompt, answer.steps, answer.finished, problem)
@@ -254,7 +259,7 @@ class Searcher:
             judge = self._open_judge(setting.guide)
         budget = self.args.budget(setting.n, setting.aggregate)
         strategy = STRATEGIES[setting.strategy]
-        opened = self._open_policy(policy, prompts)
+        opened = self.open_policy(policy, prompts)
         return {setting: strategy(prompts, opened, judge, budget, self.args.seed)}
 
     def _search_pool(
@@ -267,7 +272,7 @@ class Searcher:
             judge = self._open_judge("judge")
         budget = self.args.budget(size)
         drawn, pools = draw(
-            prompts, self._open_policy(policy, prompts), judge, budget, self.args.seed
+            prompts, self.open_policy(policy, prompts), judge, budget, self.args.seed
         )
         found: dict[Setting, list[SearchResult]] = {setting: [] for setting in settings}
         for whole, pool in zip(drawn, pools, strict=True):
@@ -293,7 +298,7 @@ class Searcher:
             results = itertools.chain.from_iterable(found.values())
             warn_of_foreign_text(judge, [(result.prompt, result.steps) for result in results])
 
-    def _open_policy(self, name: str, prompts: Sequence[str]) -> "Policy":
+    def open_policy(self, name: str, prompts: Sequence[str]) -> "Policy":
         if name not in self._opened:
             self._opened[name] = open_policy(policy_arguments(self.args)[name], prompts)
         return self._opened[name]
