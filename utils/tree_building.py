@@ -78,7 +78,7 @@ def search_problems(
 ) -> list[Tree]:
     """The trees in the order of the problems; each is appended to `rows` when it is finished.
 
-    job: its items are the problems; of a part (--shard) those trees are returned. is_correct(steps,
+    job: its items are the problems; of a part (--shard) no tree is returned. is_correct(steps,
     problem): whether a solution is right; None if answers are not known."""
     if len(rows):
         print(f"resuming: {len(rows)} of {len(job.items)} problems are done")
