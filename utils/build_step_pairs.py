@@ -205,7 +205,7 @@ def pair_trees(
     args: StepPairArguments, trees: list[Tree], judge: StepJudge | None, rows: ResumableRows
 ) -> None:
     """Append one row for each tree."""
-    done = len(rows.rows)
+    done = len(rows)
     if done:
         print(f"resuming: {done} of {len(trees)} trees are done")
     with progress_bar(total=len(trees), initial=done, desc="pairing", unit="tree") as bar:
