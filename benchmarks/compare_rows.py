@@ -69,7 +69,7 @@ def sample(
         # torch would slow --help
         from lm.policy import Policy
 
-        policy, done = Policy.load(policy_path), len(rows.rows) * UNIT
+        policy, done = Policy.load(policy_path), len(rows) * UNIT
         with progress_bar(total=limit, initial=done, desc="sampling", unit="problem") as bar:
             for start in range(done, limit, UNIT):
                 group = selected[start : start + UNIT]

@@ -30,7 +30,7 @@ except ImportError:  # Windows: outputs are not locked
     fcntl = None  # type: ignore[assignment]
 
 
-from common.errors import RecordError, UserError
+from common.errors import RecordError, UserError, short
 from common.progress import QUIET, Bar, taking_long
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -504,7 +504,48 @@ if hasattr(os, "register_at_fork"):
 # --- append and resume ---
 
 
-class AppendedRows:
+class _Lines:
+    """A file of lines that are appended whole or not at all, by one process or by several."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (stays open)
+
+    def _write(self, lines: str) -> int:
+        """Append lines. Returns their place in the file."""
+        data = memoryview(lines.encode())
+        with _names(self.path), self._alone():
+            end = place = self._file.seek(0, os.SEEK_END)
+            if end and os.pread(self._file.fileno(), 1, end - 1) != b"\n":
+                data = memoryview(b"\n" + data)  # behind what another process left when killed
+                place += 1
+            try:
+                while data:
+                    data = data[self._file.write(data) :]
+            except OSError:
+                self._file.truncate(end)
+                raise
+        return place
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process changes the file within the block."""
+        with contextlib.suppress(OSError):  # a file system without locks
+            if fcntl:
+                fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if fcntl and not self._file.closed:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class AppendedRows(_Lines):
     """Rows that a long job appends to a JSONL file. If the job is killed, no appended row is lost.
 
     `rows` are the rows of the file, those of earlier runs first. is_row: tells the rows of this
@@ -514,9 +555,7 @@ class AppendedRows:
     none of this kind: it is another file, and stays as it is."""
 
     def __init__(self, path: str | Path, is_row: Callable[[dict], bool] = lambda row: True):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (stays open)
+        super().__init__(path)
         with self._alone():
             self._file.seek(0)
             content = self._file.readall()
@@ -539,35 +578,6 @@ class AppendedRows:
         self._write("".join(map(to_line, rows)))
         self.rows += rows
 
-    def _write(self, lines: str) -> None:
-        data = memoryview(lines.encode())
-        with _names(self.path), self._alone():
-            end = self._file.seek(0, os.SEEK_END)
-            if end and os.pread(self._file.fileno(), 1, end - 1) != b"\n":
-                data = memoryview(b"\n" + data)  # behind what another process left when killed
-            try:
-                while data:
-                    data = data[self._file.write(data) :]
-            except OSError:
-                self._file.truncate(end)
-                raise
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other process changes the file within the block."""
-        with contextlib.suppress(OSError):  # a file system without locks
-            if fcntl:
-                fcntl.flock(self._file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            if fcntl and not self._file.closed:
-                with contextlib.suppress(OSError):
-                    fcntl.flock(self._file, fcntl.LOCK_UN)
-
-    def close(self) -> None:
-        self._file.close()
-
 
 def _row(line: bytes) -> dict | None:
     try:
@@ -577,32 +587,98 @@ def _row(line: bytes) -> dict | None:
     return row if isinstance(row, dict) else None
 
 
-class ResumableRows(AppendedRows):
+_NUMBERED = re.compile(rb'\{"n": (\d{1,18}), "row": \{.*\}\}\n')
+
+
+def row_number(line: bytes) -> int | None:
+    """The number of a row of ResumableRows; None for any other line.
+
+    The row is not parsed, which would take most of the time of a job that resumes."""
+    found = _NUMBERED.fullmatch(line)
+    if found is None or b"\0" in line:
+        return None
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return None
+    return int(found[1])
+
+
+class ResumableRows(_Lines):
     """Rows of one job, appended to `<output>.partial` until the output is written.
 
     The first line is the job, so that a different job never continues these rows. Every other line
-    has its number: after a line that is damaged, lost or from elsewhere all rows are computed
-    again. `unit` rows belong together, for example a batch that is only reproducible as a whole. An
-    incomplete unit at the end is dropped and computed again, so that the result equals that of an
-    uninterrupted run. Raises RecordError if the file holds something else, unless `overwrite`."""
+    has its number, from 0. `unit` rows belong together, for example a batch that is only
+    reproducible as a whole: unit k has the rows from k * unit on, and if the job has `total` rows,
+    the last one may have fewer. Units may be appended in any order. Iterating gives the rows in
+    their order; only the places of the units are kept in memory.
 
-    def __init__(self, output: str | Path, job: dict, unit: int = 1, overwrite: bool = False):
+    Whatever a killed run leaves, the next one computes what is missing, so that the result equals
+    that of an uninterrupted run: an incomplete unit at the end of the file is dropped, and so is
+    everything from a line on that is damaged, lost or from elsewhere. Raises RecordError if the
+    file holds something else, unless `overwrite`."""
+
+    def __init__(
+        self,
+        output: str | Path,
+        job: dict,
+        unit: int = 1,
+        overwrite: bool = False,
+        total: int | None = None,
+    ):
         path = Path(f"{output}.partial")
         self.may_replace(output, job, overwrite)
         if not self.pending(output, job):
             write_text(path, [to_line({"job": job})])
-        with open(path, "rb") as file:
-            lines = list(file)
-        rows: list[dict] = []
-        for line in lines[1:]:
-            row = _row(line) if line.endswith(b"\n") else None
-            if row is None or row.keys() != {"n", "row"} or row["n"] != len(rows):
-                break
-            rows.append(row["row"])
-        del rows[len(rows) // unit * unit :]
-        os.truncate(path, sum(map(len, lines[: 1 + len(rows)])))
         super().__init__(path)
-        self.rows = rows
+        self._unit, self._total, self._count = unit, total, 0
+        self._places: dict[int, int] = {}  # number of a unit -> place of its first line in the file
+        self._file.truncate(self._find())
+
+    def _size(self, first: int) -> int:
+        """The number of rows of the unit that begins with row `first`."""
+        return self._unit if self._total is None else min(self._unit, self._total - first)
+
+    def _find(self) -> int:
+        """Note the units that are there. Returns the place in the file up to which they go."""
+        first = start = size = 0  # of the unit that is read: first number, place, rows so far
+        with open(self.path, "rb") as file:
+            place = start = len(file.readline())
+            for line in file:
+                number = row_number(line)
+                if size == 0:
+                    first = number or 0
+                    is_new = first % self._unit == 0 and not self.has(first)
+                if number != first + size or not is_new:
+                    break
+                place, size = place + len(line), size + 1
+                if size == self._size(first):
+                    self._places[first // self._unit] = start
+                    self._count += size
+                    start, size = place, 0
+        return start
+
+    def has(self, number: int) -> bool:
+        """Whether the unit of row `number` is there."""
+        return number // self._unit in self._places
+
+    def __len__(self) -> int:
+        """The number of rows that are there."""
+        return self._count
+
+    def __iter__(self) -> Iterator[dict]:
+        with open(self.path, "rb") as file:
+            for unit in sorted(self._places):
+                file.seek(self._places[unit])
+                for line in itertools.islice(file, self._size(unit * self._unit)):
+                    if (row := _row(line)) is None:
+                        raise RecordError(f"{self.path}: damaged: {short(line[:60].decode())}")
+                    yield row["row"]
+
+    @property
+    def rows(self) -> list[dict]:
+        """All rows that are there, in their order."""
+        return list(self)
 
     @staticmethod
     def pending(output: str | Path, job: dict) -> bool:
@@ -628,11 +704,17 @@ class ResumableRows(AppendedRows):
             )
         return resumes or overwrite
 
-    def append(self, *rows: dict) -> None:
-        """Append rows, all or none of them."""
-        numbered = enumerate(rows, len(self.rows))
-        self._write("".join(f'{{"n": {n}, "row": {to_line(row)[:-1]}}}\n' for n, row in numbered))
-        self.rows += rows
+    def append(self, *rows: dict, at: int | None = None) -> None:
+        """Append rows, all or none of them. at: the number of the first one; without it they follow
+        the rows that are there, of which none is missing."""
+        first = self._count if at is None else at
+        lines = [f'{{"n": {n}, "row": {to_line(row)[:-1]}}}\n' for n, row in enumerate(rows, first)]
+        place = self._write("".join(lines))
+        for number, line in enumerate(lines, first):
+            if number % self._unit == 0:
+                self._places[number // self._unit] = place
+            place += len(line.encode())
+        self._count += len(rows)
 
     def finish(self) -> None:
         """Remove the partial rows. Call it when the output is written."""

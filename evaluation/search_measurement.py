@@ -6,10 +6,12 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import arg, check_least
+from common.engine import EngineArgs, check_engine, open_engine
 from common.files import AppendedRows, at_root
 from common.progress import progress_bar
 from lm.registry import PolicyArgs, PromptArgs, open_policy, policy_identity
@@ -35,7 +37,7 @@ POOL_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 @dataclass
-class SearchArgs(JudgeArgs, PolicyArgs):
+class SearchArgs(JudgeArgs, PolicyArgs, EngineArgs):
     judge: str = field(
         default="prm", metadata=next(f.metadata for f in fields(JudgeArgs) if f.name == "judge")
     )
@@ -82,6 +84,7 @@ class SearchArgs(JudgeArgs, PolicyArgs):
 
     def __post_init__(self) -> None:
         check_least(self, limit=1, choose_limit=1, seed=0)
+        check_engine(self)
         self.n = sorted({*self.n})
         self.strategies = list(dict.fromkeys(self.strategies))
         self.aggregates = list(dict.fromkeys(self.aggregates))
@@ -143,27 +146,25 @@ class Outcomes:
 class SearchMeasurements:
     """Measures settings. Rows that `path` has are read from it, new rows are appended to it.
 
-    Policy and judges are opened when a row is missing; `close` closes them."""
+    Workers with policy and judges are opened when a row is missing; `close` closes them."""
 
     def __init__(self, args: SearchArgs, path: Path) -> None:
         self.args = args
-        self._opened: dict[str, Any] = {}  # policies `own` and `other`, and judges
-        self._stack = ExitStack()
-        self._checked = False  # whether the judge was seen to know the words of the answers
-        self._policy_args: dict[str, PolicyArgs] = {"own": args}
-        if args.other_model is not None:
-            self._policy_args["other"] = PolicyArgs(
-                model_name_or_path=args.other_model,
-                **{f.name: getattr(args, f.name) for f in fields(PromptArgs)},
-            )
-        self._policies = {name: policy_identity(a) for name, a in self._policy_args.items()}
+        self._policies = {
+            name: policy_identity(own) for name, own in policy_arguments(args).items()
+        }
         self._judge = judge_identity(args)
+        self.searcher = Searcher(args)  # in this process
+        is_here = args.engine == "local"
+        self._engine = open_engine(
+            args, (lambda: self.searcher) if is_here else partial(Searcher, args)
+        )
         self._store = AppendedRows(path, _is_measurement)
         self._rows: dict[str, dict] = {row["key"]: row for row in self._store.rows}
 
     def close(self) -> None:
-        self._stack.close()
-        self._opened.clear()
+        self._engine.close()
+        self.searcher.close()
         self._store.close()
 
     def key(self, setting: Setting, policy: str, chunk: Sequence[Problem]) -> str:
@@ -185,24 +186,66 @@ class SearchMeasurements:
         policy: str = "own",
     ) -> dict[Setting, Outcomes]:
         """The outcomes of one setting, or of several that choose from one pool of solutions."""
-        outcomes = {setting: Outcomes() for setting in settings}
-        with progress_bar(total=len(problems), desc=label, unit="problem") as bar:
-            for start in range(0, len(problems), CHUNK):
-                chunk = problems[start : start + CHUNK]
-                keys = {setting: self.key(setting, policy, chunk) for setting in settings}
-                if not all(key in self._rows for key in keys.values()):
-                    found = self._search(settings, chunk, policy)
-                    self._check_judge(found)
-                    rows = [
-                        _row(keys[setting], label, setting, chunk, answers)
-                        for setting, answers in found.items()
-                    ]
-                    self._store.append(*rows)
-                    self._rows |= {row["key"]: row for row in rows}
-                for setting, key in keys.items():
-                    outcomes[setting].extend(self._rows[key])
+        chunks = [problems[start : start + CHUNK] for start in range(0, len(problems), CHUNK)]
+        keys = [[self.key(setting, policy, chunk) for setting in settings] for chunk in chunks]
+        missing = [k for k, of_chunk in enumerate(keys) if not self._rows.keys() >= {*of_chunk}]
+        units = (((label, policy, settings, keys[k]), list(chunks[k])) for k in missing)
+        measured = len(problems) - sum(len(chunks[k]) for k in missing)
+        with progress_bar(total=len(problems), initial=measured, desc=label, unit="problem") as bar:
+            for _, chunk, rows in self._engine.map(units):
+                self._store.append(*rows)
+                self._rows |= {row["key"]: row for row in rows}
                 bar.update(len(chunk))
+        outcomes = {setting: Outcomes() for setting in settings}
+        for of_chunk in keys:
+            for setting, key in zip(settings, of_chunk, strict=True):
+                outcomes[setting].extend(self._rows[key])
         return outcomes
+
+    def examples(self, problems: Sequence[Problem]) -> list[Sample]:
+        """Greedy answers of the policy with their verdicts."""
+        prompts = [problem.prompt for problem in problems]
+        policy = self.searcher.open_policy("own", prompts)
+        answers = policy.generate(prompts, max_new_tokens=self.args.max_new_tokens)
+        return [
+            graded(problem.prompt, answer.steps, answer.finished, problem)
+            for problem, (answer,) in zip(problems, answers, strict=True)
+        ]
+
+
+def policy_arguments(args: SearchArgs) -> dict[str, PolicyArgs]:
+    """The arguments of the policies `own` and, if there is one to compare with, `other`."""
+    found: dict[str, PolicyArgs] = {"own": args}
+    if args.other_model is not None:
+        settings = {f.name: getattr(args, f.name) for f in fields(PromptArgs)}
+        found["other"] = PolicyArgs(model_name_or_path=args.other_model, **settings)
+    return found
+
+
+class Searcher:
+    """Searches problems with the policies and judges that it opens when it needs them."""
+
+    def __init__(self, args: SearchArgs) -> None:
+        self.args = args
+        self._opened: dict[str, Any] = {}  # policies `own` and `other`, and judges
+        self._stack = ExitStack()
+        self._checked = False  # whether the judge was seen to know the words of the answers
+
+    def __call__(
+        self, key: tuple[str, str, Sequence[Setting], Sequence[str]], chunk: list[Problem]
+    ) -> list[dict]:
+        """A row for each setting. key: (label, policy, settings, the key of each row)."""
+        label, policy, settings, keys = key
+        found = self._search(settings, chunk, policy)
+        self._check_judge(found)
+        return [
+            _row(key_of_row, label, setting, chunk, found[setting])
+            for setting, key_of_row in zip(settings, keys, strict=True)
+        ]
+
+    def close(self) -> None:
+        self._stack.close()
+        self._opened.clear()
 
     def _search(
         self, settings: Sequence[Setting], chunk: Sequence[Problem], policy: str
@@ -216,7 +259,7 @@ class SearchMeasurements:
             judge = self._open_judge(setting.guide)
         budget = self.args.budget(setting.n, setting.aggregate)
         strategy = STRATEGIES[setting.strategy]
-        opened = self._open_policy(policy, prompts)
+        opened = self.open_policy(policy, prompts)
         return {setting: strategy(prompts, opened, judge, budget, self.args.seed)}
 
     def _search_pool(
@@ -229,7 +272,7 @@ class SearchMeasurements:
             judge = self._open_judge("judge")
         budget = self.args.budget(size)
         drawn, pools = draw(
-            prompts, self._open_policy(policy, prompts), judge, budget, self.args.seed
+            prompts, self.open_policy(policy, prompts), judge, budget, self.args.seed
         )
         found: dict[Setting, list[SearchResult]] = {setting: [] for setting in settings}
         for whole, pool in zip(drawn, pools, strict=True):
@@ -247,16 +290,6 @@ class SearchMeasurements:
                 found[setting].append(answer)
         return found
 
-    def examples(self, problems: Sequence[Problem]) -> list[Sample]:
-        """Greedy answers of the policy with their verdicts."""
-        prompts = [problem.prompt for problem in problems]
-        policy = self._open_policy("own", prompts)
-        answers = policy.generate(prompts, max_new_tokens=self.args.max_new_tokens)
-        return [
-            graded(problem.prompt, answer.steps, answer.finished, problem)
-            for problem, (answer,) in zip(problems, answers, strict=True)
-        ]
-
     def _check_judge(self, found: dict[Setting, list[SearchResult]]) -> None:
         """Warn if the judge does not know the words of the first answers that it has guided."""
         judge = self._opened.get("judge")
@@ -265,9 +298,9 @@ class SearchMeasurements:
             results = itertools.chain.from_iterable(found.values())
             warn_of_foreign_text(judge, [(result.prompt, result.steps) for result in results])
 
-    def _open_policy(self, name: str, prompts: Sequence[str]) -> "Policy":
+    def open_policy(self, name: str, prompts: Sequence[str]) -> "Policy":
         if name not in self._opened:
-            self._opened[name] = open_policy(self._policy_args[name], prompts)
+            self._opened[name] = open_policy(policy_arguments(self.args)[name], prompts)
         return self._opened[name]
 
     def _open_judge(self, guide: str) -> StepJudge:

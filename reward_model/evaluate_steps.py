@@ -13,6 +13,7 @@ import random
 import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,17 +29,10 @@ from common.cli import (
     run,
     unused,
 )
+from common.engine import Job, ShardArgs
 from common.errors import UserError
-from common.files import (
-    ResumableRows,
-    at_root,
-    content_hash,
-    file_stem,
-    read_records,
-    together,
-    write_records,
-)
-from common.progress import progress_bar
+from common.files import at_root, content_hash, file_stem, read_records, together, write_records
+from lm.known_words import MOST_TEXTS
 from reasoning.records import PreferencePair
 from reward_model.protocols import Solution, StepJudge, mean
 from reward_model.registry import (
@@ -56,7 +50,7 @@ from reward_model.score_checks import warn_of_pair_scores
 
 
 @dataclass
-class EvaluateArguments(JudgeArgs, DtypeArgs):
+class EvaluateArguments(JudgeArgs, DtypeArgs, ShardArgs):
     input: str = arg(at_root("data/synthetic_dataset.jsonl"), "preference pairs")
     output: str = arg(at_root("data/rewarded.jsonl"), "the pairs with their scores")
     judge_path: str = arg(
@@ -104,6 +98,32 @@ def has_scores_of(record: str | None, pair: PreferencePair) -> bool:
     return record is not None and pair.judge == record and pair.chosen_scores is not None
 
 
+class Scoring:
+    """Scores pairs with the judge that it holds.
+
+    solutions: some of those that it will score, to see whether the judge knows their words."""
+
+    def __init__(self, args: EvaluateArguments, solutions: list[Solution]):
+        self.judge, self.record = open_judge(args), judge_record(args)
+        print(f"judge {self.judge}")
+        warn_of_foreign_text(self.judge, solutions)
+
+    def __call__(self, start: int, pairs: list[PreferencePair]) -> list[dict]:
+        """The pairs as rows; `why_not` is there if one has no scores."""
+        rows = [asdict(pair) for pair in score_pairs(self.judge, pairs, self.record)]
+        for row in rows:
+            if row["chosen_scores"] is None:
+                row["why_not"] = self.judge.unscored_reason
+        return rows
+
+    def close(self) -> None:
+        self.judge.close()
+
+
+def left_out(pair: PreferencePair, reason: str) -> dict:
+    return asdict(replace(pair, chosen_scores=None, rejected_scores=None)) | {"why_not": reason}
+
+
 def main() -> None:
     (args,) = parse_args(EvaluateArguments, description=__doc__)
     output = Path(args.output)
@@ -113,40 +133,37 @@ def main() -> None:
     check_input(args.input, makes_pairs)
     check_judge(args)
     check_least(args, limit=1)
-    job = judge_identity(args) | {
+    identity = judge_identity(args) | {
         "input": content_hash(args.input),
         "limit": args.limit,
         "seed": args.seed,
     }
-    # pairs in one call; these judges score solutions one by one, so a kill need not lose any
-    unit = 1 if args.judge in ("gguf", "llamacpp") else CHUNK // 2
-    may_replace = ResumableRows.may_replace(output, job, args.overwrite)
-    check_outputs([output, left_out_path], [args.input, *judge_files(args)], may_replace)
     pairs = list(read_records(args.input, PreferencePair))
     if args.limit is not None and args.limit < len(pairs):
         drawn = random.Random(args.seed).sample(range(len(pairs)), args.limit)
         pairs = [pairs[index] for index in sorted(drawn)]
+    # pairs in one call; these judges score solutions one by one, so a kill need not lose any
+    unit = 1 if args.judge in ("gguf", "llamacpp") else CHUNK // 2
+    job = Job(args, identity, pairs, unit)
+    outputs = [job.file] if job.is_part else [output, left_out_path]
+    check_outputs(outputs, [args.input, *judge_files(args)], job.may_replace())
+
     record = judge_record(args)
     if kept := sum(has_scores_of(record, pair) for pair in pairs):
         print(
             f"{kept} of {len(pairs)} pairs have the scores of this judge and are not judged again"
         )
-
-    with open_judge(args) as judge:
-        rows = ResumableRows(output, job, unit, args.overwrite)
-        print(f"judge {judge}")
-        warn_of_foreign_text(judge, list(itertools.chain.from_iterable(map(solutions, pairs))))
-        if rows.rows:
-            print(f"resuming after {len(rows.rows)} of {len(pairs)} pairs")
-        with progress_bar(
-            initial=len(rows.rows), total=len(pairs), unit="pair", desc="scoring"
-        ) as bar:
-            for start in range(len(rows.rows), len(pairs), unit):
-                for pair in score_pairs(judge, pairs[start : start + unit], record):
-                    rows.append(asdict(pair))
-                    bar.update()
-
-    results = [PreferencePair.from_row(row) for row in rows.rows]
+    rows = job.open()
+    if len(rows):
+        print(f"resuming after {len(rows)} of {len(pairs)} pairs")
+    texts = list(itertools.chain.from_iterable(map(solutions, job.some(MOST_TEXTS // 2))))
+    job.fill(rows, partial(Scoring, args, texts), left_out, desc="scoring", noun="pair")
+    if job.is_part:
+        return
+    found = rows.rows
+    reasons = {row.pop("why_not"): None for row in found if "why_not" in row}
+    why_not = " or ".join(r for r in reasons if not any(r in other != r for other in reasons))
+    results = [PreferencePair.from_row(row) for row in found]
     scored = [pair for pair in results if pair.chosen_scores is not None]
     unscored = [pair for pair in results if pair.chosen_scores is None]
     with together():
@@ -158,7 +175,7 @@ def main() -> None:
         left_out_path.unlink(missing_ok=True)  # of an earlier run
     if not scored:
         rows.finish()
-        reason = f"all {len(pairs)} are {judge.unscored_reason}"
+        reason = f"all {len(pairs)} are {why_not}"
         raise UserError(f"no pair was scored, {reason}: see {left_out_path}")
     rows.finish()
 
@@ -169,7 +186,7 @@ def main() -> None:
     print(f"mean step score   chosen {mean(chosen):.3f}, rejected {mean(rejected):.3f}")
     print(f"chosen is higher  {higher:.3f} of pairs")
     if unscored:
-        print(f"left out          {len(unscored)} ({judge.unscored_reason})", end="")
+        print(f"left out          {len(unscored)} ({why_not})", end="")
         print(f", written without scores to {left_out_path}")
     if args.judge not in (SHUFFLED, "random"):  # these tell nothing apart on purpose
         warn_of_pair_scores(scored)

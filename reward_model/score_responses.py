@@ -6,25 +6,32 @@
 Input and output are a table (.csv) or rows (.jsonl); both may be compressed (.csv.gz, .jsonl.gz).
 """
 
+import itertools
 import json
 import math
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import DtypeArgs, arg, check_input, check_output, here, parse_args, run, unused
+from common.cli import DtypeArgs, arg, check_input, check_outputs, here, parse_args, run, unused
+from common.engine import Job, ShardArgs
 from common.errors import RecordError, UserError
 from common.files import (
+    ResumableRows,
     at_root,
+    content_hash,
     counted,
     file_stem,
     file_type,
+    identity,
     read_rows,
     write_records,
     write_text,
 )
+from lm.known_words import MOST_TEXTS
 from reasoning.datasets.files import read_table, table_lines
 from reasoning.records import PreferencePair, Prompt
 from reasoning.splits import refuse_held_out
@@ -33,11 +40,12 @@ from reward_model.protocols import Response
 from reward_model.registry import ScorerArgs, check_scorer, open_scorer, warn_of_foreign_responses
 from reward_model.score_checks import warn_of_scores
 
+UNIT = 1024  # responses that are scored together
 TEXTS = ("answer", "response", "steps")  # the fields that may hold the response
 
 
 @dataclass
-class ScoreArgs(ScorerArgs, DtypeArgs):
+class ScoreArgs(ScorerArgs, DtypeArgs, ShardArgs):
     input: str = arg(
         at_root("data/answers.csv.gz"),
         "CSV or JSONL, in each row a `prompt` and a response: `answer`, `response` or `steps`",
@@ -102,30 +110,84 @@ def _response(row: dict) -> str:
     return text
 
 
-def scored(args: ScoreArgs) -> tuple[Table, list[Response], list[float]]:
-    """The table with the column `score`, its (prompt, response) pairs, and their scores.
+class Scoring:
+    """Scores responses with the scorer that it holds.
+
+    some: of those that it will score, to see whether the scorer knows their words."""
+
+    def __init__(self, args: ScoreArgs, some: list[Response]):
+        self.scorer = open_scorer(args)
+        print(self.scorer)
+        warn_of_foreign_responses(self.scorer, some)
+
+    def __call__(self, start: int, responses: list[Response]) -> list[dict]:
+        """A row for each response. `cut` of the first one: how many of them did not fit."""
+        cut_before = self.scorer.cut
+        rows: list[dict] = [{"score": score} for score in self.scorer.score(responses)]
+        rows[0]["cut"] = self.scorer.cut - cut_before
+        return rows
+
+    def close(self) -> None:
+        self.scorer.close()
+
+
+def left_out(response: Response, reason: str) -> dict:
+    return {"score": None}
+
+
+@dataclass
+class Scored:
+    """What `scored` found, without the rows that are left out."""
+
+    table: Table  # with the column `score`
+    responses: list[Response]
+    scores: list[float]
+    job: ResumableRows
+
+    def write(self, path: str, rows: list[dict]) -> None:
+        self.table.write(path, rows)
+        self.job.finish()
+
+
+def scored(args: ScoreArgs) -> Scored | None:
+    """The scores of all responses; None if a part of them (--shard) was scored.
 
     A user's mistakes are found before the model is loaded."""
     if not args.output:
         raise UserError("argument --output: expected a file for the result")
     check_input(args.input)
-    check_output(args.output, args.overwrite, [args.input, args.scorer])
-    table, responses = read_responses(args.input)
     check_scorer(args)
-    with open_scorer(args) as scorer:
-        print(scorer)
-        warn_of_foreign_responses(scorer, responses)
-        scores = scorer.score(responses, progress="responses")
-        if scorer.cut:
-            print(
-                f"{scorer.cut} of {len(responses)} responses do not fit with their prompts", end=""
-            )
-            print(": the start of the prompt was cut off")
+    from lm.loading import scoring_identity  # torch would slow --help
+
+    table, responses = read_responses(args.input)
+    names = {"scorer": identity(args.scorer), "input": content_hash(args.input)}
+    job = Job(args, names | scoring_identity(), responses, UNIT)
+    check_outputs(job.outputs, [args.input, args.scorer], job.may_replace())
+    rows = job.open()
+    if len(rows):
+        print(f"resuming: {len(rows)} of {len(responses)} responses are done")
+    make_worker = partial(Scoring, args, job.some(MOST_TEXTS))
+    job.fill(rows, make_worker, left_out, desc="scoring", noun="response")
+    if job.is_part:
+        return None
+    found = rows.rows
+    if cut := sum(row.get("cut", 0) for row in found):
+        print(f"{cut} of {len(responses)} responses do not fit with their prompts", end="")
+        print(": the start of the prompt was cut off")
+    known = [row["score"] is not None for row in found]
+    job.write_left_out(
+        [row for row, is_known in zip(table.rows, known, strict=True) if not is_known]
+    )
+    table.rows = list(itertools.compress(table.rows, known))
+    scores = [row["score"] for row in itertools.compress(found, known)]
+    if not scores:
+        rows.finish()
+        raise UserError(f"no response could be scored: see {job.left_out_path}")
     advice = "what to do: give another --scorer; evaluation/eval_response_reward.py measures one"
     warn_of_scores(scores, advice)
     for row, score in zip(table.rows, scores, strict=True):
         row["score"] = round(score, 6)
-    return table, responses, scores
+    return Scored(table, list(itertools.compress(responses, known)), scores, rows)
 
 
 def by_prompt(responses: list[Response]) -> dict[str, list[int]]:
@@ -140,19 +202,23 @@ def by_prompt(responses: list[Response]) -> dict[str, list[int]]:
 
 
 def write_scores(args: ScoreArgs) -> None:
-    table, _, scores = scored(args)
-    table.write(args.output, table.rows)
+    if (found := scored(args)) is None:
+        return
+    scores = found.scores
+    found.write(args.output, found.table.rows)
     print(f"wrote {len(scores)} scores, {min(scores):.3f} to {max(scores):.3f}, to {args.output}")
 
 
 def write_best(args: FilterArgs) -> None:
-    table, responses, scores = scored(args)
+    if (found := scored(args)) is None:
+        return
+    scores = found.scores
     if args.threshold is None:
-        groups = by_prompt(responses).values()
+        groups = by_prompt(found.responses).values()
         kept = sorted(max(group, key=scores.__getitem__) for group in groups)
     else:
         kept = [index for index, score in enumerate(scores) if score >= args.threshold]
-    table.write(args.output, [table.rows[index] for index in kept])
+    found.write(args.output, [found.table.rows[index] for index in kept])
     print(f"wrote {len(kept)} of {len(scores)} rows to {args.output}")
 
 
@@ -164,7 +230,9 @@ def write_best(args: FilterArgs) -> None:
 def write_pairs(args: ScoreArgs) -> None:
     if args.output and file_type(args.output) != ".jsonl":
         raise UserError(f"argument --output: expected a .jsonl file, got {args.output}")
-    table, responses, scores = scored(args)
+    if (found := scored(args)) is None:
+        return
+    table, responses, scores = found.table, found.responses, found.scores
     kept_back = {
         prompt
         for row, (prompt, _) in zip(table.rows, responses, strict=True)
@@ -190,8 +258,10 @@ def write_pairs(args: ScoreArgs) -> None:
     if skipped:
         print(f"{skipped} prompts left out: they have one response, or equal ones")
     if not pairs:
+        found.job.finish()
         raise UserError(f"{args.input}: no prompt gives a pair, nothing was written")
     write_records(args.output, pairs)
+    found.job.finish()
     trained = unused(at_root(f"saved_model/{file_stem(args.output)}"))
     flags = ("--dataset_name", args.output, "--output_dir", trained, "--loss_type", "sigmoid")
     print(f"wrote {len(pairs)} pairs to {args.output}")

@@ -22,6 +22,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from common.engine import FATAL
 from common.errors import RecordError, short
 from reasoning.records import StepValue
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:  # nothing here needs torch
 ALPHA, BETA, LENGTH, EXPLORATION = 0.5, 0.9, 500, 0.125
 
 # values of Tree.ended for problems that were not searched beyond the root
-DROPPED = ("always right", "never right", "prompt too long")
+DROPPED = ("always right", "never right", "prompt too long", FATAL)
 UNKNOWN = "unknown"  # the outcome of a rollout that ended, where no answer is known
 
 

@@ -148,7 +148,7 @@ def fake(
             ]
         return found
 
-    measurements._search = search
+    measurements.searcher._search = search
 
 
 def test_the_choice_is_the_best_on_validation(args, tmp_path):
@@ -227,7 +227,7 @@ def test_a_pool_costs_what_its_part_costs(args, tmp_path):
             ]
 
     measurements = SearchMeasurements(args, tmp_path / "rows.jsonl")
-    measurements._opened |= {
+    measurements.searcher._opened |= {
         "own": Sampler(),
         "judge": FixedJudge(lambda prompt, step, before: 0.9 if step == "Answer: 3" else 0.5),
     }

@@ -148,7 +148,7 @@ def sample_train(policy: Any, count: int, path: Path, job: dict, seed: int) -> l
     unit = 1024
     train_problems = list(itertools.islice(problems("train"), count))
     rows = ResumableRows(path, job, unit)
-    for start in range(len(rows.rows), len(train_problems), unit):
+    for start in range(len(rows), len(train_problems), unit):
         prompts = [problem.prompt for problem in train_problems[start : start + unit]]
         progress = f"sampling for the judge, {start}/{len(train_problems)}"
         samples = policy.generate(prompts, temperature=1.0, seed=seed + start, progress=progress)

@@ -18,9 +18,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_input, check_outputs, parse_args, run
+from common.engine import FATAL, Job, ShardArgs
 from common.errors import RecordError, UserError
 from common.files import ResumableRows, at_root, read_records, together, write_records, write_text
-from lm.registry import check_policy, open_policy
+from lm.registry import check_policy
 from reasoning.answers import extract_answer
 from reasoning.datasets.files import table_lines
 from reasoning.datasets.selection import select_problems
@@ -35,7 +36,7 @@ from utils.tree_building import PROBLEMS, TreeArgs, print_summary, search_proble
 
 
 @dataclass
-class TreeArguments(TreeArgs):
+class TreeArguments(TreeArgs, ShardArgs):
     output: str = arg(at_root("data/mcts_steps.jsonl.gz"), "file of the steps with their values")
     csv: str | None = arg(None, "also write a table: question and prefix, next step, score")
     trees: str | None = arg(None, "also write the trees to this file, one a line")
@@ -57,16 +58,22 @@ class TreeArguments(TreeArgs):
             raise UserError("argument --trees: not with --from_trees, which reads existing trees")
 
 
-def build_trees(args: TreeArguments) -> tuple[list[Tree], ResumableRows, Path]:
-    """The trees in the order of the problems, the rows to which they were appended, and the file
-    for samples."""
+def build_trees(args: TreeArguments) -> tuple[list[Tree], Job, ResumableRows, Path | None]:
+    """The trees in the order of the problems, their job, its rows, and the file for samples."""
     to_search = select_problems(args.input, args.limit, PROBLEMS, args)
     check_policy(args)
-    job = tree_job(args, to_search)
-    samples_path = check(args, ResumableRows.may_replace(args.output, job, args.overwrite))
-    policy = open_policy(args, [problem.prompt for problem in to_search])
-    rows = ResumableRows(args.output, job, overwrite=args.overwrite)
-    return search_problems(args, to_search, rows, policy, is_correct), rows, samples_path
+    job = Job(args, tree_job(args, to_search), to_search, 1)
+    samples_path = None
+    if job.is_part:
+        check_outputs(job.outputs, [args.input, args.model_name_or_path], job.may_replace())
+    else:
+        samples_path = check(args, job.may_replace(), job.left_out_path)
+    rows = job.open()
+    trees = search_problems(args, job, rows, is_correct)
+    if not job.is_part:
+        lost = [tree.ended == FATAL for tree in trees]
+        job.write_left_out(list(itertools.compress(to_search, lost)))
+    return trees, job, rows, samples_path
 
 
 def print_labels(labels: str, values: list[StepValue], left_out: int) -> None:
@@ -106,9 +113,11 @@ def examples(trees: list[Tree]) -> list[Sample]:
     return found
 
 
-def check(args: TreeArguments, overwrite: bool) -> Path:
-    """The file for samples. Raises UserError if an output cannot be written."""
-    outputs = [path for path in (args.csv, args.trees, args.output) if path]
+def check(args: TreeArguments, overwrite: bool, *more: Path) -> Path:
+    """The file for samples. Raises UserError if an output cannot be written.
+
+    more: further outputs."""
+    outputs = [*(path for path in (args.csv, args.trees, args.output) if path), *more]
     check_outputs(outputs, [args.input, args.from_trees, args.model_name_or_path], overwrite)
     return samples_file(args.output, overwrite)
 
@@ -139,7 +148,9 @@ def main() -> None:
             tree.check_outcomes(args.from_trees)
         samples_path = check(args, args.overwrite)
     else:
-        trees, rows, samples_path = build_trees(args)
+        trees, job, rows, samples_path = build_trees(args)
+        if job.is_part:
+            return
 
     print_summary(trees)
     few = sum(tree.ended not in DROPPED for tree in trees) < FEW * len(trees)

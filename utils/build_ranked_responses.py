@@ -28,16 +28,17 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-from common.cli import arg, check_least, check_output, parse_args, run
+from common.cli import arg, check_least, check_outputs, parse_args, run
+from common.engine import FATAL, Job, ShardArgs
 from common.errors import RecordError, UserError
-from common.files import ResumableRows, at_root
-from common.progress import progress_bar
+from common.files import at_root
+from lm.known_words import MOST_TEXTS
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
 from reasoning.answers import extract_answer
 from reasoning.datasets.files import Dropped, FieldArgs, check_no_fields, load_rows
@@ -61,7 +62,7 @@ KINDS = ("right", "flawed", "wrong", "malformed")  # best first
 
 
 @dataclass
-class AnswerArguments(PolicyArgs, FieldArgs, SaveSamplesArgs):
+class AnswerArguments(PolicyArgs, FieldArgs, SaveSamplesArgs, ShardArgs):
     input: str | None = arg(
         None,
         "prompts: rows with `prompt` and optionally `category`, or problems in any "
@@ -312,31 +313,35 @@ def main() -> None:
     (args,) = parse_args(AnswerArguments, description=__doc__.split("\n\n")[0])
     tasks = read_tasks(args)
     check_policy(args)
-    job = {name: getattr(args, name) for name in ("rank_by", "chat", "max_new_tokens")}
-    job |= policy_identity(args)
-    job["settings"] = args.settings()
-    job["tasks"] = hashlib.sha256(json.dumps([asdict(task) for task in tasks]).encode()).hexdigest()
+    identity = {name: getattr(args, name) for name in ("rank_by", "chat", "max_new_tokens")}
+    identity |= policy_identity(args)
+    identity["settings"] = args.settings()
+    content = json.dumps([asdict(task) for task in tasks])
+    identity["tasks"] = hashlib.sha256(content.encode()).hexdigest()
     if args.save_samples:
-        job["save_samples"] = True
-    read = [args.input, args.model_name_or_path]
-    may_replace = ResumableRows.may_replace(args.output, job, args.overwrite)
-    check_output(args.output, may_replace, read)
-    samples_path = samples_file(args.output, may_replace)
+        identity["save_samples"] = True
+    job = Job(args, identity, tasks, UNIT)
+    may_replace = job.may_replace()
+    check_outputs(job.outputs, [args.input, args.model_name_or_path], may_replace)
+    samples_path = None if job.is_part else samples_file(args.output, may_replace)
 
-    policy = open_policy(args, [task.prompt for task in tasks], args.chat)
-    if args.chat and args.policy_base_url is None and not policy.tokenizer.chat_template:
-        raise UserError(f"argument --chat: {args.model_name_or_path} has no chat template")
-    rows = ResumableRows(args.output, job, UNIT, args.overwrite)
-    if rows.rows:
-        print(f"resuming: {len(rows.rows)} of {len(tasks)} prompts are done")
-    answer_prompts(args, tasks, policy, rows)
-    answers = [RankedResponse(**answer) for row in rows.rows for answer in row["answers"]]
-    print_summary(args, rows.rows, answers)
-    if sum(not row["why_not"] for row in rows.rows) < FEW * len(tasks):
-        samples = [GradedSample(**row["sample"]) for row in rows.rows if row.get("sample")]
+    rows = job.open()
+    if len(rows):
+        print(f"resuming: {len(rows)} of {len(tasks)} prompts are done")
+    prompts = [task.prompt for task in job.some(MOST_TEXTS)]
+    job.fill(rows, partial(Answering, args, prompts), unanswered, desc="answering", noun="prompt")
+    if job.is_part:
+        return
+    found = rows.rows
+    answers = [RankedResponse(**answer) for row in found for answer in row["answers"]]
+    print_summary(args, found, answers)
+    if sum(not row["why_not"] for row in found) < FEW * len(tasks):
+        samples = [GradedSample(**row["sample"]) for row in found if row.get("sample")]
         show_samples(samples, samples_path)
     if args.save_samples:
-        write_samples(samples_path, rows.rows)
+        write_samples(samples_path, found)
+    pairs = zip(tasks, found, strict=True)
+    job.write_left_out([Prompt(task.prompt) for task, row in pairs if row["why_not"] == FATAL])
     if not answers:
         rows.finish()
         raise UserError(
@@ -348,41 +353,56 @@ def main() -> None:
     print(f"wrote {len(answers)} answers to {args.output}")
 
 
-def answer_prompts(
-    args: AnswerArguments, tasks: list[PromptTask], policy: Any, rows: ResumableRows
-) -> None:
-    """Append one row per prompt: its answers, or the reason why there are none, and counts."""
-    path = Path(args.model_name_or_path)
-    generator = path.resolve().name if path.is_dir() else args.model_name_or_path
-    make_rows = ranked_rows if args.rank_by == "exact" else unranked_rows
-    options = {"max_new_tokens": args.max_new_tokens, "chat": args.chat}
-    done = len(rows.rows)
-    with progress_bar(total=len(tasks), initial=done, desc="answering", unit="prompt") as bar:
-        for start in range(done, len(tasks), UNIT):
-            group = tasks[start : start + UNIT]
-            prompts = [task.prompt for task in group]
-            columns = [
-                [Sample(*text, how) for text in policy.texts(prompts, **how, **options)]
-                for how in args.settings()
-            ]
-            for task, *samples in zip(group, *columns, strict=True):
-                answers, why_not = make_rows(task, samples, generator)
-                kinds = {}
-                if task.problem:
-                    kinds = Counter(kind_of(sample, task.problem) for sample in samples)
-                counts = {"ended": sum(sample.finished for sample in samples), "kinds": kinds}
-                row = {"answers": list(map(asdict, answers)), "why_not": why_not, **counts}
-                if why_not:  # a sample that shows why
-                    row["sample"] = with_verdict(task, samples[0])
-                if args.save_samples:
-                    row["all"] = [with_verdict(task, sample) for sample in samples]
-                rows.append(row)
-                bar.update()
+class Answering:
+    """Answers prompts with the policy that it holds.
+
+    prompts: some of those that it will answer, to see whether the policy knows their words."""
+
+    def __init__(self, args: AnswerArguments, prompts: list[str]):
+        self.args, self.policy = args, open_policy(args, prompts, args.chat)
+        local = args.policy_base_url is None
+        if args.chat and local and not self.policy.tokenizer.chat_template:
+            raise UserError(f"argument --chat: {args.model_name_or_path} has no chat template")
+        path = Path(args.model_name_or_path)
+        self.generator = path.resolve().name if path.is_dir() else args.model_name_or_path
+
+    def __call__(self, start: int, group: list[PromptTask]) -> list[dict]:
+        """A row for each prompt: its answers, or the reason why there are none, and counts."""
+        args = self.args
+        make_rows = ranked_rows if args.rank_by == "exact" else unranked_rows
+        options = {"max_new_tokens": args.max_new_tokens, "chat": args.chat}
+        prompts = [task.prompt for task in group]
+        columns = [
+            [Sample(*text, how) for text in self.policy.texts(prompts, **how, **options)]
+            for how in args.settings()
+        ]
+        rows = []
+        for task, *samples in zip(group, *columns, strict=True):
+            answers, why_not = make_rows(task, samples, self.generator)
+            kinds = {}
+            if task.problem:
+                kinds = Counter(kind_of(sample, task.problem) for sample in samples)
+            counts = {"ended": sum(sample.finished for sample in samples), "kinds": kinds}
+            row = {"answers": list(map(asdict, answers)), "why_not": why_not, **counts}
+            if why_not:  # a sample that shows why
+                row["sample"] = with_verdict(task, samples[0])
+            if args.save_samples:
+                row["all"] = [with_verdict(task, sample) for sample in samples]
+            rows.append(row)
+        return rows
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def with_verdict(task: PromptTask, sample: Sample) -> dict:
     """A row of the file of samples."""
     return asdict(graded(task.prompt, split_steps(sample.text), sample.finished, task.problem))
+
+
+def unanswered(task: PromptTask, reason: str) -> dict:
+    """The row of a prompt that is left out."""
+    return {"answers": [], "why_not": reason, "ended": 0, "kinds": {}}
 
 
 def print_summary(args: AnswerArguments, rows: list[dict], answers: list[RankedResponse]) -> None:

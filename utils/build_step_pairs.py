@@ -26,11 +26,13 @@ from common.cli import (
     check_input,
     check_least,
     check_output,
+    check_outputs,
     here,
     parse_args,
     run,
     unused,
 )
+from common.engine import FATAL, Job
 from common.errors import UserError
 from common.files import (
     ResumableRows,
@@ -42,7 +44,7 @@ from common.files import (
     write_records,
 )
 from common.progress import progress_bar
-from lm.registry import check_policy, open_policy
+from lm.registry import check_policy
 from reasoning.datasets.selection import select_problems
 from reasoning.grading import is_correct
 from reasoning.records import ScoredPair
@@ -203,7 +205,7 @@ def pair_trees(
     args: StepPairArguments, trees: list[Tree], judge: StepJudge | None, rows: ResumableRows
 ) -> None:
     """Append one row for each tree."""
-    done = len(rows.rows)
+    done = len(rows)
     if done:
         print(f"resuming: {done} of {len(trees)} trees are done")
     with progress_bar(total=len(trees), initial=done, desc="pairing", unit="tree") as bar:
@@ -271,18 +273,18 @@ def main() -> None:
     read = [args.input, args.model_name_or_path, *(judge_files(args) if by_a_judge else [])]
     if args.searches:
         check_different([args.trees, args.output], read)
-        may_replace = ResumableRows.may_replace(args.trees, search_job, args.overwrite)
-        check_output(args.trees, may_replace, read)
+        trees_job = Job(args, search_job, to_search, 1, args.trees)
+        check_outputs(trees_job.outputs, read, trees_job.may_replace())
     else:
         read.append(args.from_trees)
     may_replace = ResumableRows.may_replace(args.output, job, args.overwrite)
     check_output(args.output, may_replace, read)
 
     if args.searches:
-        policy = open_policy(args, [problem.prompt for problem in to_search])
-        tree_rows = ResumableRows(args.trees, search_job, overwrite=args.overwrite)
-        checks = None if by_a_judge else is_correct
-        trees = search_problems(args, to_search, tree_rows, policy, checks)
+        tree_rows = trees_job.open()
+        trees = search_problems(args, trees_job, tree_rows, None if by_a_judge else is_correct)
+        lost = [tree.ended == FATAL for tree in trees]
+        trees_job.write_left_out(list(itertools.compress(to_search, lost)))
         print_summary(trees)
     else:
         trees = read_trees(args)

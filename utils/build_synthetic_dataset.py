@@ -4,9 +4,8 @@
 
 The policy answers every problem several times. A pair is one right and one wrong answer (`--pair_by
 answer`, rejection sampling), or the sample with the highest and the one with the lowest judge score
-(`--pair_by judge`, which needs no reference answers, and keeps the scores). The steps with which
-both sides begin become the pair's `prefix`. Held-out problems are refused. A killed run resumes
-when it is started again.
+(`--pair_by judge`, which needs no reference answers). The steps with which both sides begin become
+the pair's `prefix`. Held-out problems are refused. A killed run resumes when it is started again.
 """
 
 import hashlib
@@ -14,19 +13,20 @@ import itertools
 import json
 import sys
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-from common.cli import arg, beside, check_least, check_output, here, parse_args, run
+from common.cli import arg, beside, check_least, check_outputs, here, parse_args, run
+from common.engine import FATAL, Job, ShardArgs
 from common.errors import UserError
-from common.files import ResumableRows, at_root, write_records
-from common.progress import progress_bar
+from common.files import at_root, write_records
+from lm.known_words import MOST_TEXTS
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
 from reasoning.datasets.files import FieldArgs
 from reasoning.datasets.selection import select_problems
@@ -65,7 +65,7 @@ Selected = list[Problem] | list[Prompt]
 
 
 @dataclass
-class PairArguments(JudgeArgs, PolicyArgs, FieldArgs, SaveSamplesArgs):
+class PairArguments(JudgeArgs, PolicyArgs, FieldArgs, SaveSamplesArgs, ShardArgs):
     input: str | None = arg(
         None,
         "problems in any shape that reasoning/datasets/shapes.py knows; default: the "
@@ -103,32 +103,36 @@ def main() -> None:
     if args.pair_by == "judge":
         check_judge(args)
     settings = ("pair_by", "samples", "temperature", "max_new_tokens", "seed")
-    job = {name: getattr(args, name) for name in settings} | policy_identity(args)
+    identity = {name: getattr(args, name) for name in settings} | policy_identity(args)
     rows_read = json.dumps([vars(problem) for problem in selected])
-    job["problems"] = hashlib.sha256(rows_read.encode()).hexdigest()
+    identity["problems"] = hashlib.sha256(rows_read.encode()).hexdigest()
     if args.pair_by == "judge":
-        job |= judge_identity(args)
+        identity |= judge_identity(args)
     if args.save_samples:
-        job["save_samples"] = True
+        identity["save_samples"] = True
     read = [args.input, args.model_name_or_path, *judge_files(args)]
-    may_replace = ResumableRows.may_replace(args.output, job, args.overwrite)
-    check_output(args.output, may_replace, read)
-    samples_path = samples_file(args.output, may_replace)
+    job = Job(args, identity, selected, UNIT)
+    may_replace = job.may_replace()
+    check_outputs(job.outputs, read, may_replace)
+    samples_path = None if job.is_part else samples_file(args.output, may_replace)
 
-    with open_judge(args) if args.pair_by == "judge" else nullcontext() as judge:
-        policy = open_policy(args, [problem.prompt for problem in selected])
-        rows = ResumableRows(args.output, job, UNIT, args.overwrite)
-        if rows.rows:
-            print(f"resuming: {len(rows.rows)} of {len(selected)} problems are done")
-        sample_problems(args, selected, policy, judge, rows)
-    found = [row["pair"] for row in rows.rows if row["pair"]]
-    pairs = list({json.dumps(pair): pair for pair in found}.values())
-    print_summary(selected, rows.rows, pairs)
+    rows = job.open()
+    if len(rows):
+        print(f"resuming: {len(rows)} of {len(selected)} problems are done")
+    prompts = [problem.prompt for problem in job.some(MOST_TEXTS)]
+    left_out = partial(without_pair, args.samples)
+    job.fill(rows, partial(Sampling, args, prompts), left_out, desc="sampling", noun="problem")
+    if job.is_part:
+        return
+    found = rows.rows
+    pairs = list({json.dumps(row["pair"]): row["pair"] for row in found if row["pair"]}.values())
+    print_summary(selected, found, pairs)
     if len(pairs) < FEW * len(selected):
-        samples = [Sample(**row["sample"]) for row in rows.rows if row.get("sample")]
+        samples = [Sample(**row["sample"]) for row in found if row.get("sample")]
         show_samples(samples, samples_path)
     if args.save_samples:
-        write_samples(samples_path, rows.rows)
+        write_samples(samples_path, found)
+    job.write_left_out([p for p, row in zip(selected, found, strict=True) if is_left_out(row)])
     if not pairs:
         rows.finish()
         raise UserError(f"no pairs could be made (see above), nothing was written to {args.output}")
@@ -139,55 +143,69 @@ def main() -> None:
     print(f"next: {here('python reward_model/evaluate_steps.py', *flags)}")
 
 
-def sample_problems(
-    args: PairArguments,
-    selected: Selected,
-    policy: Any,
-    judge: StepJudge | None,
-    rows: ResumableRows,
-) -> None:
-    """Append one row per problem: its pair, or the reason why there is none, and counts."""
-    options = {
-        "n": args.samples,
-        "temperature": args.temperature,
-        "max_new_tokens": args.max_new_tokens,
-    }
-    make_pair = partial(pair_by_judge, judge=judge_record(args)) if judge else pair_by_answer
-    no_sample = "no sample ended" + (f", or all were {judge.unscored_reason}" if judge else "")
-    done = len(rows.rows)
-    with progress_bar(total=len(selected), initial=done, desc="sampling", unit="problem") as bar:
-        for start in range(done, len(selected), UNIT):
-            group = selected[start : start + UNIT]
-            prompts = [problem.prompt for problem in group]
-            answers = policy.generate(prompts, seed=args.seed * 1_000_003 + start, **options)
-            # for each problem its samples that ended, with a judge (steps, scores), else the steps
-            candidates = [
-                [response.steps for response in responses if response.finished and response.steps]
-                for responses in answers
-            ]
-            ended = candidates
-            if judge:
-                if start == done:
-                    pool = zip(group, ended, strict=True)
-                    solutions = [(p.prompt, steps) for p, own in pool for steps in own]
-                    warn_of_foreign_text(judge, solutions)
-                candidates = score_group(judge, group, ended)
-                ended = [[steps for steps, _ in scored] for scored in candidates]
-            columns = (group, answers, ended, candidates)
-            for problem, responses, samples, own in zip(*columns, strict=True):
-                pair, why_not = make_pair(problem, own) if own else (None, no_sample)
-                right = None
-                if isinstance(problem, Problem):
-                    right = sum(is_correct(steps, problem) for steps in samples)
-                row = {"samples": args.samples, "ended": len(samples), "right": right}
-                row |= {"why_not": why_not, "pair": vars(pair) if pair else False}
-                if not pair:  # a sample that shows why
-                    row["sample"] = asdict(example(problem, responses[0], own if judge else []))
-                if args.save_samples:
-                    scored = own if judge else []
-                    row["all"] = [asdict(example(problem, each, scored)) for each in responses]
-                rows.append(row)
-                bar.update()
+class Sampling:
+    """Samples problems with the policy, and with --pair_by judge the judge, that it holds.
+
+    prompts: some of those that it will answer, to see whether the policy knows their words."""
+
+    def __init__(self, args: PairArguments, prompts: list[str]):
+        self.args, self.stack, self.judge = args, ExitStack(), None
+        if args.pair_by == "judge":
+            self.judge = self.stack.enter_context(open_judge(args))
+        self.policy = open_policy(args, prompts)
+        self.is_first = True
+
+    def __call__(self, start: int, group: Selected) -> list[dict]:
+        """A row for each problem: its pair, or the reason why there is none, and counts."""
+        args, judge = self.args, self.judge
+        options = {name: getattr(args, name) for name in ("temperature", "max_new_tokens")}
+        make_pair = partial(pair_by_judge, judge=judge_record(args)) if judge else pair_by_answer
+        no_sample = "no sample ended"
+        prompts, seed = [problem.prompt for problem in group], args.seed * 1_000_003 + start
+        answers = self.policy.generate(prompts, n=args.samples, seed=seed, **options)
+        # for each problem its samples that ended, with a judge (steps, scores), else the steps
+        candidates = [
+            [response.steps for response in responses if response.finished and response.steps]
+            for responses in answers
+        ]
+        ended = candidates
+        if judge:
+            no_sample += f", or all were {judge.unscored_reason}"
+            if self.is_first:
+                pool = zip(group, ended, strict=True)
+                solutions = [(p.prompt, steps) for p, own in pool for steps in own]
+                warn_of_foreign_text(judge, solutions)
+                self.is_first = False
+            candidates = score_group(judge, group, ended)
+            ended = [[steps for steps, _ in scored] for scored in candidates]
+        rows = []
+        for problem, responses, samples, own in zip(group, answers, ended, candidates, strict=True):
+            pair, why_not = make_pair(problem, own) if own else (None, no_sample)
+            right = None
+            if isinstance(problem, Problem):
+                right = sum(is_correct(steps, problem) for steps in samples)
+            row = {"samples": args.samples, "ended": len(samples), "right": right}
+            row |= {"why_not": why_not, "pair": vars(pair) if pair else False}
+            if not pair:  # a sample that shows why
+                row["sample"] = asdict(example(problem, responses[0], own if judge else []))
+            if args.save_samples:
+                scored = own if judge else []
+                row["all"] = [asdict(example(problem, each, scored)) for each in responses]
+            rows.append(row)
+        return rows
+
+    def close(self) -> None:
+        self.stack.close()
+
+
+def without_pair(samples: int, problem: Problem | Prompt, reason: str) -> dict:
+    """The row of a problem that is left out."""
+    right = 0 if isinstance(problem, Problem) else None
+    return {"samples": samples, "ended": 0, "right": right, "why_not": reason, "pair": False}
+
+
+def is_left_out(row: dict) -> bool:
+    return row["why_not"] == FATAL
 
 
 def example(
