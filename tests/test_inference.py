@@ -70,6 +70,7 @@ def test_prompt_is_answered_with_scores(run_script, model, judge):
     plain = run_script("inference.py", *arguments)
     assert plain.returncode == 0, plain.stderr
     assert plain.stdout.split("\n") == [*PROBLEMS[0].steps, ""]
+    assert "\r" not in plain.stderr  # no bar of loading weights
     scored = run_script("inference.py", *arguments, "--show_scores", "--judge_path", judge)
     assert SCORED.sub("", scored.stdout) == plain.stdout
     assert len(SCORED.findall(scored.stdout)) == len(PROBLEMS[0].steps)
