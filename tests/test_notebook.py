@@ -30,7 +30,6 @@ def test_it_is_stored_without_outputs_and_begins_with_the_one_line():
 def test_it_trains_judges_searches_and_plots(tmp_path, monkeypatch):
     from nbclient import NotebookClient
 
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     for name in (*READ, "trainer"):
         (tmp_path / name).symlink_to(ROOT / name)
