@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from common import engine
-from common.engine import FATAL, Job, Shard, answer_of, check_engine, shard_of
-from common.errors import JudgeError, ModelError, UserError
+from common.engine import FATAL, Job, Shard, answer_of, check_address, check_engine, shard_of
+from common.errors import JudgeError, ModelError, ServerError, UserError
 from common.files import ROOT, ResumableRows, write_records
 from evaluation import eval_search
 from reasoning.problems import problems
@@ -135,6 +136,15 @@ def test_without_ray_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"ray is not installed: .*requirements-ray.txt"):
         check_engine(Arguments(engine="ray"))
+
+
+def test_a_cluster_that_is_not_there_is_one_line():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        port = taken.getsockname()[1]
+        with pytest.raises(ServerError, match=rf"no Ray cluster answers at 127.0.0.1:{port}"):
+            check_address(f"127.0.0.1:{port}")
+    check_address("auto")
 
 
 def test_what_ends_a_run_and_what_a_worker():
