@@ -226,6 +226,23 @@ def test_a_part_that_was_killed_goes_on(here, score, monkeypatch):
     assert Path(name.format("out")).read_bytes() == Path(name.format("whole")).read_bytes()
 
 
+def test_a_pair_that_was_fatal_to_its_workers_is_written_and_said(here, score, merge):
+    assert score(output="whole.jsonl")[0] == 0 and score("--shard", "1/1")[0] == 0
+    path = Path("out.jsonl.shard-1-of-1")
+    header, *rows = map(json.loads, path.read_text().splitlines())
+    pair = evaluate_steps.PreferencePair.from_row(rows[7]["row"])
+    rows[7]["row"] = evaluate_steps.left_out(pair, FATAL)
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in (header, *rows)))
+    assert merge()[0] == 0
+    code, out, _ = score()
+    assert code == 0 and f"left out          1 ({FATAL})" in out
+    kept = Path("whole.jsonl").read_text().splitlines()
+    lost = json.loads(kept.pop(7))
+    assert Path("out.jsonl").read_text().splitlines() == kept
+    left = json.loads(Path("out.left_out.jsonl").read_text())
+    assert {name: lost[name] for name in left} == left and "chosen_scores" not in left
+
+
 def damage(change) -> None:
     path = Path("out.jsonl.shard-2-of-3")
     lines = path.read_bytes().splitlines(keepends=True)
