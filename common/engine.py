@@ -27,6 +27,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -278,7 +279,9 @@ class _RayEngine(Engine):
             "include_dashboard": False,
             "object_store_memory": STORE,
         }
-        with taking_long("starting Ray"), _keeping_signals():
+        if address != "local":
+            check_address(address)
+        with taking_long(f"starting Ray ({address})"), _keeping_signals():
             import ray  # heavy, and not everybody has it
             import ray.cloudpickle
 
@@ -368,6 +371,20 @@ def _exit_detail(error: BaseException) -> str:
     """What Ray says about a process that died, in one line."""
     found = re.search(r"Worker exit detail: ([^.\n]*)|cause of failure: ([^\n]*)", str(error))
     return next(filter(None, found.groups())) if found else first_line(error)
+
+
+def check_address(address: str) -> None:
+    """Raises ServerError if nothing answers at RAY_ADDRESS: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return  # `auto`, which Ray looks up
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ServerError(
+            f"RAY_ADDRESS: no Ray cluster answers at {address} ({first_line(error)}): "
+            "start one with `ray start --head`, or unset RAY_ADDRESS"
+        ) from None
 
 
 @contextlib.contextmanager

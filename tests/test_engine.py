@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from common import engine
-from common.engine import FATAL, Job, Shard, answer_of, check_engine, shard_of
-from common.errors import JudgeError, ModelError, UserError
+from common.engine import FATAL, Job, Shard, answer_of, check_address, check_engine, shard_of
+from common.errors import JudgeError, ModelError, ServerError, UserError
 from common.files import ROOT, ResumableRows, write_records
 from evaluation import eval_search
 from reasoning.problems import problems
@@ -137,6 +138,15 @@ def test_without_ray_one_line_says_what_to_install(monkeypatch):
         check_engine(Arguments(engine="ray"))
 
 
+def test_a_cluster_that_is_not_there_is_one_line():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        port = taken.getsockname()[1]
+        with pytest.raises(ServerError, match=rf"no Ray cluster answers at 127.0.0.1:{port}"):
+            check_address(f"127.0.0.1:{port}")
+    check_address("auto")
+
+
 def test_what_ends_a_run_and_what_a_worker():
     """An error of a judge or a server may be the worker's; while it is built, none is."""
 
@@ -214,6 +224,23 @@ def test_a_part_that_was_killed_goes_on(here, score, monkeypatch):
     assert code == 0 and "resuming after 32 of 100" in out
     name = "{}.jsonl.shard-2-of-2"
     assert Path(name.format("out")).read_bytes() == Path(name.format("whole")).read_bytes()
+
+
+def test_a_pair_that_was_fatal_to_its_workers_is_written_and_said(here, score, merge):
+    assert score(output="whole.jsonl")[0] == 0 and score("--shard", "1/1")[0] == 0
+    path = Path("out.jsonl.shard-1-of-1")
+    header, *rows = map(json.loads, path.read_text().splitlines())
+    pair = evaluate_steps.PreferencePair.from_row(rows[7]["row"])
+    rows[7]["row"] = evaluate_steps.left_out(pair, FATAL)
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in (header, *rows)))
+    assert merge()[0] == 0
+    code, out, _ = score()
+    assert code == 0 and f"left out          1 ({FATAL})" in out
+    kept = Path("whole.jsonl").read_text().splitlines()
+    lost = json.loads(kept.pop(7))
+    assert Path("out.jsonl").read_text().splitlines() == kept
+    left = json.loads(Path("out.left_out.jsonl").read_text())
+    assert {name: lost[name] for name in left} == left and "chosen_scores" not in left
 
 
 def damage(change) -> None:
