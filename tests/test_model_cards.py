@@ -207,6 +207,7 @@ def test_the_licence_of_a_base_on_the_hub(monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # of the tests
         assert licence_of("me/base") == "llama3.2" and licence_of("me/other") is None
         server.shutdown()
     assert licence_of("me/base") is None

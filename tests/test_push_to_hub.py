@@ -61,6 +61,7 @@ def hub(monkeypatch):
     server.files, server.asked, server.refuses = {}, [], set()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # of the tests
     yield server
     server.shutdown()
     server.server_close()
