@@ -50,8 +50,8 @@ class SaveSamplesArgs:
 
     save_samples: bool = arg(
         False,
-        "also write every sample, with the grader's verdict and the judge's scores if it was "
-        "judged, to NAME.samples.jsonl beside the output",
+        "also write every sample to NAME.samples.jsonl beside the output, with its verdict if "
+        "answers are known, and with its scores if it was judged",
     )
 
 

@@ -108,7 +108,7 @@ def test_the_script(half_right, run_script, tmp_path):
     (tmp_path / "problems.jsonl.gz").write_bytes(gzip.compress(Path(problems).read_bytes()))
     for args in (
         ("--input", problems, "--output", "out/pairs.jsonl"),
-        ("--input", "problems.jsonl.gz", "--output", "out/pairs.jsonl.gz"),
+        ("--input", "problems.jsonl.gz", "--output", "out/pairs.jsonl.gz", "--save_samples"),
     ):
         done = run_script(SCRIPT, *given, *args)
         assert done.returncode == 0, done.stderr
@@ -121,7 +121,10 @@ def test_the_script(half_right, run_script, tmp_path):
     assert "8 problems, 64 samples" in done.stdout
     assert list(read_records(tmp_path / "out/pairs.jsonl.gz", PreferencePair)) == pairs
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert written == ["pairs.jsonl", "pairs.jsonl.gz"]
+    assert written == ["pairs.jsonl", "pairs.jsonl.gz", "pairs.samples.jsonl"]
+    verdicts = [row["verdict"] for _, row in read_rows(tmp_path / "out/pairs.samples.jsonl")]
+    assert len(verdicts) == 64 and f"{verdicts.count('right')} samples right" in done.stdout
+    assert "wrong" in verdicts
 
     again = run_script(SCRIPT, *given, *args)
     assert again.returncode == 2 and "--overwrite" in again.stderr
@@ -145,14 +148,15 @@ def test_pairs_by_the_exact_judge_and_by_its_control(half_right, run_script, tmp
     assert len(right["exact"]) >= 4 and all(right["exact"]) and not all(right["shuffled"])
     assert {pair.judge for pair in made["shuffled"]} == {None}, "scores of a control say nothing"
 
-    # --save_samples: every sample, with its verdict and its scores
+    # --save_samples: every sample with its scores; the answers are not read, so none is graded
     samples = [Sample(**row) for _, row in read_rows(tmp_path / "exact.samples.jsonl")]
     assert len(samples) == 8 * len(EIGHT) and not (tmp_path / "shuffled.samples.jsonl").exists()
-    assert {sample.verdict for sample in samples} >= {"right", "wrong"}
-    for sample in samples:
-        if sample.verdict in ("right", "wrong"):
-            assert sample.scores is not None and len(sample.scores) == len(sample.steps)
-            assert (sample.scores[-1] == 1) == (sample.verdict == "right")
+    assert {sample.verdict for sample in samples} <= {"not graded", "cut", "no answer", "empty"}
+    judged = [sample for sample in samples if sample.scores is not None]
+    assert len(judged) > len(samples) / 2
+    for sample in judged:
+        assert len(sample.scores) == len(sample.steps)
+        assert (sample.scores == [1]) == (sample.steps == [answers[sample.prompt]])
 
     # the pairs have the scores of these samples, and the same judge is not asked again
     scores_of = {(s.prompt, tuple(s.steps)): s.scores for s in samples}
