@@ -13,6 +13,7 @@ import itertools
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -150,8 +151,10 @@ class Sampling:
 
     def __init__(self, args: PairArguments, prompts: list[str]):
         self.args, self.stack, self.judge = args, ExitStack(), None
+        self.make_pair: Callable = pair_by_answer
         if args.pair_by == "judge":
             self.judge = self.stack.enter_context(open_judge(args))
+            self.make_pair = partial(pair_by_judge, judge=judge_record(args))
         self.policy = open_policy(args, prompts)
         self.is_first = True
 
@@ -159,7 +162,6 @@ class Sampling:
         """A row for each problem: its pair, or the reason why there is none, and counts."""
         args, judge = self.args, self.judge
         options = {name: getattr(args, name) for name in ("temperature", "max_new_tokens")}
-        make_pair = partial(pair_by_judge, judge=judge_record(args)) if judge else pair_by_answer
         no_sample = "no sample ended"
         prompts, seed = [problem.prompt for problem in group], args.seed * 1_000_003 + start
         answers = self.policy.generate(prompts, n=args.samples, seed=seed, **options)
@@ -180,7 +182,7 @@ class Sampling:
             ended = [[steps for steps, _ in scored] for scored in candidates]
         rows = []
         for problem, responses, samples, own in zip(group, answers, ended, candidates, strict=True):
-            pair, why_not = make_pair(problem, own) if own else (None, no_sample)
+            pair, why_not = self.make_pair(problem, own) if own else (None, no_sample)
             right = None
             if isinstance(problem, Problem):
                 right = sum(is_correct(steps, problem) for steps in samples)
