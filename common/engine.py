@@ -292,7 +292,7 @@ class _RayEngine(Engine):
                     logging_level=logging.ERROR,
                     **(local if address == "local" else {}),
                 )
-            except (OSError, RuntimeError, ValueError) as error:
+            except Exception as error:  # Ray raises this class itself if a start takes too long
                 raise ServerError(f"Ray at {address} cannot be used: {first_line(error)}") from None
         self._ray = ray
         self._pickled = ray.cloudpickle.dumps(self._make)
