@@ -226,10 +226,13 @@ BEAM = [*MIA, "--search", "beam"]
         ([*MIA, "--model_name_or_path", "none"], "model directory none not found"),
         ([*MIA, "--model_name_or_path", "DIR"], "no model directory"),
         ([*MIA, "--show_scores", "--judge_path", "none.gguf"], "none.gguf not found"),
-        ([*MIA, "--judge", "exact"], "goes with --show_scores or a --search that it guides"),
+        (
+            [*MIA, "--judge", "exact"],
+            "goes with --show_scores, --serve or a --search that it guides",
+        ),
         (
             [*MIA, "--judge", "exact", "--search", "majority_vote"],
-            "goes with --show_scores or a --search that it guides",
+            "goes with --show_scores, --serve or a --search that it guides",
         ),
         ([*MIA, "--search", "climb"], "invalid choice: 'climb'"),
         ([*BEAM, "--n", "0"], "--n: expected 1 or more, got 0"),
