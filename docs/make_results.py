@@ -29,6 +29,12 @@ A commit that ends in `-dirty` had uncommitted changes in its working tree.
 HEADLINES = [
     ("Accuracy of the base policy, test problems", "reward_score_comparison", "base_accuracy"),
     ("... after stepwise DPO", "reward_score_comparison", "tuned_accuracy"),
+    (
+        "Stepwise DPO from pairs whose samples are all wrong, hard problems, three seeds",
+        "compare",
+        "d/stepwise/hard/accuracy",
+    ),
+    ("... SFT on the chosen side of the same pairs", "compare", "d/SFT on chosen/hard/accuracy"),
     ("Step PPO, hard problems, three seeds", "ppo", "hard/step PPO/accuracy"),
     (
         "Weighted vote of 64 samples by prm-mini, hard problems",
@@ -272,6 +278,15 @@ SECTIONS: dict[str, Section] = {
         ),
         5,
         comparison,
+    ),
+    "compare": Section(
+        "Stepwise DPO, its control and its rivals",
+        (
+            "python benchmarks/compare.py --regimes d c --seeds 3 --until test --methods stepwise"
+            ' "SFT on chosen" DPO "stepwise, shuffled scores"',
+        ),
+        240,
+        compare,
     ),
     "stability": Section(
         "Losses over learning rates and epochs", ("python benchmarks/stability.py",), 60, stability

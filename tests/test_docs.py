@@ -146,8 +146,10 @@ def figures_of_results() -> set[tuple[str, ...]]:
     Besides the result files, model cards are results: the scripts that make models write them."""
     found = set()
     for path in (ROOT / "docs/results").glob("**/*.json"):
-        for metric in json.loads(path.read_text("utf-8")).get("metrics", {}).values():
-            numbers = (metric["value"], *(metric["ci95"] or ()))
+        result = json.loads(path.read_text("utf-8"))
+        figures = [(m["value"], *(m["ci95"] or ())) for m in result.get("metrics", {}).values()]
+        figures += [(c["difference"], *c["ci95"]) for c in result.get("contrasts", [])]
+        for numbers in figures:
             found |= {tuple(f"{number:.{digits}f}" for number in numbers) for digits in (2, 3)}
     for card in (ROOT / "models").glob("*/README.md"):
         found |= {match.groups() for match in FIGURE.finditer(card.read_text("utf-8"))}
