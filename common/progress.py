@@ -52,7 +52,8 @@ class Bar(tqdm):
     """A tqdm bar on a terminal. Elsewhere one line when it ends, and before that one every 5
     minutes.
 
-    A bar with a `delay` that ends earlier prints nothing."""
+    A bar with a `delay` that ends earlier prints nothing, and so does one that an error ends within
+    3 seconds: a user's mistake is one line."""
 
     def __init__(self, *args: Any, **options: Any):
         self.began = self.said = time.monotonic()
@@ -72,6 +73,11 @@ class Bar(tqdm):
         self._decr_instances(self)  # type: ignore[attr-defined]  # as its own close
         if time.monotonic() - self.began >= (self.delay or 0):
             self._say()
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        if kind is not None:
+            self.delay = max(self.delay or 0, QUIET)
+        super().__exit__(kind, *error)
 
     def _say(self) -> None:
         """`sampling: 700 problems in 23 s`; while some are left `350 of 700 problems`."""

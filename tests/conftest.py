@@ -17,6 +17,16 @@ sys.path.insert(0, str(ROOT))
 from tests.helpers import properties, scripts  # noqa: F401 (the profiles of the property tests)
 
 
+@pytest.fixture(autouse=True)
+def no_training_variables_stay():
+    """transformers tells accelerate of FSDP and DeepSpeed through variables; the next test must not
+    inherit them."""
+    yield
+    for name in list(os.environ):
+        if name.startswith(("ACCELERATE_USE_", "FSDP_")):
+            del os.environ[name]
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     from lm.miniature_tokenizer import build_tokenizer

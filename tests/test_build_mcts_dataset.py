@@ -124,7 +124,8 @@ def test_a_killed_run_resumes_and_writes_the_same_files(built):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    outputs = ("steps.jsonl", "steps.csv.gz", "trees.jsonl.gz", "steps.samples.jsonl")
+    outputs = ("steps.jsonl", "steps.csv.gz", "trees.jsonl.gz")
+    outputs += ("steps.samples.jsonl", "steps.left_out.jsonl")
     locks = {f".{name}.lock" for name in outputs}
     assert {path.name for path in partial.parent.iterdir()} == {partial.name, *locks}
     with open(partial, "ab") as file:

@@ -78,7 +78,7 @@ def test_the_metadata_of_a_miniature_stand_in_its_table(name):
         assert float(rows[result.metric_name]) == result.metric_value
     template, code = card.text.split("```text\n")[1].split("```")[0], code_of(card.text)
     assert template.startswith(PLAIN_TEMPLATE.rstrip("\n")) and json.dumps(PLAIN_TEMPLATE) in code
-    assert len(code.splitlines()) <= 15
+    assert len(code.splitlines()) <= 17  # the formatter breaks a line or two
     for title in ("Use", "Training", "Figures", "Licence"):
         assert f"\n## {title}\n\n" in card.text
 

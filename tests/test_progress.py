@@ -60,6 +60,11 @@ def test_off_a_terminal_a_stage_is_one_line(monkeypatch):
     with pytest.raises(KeyError), progress.progress_bar(total=3, **options) as bar:
         bar.update()
         raise KeyError
+    assert len(log.getvalue().splitlines()) == 1
+    monkeypatch.setattr(progress, "QUIET", 0)
+    with pytest.raises(KeyError), progress.progress_bar(total=3, **options) as bar:
+        bar.update()
+        raise KeyError
     assert log.getvalue().splitlines()[1:] == ["sampling: 1 of 3 problems in 0 s"]
     assert list(progress.Bar(iter("ab"), file=log, unit="batch")) == ["a", "b"]
     assert list(progress.Bar("c", file=log, unit="batch")) == ["c"]

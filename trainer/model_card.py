@@ -167,6 +167,7 @@ def prm_use(model: Any, tokenizer: Any, is_adapter: bool) -> Use:
         + _block(StepTokens(tokenizer, token).text(FIELD, STEPS))
         + "\n\nThe value of a step is the sigmoid of the logit at its newline, 0 (wrong) to 1."
         + ("\nThe score of a step is the least value so far." if is_least else "")
+        + "\nThe scripts of this repository take the folder with `--judge prm --judge_path FOLDER`."
     )
     if is_adapter:
         lines = [
