@@ -76,7 +76,7 @@ class Bar(tqdm):
 
     def __exit__(self, kind: Any, *error: Any) -> None:
         if kind is not None:
-            self.delay = max(self.delay or 0, QUIET)
+            self.delay = max(getattr(self, "delay", None) or 0, QUIET)  # none if it is disabled
         super().__exit__(kind, *error)
 
     def _say(self) -> None:

@@ -61,6 +61,8 @@ def test_off_a_terminal_a_stage_is_one_line(monkeypatch):
         bar.update()
         raise KeyError
     assert len(log.getvalue().splitlines()) == 1
+    with pytest.raises(KeyError), progress.progress_bar(total=3, disable=True, **options):
+        raise KeyError
     monkeypatch.setattr(progress, "QUIET", 0)
     with pytest.raises(KeyError), progress.progress_bar(total=3, **options) as bar:
         bar.update()

@@ -96,7 +96,11 @@ def test_killed_and_started_again_ends_with_the_same_weights(folder):
         start_new_session=True,
     )
     deadline = time.monotonic() + 300
-    while not list((folder / "killed").glob("checkpoint-*/trainer_state.json")):
+    # its last brace: until then a checkpoint is being written, and is not resumed
+    while not any(
+        path.read_text().endswith("}\n")
+        for path in (folder / "killed").glob("checkpoint-*/trainer_state.json")
+    ):
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
