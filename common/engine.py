@@ -55,7 +55,9 @@ class Worker(Protocol):
     """What works on units. It is built once in each process."""
 
     def __call__(self, key: Any, items: list, /) -> list[dict]:
-        """One row for each item. key: what the unit is called, for example its first number."""
+        """One row for each item; any rows if no item may be left out (`map` without `left_out`).
+
+        key: what the unit is called, for example its first number."""
         ...
 
     def close(self) -> None:
@@ -220,7 +222,9 @@ class _RayEngine(Engine):
                 rows = [left_out(ended.items[0], FATAL)]
             else:
                 self._deaths = 0
-            whole = ended.whole or ended
+            if (whole := ended.whole) is None:
+                yield ended.key, ended.items, rows
+                continue
             whole.rows |= enumerate(rows, ended.place)
             if len(whole.rows) == len(whole.items):
                 yield whole.key, whole.items, [whole.rows[n] for n in range(len(whole.items))]
