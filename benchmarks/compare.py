@@ -1,6 +1,6 @@
 """Stepwise DPO, its controls and its rivals: the same rollouts, tuning and updates for each.
 
-    python benchmarks/compare.py    # about 15 hours on 2 cores; the same command resumes it
+    python benchmarks/compare.py    # about 20 hours on 2 cores; the same command resumes it
     python benchmarks/compare.py --regimes c d --seeds 1      # a part of it
 
 Five regimes (REGIMES in benchmarks/compare_rows.py) say what is known of the rollouts. In each, all
@@ -37,7 +37,7 @@ import numpy as np
 
 from benchmarks import compare_rows
 from benchmarks.compare_rows import REGIMES
-from benchmarks.runs import BASE, as_flags, base_run, key_of, run_all
+from benchmarks.runs import BASE, as_flags, base_run, key_of, row_of_each
 from common.cli import arg, check_least, parse_args, run
 from common.files import at_root, read_rows
 from evaluation.metrics import (
@@ -52,8 +52,8 @@ from evaluation.results import print_table, write_result
 
 DATA = "data/compare"  # ignored by git
 TREES = "data/mcts_trees.jsonl.gz"
-# regime -> split, first problem and number of the problems of its rollouts, from which judge-mini
-# did not learn
+# regime -> (split, first problem, number of problems) of its rollouts; judge-mini has not learned
+# from these problems
 ROLLOUTS = {
     **dict.fromkeys("ac", ("train", 14_000, 2000)),
     "d": ("hard_train", 0, 3000),
@@ -122,8 +122,7 @@ class Comparison:
 
     def rows(self, runs: Sequence[dict]) -> list[dict]:
         """The row of every run."""
-        by_key = {row["key"]: row for row in run_all(runs, self.store, self.args.workers)}
-        return [by_key[key_of(run)] for run in runs]
+        return row_of_each(runs, self.store, self.args.workers)
 
     # --- training rows ---
 

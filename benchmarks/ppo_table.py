@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import compare_rows
 from benchmarks.compare import SAMPLES, shares
-from benchmarks.runs import BASE, base_run, key_of, run_all
+from benchmarks.runs import BASE, base_run, row_of_each
 from common.cli import arg, check_input, check_least, parse_args, run
 from common.files import at_root
 from evaluation.metrics import Metric, crossed_mean_metric
@@ -80,11 +80,10 @@ def main() -> None:
             what = {"name": name, "rows": rows, "recipe": recipe, "settings": settings}
             runs[name, seed] = common | what | {"seed": seed}
     output = Path(args.output_dir)
-    finished = run_all([*runs.values()], output / "ppo.jsonl", args.workers)
-    by_key = {row["key"]: row for row in finished}
+    rows = row_of_each([*runs.values()], output / "ppo.jsonl", args.workers)
     found: dict[str, list[dict]] = {}
-    for (name, _), one in runs.items():
-        found.setdefault(name, []).append(by_key[key_of(one)])
+    for (name, _), row in zip(runs, rows, strict=True):
+        found.setdefault(name, []).append(row)
     metrics: dict[str, Metric] = {}
     table: list[tuple] = []
     for measure in MEASURES:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import yaml
 
 from benchmarks.compare import shares
-from benchmarks.runs import base_run, key_of, run_all
+from benchmarks.runs import base_run, row_of_each
 from common.cli import arg, check_input, check_least, parse_args, run
 from common.files import ROOT, at_root, read_records, read_rows, write_records
 from evaluation.metrics import Metric, crossed_mean_metric, rate_metric
@@ -110,8 +110,7 @@ def main() -> None:
         }
 
     def rows(runs: Sequence[dict]) -> list[dict]:
-        by_key = {row["key"]: row for row in run_all(runs, output / "real.jsonl", args.workers)}
-        return [by_key[key_of(run)] for run in runs]
+        return row_of_each(runs, output / "real.jsonl", args.workers)
 
     metrics: dict[str, Metric] = {}
     cells = list(itertools.product(args.methods, RATES))

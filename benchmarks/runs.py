@@ -153,6 +153,12 @@ def key_of(run: dict) -> str:
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
+def row_of_each(runs: Sequence[dict], path: Path, workers: int) -> list[dict]:
+    """As `run_all`, for runs that are measured once: their rows, in the order of the runs."""
+    by_key = {row["key"]: row for row in run_all(runs, path, workers)}
+    return [by_key[key_of(run)] for run in runs]
+
+
 def run_all(runs: Sequence[dict], path: Path, workers: int) -> list[dict]:
     """All rows of the runs; those in the file `path` are not computed again.
 

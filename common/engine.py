@@ -43,11 +43,11 @@ from common.errors import ModelError, ServerError, UserError, first_line
 from common.files import ROOT, ResumableRows, file_stem, write_records
 from common.progress import progress_bar, taking_long
 
-TRIES = 2  # of a unit, and then of each of its items
+TRIES = 2  # how often a unit is tried, and then each of its items alone
 FATAL = f"fatal to {TRIES} workers"  # why an item is left out, in words that follow "is" or "are"
 MOST_DEATHS = 10  # for each worker, without a finished unit in between
 STORE = 128 * 2**20  # bytes of the object store of a local Ray: units are small
-# what a worker takes over from this process: it changes results, or how they are computed
+# environment variables that a worker gets from this process: results or speed depend on them
 VARIABLES = ("OMP_NUM_THREADS", DTYPE_VARIABLE)
 
 
@@ -296,7 +296,7 @@ class _RayEngine(Engine):
                     logging_level=logging.ERROR,
                     **(local if address == "local" else {}),
                 )
-            except Exception as error:  # Ray raises this class itself if a start takes too long
+            except Exception as error:  # Ray raises plain Exception if its start takes too long
                 raise ServerError(f"Ray at {address} cannot be used: {first_line(error)}") from None
         self._ray = ray
         self._pickled = ray.cloudpickle.dumps(self._make)

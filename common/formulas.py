@@ -13,7 +13,7 @@ FORMULA = re.compile(
     r"|(?<![\\$\w])\$(?![\s$])(?P<dollar>[^$`\n]*[^$`\s\\])\$(?![\w{$])",
     re.DOTALL,
 )
-LONGEST = 2000  # characters of a formula; a longer one stays as it is
+LONGEST = 2000  # characters of a formula; a longer one is shown as plain text
 # What of MathML Core a formula needs. It has no links, no styles and no scripts.
 TAGS = {
     *("math", "menclose", "mfrac", "mi", "mmultiscripts", "mn", "mo", "mover", "mpadded"),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve()
 MOST_CHARACTERS = 20_000  # of a prompt
 MOST_PROPOSALS = 256  # `n` of a search
-SHOWN = 12  # proposals for one prefix; the others are counted
+SHOWN = 12  # proposals shown below a prefix; of the others only the number is shown
 
 
 # --- an answer, and the tree of the search ---

@@ -272,9 +272,10 @@ def main() -> None:
         f"({len({row.solution.prompt for row in scored}):,} problems, "
         f"{len(found.steps):,} labelled steps)"
     )
+    words = verdict(found.metrics.get("step_auroc"))
     extras = {
         "judge": judge_name(args),
-        "verdict": verdict(found.metrics.get("step_auroc")),
+        "verdict": words,
         "right_steps": right,
         "left_out": left_out,
         "samples_a_problem": found.samples,
@@ -295,8 +296,7 @@ def main() -> None:
     if found.best_threshold:
         threshold, f1 = found.best_threshold
         print(f"the highest processbench_f1 on these data is {f1:.3f}, at --threshold {threshold}")
-    print(verdict(found.metrics.get("step_auroc")))
-    print(*notes, f"wrote {result} and {plot}", sep="\n")
+    print(words, *notes, f"wrote {result} and {plot}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from common.cli import run
-from common.files import write_records
+from common.files import TRAINING_JOB, write_records
 from tests.helpers.training import flags, make_pairs, refused, train_here
 
 TOKEN = "hf_" + "a" * 30
@@ -79,11 +79,16 @@ def given(tmp_path, tiny_model_dir) -> list[str]:
 
 @pytest.mark.process
 def test_the_finished_model_is_pushed_with_its_card(tmp_path, given, hub, monkeypatch, capsys):
-    train_here(tmp_path, monkeypatch, *given)
+    (tmp_path / "out/notes").mkdir(parents=True)
+    (tmp_path / "out/notes/config.json").write_text("mine")
+    (tmp_path / "out/notes.txt").write_text("mine")
+    train_here(tmp_path, monkeypatch, *given, "--overwrite")
     kept = {path.name: path for path in (tmp_path / "out").iterdir() if path.is_file()}
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= hub.files.keys()
     for name, content in hub.files.items():
         assert content == kept[name].read_bytes()
+    assert not {"notes.txt", "notes/config.json", TRAINING_JOB} & hub.files.keys()
+    assert not any("/" in name for name in hub.files), "only the finished model is pushed"
     assert (tmp_path / "out/checkpoint-2").is_dir()
     assert sum("/commit/" in path for path in hub.asked) == 1
     assert f"pushed it: {hub.url}/me/out/commit/abc" in capsys.readouterr().out

@@ -3,15 +3,13 @@
 transformers would push after every checkpoint, before the model is whole, and with another card.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants
 
 from common.errors import UserError, first_line
-
-NOT_PUSHED = ("checkpoint-*", "*.lock", ".*")
 
 
 def check_hub(config: Any) -> None:
@@ -36,8 +34,10 @@ def open_repo(config: Any, folder: Path) -> str:
     return made.repo_id
 
 
-def push(config: Any, folder: Path, repo: str) -> str:
-    """Push the files of a finished model; returns the URL of the commit. Raises UserError."""
+def push(config: Any, folder: Path, repo: str, files: Sequence[str]) -> str:
+    """Push the files of a finished model; returns the URL of the commit. Raises UserError.
+
+    files: their names. Nothing else in the folder leaves the machine: it may be the user's."""
     api = HfApi(token=config.hub_token)
     commit = _ask(
         lambda: api.upload_folder(
@@ -45,7 +45,7 @@ def push(config: Any, folder: Path, repo: str) -> str:
             folder_path=folder,
             commit_message=f"{folder.resolve().name}, trained",
             revision=config.hub_revision,
-            ignore_patterns=[*NOT_PUSHED],
+            allow_patterns=[*files],
         ),
         f"the model is in {folder}; push it later: `hf upload {repo} {folder}`",
     )

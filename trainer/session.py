@@ -484,7 +484,10 @@ class Training:
         title = f"{recipe.title(config)} {len(self.rows)} {recipe.noun} of {self._data(short=True)}"
         drawn = False
         card = self._card(title, use, rows, state.global_step, seconds, note)
-        with taking_long(f"writing {self.folder}"), staged_model(trainer, self.folder, card):
+        with (
+            taking_long(f"writing {self.folder}"),
+            staged_model(trainer, self.folder, card) as files,
+        ):
             if main_process:
                 log: dict[str, Any] = {"output_dir": str(self.folder.resolve()), "job": self.job}
                 log |= {"seconds": seconds, "steps": state.global_step}
@@ -505,7 +508,7 @@ class Training:
         say(wrote + (f", its picture to {self.picture}" if drawn else ""))
         if repo:
             with taking_long(f"pushing {self.folder} to {repo}"):
-                say(f"pushed it: {push(config, self.folder, repo)}")
+                say(f"pushed it: {push(config, self.folder, repo, files)}")
 
     def _check_checkpoint(self, trainer: Any) -> None:
         """Raises UserError for a checkpoint of FSDP or DeepSpeed to resume without it, or for one
@@ -583,7 +586,7 @@ class Training:
             f"- Data: {len(self.rows)} {recipe.noun} of {self._data(short=True)}."
             + f" {note}." * bool(note),
             f"- {steps} steps, seed {self.config.seed}, {seconds:.0f} s.",
-            f"- Every setting is in `{JOB}`.",
+            f"- Every setting is in `{JOB}`, in the folder of the training.",
         ]
         table = [
             "Of the training batches, at the first and at the last log:\n",
@@ -727,8 +730,9 @@ def clear(folder: Path) -> None:
 
 
 @contextmanager
-def staged_model(trainer: Any, folder: Path, card: str) -> Iterator[None]:
-    """Write model, tokenizer and card into a temporary folder; then move them to `folder`.
+def staged_model(trainer: Any, folder: Path, card: str) -> Iterator[list[str]]:
+    """Write model, tokenizer and card into a temporary folder; then move them to `folder`. Gives
+    the names of these files in the main process.
 
     The file that marks the model as finished is moved last, and the temporary folder goes after it:
     whenever this is killed, the same command resumes."""
@@ -741,7 +745,7 @@ def staged_model(trainer: Any, folder: Path, card: str) -> Iterator[None]:
             (staging / "README.md").write_text(card, encoding="utf-8")
             (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle of what JOB holds
             shutil.rmtree(staging / "ref", ignore_errors=True)  # TRL's copy of the start adapter
-        yield
+        yield [path.name for path in staging.iterdir()] if is_main else []
         if is_main:
             for path in sorted(staging.iterdir(), key=lambda path: path.name in FINISHED):
                 os.replace(path, folder / path.name)

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_input, check_outputs, parse_args, run
-from common.engine import FATAL, Job, ShardArgs
+from common.engine import Job, ShardArgs
 from common.errors import RecordError, UserError
 from common.files import ResumableRows, at_root, read_records, together, write_records, write_text
 from lm.registry import check_policy
@@ -70,9 +70,6 @@ def build_trees(args: TreeArguments) -> tuple[list[Tree], Job, ResumableRows, Pa
         samples_path = check(args, job.may_replace(), job.left_out_path)
     rows = job.open()
     trees = search_problems(args, job, rows, is_correct)
-    if not job.is_part:
-        lost = [tree.ended == FATAL for tree in trees]
-        job.write_left_out(list(itertools.compress(to_search, lost)))
     return trees, job, rows, samples_path
 
 

@@ -32,7 +32,7 @@ from common.cli import (
     run,
     unused,
 )
-from common.engine import FATAL, Job
+from common.engine import Job
 from common.errors import UserError
 from common.files import (
     ResumableRows,
@@ -283,8 +283,6 @@ def main() -> None:
     if args.searches:
         tree_rows = trees_job.open()
         trees = search_problems(args, trees_job, tree_rows, None if by_a_judge else is_correct)
-        lost = [tree.ended == FATAL for tree in trees]
-        trees_job.write_left_out(list(itertools.compress(to_search, lost)))
         print_summary(trees)
     else:
         trees = read_trees(args)

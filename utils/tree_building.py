@@ -78,7 +78,8 @@ def search_problems(
 ) -> list[Tree]:
     """The trees in the order of the problems; each is appended to `rows` when it is finished.
 
-    job: its items are the problems; of a part (--shard) no tree is returned. is_correct(steps,
+    Problems that were fatal to workers are written to the job's file of what is left out. job: its
+    items are the problems; of a part (--shard) no tree is returned. is_correct(steps,
     problem): whether a solution is right; None if answers are not known."""
     if len(rows):
         print(f"resuming: {len(rows)} of {len(job.items)} problems are done")
@@ -111,7 +112,12 @@ def search_problems(
                     add(number, tree)
     seconds = time.monotonic() - started
     print(f"searched for {seconds:.0f} s: {rollouts} rollouts, {rollouts / seconds:.0f} a second")
-    return [] if job.is_part else [Tree.from_row(row) for row in rows]
+    if job.is_part:
+        return []
+    trees = [Tree.from_row(row) for row in rows]
+    lost = [tree.ended == FATAL for tree in trees]
+    job.write_left_out(list(itertools.compress(job.items, lost)))
+    return trees
 
 
 class Searching:
