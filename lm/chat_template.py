@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ModelError, short
+from lm.prompting import is_chat
 from lm.thinking import CLOSE, OPEN, last_end
 
 SECONDS = 5  # of CPU time, for all conversations of one call
@@ -111,7 +112,7 @@ def check_answer(tokenizer: Any, text: str) -> None:
     """Raises ModelError if a chat model's answer begins with its thoughts, which are no steps.
 
     A template that turns thinking off is trusted."""
-    if not tokenizer.chat_template or not OPEN.match(text.lstrip()):
+    if not is_chat(tokenizer) or not OPEN.match(text.lstrip()):
         return
     if not tokenizer_frame(tokenizer).thinking_off:
         raise ModelError(

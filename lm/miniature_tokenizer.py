@@ -20,7 +20,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from lm.text_encoding import PLAIN_QUESTION, PLAIN_TEMPLATE
+from lm.prompting import PLAIN_TEMPLATE, plain_chat_template
+from lm.text_encoding import PLAIN_QUESTION
 from reasoning.problems import pretraining_texts
 
 VOCAB_SIZE = 704
@@ -83,5 +84,5 @@ def build_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         pad_token="<unk>", padding_side="left", model_max_length=512,
-        clean_up_tokenization_spaces=False,
+        clean_up_tokenization_spaces=False, chat_template=plain_chat_template(),
     )  # fmt: skip

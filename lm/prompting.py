@@ -5,7 +5,9 @@ template, and are saved with it (`policy_prompts` in tokenizer_config.json). So 
 trained with them is asked with them ever after. All else belongs to a run.
 """
 
+import json
 from dataclasses import dataclass
+from string import Template
 from typing import Any
 
 from common.errors import ModelError, UserError
@@ -13,6 +15,19 @@ from reasoning.steps import NEWLINE, StepSeparator
 
 KEY = "policy_prompts"
 FIELD = "{prompt}"
+PLAIN_TEMPLATE = "Problem: {prompt}\nSolution:\n"
+# The chat template of a model that knows no chat. Other programs, which send messages, so give it
+# the same tokens as this repository does.
+PLAIN_CHAT = """{#- one message of a user in a plain template, and its answer -#}
+{%- set roles = messages | map(attribute="role") | join(" ") -%}
+{%- if roles not in ("user", "user assistant") -%}
+{{- raise_exception("this model takes one message of a user, and its answer") -}}
+{%- endif -%}
+{{- bos_token ~ $before ~ messages[0]["content"] ~ $after -}}
+{%- if messages | length == 2 -%}
+{{- messages[1]["content"] ~ eos_token -}}
+{%- endif -%}
+"""
 THINKING = ("off", "keep", "cut")
 
 
@@ -71,6 +86,26 @@ class Style:
 USUAL = Style()
 
 
+def is_chat(tokenizer: Any) -> bool:
+    """Whether a model is asked in its chat template: it has one, and not `plain_chat_template`."""
+    template = getattr(tokenizer, "chat_template", None)
+    return bool(template) and not is_plain(template)
+
+
+def is_plain(template: Any) -> bool:
+    """Whether a chat template is a `plain_chat_template`."""
+    first, *_ = PLAIN_CHAT.splitlines()
+    return isinstance(template, str) and template.startswith(first)
+
+
+def plain_chat_template(text: str = PLAIN_TEMPLATE) -> str:
+    """`PLAIN_CHAT` for a model that continues `text`, with `{prompt}` in it.
+
+    For a tokenizer that puts BOS in front of a text."""
+    before, after = map(json.dumps, text.split(FIELD))  # a JSON text is one in Jinja too
+    return Template(PLAIN_CHAT).substitute(before=before, after=after)
+
+
 def prompts_of(tokenizer: Any) -> Prompts:
     """The prompts of a model's tokenizer. Raises ModelError if they cannot be used."""
     saved = getattr(tokenizer, "init_kwargs", {}).get(KEY)
@@ -89,7 +124,7 @@ def set_prompts(tokenizer: Any, prompts: Prompts) -> None:
 
     Raises UserError for a system prompt without a chat template."""
     given = {name: value for name, value in vars(prompts).items() if value is not None}
-    if "system_prompt" in given and not getattr(tokenizer, "chat_template", None):
+    if "system_prompt" in given and not is_chat(tokenizer):
         name = getattr(tokenizer, "name_or_path", None) or "the model"
         raise UserError(
             f"argument --system_prompt: {name} has no chat template, so it knows no system "
@@ -97,3 +132,5 @@ def set_prompts(tokenizer: Any, prompts: Prompts) -> None:
         )
     if given:
         tokenizer.init_kwargs[KEY] = vars(prompts_of(tokenizer)) | given
+    if "prompt_template" in given and is_plain(getattr(tokenizer, "chat_template", None)):
+        tokenizer.chat_template = plain_chat_template(given["prompt_template"])

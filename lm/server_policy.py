@@ -17,7 +17,7 @@ from common.terminal import printable
 from lm.loading import load_tokenizer
 from lm.openai_client import OpenAIServer, TooLong, gather
 from lm.policy import Policy, Response, State, StepLogp, check_open
-from lm.prompting import FIELD, USUAL, Style, prompts_of, set_prompts
+from lm.prompting import FIELD, USUAL, Style, is_chat, prompts_of, set_prompts
 from lm.text_encoding import format_prompt
 from lm.thinking import answer_start, open_thought
 from reasoning.steps import ends_solution, one_line
@@ -74,13 +74,13 @@ class ServerPolicy(Policy):
             bos = self.tokenizer.bos_token
             if bos and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
                 self._bos = bos
-            if self.tokenizer.chat_template is not None:
+            if is_chat(self.tokenizer):
                 template = f"the chat template of {model}"
             else:
                 template = f"the plain template: {model} has no chat template"
         self._note(f"prompts are written with {template}")
         prompts = style.prompts
-        if self.tokenizer.chat_template is None:  # a chat is written by the server's template
+        if not is_chat(self.tokenizer):  # a chat is written by the server's template
             prompts = replace(prompts, system_prompt=None)
         set_prompts(self.tokenizer, prompts)
 

@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 
 from common.errors import ModelError, short
 from lm.chat_template import tokenizer_frame
-from lm.prompting import FIELD, prompts_of
+from lm.prompting import FIELD, PLAIN_TEMPLATE, is_chat, prompts_of
 from reasoning.steps import ends_solution
 
-PLAIN_TEMPLATE = "Problem: {prompt}\nSolution:\n"
 PLAIN_QUESTION = "Right?"  # what a judge without a chat template is asked after a step
 CHAT_INSTRUCTION = (
     "Solve the problem step by step. Write one short step a line, beginning with 'Step 1:', "
@@ -36,11 +35,11 @@ def format_prompt(
 ) -> str:
     """The text that a policy continues, with the prompts of lm/prompting.py.
 
-    A chat model (a tokenizer with a chat template) gets the instruction and the prompt as the
+    A chat model (`is_chat`) gets the instruction and the prompt as the
     user's message; chat: the prompt alone. thinks: thinking is turned on instead of off. Raises
     ModelError if the template cannot be used."""
     prompts = prompts_of(tokenizer)
-    if getattr(tokenizer, "chat_template", None):
+    if is_chat(tokenizer):
         message = prompt if chat else prompts.fill(f"{CHAT_INSTRUCTION}{FIELD}", prompt)
         system = [] if prompts.system_prompt is None else [prompts.system_prompt]
         frame = tokenizer_frame(tokenizer, has_system=bool(system), thinks=thinks)
@@ -55,7 +54,7 @@ def encode_prompt(
     encoder = text_encoder(tokenizer)
     guarded, _ = encoder.guard(prompt, [])
     text = format_prompt(guarded, tokenizer, chat, thinks)
-    return encoder.start(is_chat=bool(tokenizer.chat_template)) + encoder.ids([text])[0]
+    return encoder.start(is_chat=is_chat(tokenizer)) + encoder.ids([text])[0]
 
 
 def response_pieces(steps: list[str], finished: bool) -> list[str]:
@@ -89,7 +88,7 @@ def encode_steps(
         begin = min(start, reached)
         step_of.append(min(bisect.bisect_right(ends, begin), len(steps)) - 1)
         reached = max(reached, end)
-    leading = encoder.start(is_chat=bool(tokenizer.chat_template))
+    leading = encoder.start(is_chat=is_chat(tokenizer))
     ids, step_of = leading + ids, [-1] * len(leading) + step_of
     if finished:
         return [*ids, encoder.eos_id], [*step_of, len(steps) - 1]

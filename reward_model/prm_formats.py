@@ -19,6 +19,7 @@ from transformers import (
 
 from common.errors import JudgeError, ModelError
 from lm.chat_template import render_chat
+from lm.prompting import is_chat
 from lm.text_encoding import TextEncoder, format_prompt
 from reward_model.protocols import Solution, describe_step
 
@@ -85,7 +86,7 @@ class StepTokens(PRMFormat):
 
     def __init__(self, tokenizer: Any, tag: str | None = None):
         super().__init__(tokenizer, tag)
-        self.is_chat = bool(tokenizer.chat_template)
+        self.is_chat = is_chat(tokenizer)
 
     def text(self, prompt: str, steps: list[str]) -> str:
         lines = "".join(f"{self.tag}{step}\n" for step in steps)

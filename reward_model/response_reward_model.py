@@ -45,7 +45,8 @@ from lm.loading import (
     load_weights,
     scoring_device,
 )
-from lm.text_encoding import PLAIN_TEMPLATE, TextEncoder, batches_by_length
+from lm.prompting import PLAIN_TEMPLATE, is_chat
+from lm.text_encoding import TextEncoder, batches_by_length
 from reasoning.steps import split_steps
 from reward_model.prm_formats import StepTokens
 from reward_model.process_reward_model import head_names, with_zero_head
@@ -81,7 +82,7 @@ class ResponseTokens:
         self.tokenizer, self.max_length, self.question = tokenizer, max_length, question
         self.steps = StepTokens(tokenizer, step_token) if step_token else None
         self.encoder = self.steps.encoder if self.steps else TextEncoder(tokenizer)
-        self.is_chat = bool(tokenizer.chat_template)
+        self.is_chat = is_chat(tokenizer)
         has_pairs = None not in (tokenizer.cls_token_id, tokenizer.sep_token_id)
         self.is_pair = has_pairs and not (self.is_chat or self.steps)
         is_plain = not (self.is_chat or self.is_pair or self.steps or question)
@@ -139,7 +140,7 @@ def from_causal_lm(model: Any, tokenizer: Any, question: str = "") -> Any:
     that of "No" after the question, if each word is one token. Otherwise it starts as zeros."""
     config = copy.deepcopy(model.config)
     config.num_labels, config.use_cache = 1, False
-    if question and not tokenizer.chat_template:
+    if question and not is_chat(tokenizer):
         config.reward_question = question
     reward_model = with_zero_head(AutoModelForSequenceClassification, model, config)
     if hasattr(config, "reward_question"):

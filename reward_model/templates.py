@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from common.errors import JudgeError, short
 from lm.chat_template import ChatFrame, chat_frame, default_template
 from lm.gguf_file import GGUFFile, TokenType
-from lm.text_encoding import PLAIN_QUESTION, PLAIN_TEMPLATE
+from lm.prompting import PLAIN_TEMPLATE, is_plain
+from lm.text_encoding import PLAIN_QUESTION
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def gguf_template(file: GGUFFile, leading: str = "") -> tuple[str, JudgeTemplate
 
     leading: what the encoder puts in front of every text (BOS). Raises JudgeError if the chat
     template cannot be used."""
-    if file.chat_templates:
+    if file.chat_templates and not is_plain(file.chat_templates.get("default")):
         try:
             return "chat", _own_template(file, leading)
         except ValueError as error:

@@ -15,6 +15,7 @@ from common.files import ROOT, read_rows, write_records
 from lm.gguf_export import export_gguf
 from lm.loading import load_model
 from lm.policy import Policy
+from lm.prompting import plain_chat_template
 
 BASE = str(ROOT / "models/policy-mini")
 PROMPTS = [
@@ -49,7 +50,7 @@ def merged(adapter, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("merged") / "model"
     model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32)
     model.merge_and_unload().save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(f"{BASE}/{name}", folder)
     return str(folder)
 
@@ -73,7 +74,7 @@ def test_a_policy_is_its_merged_model(adapter, merged):
 def test_an_adapters_own_tokenizer_comes_before_its_bases(adapter, tmp_path):
     folder = Path(shutil.copytree(adapter, tmp_path / "model"))
     _, tokenizer = load_model(adapter, "auto")
-    assert tokenizer.chat_template is None
+    assert tokenizer.chat_template == plain_chat_template()
     tokenizer.chat_template = "{{ messages[0].content }}"
     tokenizer.save_pretrained(folder)
     assert load_model(str(folder), "auto")[1].chat_template == tokenizer.chat_template

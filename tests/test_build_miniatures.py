@@ -141,7 +141,7 @@ def test_committed_miniatures_load_and_are_small(name):
     assert tokens == ["<s>", "▁", "7", "▁+", "▁", "4", "1"]
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 8 * 2**20
-    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".gguf"}
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".gguf", ".jinja"}
 
 
 @pytest.mark.process

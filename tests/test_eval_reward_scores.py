@@ -14,7 +14,7 @@ from common.files import rows_hash, write_records
 from evaluation import eval_judge, eval_reward_scores
 from evaluation.eval_reward_scores import training_pairs
 from lm.policy import Policy
-from lm.text_encoding import PLAIN_TEMPLATE
+from lm.prompting import PLAIN_TEMPLATE
 from reasoning.problems import corrupted, stories
 from reasoning.records import PreferencePair, Problem, ScoredPair
 from reasoning.splits import is_kept_out

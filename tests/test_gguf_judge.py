@@ -21,6 +21,7 @@ from common.errors import JudgeError, ModelError
 from lm.chat_template import chat_frame
 from lm.gguf_export import export_gguf
 from lm.gguf_file import GGUFFile, TokenType, read_gguf
+from lm.prompting import plain_chat_template
 from lm.text_encoding import CUT
 from reward_model.judges.hf import HFJudge
 from reward_model.judges.llamacpp import LlamaCppJudge
@@ -245,6 +246,8 @@ def test_a_control_token_that_the_vocabulary_holds_as_text(tiny_model_dir, tmp_p
 )
 def test_without_a_chat_template_the_name_decides_and_is_printed(name, template, capsys):
     file = GGUFFile("x.gguf", {"general.name": name})
+    assert gguf_template(file) == (template, TEMPLATES[template])
+    file.metadata["tokenizer.chat_template"] = plain_chat_template()  # of a model without chat
     assert gguf_template(file) == (template, TEMPLATES[template])
     printed = capsys.readouterr().out
     assert not printed if template == "plain" else f"the template {template} is used" in printed

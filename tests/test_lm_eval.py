@@ -11,6 +11,7 @@ from common.files import write_records
 from evaluation.accuracy import correct_answers
 from evaluation.metrics import processbench_metrics
 from lm.policy import Policy
+from lm.prompting import is_chat, plain_chat_template
 from lm.text_encoding import format_prompt
 from reasoning.datasets.loading import load_step_labels, problems_of
 from reasoning.grading import grade_steps
@@ -98,14 +99,17 @@ def test_processbench_gives_the_f1_of_our_judge(tmp_path):
         assert found[f"{name},none"] == metric.value
 
 
-@pytest.mark.parametrize("template", [CHATML, THINKING], ids=["chatml", "thinking"])
+@pytest.mark.parametrize(
+    "template", [CHATML, THINKING, plain_chat_template()], ids=["chatml", "thinking", "plain"]
+)
 def test_a_chat_model_is_asked_as_here(tmp_path, tiny_model_dir, template):
     folder = chat_model(tiny_model_dir, tmp_path / "chat", template)
     options = {"apply_chat_template": True, "args": {"enable_thinking": False}}
     found = harness(folder, "stepwise_test", limit=3, gen_kwargs="max_gen_toks=4", **options)
     tokenizer = Policy.load(folder).tokenizer
     for sample in found["samples"]["stepwise_test"]:
-        assert sample["arguments"][0][0] == format_prompt(sample["doc"]["prompt"], tokenizer)
+        bos = "" if is_chat(tokenizer) else "<s>"
+        assert sample["arguments"][0][0] == bos + format_prompt(sample["doc"]["prompt"], tokenizer)
 
     labels = ROOT / "tests/data/processbench.json"
     metadata = {"stepwise_processbench": str(labels)}

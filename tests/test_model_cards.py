@@ -15,7 +15,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from common.files import ROOT, write_records
 from lm.policy import Policy
-from lm.text_encoding import PLAIN_TEMPLATE, format_prompt
+from lm.prompting import PLAIN_TEMPLATE
+from lm.text_encoding import format_prompt
 from reasoning.datasets.ranking import RankedResponse, write_answers
 from reward_model.judges.hf import HFJudge
 from reward_model.process_reward_model import ProcessRewardModel

@@ -15,10 +15,11 @@ from transformers import (
     MixtralForCausalLM,
     TrainerCallback,
 )
+from trl.trainer import utils as trl_utils
 
 from tests.helpers.chat_models import CHATML
 from tests.helpers.training import make_pairs
-from trainer.packing import SiblingSampler, pack_batch
+from trainer.packing import SiblingSampler, extend_fused_head, pack_batch
 from trainer.stepwise_dpo_trainer import StepwiseDPOConfig, StepwiseDPOTrainer
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -244,6 +245,42 @@ def test_evaluation_is_the_same(make):
         for result in results
     )
     same_numbers(packed, plain)
+
+
+# --- rows as they are ---
+
+
+@pytest.mark.parametrize("labelled", [5, 0])
+def test_on_a_cpu_only_tokens_with_a_label_get_logits(tiny_model_dir, monkeypatch, labelled):
+    """The numbers and the gradients are those of TRL's own head, which reads all tokens."""
+    torch.manual_seed(0)
+    outputs = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    models = [AutoModelForCausalLM.from_pretrained(tiny_model_dir) for _ in range(2)]
+    for model in models:
+        trl_utils.add_fused_lm_head(model, outputs=outputs)
+    extend_fused_head(models[1])
+    read: list[int] = []  # how many tokens the head of each model computes logits for
+    head = trl_utils._ChunkedLogProbFunction
+    original = head.apply
+    spy = staticmethod(lambda hidden, *args: (read.append(len(hidden)), original(hidden, *args))[1])
+    monkeypatch.setattr(head, "apply", spy)
+    ids = torch.randint(3, 300, (3, 9))
+    labels = ids.clone()
+    labels[:, : 9 - labelled] = -100
+    labels[0, 6:] = -100  # padding
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    found = []
+    for model in models:
+        given = {"labels": labels, "fused_lm_head": True, "num_items_in_batch": 7}
+        found.append(model(input_ids=ids, attention_mask=mask, **given))
+        found[-1].loss.backward()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=1e-5, rtol=1e-5)
+    assert read == [24, found[0].label_mask.sum()]
+    assert read[1] == (12 if labelled else 0)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4)
 
 
 # --- models that cannot read trees ---

@@ -7,17 +7,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    AutoTokenizer,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    pipeline,
+)
 
 import train
 from common.errors import ModelError, UserError
-from common.files import write_records
+from common.files import at_root, write_records
 from lm.decoding import DecodingRow, kept_probabilities
 from lm.policy import Policy
-from lm.prompting import KEY, Prompts, Style, prompts_of, set_prompts
+from lm.prompting import (
+    KEY,
+    PLAIN_TEMPLATE,
+    Prompts,
+    Style,
+    is_chat,
+    plain_chat_template,
+    prompts_of,
+    set_prompts,
+)
 from lm.registry import PolicyArgs, check_policy, policy_identity, style_of
 from lm.server_policy import ServerPolicy
-from lm.text_encoding import CHAT_INSTRUCTION, PLAIN_TEMPLATE, encode_prompt, format_prompt
+from lm.text_encoding import CHAT_INSTRUCTION, encode_prompt, format_prompt
 from reasoning.steps import step_separator
 from tests.helpers.chat_models import CHATML, THINKING, chat_model
 from tests.helpers.mains import call_main
@@ -167,6 +182,43 @@ def test_a_template_replaces_the_plain_one(tiny_model_dir):
     )
     with pytest.raises(UserError, match="no chat template"):
         set_prompts(tokenizer, Prompts(system_prompt="Be brief."))
+
+
+@pytest.mark.parametrize("name", ["policy-mini", "policy-large"])
+def test_the_miniatures_answer_messages_as_they_answer_prompts(name):
+    """Programs that send messages get the same tokens; here such a model is no chat model."""
+    policy = Policy.load(at_root(f"models/{name}"))
+    assert policy.tokenizer.chat_template == plain_chat_template()
+    assert not is_chat(policy.tokenizer)
+    prompt = 'Mia has 4 "red" {{ apples }}. She eats 1 \\ 2. How many?\n'
+    messages = [{"role": "user", "content": prompt}]
+    options = {"add_generation_prompt": True, "return_dict": False}
+    ids = policy.tokenizer.apply_chat_template(messages, **options)
+    assert ids == encode_prompt(policy.tokenizer, prompt)
+
+    ask = pipeline("text-generation", policy.model, tokenizer=policy.tokenizer)
+    said = ask([{"role": "user", "content": PROMPT}], max_new_tokens=60, do_sample=False)
+    answer = said[0]["generated_text"][-1]
+    ((expected,),) = policy.generate([PROMPT], max_new_tokens=60)
+    assert answer == {"role": "assistant", "content": "\n".join(expected.steps)}
+
+
+def test_the_plain_chat_template_takes_one_question(tiny_model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.chat_template = plain_chat_template("Q é: {prompt}\nA:")
+    turns = [{"role": "user", "content": "2 + 5?"}, {"role": "assistant", "content": "7"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert text == "<s>Q é: 2 + 5?\nA:7</s>"
+    for wrong in (turns[1:], [{"role": "system", "content": "Be brief."}, turns[0]], turns * 2):
+        with pytest.raises(Exception, match="one message of a user"):
+            tokenizer.apply_chat_template(wrong, tokenize=False)
+
+
+def test_a_new_prompt_template_gets_into_the_plain_chat_template(tiny_model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    set_prompts(tokenizer, Prompts(prompt_template="Q: {prompt}\nA:"))
+    assert tokenizer.chat_template == plain_chat_template("Q: {prompt}\nA:")
+    assert format_prompt("2 + 5?", tokenizer) == "Q: 2 + 5?\nA:"
 
 
 @pytest.mark.process

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from common.errors import ModelError
-from lm.text_encoding import PLAIN_TEMPLATE
+from lm.prompting import PLAIN_TEMPLATE
 from reward_model.response_reward_model import (
     ResponseJudge,
     ResponseRewardModel,

@@ -15,9 +15,10 @@ from common.errors import ModelError, PromptTooLong, UserError
 from common.files import read_records, write_records
 from common.terminal import printable
 from lm.policy import Policy, State
+from lm.prompting import PLAIN_TEMPLATE
 from lm.registry import PolicyArgs, check_policy
 from lm.server_policy import ServerPolicy
-from lm.text_encoding import PLAIN_TEMPLATE, format_prompt
+from lm.text_encoding import format_prompt
 from reasoning.records import PreferencePair, Problem
 from reasoning.steps import one_line
 from tests.helpers.mains import call_main

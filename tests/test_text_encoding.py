@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import ModelError
+from lm.prompting import is_chat
 from lm.text_encoding import (
     TextEncoder,
     batches_by_length,
@@ -105,7 +106,7 @@ def control_ids(tokenizer, ids: list[int]) -> list[int]:
 
 def special_tokens_of_template(tokenizer) -> list[int]:
     """Those that a prompt of no words has: the start of a text, or what its template writes."""
-    if tokenizer.chat_template is None:
+    if not is_chat(tokenizer):
         first = tokenizer("a")["input_ids"][0]
         return [first] if first == tokenizer.bos_token_id else []
     return control_ids(tokenizer, encode_prompt(tokenizer, "a"))
@@ -131,7 +132,7 @@ def test_special_tokens_follow_the_rule(kind, solution):
         [*response_pieces(prefix, False), *response_pieces(steps, bool(end))]
     )
     decoded = tokenizer.decode(ids[: len(ids) - len(end)], clean_up_tokenization_spaces=False)
-    if tokenizer.chat_template is None:
+    if not is_chat(tokenizer):
         decoded = decoded.removeprefix("<s>")
     normal = tokenizer.backend_tokenizer.normalizer if kind[0] == "normalizing" else None
     assert "".join(decoded.split()) == "".join(
@@ -145,7 +146,7 @@ def test_reward_models_follow_the_same_rule(kind, solution):
     tokenizer, (prompt, _, steps) = make_tokenizer(*kind), solution
     expected = special_tokens_of_template(tokenizer)
     ((ids, _),) = ResponseTokens(tokenizer).encode([(prompt, "\n".join(steps))])
-    if tokenizer.chat_template is None:
+    if not is_chat(tokenizer):
         assert control_ids(tokenizer, ids) == [*expected, tokenizer.eos_token_id]
     else:  # the answer has a turn of its own: it is closed, and no other is opened
         (turn_end,) = tokenizer("<|im_end|>", split_special_tokens=False)["input_ids"][

@@ -15,8 +15,8 @@ from typing import Any
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from common.files import adapter_base
-from lm.prompting import FIELD
-from lm.text_encoding import PLAIN_QUESTION, PLAIN_TEMPLATE, format_prompt
+from lm.prompting import FIELD, PLAIN_TEMPLATE, is_chat, is_plain
+from lm.text_encoding import PLAIN_QUESTION, format_prompt
 from reasoning.datasets.files import is_local
 from reward_model.prm_formats import StepTokens
 from reward_model.response_reward_model import ResponseTokens, format_of
@@ -156,6 +156,11 @@ def policy_use(model: Any, tokenizer: Any, is_adapter: bool) -> Use:
     ]
     asked = "The model continues this text; `{prompt}` is the question:"
     wanted = "It writes one step a line, and ends with a line `Answer: ...`."
+    if is_plain(tokenizer.chat_template):
+        wanted += (
+            "\nIts chat template writes the same text for one message of a user, so programs that "
+            "send messages\n(`pipeline`, a server) can use the model as well."
+        )
     return _use("text-generation", f"{asked}\n\n{_block(template)}\n\n{wanted}", lines)
 
 
@@ -256,7 +261,7 @@ def judge_use(tokenizer: Any) -> Use:
 
 def _tokenized(name: str, tokenizer: Any) -> str:
     """The call that tokenizes a text; a chat template writes the special tokens itself."""
-    special = ", add_special_tokens=False" if tokenizer.chat_template else ""
+    special = ", add_special_tokens=False" if is_chat(tokenizer) else ""
     return f'tokenizer({name}, return_tensors="pt"{special})'
 
 

@@ -2,9 +2,9 @@
 
 Chosen and rejected begin with the same prompt and prefix, often with the same steps; the pairs of
 one state of a search tree share more. A batch of B pairs stays as TRL makes it, 2B rows; its key
-`packed` holds the same texts as trees (lm/tree_attention.py), and a model that `add_packing` has
-prepared reads the trees instead of the rows. It returns what it would return for the rows, so
-losses and metrics need not know about packing.
+`packed` holds the same texts as trees (lm/tree_attention.py). A model prepared by
+`extend_fused_head` reads the trees instead of the rows. It returns what it would return for the
+rows, so losses and metrics need not know about packing.
 
 Where a text leaves the others, its first token is predicted by the last token that they share: the
 hidden state there is used once for every branch.
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import Sampler
 from transformers.utils import ModelOutput
 
@@ -119,12 +120,13 @@ def _tree(members: list[int], texts: Sequence[list[int]]) -> _Tree:
     return tree
 
 
-def add_packing(model: Any) -> None:
-    """Let a model with TRL's fused head read `packed` batches.
+def extend_fused_head(model: Any) -> None:
+    """Let a model with TRL's fused head read `packed` batches, and on a CPU compute no logits for
+    tokens without a label.
 
-    `model(..., labels=labels, packed=pack_batch(...), fused_lm_head=True)` returns what it returns
-    without `packed`: the same numbers for each token, (2B, L - 1). Without the fused head, `packed`
-    is left out. A second call changes nothing."""
+    `model(..., labels=labels, packed=pack_batch(...), fused_lm_head=True)` returns what TRL's head
+    returns without `packed`: the same numbers for each token, (B, L - 1). Without the fused head,
+    `packed` is left out. A second call changes nothing."""
     if hasattr(model.forward, "reads_packed"):
         return
     forward = model.forward
@@ -133,18 +135,28 @@ def add_packing(model: Any) -> None:
     def packed_forward(
         self: Any, *args: Any, packed: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:
-        if packed is None or not kwargs.get("fused_lm_head"):
+        labels = kwargs.get("labels")
+        if not kwargs.get("fused_lm_head") or labels is None:
             return forward(*args, **kwargs)
-        where = kwargs["labels"][:, 1:] != -100  # (2B, L - 1)
-        first, *others = packed["blocks"]
-        kwargs |= {"attention_mask": None, "labels": None, **first}
-        with _reading(self.base_model, others, packed["predictors"]):
-            outputs = forward(**kwargs, shift_labels=packed["labels"][None])
+        where = labels[:, 1:] != -100  # (B, L - 1)
+        others: list[dict[str, Tensor]] = []
+        if packed is not None:
+            first, *others = packed["blocks"]
+            kwargs |= {"attention_mask": None, **first}
+            places, kept, index = (packed[key] for key in ("predictors", "labels", "index"))
+        elif labels.device.type == "cpu":  # elsewhere TRL's head leaves them out itself
+            places = functional.pad(where, (0, 1)).flatten().nonzero()[:, 0]
+            kept = labels[:, 1:][where]
+            index = torch.arange(len(kept))
+        else:
+            return forward(*args, **kwargs)
+        with _reading(self.base_model, others, places):
+            outputs = forward(*args, **kwargs | {"labels": None}, shift_labels=kept[None])
         for name, value in outputs.items():
             if name != "loss" and isinstance(value, Tensor) and value.dim() == 2:  # (1, U)
                 # `masked_scatter` keeps the gradient, also if no label is left
                 spread = value.new_zeros(where.shape)
-                outputs[name] = spread.masked_scatter(where, value[0, packed["index"]])
+                outputs[name] = spread.masked_scatter(where, value[0, index])
         return outputs
 
     packed_forward.reads_packed = True  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
@@ -23,6 +24,7 @@ from lm.text_encoding import encode_steps, text_encoder
 from reasoning.records import PreferencePair, Problem
 from reasoning.steps import ends_solution
 from trainer.defaults import MiniatureDefaults
+from trainer.packing import extend_fused_head
 from trainer.session import Recipe, Training
 
 logger = get_logger(__name__)
@@ -82,6 +84,11 @@ class StepSFTTrainer(SFTTrainer):
     without character offsets, and ValueError if no solution fits into max_length."""
 
     _tag_names: list[str] = ["trl", "sft", "reasoning"]  # noqa: RUF012 (as in TRL)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        extend_fused_head(model.get_base_model() if is_peft_model(model) else model)
 
     def _prepare_dataset(
         self,

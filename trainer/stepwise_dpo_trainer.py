@@ -47,7 +47,7 @@ from trainer.losses import (
     stepwise_loss,
     sum_per_step,
 )
-from trainer.packing import PACKINGS, SiblingSampler, add_packing, pack_batch
+from trainer.packing import PACKINGS, SiblingSampler, extend_fused_head, pack_batch
 from trainer.session import Recipe, Training
 
 logger = get_logger(__name__)
@@ -354,7 +354,7 @@ class StepwiseDPOTrainer(DPOTrainer):
             if self.args.device.type == "cpu" and not self.is_fsdp_enabled:
                 collator.block_tokens = CPU_BLOCK
         for model in models:
-            add_packing(model.get_base_model() if is_peft_model(model) else model)
+            extend_fused_head(model.get_base_model() if is_peft_model(model) else model)
 
     def _why_unpacked(self, model: Any) -> str:
         """Why the model cannot read packed batches; an empty text if it can."""

@@ -39,6 +39,7 @@ from common.engine import FATAL, Job, ShardArgs
 from common.errors import RecordError, UserError
 from common.files import at_root
 from lm.known_words import MOST_TEXTS
+from lm.prompting import is_chat
 from lm.registry import PolicyArgs, check_policy, open_policy, policy_identity
 from reasoning.answers import extract_answer
 from reasoning.datasets.files import Dropped, FieldArgs, check_no_fields, load_rows
@@ -361,7 +362,7 @@ class Answering:
     def __init__(self, args: AnswerArguments, prompts: list[str]):
         self.args, self.policy = args, open_policy(args, prompts, args.chat)
         local = args.policy_base_url is None
-        if args.chat and local and not self.policy.tokenizer.chat_template:
+        if args.chat and local and not is_chat(self.policy.tokenizer):
             raise UserError(f"argument --chat: {args.model_name_or_path} has no chat template")
         path = Path(args.model_name_or_path)
         self.generator = path.resolve().name if path.is_dir() else args.model_name_or_path

@@ -21,7 +21,8 @@ from lm_eval.api.task import ConfigurableTask
 
 from common.files import at_root
 from evaluation.metrics import processbench_metrics
-from lm.text_encoding import CHAT_INSTRUCTION, PLAIN_TEMPLATE
+from lm.prompting import FIELD, PLAIN_TEMPLATE
+from lm.text_encoding import CHAT_INSTRUCTION
 from reasoning.answers import extract_answer, same_answer
 from reasoning.datasets.files import Dropped
 from reasoning.datasets.loading import load_problems, load_step_labels
@@ -41,6 +42,7 @@ class _Task(ConfigurableTask):
 
     load: Callable
     is_chat = False
+    has_plain_chat = False  # whether the model's chat template writes the plain template
 
     def __init__(self, config: dict):
         config.pop("class")  # the harness leaves it in
@@ -59,7 +61,11 @@ class _Task(ConfigurableTask):
 
     def fewshot_context(self, *args: Any, **kwargs: Any) -> Any:
         """The prompt of a row. With --apply_chat_template it is a user's message."""
-        self.is_chat = bool(kwargs.get("apply_chat_template"))
+        write = kwargs.get("chat_template") if kwargs.get("apply_chat_template") else None
+        if write:
+            written = write([{"role": "user", "content": FIELD}])
+            self.has_plain_chat = PLAIN_TEMPLATE in written
+            self.is_chat = not self.has_plain_chat
         return super().fewshot_context(*args, **kwargs)
 
 
@@ -71,6 +77,8 @@ class WordProblems(_Task):
     def doc_to_text(self, doc: dict, doc_to_text: Any = None) -> str:
         if self.is_chat:
             return CHAT_INSTRUCTION + doc["prompt"]
+        if self.has_plain_chat:
+            return doc["prompt"]
         return PLAIN_TEMPLATE.replace("{prompt}", doc["prompt"])
 
 

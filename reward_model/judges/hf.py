@@ -30,6 +30,7 @@ from lm.chat_template import begins_thought, chat_frame, default_template
 from lm.gguf_file import GGUFFile, read_gguf
 from lm.known_words import tokens_of
 from lm.loading import LOAD_ERRORS, load_model, load_tokenizer, load_weights, scoring_device
+from lm.prompting import is_chat
 from lm.text_encoding import TextEncoder, batches_by_length
 from lm.tree_attention import add_sequence, mask_dtype, tree_inputs
 from reasoning.steps import shared_prefix
@@ -109,7 +110,7 @@ class HFJudge(StepJudge):
         elif file is not None:
             leading = "".join(self.tokenizer.convert_ids_to_tokens(self._leading_ids))
             self.template_name, self.template = gguf_template(file, leading)
-        elif self.tokenizer.chat_template:
+        elif is_chat(self.tokenizer):
             self.template_name, self.template = "chat", self._chat_template()
             self._leading_ids = self._encoder.start(is_chat=True)
         else:
