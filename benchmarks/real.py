@@ -12,9 +12,11 @@ utils/run_loop.py. Every method trains that policy on rows from the same trees:
 1. Tuning: every method with each learning rate, one seed, on the validation problems.
 2. Test: every method with its best learning rate and all seeds, on all test problems, greedily.
 
-Writes real.json to --output_dir, and the answers of every run to real.jsonl."""
+Writes real.json to --output_dir, and the answers of every run to real.jsonl. Its figures are named
+SET/MODEL/METHOD/accuracy, such as svamp/smollm2-135m-instruct/DPO/accuracy."""
 
 import itertools
+import json
 import os
 import random
 import sys
@@ -71,6 +73,16 @@ def write_right_rollouts(loop: Path) -> None:
     write_records(loop / "round_1/right.jsonl", right[:pairs])
 
 
+def names_of(loop: Path) -> tuple[str, dict[Path, str]]:
+    """The name of the first model of the loop, and the name of each file of test problems."""
+    settings = json.loads((loop / "stages.json").read_bytes())["settings"]
+    own = Path(settings["problems"]).stem.lower()
+    files = sorted(loop.glob("test*.jsonl"))
+    return Path(settings["model_name_or_path"]).name, {
+        file: own if file.stem == "test" else file.stem.removeprefix("test_") for file in files
+    }
+
+
 def main() -> None:
     (args,) = parse_args(RealArguments, description=__doc__)
     loop = Path(args.loop)
@@ -87,7 +99,8 @@ def main() -> None:
     batch, epochs = common["per_device_train_batch_size"], common["num_train_epochs"]
     updates = epochs * -(-sum(1 for _ in read_rows(loop / "round_1/pairs.jsonl")) // batch)
     validation = {named(loop / "validation.jsonl"): 10_000}
-    tests = {named(path): 10_000 for path in sorted(loop.glob("test*.jsonl"))}
+    model, sets = names_of(loop)
+    tests = {named(path): 10_000 for path in sets}
 
     def one(method: str, rate: float, seed: int, measure: dict[str, int]) -> dict:
         rows, recipe, settings = METHODS[method]
@@ -119,23 +132,22 @@ def main() -> None:
     for (method, rate), row in zip(cells, found, strict=True):
         (digits,) = row["correct"].values()
         rates[method][rate] = rate_metric([float(digit) for digit in digits])
-        metrics[f"validation/{method}/lr {rate:g}/accuracy"] = rates[method][rate]
+        metrics[f"validation/{model}/{method}/lr {rate:g}/accuracy"] = rates[method][rate]
     chosen = {m: max(own, key=lambda rate: own[rate].value) for m, own in rates.items()}
     seeds = range(args.seeds)
     tested = [one(method, chosen[method], seed, tests) for method in args.methods for seed in seeds]
     base, *found = rows([base_run(tests, 0, policy), *tested])
     table = []
-    for test in tests:
-        split = Path(test).stem
+    for test, name in zip(tests, sets.values(), strict=True):
         before = shares([base], test)
-        metrics[f"{split}/warm start/accuracy"] = crossed_mean_metric(before)
+        metrics[f"{name}/{model}/warm start/accuracy"] = crossed_mean_metric(before)
         for k, method in enumerate(args.methods):
             right = shares(found[k * args.seeds : (k + 1) * args.seeds], test)
             accuracy, gain = crossed_mean_metric(right), crossed_mean_metric(right - before)
-            metrics[f"{split}/{method}/accuracy"] = accuracy
-            metrics[f"{split}/{method}/accuracy_improvement"] = gain
+            metrics[f"{name}/{model}/{method}/accuracy"] = accuracy
+            metrics[f"{name}/{model}/{method}/accuracy_improvement"] = gain
             each = ", ".join(f"{value:.3f}" for value in right.mean(1))
-            table.append((split, method, f"{chosen[method]:g}", accuracy, gain, each))
+            table.append((name, method, f"{chosen[method]:g}", accuracy, gain, each))
     columns = ["problems", "method", "learning rate", "accuracy", "minus warm start", "each seed"]
     print_table(f"{updates} updates of {batch} rows", columns, table)
     write_result(output / "real.json", metrics, vars(args), seeds, chosen=chosen)

@@ -90,8 +90,9 @@ def test_the_loop_runs_and_resumes(tmp_path, run_script):
     done = run_script("benchmarks/real.py", *rivals, "SFT on right samples", timeout=900)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "real.json").read_text())["metrics"]
-    for name in ("test", "test_others"):
-        assert metrics[f"{name}/SFT on right samples/accuracy_improvement"]["n"] == 6
+    for name in ("problems", "others"):
+        found = metrics[f"{name}/policy-mini/SFT on right samples/accuracy_improvement"]
+        assert found["n"] == 6
     again = run_script(*command)
     assert again.returncode == 0 and again.stdout.count("there already") == 8
     assert json.loads((tmp_path / "loop/stages.json").read_text()) == stages
