@@ -29,7 +29,8 @@ from common.cli import (
     run,
 )
 from common.errors import JudgeError, UserError
-from common.files import adapter_base, at_root, read_records, write_records
+from common.files import at_root, read_records, write_records
+from common.identity import adapter_base
 from common.page_server import check_port, prepare, serve
 from common.progress import progress_bar, taking_long
 from common.terminal import printable

@@ -19,8 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import NormalDist
 
-from common.files import ResumableRows, identity, read_records, read_rows, rows_hash, write_records
+from common.files import read_records, read_rows, write_records
+from common.identity import identity, rows_hash
 from common.progress import progress_bar
+from common.resumable import ResumableRows
 from reasoning.grading import grade_steps, is_correct
 from reasoning.problems import problems
 from reasoning.records import PreferencePair, Problem, ScoredPair

@@ -29,8 +29,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.files import AppendedRows, at_root, identity, read_records
+from common.files import at_root, read_records
+from common.identity import identity
 from common.progress import Bar
+from common.resumable import AppendedRows
 from reasoning.grading import is_correct
 from reasoning.problems import problems
 from reasoning.records import Problem

@@ -21,16 +21,9 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from common.errors import UserError, first_line, short
-from common.files import (
-    ROOT,
-    adapter_base,
-    at_root,
-    file_stem,
-    hold,
-    model_files,
-    release,
-    was_killed,
-)
+from common.files import ROOT, at_root, file_stem
+from common.identity import adapter_base, model_files
+from common.outputs import hold, release, was_killed
 from common.progress import loading_libraries
 from common.terminal import printable
 from common.threads import share_cores

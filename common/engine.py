@@ -40,8 +40,9 @@ from typing import Any, Protocol
 
 from common.cli import DTYPE_VARIABLE, arg, check_least, here
 from common.errors import ModelError, ServerError, UserError, first_line
-from common.files import ROOT, ResumableRows, file_stem, write_records
+from common.files import ROOT, file_stem, write_records
 from common.progress import progress_bar, taking_long
+from common.resumable import ResumableRows
 
 TRIES = 2  # how often a unit is tried, and then each of its items alone
 FATAL = f"fatal to {TRIES} workers"  # why an item is left out, in words that follow "is" or "are"

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import DtypeArgs, arg, check_input, check_model, parse_args, run
 from common.errors import UserError
-from common.files import at_root, read_records, together
+from common.files import at_root, read_records
+from common.outputs import together
 from common.progress import taking_long
 from evaluation.metrics import Metric, clustered_mean_metric
 from evaluation.results import output_paths, print_table, write_result

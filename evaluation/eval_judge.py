@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import DtypeArgs, arg, check_input, check_least, check_model, parse_args, run
 from common.errors import UserError
-from common.files import at_root, file_stem, together
+from common.files import at_root, file_stem
+from common.outputs import together
 from common.progress import taking_long
 from evaluation.judge_card import Judged, RankedPolicy, card, print_card, verdict
 from evaluation.metrics import Metric, mean_metric, rate_metric, spearman_metric

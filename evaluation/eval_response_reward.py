@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_input, check_least, parse_args, run
 from common.errors import UserError
-from common.files import at_root, file_type, together
+from common.files import at_root, file_type
+from common.outputs import together
 from common.progress import progress_bar, taking_long
 from evaluation.metrics import (
     Bin,

@@ -17,15 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import DtypeArgs, arg, check_input, check_least, check_model, parse_args, run
 from common.errors import RecordError, UserError
-from common.files import (
-    ROOT,
-    TRAINING_JOB,
-    at_root,
-    read_records,
-    rows_hash,
-    together,
-    write_records,
-)
+from common.files import ROOT, TRAINING_JOB, at_root, read_records, write_records
+from common.identity import rows_hash
+from common.outputs import together
 from common.progress import taking_long
 from evaluation.metrics import Metric, compare
 from evaluation.results import output_paths, print_comparison, write_result

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import check_input, check_model, parse_args, run
 from common.errors import UserError
-from common.files import at_root, file_stem, together
+from common.files import at_root, file_stem
+from common.outputs import together
 from common.progress import taking_long
 from evaluation.results import output_paths, print_table, write_result
 from evaluation.search_measurement import (

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from common.files import replacing
+from common.outputs import replacing
 from evaluation.judge_card import Card, JudgedStep, RankedPolicy
 from evaluation.metrics import Bin, Metric
 

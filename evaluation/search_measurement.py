@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import arg, check_least
 from common.engine import EngineArgs, check_engine, open_engine
-from common.files import AppendedRows, at_root
+from common.files import at_root
 from common.progress import progress_bar
+from common.resumable import AppendedRows
 from lm.registry import PolicyArgs, PromptArgs, open_policy, policy_identity
 from reasoning.grading import graded, is_correct
 from reasoning.records import Problem

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from common.errors import UserError, first_line
-from common.files import replacing
+from common.outputs import replacing
 from common.progress import Bar
 from lm.loading import base_of, load_model, merge_adapter
 

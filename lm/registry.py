@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import DtypeArgs, arg, check_input, check_least, check_model
 from common.errors import UserError
-from common.files import at_root, identity, open_text
+from common.files import at_root, open_text
+from common.identity import identity
 from common.progress import taking_long
 from lm.known_words import warn_of_unknown_words
 from lm.prompting import THINKING, Prompts, Style

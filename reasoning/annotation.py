@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from common.errors import RecordError, UserError
-from common.files import lock, read_rows, write_records
+from common.files import read_rows, write_records
+from common.outputs import lock
 from reasoning.datasets.files import Dropped
 from reasoning.datasets.loading import load_records
 from reasoning.datasets.ranking import RankedResponse, check_groups, read_answers, write_answers

@@ -31,7 +31,9 @@ from common.cli import (
 )
 from common.engine import Job, ShardArgs
 from common.errors import UserError
-from common.files import at_root, content_hash, file_stem, read_records, together, write_records
+from common.files import at_root, file_stem, read_records, write_records
+from common.identity import content_hash
+from common.outputs import together
 from lm.known_words import MOST_TEXTS
 from reasoning.records import PreferencePair
 from reward_model.protocols import Solution, StepJudge, mean

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from common.cli import arg, check_input, check_model, here, is_model_directory
 from common.errors import UserError
-from common.files import at_root, identity, read_records
+from common.files import at_root, read_records
+from common.identity import identity
 from common.progress import progress_bar, taking_long
 from lm.known_words import warn_of_unknown_words
 from lm.server_text import check_url

@@ -20,17 +20,16 @@ from common.cli import DtypeArgs, arg, check_input, check_outputs, here, parse_a
 from common.engine import Job, ShardArgs
 from common.errors import RecordError, UserError
 from common.files import (
-    ResumableRows,
     at_root,
-    content_hash,
     counted,
     file_stem,
     file_type,
-    identity,
     read_rows,
     write_records,
     write_text,
 )
+from common.identity import content_hash, identity
+from common.resumable import ResumableRows
 from lm.known_words import MOST_TEXTS
 from reasoning.datasets.files import read_table, table_lines
 from reasoning.records import PreferencePair, Prompt

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from common.cli import run
-from common.files import ROOT, read_records, release
+from common.files import ROOT, read_records
+from common.outputs import release
 from reasoning.problems import SPLITS, problems
 from reasoning.records import Problem
 from reasoning.splits import HELD_OUT

@@ -1,4 +1,4 @@
-"""common/files.py: files written whole or not at all, compressed files, rows that resume."""
+"""common/files.py, outputs.py, resumable.py and identity.py: whole files, compressed files, rows that resume."""
 
 import gzip
 import json
@@ -10,19 +10,17 @@ import pytest
 
 from common.errors import RecordError
 from common.files import (
-    AppendedRows,
-    ResumableRows,
-    content_hash,
     file_stem,
     file_type,
-    identity,
     open_bytes,
     read_records,
     read_rows,
-    replacing,
     write_records,
     write_text,
 )
+from common.identity import content_hash, identity
+from common.outputs import replacing
+from common.resumable import AppendedRows, ResumableRows
 from reasoning.records import PreferencePair
 
 ROWS = [{"i": 0, "text": "🍎"}, {"i": 1, "text": "a\nb"}]

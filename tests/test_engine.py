@@ -18,7 +18,8 @@ import pytest
 from common import engine
 from common.engine import FATAL, Job, Shard, answer_of, check_address, check_engine, shard_of
 from common.errors import JudgeError, ModelError, ServerError, UserError
-from common.files import ROOT, ResumableRows, write_records
+from common.files import ROOT, write_records
+from common.resumable import ResumableRows
 from evaluation import eval_search
 from reasoning.problems import problems
 from reward_model import evaluate_steps, score_responses

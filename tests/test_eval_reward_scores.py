@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.files import rows_hash, write_records
+from common.files import write_records
+from common.identity import rows_hash
 from evaluation import eval_judge, eval_reward_scores
 from evaluation.eval_reward_scores import training_pairs
 from lm.policy import Policy

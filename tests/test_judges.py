@@ -9,7 +9,8 @@ import pytest
 from sklearn.metrics import cohen_kappa_score
 
 from common.errors import RecordError, UserError
-from common.files import ROOT, content_hash, read_records, read_rows, write_records
+from common.files import ROOT, read_records, read_rows, write_records
+from common.identity import content_hash
 from evaluation.metrics import kappa_metric
 from reasoning.problems import problems
 from reasoning.records import Problem

@@ -10,16 +10,8 @@ import pytest
 
 from common.cli import check_different, check_output, check_outputs
 from common.errors import UserError
-from common.files import (
-    ROOT,
-    hold,
-    release,
-    replacing_folder,
-    together,
-    was_killed,
-    write_records,
-    write_text,
-)
+from common.files import ROOT, write_records, write_text
+from common.outputs import hold, release, replacing_folder, together, was_killed
 from evaluation.results import output_paths
 from tests.helpers.kills import limited
 from tests.helpers.scripts import run_script
@@ -188,7 +180,7 @@ def test_an_old_folder_comes_back_after_a_kill_between_two_renames(tmp_path):
 HOLD = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from common.files import hold, replacing
+from common.outputs import hold, replacing
 hold("new/out.jsonl")
 with replacing("new/out.jsonl") as temporary:
     print(temporary, flush=True)
@@ -242,7 +234,7 @@ STOPPED = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from common.cli import check_output, run
-from common.files import replacing
+from common.outputs import replacing
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore them
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def main():

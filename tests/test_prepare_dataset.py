@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import common.files
 from common.cli import here, run, unused
 from common.files import at_root, read_records, write_records
 from reasoning.datasets.shapes import KINDS
@@ -371,7 +370,7 @@ def test_after_a_kill_the_same_command_goes_on(prepare, monkeypatch, number, ove
 
     child = os.fork()
     if not child:
-        monkeypatch.setattr(common.files.os, "replace", killed)
+        monkeypatch.setattr(os, "replace", killed)
         prepare(*args)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
-from common.files import adapter_base
+from common.identity import adapter_base
 from lm.prompting import FIELD, PLAIN_TEMPLATE, is_chat, is_plain
 from lm.text_encoding import PLAIN_QUESTION, format_prompt
 from reasoning.datasets.files import is_local

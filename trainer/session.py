@@ -40,17 +40,9 @@ from common.cli import (
     parse_args,
 )
 from common.errors import UserError, first_line
-from common.files import (
-    TRAINING_JOB,
-    Readable,
-    at_root,
-    content_hash,
-    identity,
-    release,
-    rows_hash,
-    was_killed,
-    write_text,
-)
+from common.files import TRAINING_JOB, Readable, at_root, write_text
+from common.identity import content_hash, identity, rows_hash
+from common.outputs import release, was_killed
 from common.progress import Bar, taking_long
 from lm.known_words import tokens_of, warn_of_unknown_words
 from lm.loading import (

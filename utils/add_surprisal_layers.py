@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_model, check_output, parse_args, run
 from common.errors import UserError
-from common.files import at_root, replacing_folder
+from common.files import at_root
+from common.outputs import replacing_folder
 from common.progress import Bar
 from evaluation.metrics import auroc_metric, mean_metric
 from lm.text_encoding import encode_steps

@@ -19,7 +19,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_model, parse_args, run
-from common.files import ResumableRows, at_root, identity
+from common.files import at_root
+from common.identity import identity
+from common.resumable import ResumableRows
 from evaluation.metrics import accuracy_metric, auroc_metric
 from lm.text_encoding import encode_steps
 from reasoning.grading import grade_steps

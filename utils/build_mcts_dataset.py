@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import arg, check_input, check_outputs, parse_args, run
 from common.engine import Job, ShardArgs
 from common.errors import RecordError, UserError
-from common.files import ResumableRows, at_root, read_records, together, write_records, write_text
+from common.files import at_root, read_records, write_records, write_text
+from common.outputs import together
+from common.resumable import ResumableRows
 from lm.registry import check_policy
 from reasoning.answers import extract_answer
 from reasoning.datasets.files import table_lines

@@ -26,7 +26,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_outputs, hold_output, parse_args, run
-from common.files import at_root, release, replacing_folder, write_text
+from common.files import at_root, write_text
+from common.outputs import release, replacing_folder
 from common.progress import Bar
 from evaluation.metrics import mean_metric, rate_metric
 from lm.text_encoding import batches_by_length, encode_steps

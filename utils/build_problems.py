@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_output, check_outputs, parse_args, run
 from common.errors import UserError
-from common.files import at_root, together, write_records
+from common.files import at_root, write_records
+from common.outputs import together
 from reasoning.problems import SPLITS, problems
 from reasoning.splits import HELD_OUT
 

@@ -34,16 +34,11 @@ from common.cli import (
 )
 from common.engine import Job
 from common.errors import UserError
-from common.files import (
-    ResumableRows,
-    at_root,
-    content_hash,
-    file_stem,
-    read_records,
-    together,
-    write_records,
-)
+from common.files import at_root, file_stem, read_records, write_records
+from common.identity import content_hash
+from common.outputs import together
 from common.progress import progress_bar
+from common.resumable import ResumableRows
 from lm.registry import check_policy
 from reasoning.datasets.selection import select_problems
 from reasoning.grading import is_correct

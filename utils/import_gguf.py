@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_input, check_output, parse_args, run
 from common.errors import UserError
-from common.files import replacing_folder
+from common.outputs import replacing_folder
 from common.progress import taking_long
 from lm.gguf_file import read_gguf
 

@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_model, check_output, parse_args, run
 from common.errors import ModelError, UserError, first_line
-from common.files import replacing_folder, write_text
+from common.files import write_text
+from common.outputs import replacing_folder
 from common.progress import taking_long
 
 CARD = """---

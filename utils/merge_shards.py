@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import arg, check_output, parse_args, run
 from common.engine import Shard, part_of
 from common.errors import UserError
-from common.files import row_number, to_line, write_text
+from common.files import to_line, write_text
+from common.resumable import row_number
 
 
 @dataclass

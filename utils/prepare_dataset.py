@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, beside, check_least, check_outputs, here, parse_args, run, unused
 from common.errors import RecordError, UserError
-from common.files import at_root, file_stem, together, write_records
+from common.files import at_root, file_stem, write_records
+from common.outputs import together
 from common.progress import taking_long
 from reasoning.answers import same_answer
 from reasoning.datasets import loading

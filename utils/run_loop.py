@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import arg, check_least, parse_args, run
 from common.errors import UserError
-from common.files import ROOT, at_root, file_stem, together, write_records, write_text
+from common.files import ROOT, at_root, file_stem, write_records, write_text
+from common.outputs import together
 from evaluation.metrics import Metric
 from evaluation.results import print_table
 from reasoning.datasets.files import FieldArgs

@@ -13,7 +13,7 @@ from typing import Any
 from common.cli import arg, check_least
 from common.engine import FATAL, EngineArgs, Job
 from common.errors import PromptTooLong, UserError
-from common.files import ResumableRows
+from common.resumable import ResumableRows
 from lm.known_words import MOST_TEXTS
 from lm.registry import PolicyArgs, open_policy, policy_identity
 from reasoning.datasets.files import FieldArgs

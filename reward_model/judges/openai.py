@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import JudgeError, UserError, short
-from common.files import AppendedRows
+from common.resumable import AppendedRows
 from common.terminal import printable
 from lm.openai_client import NoLogprobs, OpenAIServer, TooLong, gather
 from reward_model.protocols import Scores, Solution, StepJudge, check_positive, with_skip
