@@ -1,4 +1,4 @@
-"""common/files.py, outputs.py, resumable.py and identity.py: whole files, compressed files, rows that resume."""
+"""The files of common: whole or not at all, compressed, rows that resume, identities."""
 
 import gzip
 import json

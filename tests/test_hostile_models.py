@@ -20,7 +20,7 @@ from reward_model.process_reward_model import load_prm
 from reward_model.response_reward_model import load_reward_model
 from tests.helpers.reward_models import make_llama, make_prm
 from tests.helpers.training import make_pairs
-from trainer.session import checkpoint_to_resume
+from trainer.checkpoints import checkpoint_to_resume
 
 MARKER = "the_code_was_run"
 CODE = f"open({MARKER!r}, 'w').close()\nraise ImportError('this code was run')\n"

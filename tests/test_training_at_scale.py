@@ -22,7 +22,8 @@ from common.files import ROOT, write_records
 from reasoning.splits import is_kept_out
 from tests.helpers.scripts import run_script
 from tests.helpers.training import STEP_VALUES, flags, make_pairs
-from trainer.session import Training, _differences
+from trainer.checkpoints import differences
+from trainer.session import Training
 from trainer.settings_check import check_settings
 
 CONFIGS = ROOT / "configs/accelerate"
@@ -62,8 +63,8 @@ def test_only_the_rows_of_an_update_tell_two_jobs_apart():
     two = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "processes": 2}
     one = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "processes": 1}
     before = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}  # an older job
-    assert _differences(two, one) == _differences(before, two) == []
-    (found,) = _differences(two, {**two, "processes": 4})
+    assert differences(two, one) == differences(before, two) == []
+    (found,) = differences(two, {**two, "processes": 4})
     assert found.endswith("(8, now 16)") and "per_device_train_batch_size" in found
 
 

@@ -7,15 +7,13 @@ functions from a higher layer: one plots the log, one measures accuracy.
 import copy
 import json
 import logging
-import math
 import os
-import shutil
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,19 +26,12 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, ProgressCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, ProgressCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from common.cli import (
-    check_different,
-    check_input,
-    check_model,
-    hold_output,
-    holds_something,
-    parse_args,
-)
+from common.cli import check_different, check_input, check_model, hold_output, parse_args
 from common.errors import UserError, first_line
-from common.files import TRAINING_JOB, Readable, at_root, write_text
+from common.files import Readable, at_root, write_text
 from common.identity import content_hash, identity, rows_hash
 from common.outputs import release, was_killed
 from common.progress import Bar, taking_long
@@ -58,36 +49,32 @@ from lm.prompting import set_prompts
 from lm.registry import TemplateArgs, given_prompts
 from reasoning.splits import is_kept_out
 from reward_model.registry import JudgeArgs, check_judge, judge_files, judge_identity
+from trainer.checkpoints import (
+    IS_MAIN,
+    JOB,
+    AlreadyTrained,
+    NoStepTooMany,
+    PlainCheckpoints,
+    checkpoint_to_resume,
+    clear,
+    job_in,
+    staged_model,
+    tidy_checkpoints,
+)
 from trainer.data import DataArgs, DataSet, mix, read_dataset
 from trainer.hub import open_repo, push
 from trainer.model_card import About, Figure, Use, model_card, policy_use
 from trainer.settings_check import check_settings
 
-JOB = TRAINING_JOB  # in the output folder, so that the same command resumes it
 # the way to share a model's weights between processes -> files of its checkpoints
 SHARDED = {"FSDP": "pytorch_model_fsdp*", "DeepSpeed": "global_step*"}
-# the last file of a finished training
-FINISHED = ("config.json", "adapter_config.json")
-# in the output folder: the finished model, until all its files are in their places
-STAGING = ".finished.tmp"
-# all files of a training but its job, for `clear`: first those that say that it has finished
-WRITTEN = (
-    *(*FINISHED, "checkpoint-*", "*.safetensors", "*.safetensors.index.json", "*.bin"),
-    *("tokenizer*", "chat_template.jinja", "generation_config.json", "README.md"),
-)
 # settings that do not change the weights: the names begin with one of these
 NOT_THE_JOB = (
     *("logging", "log_", "hub_", "push_", "save_", "report_to", "run_name", "disable_tqdm"),
     *("output_dir", "resume", "eval", "ddp_"),
     *("threads", "judge_requests", "judge_cache"),
 )
-# their product is the number of rows of an update, however many processes share the work
-BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
-# where something was read from; what it held is in the job as well
-PATHS = ("dataset", "model_name_or_path", "judge_path", "judge_problems", "judge_labels")
 SETTINGS_IN_FILES = ("chat_template_path", "prompt_template", "deepspeed", "fsdp_config")
-# of the processes that torchrun or accelerate starts
-IS_MAIN = os.environ.get("RANK", "0") == "0"
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -512,7 +499,7 @@ class Training:
         if now != [before] * (before in SHARDED):
             way = before if before in SHARDED else "neither FSDP nor DeepSpeed"
             raise UserError(f"{self.checkpoint} is of a training with {way}: resume it in this way")
-        count = _job_in(self.checkpoint.resolve().parent).get("processes", PROCESSES)
+        count = job_in(self.checkpoint.resolve().parent).get("processes", PROCESSES)
         if before == "DeepSpeed" and count != PROCESSES:
             raise UserError(
                 f"{self.checkpoint}: DeepSpeed resumes on as many processes as before ({count}), "
@@ -607,168 +594,6 @@ def _spread(trainer: Any) -> str:
     wanted = [k for k in SHARDED if os.environ.get(f"ACCELERATE_USE_{k.upper()}") == "true"]
     not_used = f"; {wanted[0]} needs GPUs and is not used" if wanted else ""
     return f", {count} (DDP){not_used}"
-
-
-# --- folders ---
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that is complete: its state file, which is written last, can be read."""
-    return max(_checkpoints(folder)[0], key=_number, default=None)
-
-
-def tidy_checkpoints(folder: Path, limit: int | None) -> None:
-    """Remove what a kill left: incomplete checkpoints, and others beyond the last `limit`."""
-    whole, torn = _checkpoints(folder)
-    whole.sort(key=_number, reverse=True)
-    for path in [*torn, *whole[limit or len(whole) :]]:
-        shutil.rmtree(path)
-
-
-def _number(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def _checkpoints(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The complete and the incomplete checkpoints in a folder."""
-
-    def is_whole(path: Path) -> bool:
-        try:
-            return bool(json.loads((path / "trainer_state.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return False
-
-    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
-    whole = list(filter(is_whole, found))
-    return whole, [path for path in found if path not in whole]
-
-
-def checkpoint_to_resume(
-    folder: Path, job: dict, overwrite: bool, resume: str | None
-) -> Path | None:
-    """The checkpoint to resume from, or None for a training from the start.
-
-    resume: the value of --resume_from_checkpoint. Raises UserError if the folder holds files that
-    must not be lost, or if there is no whole checkpoint."""
-    before = _job_in(folder)
-    changed = _differences(before, job)
-    finished = any((folder / name).exists() for name in FINISHED)
-    if (folder / STAGING).exists() or (IS_MAIN and was_killed(folder / JOB)):
-        finished = False  # killed at its very end
-    resume = None if str(resume).lower() in ("none", "false", "") else resume
-    if resume:
-        if finished and changed and not overwrite:
-            raise UserError(
-                f"{folder} holds the finished model of another training: give another --output_dir"
-            )
-        checkpoint = last_checkpoint(folder) if str(resume).lower() == "true" else Path(resume)
-        if checkpoint is None or not (checkpoint / "trainer_state.json").is_file():
-            place = checkpoint or folder
-            raise UserError(f"--resume_from_checkpoint {resume}: no whole checkpoint in {place}")
-        # FSDP writes the last two, and reads them with weights_only
-        known = {"training_args.bin", "optimizer.bin", "pytorch_model_fsdp.bin"}
-        pickles = {path.name for path in checkpoint.rglob("*.bin")} - known
-        if pickles or not any(checkpoint.rglob("*.safetensors")):
-            found = f"{min(pickles)} is no safetensors" if pickles else "it has no safetensors"
-            raise UserError(
-                f"--resume_from_checkpoint {resume}: no other weights are read, and {found}"
-            )
-        job_before = _job_in(checkpoint.resolve().parent) or {}
-        if "contents" in job_before and job_before["contents"] != job["contents"]:
-            names = ", ".join(_differences(job_before["contents"], job["contents"]))
-            raise UserError(
-                f"--resume_from_checkpoint {resume}: it was trained with other files ({names})"
-            )
-        return checkpoint
-    if not changed and not finished:
-        return last_checkpoint(folder)  # the same command was stopped before
-    if holds_something(folder) and not overwrite:
-        message = f"{folder} exists: give --overwrite to replace it, or another output"
-        if before and not finished:
-            message += f"; its training was stopped, and has changed since: {', '.join(changed)}"
-        raise UserError(message)
-    return None
-
-
-def _job_in(folder: Path) -> dict:
-    """The job of the training in this folder; empty if there is none."""
-    try:
-        job = json.loads((folder / JOB).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return job if isinstance(job, dict) else {}
-
-
-def _differences(before: dict, job: dict) -> list[str]:
-    """The names of the settings and contents in which two jobs differ, wherever files lie."""
-    found = []
-    for name in before.keys() | job.keys():
-        first, second = before.get(name), job.get(name)
-        if name == "contents" and isinstance(first, dict) and isinstance(second, dict):
-            found += _differences(first, second)
-        elif name not in (*PATHS, *BATCH) and first != second:
-            found.append(name)
-    rows, rows_now = (math.prod(each.get(name) or 1 for name in BATCH) for each in (before, job))
-    if rows != rows_now:
-        found.append(f"{' * '.join(BATCH)} ({rows}, now {rows_now})")
-    return sorted(set(found))
-
-
-def clear(folder: Path) -> None:
-    """Remove the files of an earlier training, and no others."""
-    for pattern in WRITTEN:
-        for path in folder.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-@contextmanager
-def staged_model(trainer: Any, folder: Path, card: str) -> Iterator[list[str]]:
-    """Write model, tokenizer and card into a temporary folder; then move them to `folder`. Gives
-    the names of these files in the main process.
-
-    The file that marks the model as finished is moved last, and the temporary folder goes after it:
-    whenever this is killed, the same command resumes."""
-    staging, is_main = folder / STAGING, trainer.is_world_process_zero()
-    try:
-        if is_main:
-            shutil.rmtree(staging, ignore_errors=True)
-        trainer.save_model(str(staging))
-        if is_main:
-            (staging / "README.md").write_text(card, encoding="utf-8")
-            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle of what JOB holds
-            shutil.rmtree(staging / "ref", ignore_errors=True)  # TRL's copy of the start adapter
-        yield [path.name for path in staging.iterdir()] if is_main else []
-        if is_main:
-            for path in sorted(staging.iterdir(), key=lambda path: path.name in FINISHED):
-                os.replace(path, folder / path.name)
-    finally:
-        if is_main:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-class AlreadyTrained(Exception):
-    """The checkpoint to resume from is the last one: the model has its weights."""
-
-
-class NoStepTooMany(TrainerCallback):
-    """Raises AlreadyTrained instead of the step that Trainer would add to a finished training.
-
-    Trainer looks whether it has finished after a step only, so it adds one to the last checkpoint
-    of a training that ended within an epoch."""
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            raise AlreadyTrained
-
-
-class PlainCheckpoints(TrainerCallback):
-    """Removes training_args.bin from checkpoints: a pickle, which resuming does not read."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for path in Path(args.output_dir).glob("checkpoint-*/training_args.bin"):
-            path.unlink(missing_ok=True)
-
-    on_train_begin = on_train_end = on_save
 
 
 # --- the libraries' output ---

@@ -146,7 +146,7 @@ def train(
 
     # torch would slow --help
     from lm.loading import pick_device
-    from trainer.session import PlainCheckpoints, last_checkpoint
+    from trainer.checkpoints import PlainCheckpoints, last_checkpoint
 
     class MiniTrainer(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
