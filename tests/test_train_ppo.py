@@ -89,7 +89,7 @@ def test_a_training_writes_a_policy_that_moved(folder):
     assert AutoModelForCausalLM.from_pretrained(folder / "out").dtype == torch.float32
     assert AutoTokenizer.from_pretrained(folder / "out").eos_token == "</s>"
     suffixes = {path.suffix for path in (folder / "out").iterdir() if path.is_file()}
-    assert suffixes == {".safetensors", ".json", ".md"}
+    assert suffixes == {".safetensors", ".jinja", ".json", ".md"}
     checkpoints = sorted(path.name for path in folder.glob("out/checkpoint-*"))
     assert checkpoints == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     log = log_of(folder, "out")

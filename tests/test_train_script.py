@@ -153,16 +153,17 @@ def test_what_has_changed_since_it_was_killed_is_refused(folder, monkeypatch, ca
         "tokenizer.model": b"another",
         "model.safetensors": weights[:-1] + b"\0\0"[:1],
     }.items():
-        before = (folder / "moved" / name).read_bytes() if name == "model.safetensors" else None
-        (folder / "moved" / name).write_bytes(content)
+        path = folder / "moved" / name
+        before = path.read_bytes() if path.exists() else None
+        path.write_bytes(content)
         line = refused(folder, monkeypatch, capsys, *given)
         assert "stopped exists" in line and "has changed since: model\n" in line
         line = refused(folder, monkeypatch, capsys, *given, "--resume_from_checkpoint", "true")
         assert "was trained with other files (model)" in line
         if before is None:
-            (folder / "moved" / name).unlink()
+            path.unlink()
         else:
-            (folder / "moved" / name).write_bytes(before)
+            path.write_bytes(before)
     write_records(folder / "fewer.jsonl", ROWS[:9])
     line = refused(folder, monkeypatch, capsys, *given, "--dataset_name", "fewer.jsonl")
     assert "has changed since: pairs, pairs_sha256" in line

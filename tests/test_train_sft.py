@@ -168,6 +168,7 @@ def test_a_training_writes_a_model_that_moved(folder):
     # no pickle
     assert {path.suffix for path in (folder / "out").iterdir() if path.is_file()} == {
         ".safetensors",
+        ".jinja",
         ".json",
         ".md",
     }
