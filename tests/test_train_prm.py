@@ -31,6 +31,7 @@ from tests.helpers.training import PROBLEMS, STEP_VALUES, as_if_killed, flags, r
 from trainer import prm_trainer
 from trainer.prm_trainer import (
     IGNORED,
+    RECIPE,
     DataCollatorForStepValues,
     LabelledSteps,
     PRMConfig,
@@ -223,6 +224,19 @@ def test_the_loss_is_the_one_computed_by_hand(folder):
     assert abs(expected["loss"] - math.log(2)) > 0.1 and last["loss"] < first["loss"]
 
 
+@pytest.mark.parametrize(
+    "last, is_warned",
+    [
+        ({"values/good": 0.34, "values/bad": 0.338}, True),
+        ({"values/good": 0.2, "values/bad": 0.6}, True),
+        ({"values/good": 0.7, "values/bad": 0.3}, False),
+        ({"values/good": 0.7}, False),  # no bad step in the last batches
+    ],
+)
+def test_a_prm_that_learned_nothing_is_named(last, is_warned):
+    assert bool(RECIPE.warning(last)) == is_warned
+
+
 def test_a_training_writes_a_prm_that_moved(folder):
     before, after = (load_file(folder / name / "model.safetensors") for name in ("model", "out"))
     assert before.keys() == after.keys() and all(
@@ -237,6 +251,9 @@ def test_a_training_writes_a_prm_that_moved(folder):
         f"0.417, 66.7% of them .5 or more; {prompts} labels of a step that had one were averaged"
     ) in printed
     assert "mean value of the other steps" in printed
+    *_, last = [row for row in history(folder, "out") if "loss" in row]
+    is_alike = last["values/good"] - last["values/bad"] < 0.05
+    assert ("warning: good and bad steps have the same value" in printed) == is_alike
     assert "its picture to logs/out/training.png" in printed.splitlines()[-1]
     card = (folder / "out/README.md").read_text()
     assert (

@@ -323,6 +323,17 @@ def _start(training: Training) -> dict[str, Any]:
     return training.start_model(*load_model(name, dtype, revision=revision), from_causal_lm)
 
 
+def _warning(last: dict[str, float]) -> str:
+    """For a model that has learned how many steps are good, but not which."""
+    difference = last.get("values/good", 1.0) - last.get("values/bad", 0.0)
+    if difference >= 0.05:
+        return ""
+    return (
+        f"good and bad steps have the same value (difference {difference:.3f}): the model cannot "
+        "tell them apart yet; train on more steps, for more epochs or with a higher --learning_rate"
+    )
+
+
 RECIPE = Recipe(
     command="prm",
     description="A process reward model (PRM) on step values.",
@@ -344,4 +355,5 @@ RECIPE = Recipe(
     },
     bar={"loss": "loss", "values/good": "good steps", "values/bad": "bad steps"},
     use=prm_use,
+    warning=_warning,
 )

@@ -99,6 +99,8 @@ class Recipe:
     model: str = "models/policy-mini"  # the default model to start from
     use: Callable[[Any, Any, bool], Use] = policy_use  # of the card
     read: Callable[["Recipe", DataSet], list] = read_dataset
+    # the last log entry -> what is wrong with the finished training, or nothing
+    warning: Callable[[dict[str, float]], str] = lambda last: ""
 
 
 def train(
@@ -482,6 +484,8 @@ class Training:
         say(f"{'seconds':40}{'':10}{seconds:10.0f}")
         if history and "num_tokens" in history[-1]:  # of this run alone; without padding
             say(f"{'tokens a second':40}{'':10}{history[-1]['num_tokens'] / seconds:10.0f}")
+        if warning := recipe.warning(history[-1]) if history else "":
+            say(f"warning: {warning}")
         kind = "adapter" if self.model_args.use_peft else "model"
         wrote = f"wrote the tuned {kind} to {self.folder}, the log to {self.log_file}"
         say(wrote + (f", its picture to {self.picture}" if drawn else ""))
