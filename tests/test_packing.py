@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -151,6 +152,21 @@ def test_blocks_have_rows_of_similar_length():
     assert packed["predictors"].tolist() == [20 + 6 + 2, 7, 20 + 3, 10 + 6]
 
 
+def test_a_head_that_all_texts_share_is_read_once_a_tree():
+    """20 texts of 25 tokens, which differ in their last 5, in trees of at most 100 tokens."""
+    texts = [[*range(20), *range(100 * k, 100 * k + 5)] for k in range(1, 21)]
+    scored = torch.zeros(20, 24, dtype=torch.bool)
+    scored[:, -1] = True
+    packed = pack_batch(texts, range(20), scored, pad_token_id=0, block_tokens=100)
+    read = torch.cat([block["input_ids"].flatten() for block in packed["blocks"]])
+    assert len(read) == 100 + 40  # 16 texts, and 4
+    assert [read[place] for place in packed["predictors"]] == [text[-2] for text in texts]
+    assert packed["labels"][packed["index"]].tolist() == [text[-1] for text in texts]
+    for less in ({"block_tokens": math.inf}, {}):
+        (block,) = pack_batch(texts, range(20), scored, pad_token_id=0, **less)["blocks"]
+        assert block["input_ids"].shape == (20, 25)
+
+
 def test_a_text_is_read_once_however_many_pairs_have_it(make):
     trainer = make("pairs")
     batch = trainer.data_collator(list(trainer.train_dataset))
@@ -233,7 +249,11 @@ def test_prompts_alone_and_a_chat_template_are_the_same(make, tiny_model_dir):
     tokenizer.chat_template = CHATML
     rows = [{**row, "prefix": []} for row in ROWS]
     chat = {"rows": rows, "tokenizer": tokenizer}
-    same_update(make("pairs", **chat), make("none", **chat))
+    packed = make("pairs", **chat)
+    batch = packed.data_collator(list(packed.train_dataset))["packed"]
+    trees = sum(len(block["input_ids"]) for block in batch["blocks"])
+    assert trees < len({row["prompt"] for row in rows})  # they share the head of the template
+    same_update(packed, make("none", **chat))
 
 
 @pytest.mark.process

@@ -24,8 +24,10 @@ from torch.utils.data import Sampler
 from transformers.utils import ModelOutput
 
 from lm.tree_attention import add_sequence, tree_inputs
+from reasoning.steps import shared_prefix
 
 PACKINGS = ("pairs", "siblings", "none")
+SHARED_HEAD = 16  # tokens, from which on a start that all texts share is worth a tree of its own
 
 
 def pack_batch(
@@ -41,14 +43,15 @@ def pack_batch(
 
     texts: N lists of ids; groups: N keys, texts with the same key become one tree; scored
     (N, L - 1) bools: whether the token behind a column has a log-prob. dtype: see `mask_dtype`.
-    Rows are padded to a multiple of `multiple` tokens. A block has about `block_tokens` tokens.
-    Returns
+    Rows are padded to a multiple of `multiple` tokens. A block has about `block_tokens` tokens. If
+    these are limited and all texts begin with the same `SHARED_HEAD` tokens or more, as those of a
+    chat template do, a tree has about that many tokens too, from several groups. Returns
 
     - `blocks`: for each block the inputs of `tree_inputs`, (R, T)
     - `labels` (U,): the different tokens with a log-prob; `predictors` (U,): the place of the token
       before each, counted over all rows of all blocks, padding included
     - `index` (S,): for each True of `scored`, row by row, its index into `labels`."""
-    trees = [_tree(members, texts) for members in _members(groups)]
+    trees = [_tree(members, texts) for members in _larger(_members(groups), texts, block_tokens)]
     trees.sort(key=lambda tree: -len(tree.ids))
     blocks: list[list[_Tree]] = []
     for tree in trees:
@@ -97,6 +100,23 @@ def _members(groups: Sequence[Any]) -> list[list[int]]:
     return list(members.values())
 
 
+def _larger(groups: list[list[int]], texts: Sequence[list[int]], most: float) -> list[list[int]]:
+    """The groups, put together to trees of at most `most` tokens if all texts share their head."""
+    head = shared_prefix(min(texts), max(texts))  # the first and the last in their order
+    if head < SHARED_HEAD or most == math.inf:
+        return groups
+    larger: list[list[int]] = []
+    size = math.inf
+    for group in groups:
+        own = len(_tree(group, texts).ids) - head
+        if size + own > most:
+            larger.append([])
+            size = head
+        larger[-1].extend(group)
+        size += own
+    return larger
+
+
 class _Tree(NamedTuple):
     """ids, parents: as for `tree_inputs`; paths: text -> the places of its tokens."""
 
@@ -112,9 +132,7 @@ def _tree(members: list[int], texts: Sequence[list[int]]) -> _Tree:
     before: list[int] = []
     # sorted: a text shares most with the one before it
     for k in sorted(members, key=lambda k: texts[k]):
-        pairs = enumerate(zip(before, texts[k], strict=False))
-        shortest = min(len(before), len(texts[k]))
-        shared = next((place for place, (one, other) in pairs if one != other), shortest)
+        shared = shared_prefix(before, texts[k])
         path = tree.paths[k] = add_sequence(tree.ids, tree.parents, path, texts[k], shared)
         before = texts[k]
     return tree
