@@ -1,9 +1,10 @@
 """The engine of all sampling: rows that each continue a prefix, decoded together in one KV cache.
 
-A prefix is read once. Its samples share one row while they draw the same tokens; where they differ,
-the row is split, so no shared token is computed twice. Rows that have ended leave the cache, and
-waiting rows enter. Where a step of a solution ends, the cache of the row is kept: a later call that
-continues from there need not read the text again.
+A prefix is read once; the start that all new prefixes share, such as that of a chat template, is
+read once for all of them. The samples of a prefix share one row while they draw the same tokens;
+where they differ, the row is split, so no shared token is computed twice. Rows that have ended
+leave the cache, and waiting rows enter. Where a step of a solution ends, the cache of the row is
+kept: a later call that continues from there need not read the text again.
 """
 
 import hashlib
@@ -18,11 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lm.prompting import FIELD, USUAL, Style
 from lm.text_encoding import format_prompt
 from lm.thinking import answer_start, open_thought
+from lm.tree_attention import SHARED_HEAD
+from reasoning.steps import shared_prefix
 
 MAX_ROWS = 256  # rows decoded at once: on two cores more rows do not raise the rate
 # ended rows leave and waiting ones enter when at most this share of the rows is still being written
@@ -405,18 +408,19 @@ class Decoder:
         drawn = torch.searchsorted(cumulative, thresholds, right=True)
         return drawn.clamp(max=cumulative.size(1) - 1).tolist()
 
-    def _read(self, cache: Cache, lengths: Tensor, ids: Tensor) -> Tensor:
+    def _read(self, cache: Cache, lengths: Tensor, ids: Tensor, head: int = 0) -> Tensor:
         """Read ids (R, M) into the cache. Returns the logits (R, V) of the next token.
 
-        lengths (R,): the tokens of a row after reading; they are its last columns. M is above 1
-        only for an empty cache, where rows are padded on the left."""
+        lengths (R,): the tokens of a row after reading; they are its last columns, but for the
+        first `head` tokens, which are its first columns. M is above 1 only for a cache that has
+        nothing else; ids are padded on the left."""
         columns = cache.get_seq_length() + ids.size(1)
-        # (R, columns), below 0 at padding
-        places = torch.arange(columns, device=ids.device) - (columns - lengths)[:, None]
+        numbers = torch.arange(columns, device=ids.device)
+        places = numbers - (columns - lengths)[:, None]  # (R, columns), below `head` at padding
         # the clamp: rows that have ended may grow beyond the context before they leave
         inputs = {
             "input_ids": ids,
-            "attention_mask": (places >= 0).long(),
+            "attention_mask": ((places >= head) | (numbers < head)).long(),
             "position_ids": places[:, -ids.size(1) :].clamp(0, self.context - 1),
         }
         output = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -441,9 +445,38 @@ class Decoder:
                         self._kept.move_to_end(ids)
             else:
                 cache, longest = _cache([]), int(lengths.max())
-                unread = [(0,) * (longest - len(ids)) + ids for ids, _ in group]
+                texts = [ids for ids, _ in group]
+                head = min(shared_prefix(min(texts), max(texts)), int(lengths.min()) - 1)
+                if len(group) > 1 and head >= SHARED_HEAD:
+                    yield self._with_head(head, texts, lengths, [row for _, row in group])
+                    continue
+                unread = [(0,) * (longest - len(ids)) + ids for ids in texts]
             logits = self._read(cache, lengths, torch.tensor(unread, device=self.model.device))
             yield _Batch(cache, lengths, logits, [row for _, row in group])
+
+    def _with_head(
+        self, head: int, texts: Sequence[tuple[int, ...]], lengths: Tensor, rows: list[DecodingRow]
+    ) -> _Batch:
+        """A batch of new rows, given with all their ids, of which they share the first `head`."""
+        device, longest = lengths.device, int(lengths.max())
+        shared = DynamicCache()  # of one class of layers, as in `_cache`
+        start = torch.tensor([texts[0][:head]], device=device)
+        self._read(shared, torch.tensor([head], device=device), start)
+        shared.batch_repeat_interleave(len(texts))
+        unread = [(0,) * (longest - len(ids)) + ids[head:] for ids in texts]
+        logits = self._read(shared, lengths, torch.tensor(unread, device=device), head)
+        # the head moves next to the other tokens of its row: (R, columns), where each comes from
+        numbers = torch.arange(longest, device=device)
+        places = numbers - (longest - lengths)[:, None]
+        source = torch.where(places < head, places.clamp(min=0), numbers)[:, None, :, None]
+        layers = [
+            (
+                keys.gather(2, source.expand(-1, keys.size(1), -1, keys.size(3))),
+                values.gather(2, source.expand(-1, values.size(1), -1, values.size(3))),
+            )
+            for keys, values in _layers(shared)
+        ]
+        return _Batch(_cache([layers]), lengths, logits, rows)
 
     def _keep(self, ids: tuple[int, ...], batch: _Batch, place: int) -> None:
         """Keep the cache of a row for later rows that continue from its ids.

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 # others, such as convolutions, mix a token with the one to its left whatever the mask says
 MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+SHARED_HEAD = 16  # tokens, from which on it pays to read the start that all texts share once
 
 
 @dataclass(eq=False)

@@ -255,6 +255,24 @@ def test_a_chat_is_the_prompt_in_the_models_template(tiny_model_dir):
     assert policy.texts(["Tell a story"], max_new_tokens=5, chat=True) != with_instruction
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_start_that_all_prompts_share_is_read_once(tiny_model_dir, temperature):
+    """The samples are those of every prompt alone, where nothing is shared."""
+    policy = Policy.load(tiny_model_dir)
+    policy.tokenizer.chat_template = CHATML
+    prompts = [*PROMPTS, "Why?", f"{PROMPTS[0]} Say it in words."]
+    texts = [encode_prompt(policy.tokenizer, prompt) for prompt in prompts]
+    head = shared_prefix(min(texts), max(texts))
+    assert head > 40
+    read: list[int] = []
+    embeddings = policy.model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
+    options = {"n": 3, "temperature": temperature, "max_new_tokens": 30, "seed": 5}
+    together = policy.generate(prompts, **options)
+    assert read[:2] == [head, len(texts) * (max(map(len, texts)) - head)]
+    assert together == [policy.generate([prompt], **options)[0] for prompt in prompts]
+
+
 def test_a_model_that_thinks_first_is_refused(tiny_model_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     tokenizer.chat_template = CHATML

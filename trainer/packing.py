@@ -23,11 +23,10 @@ from torch.nn import functional
 from torch.utils.data import Sampler
 from transformers.utils import ModelOutput
 
-from lm.tree_attention import add_sequence, tree_inputs
+from lm.tree_attention import SHARED_HEAD, add_sequence, tree_inputs
 from reasoning.steps import shared_prefix
 
 PACKINGS = ("pairs", "siblings", "none")
-SHARED_HEAD = 16  # tokens, from which on a start that all texts share is worth a tree of its own
 
 
 def pack_batch(
