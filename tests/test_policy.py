@@ -16,7 +16,7 @@ from common.files import ROOT
 from lm.policy import Policy
 from lm.text_encoding import encode_prompt, encode_steps, format_prompt
 from reasoning.problems import problems
-from reasoning.steps import split_steps
+from reasoning.steps import shared_prefix, split_steps
 from tests.helpers.chat_models import CHATML, HEAD, THINKING, chat_model
 
 PROMPTS = [
