@@ -12,13 +12,14 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import RecordError
 from common.files import ROOT, write_records
 from reasoning.problems import problems
 from reasoning.records import Problem
 from reasoning.splits import is_kept_out
+from tests.helpers.chat_models import CHATML
 from tests.helpers.scripts import run_script
 from tests.helpers.training import as_if_killed, flags, refused, train_here
 from trainer.sft_trainer import Solution, StepSFTConfig, StepSFTTrainer, encode_solution
@@ -137,6 +138,39 @@ def test_the_loss_is_the_one_computed_by_hand(folder, tokenizer):
         nll_by_hand(folder / "model", tokenizer, training), rel=1e-4
     )
     assert history[2]["loss"] < history[0]["loss"]  # the learning rate of the first step is 0
+
+
+@pytest.mark.parametrize("template", [None, CHATML], ids=["plain", "chat"])
+def test_a_packed_batch_is_the_same(folder, tiny_model_dir, tmp_path, template):
+    """Loss, gradients and metrics are those of the rows as TRL reads them, to 1e-5."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    # two solutions of each problem
+    rows = [asdict(Solution(p.prompt, s)) for p in PROBLEMS[:4] for s in (p.steps, p.steps[-1:])]
+    config = StepSFTConfig(
+        str(tmp_path), use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False
+    )
+    found = []
+    for packs in (True, False):
+        data = Dataset.from_list(rows)
+        trainer = StepSFTTrainer(
+            tiny_model_dir, config, train_dataset=data, processing_class=tokenizer
+        )
+        trainer.current_gradient_accumulation_steps = 1
+        batch = trainer.data_collator([trainer.train_dataset[k] for k in range(len(rows))])
+        read = sum(block["input_ids"].numel() for block in batch["packed"]["blocks"])
+        assert read < (0.65 if template else 0.85) * batch["attention_mask"].sum()
+        if not packs:
+            del batch["packed"]
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=50)
+        loss.backward()
+        metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+        gradients = {name: weight.grad for name, weight in trainer.model.named_parameters()}
+        found.append((loss.detach(), gradients, metrics))
+    (loss, gradients, metrics), (plain_loss, plain_gradients, plain_metrics) = found
+    torch.testing.assert_close(loss, plain_loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients, plain_gradients, atol=1e-5, rtol=1e-4)
+    assert metrics == pytest.approx(plain_metrics, abs=1e-5)
 
 
 # --- what it writes ---

@@ -23,10 +23,29 @@ from torch.nn import functional
 from torch.utils.data import Sampler
 from transformers.utils import ModelOutput
 
-from lm.tree_attention import SHARED_HEAD, add_sequence, tree_inputs
+from lm.tree_attention import SHARED_HEAD, add_sequence, supports_tree_attention, tree_inputs
 from reasoning.steps import shared_prefix
 
 PACKINGS = ("pairs", "siblings", "none")
+CPU_BLOCK = 512  # tokens; smaller blocks have less padding, but slower matrix products
+
+
+def why_unpacked(model: Any, max_length: int | None, has_aux_loss: bool) -> str:
+    """Why a model cannot read packed batches; an empty text if it can."""
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning:
+        return "the adapter puts virtual tokens in front"
+    if has_aux_loss:
+        return "the model's auxiliary loss counts the tokens of every text"
+    if not supports_tree_attention(model, max_length):
+        return "the model's attention does not take the mask of a tree"
+    return ""
+
+
+def texts_of(batch: dict[str, Tensor]) -> list[list[int]]:
+    """The ids of every row of a batch, without the padding on the right."""
+    rows = zip(batch["input_ids"].tolist(), batch["attention_mask"].sum(1).tolist(), strict=True)
+    return [ids[:length] for ids, length in rows]
 
 
 def pack_batch(

@@ -12,6 +12,7 @@ rows become ids in lm/text_encoding.py, as for sampling and all other trainings.
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
@@ -21,10 +22,11 @@ from trl.trainer.utils import global_then_local_main_first
 from common.errors import RecordError
 from lm.registry import TemplateArgs
 from lm.text_encoding import encode_steps, text_encoder
+from lm.tree_attention import mask_dtype
 from reasoning.records import PreferencePair, Problem
 from reasoning.steps import ends_solution
 from trainer.defaults import MiniatureDefaults
-from trainer.packing import extend_fused_head
+from trainer.packing import CPU_BLOCK, extend_fused_head, pack_batch, texts_of, why_unpacked
 from trainer.session import Recipe, Training
 
 logger = get_logger(__name__)
@@ -77,18 +79,56 @@ def encode_solution(row: dict, tokenizer: Any) -> dict[str, list[int]]:
     return {"input_ids": ids, "labels": [id_ if step >= 0 else IGNORED for id_, step in steps]}
 
 
+@dataclass
+class PackingCollator:
+    """TRL's batch, and the same texts as trees under `packed` (trainer/packing.py).
+
+    The solutions of one prompt are one tree. collator: TRL's own, which pads on the right."""
+
+    collator: Any
+    pad_token_id: int
+    mask_dtype: torch.dtype
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        texts, scored = texts_of(batch), batch["labels"] != IGNORED
+        starts = scored.int().argmax(1).tolist()
+        groups = [tuple(ids[:start]) for ids, start in zip(texts, starts, strict=True)]
+        settings: dict[str, Any] = {"dtype": self.mask_dtype, "block_tokens": CPU_BLOCK}
+        packed = pack_batch(texts, groups, scored[:, 1:], self.pad_token_id, **settings)
+        return {**batch, "packed": packed}
+
+
 class StepSFTTrainer(SFTTrainer):
     """SFTTrainer on rows of Solution; its arguments are the same, with a StepSFTConfig.
+
+    On a CPU a batch is packed as in stepwise DPO, if the model can read trees.
 
     A dataset that has `input_ids` and `labels` is used as it is. Raises ModelError for a tokenizer
     without character offsets, and ValueError if no solution fits into max_length."""
 
     _tag_names: list[str] = ["trl", "sft", "reasoning"]  # noqa: RUF012 (as in TRL)
+    data_collator: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model)
         extend_fused_head(model.get_base_model() if is_peft_model(model) else model)
+        if self._packs(model):
+            pad_token_id = self.processing_class.pad_token_id
+            self.data_collator = PackingCollator(
+                self.data_collator, pad_token_id, mask_dtype(model)
+            )
+
+    def _packs(self, model: Any) -> bool:
+        """Whether batches are packed: of rows in memory, on a CPU, for a model that reads trees."""
+        config = self.args
+        is_stream = isinstance(self.train_dataset, IterableDataset)
+        if config.packing or config.padding_free or is_stream or self.is_fsdp_enabled:
+            return False
+        if config.device.type != "cpu":
+            return False
+        return not why_unpacked(model, config.max_length, self.aux_loss_enabled)
 
     def _prepare_dataset(
         self,

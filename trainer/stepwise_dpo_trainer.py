@@ -32,7 +32,7 @@ from common.cli import arg
 from lm.loading import load_tokenizer
 from lm.registry import TemplateArgs
 from lm.text_encoding import encode_steps, text_encoder
-from lm.tree_attention import mask_dtype, supports_tree_attention
+from lm.tree_attention import mask_dtype
 from reasoning.records import ScoredPair
 from reasoning.steps import shared_prefix
 from trainer.defaults import MiniatureDefaults, check_numbers
@@ -47,7 +47,15 @@ from trainer.losses import (
     stepwise_loss,
     sum_per_step,
 )
-from trainer.packing import PACKINGS, SiblingSampler, extend_fused_head, pack_batch
+from trainer.packing import (
+    CPU_BLOCK,
+    PACKINGS,
+    SiblingSampler,
+    extend_fused_head,
+    pack_batch,
+    texts_of,
+    why_unpacked,
+)
 from trainer.session import Recipe, Training
 
 logger = get_logger(__name__)
@@ -66,7 +74,6 @@ STEP_LOSSES: dict[str, Callable[..., StepLoss]] = {
 DEFAULT_LOSSES = {"stepwise": 1.0, "step_sft": 4.0}
 MIXABLE = (*STEP_LOSSES, "sigmoid", "sft")  # losses that can be combined with a step loss
 SIDES = ("chosen", "rejected")
-CPU_BLOCK = 512  # tokens; smaller blocks have less padding, but slower matrix products
 LOGGED_POSITIONS = 8  # the log-probs of steps 1 to 8 are logged one by one
 # keys of a batch that TRL does not know; they are removed before the model is called
 STEP_KEYS = ("step_ids", "step_mask", "step_scores", "fork_candidates", "truncated_steps")
@@ -268,10 +275,7 @@ class DataCollatorForSteps(DataCollatorForPreference):
         return torch.tensor([row + [padding] * (width - len(row)) for row in rows])
 
     def _packed(self, batch: dict, examples: list[dict], step_ids: Tensor) -> dict[str, Tensor]:
-        rows = zip(
-            batch["input_ids"].tolist(), batch["attention_mask"].sum(1).tolist(), strict=True
-        )
-        texts = [ids[:length] for ids, length in rows]
+        texts = texts_of(batch)
         groups = [tuple(example["prompt_ids"]) for example in examples] * 2
         scored = step_ids[:, 1:] >= 0
         more = (self.pad_token_id, self.mask_dtype, self.pad_to_multiple_of or 1)
@@ -343,7 +347,7 @@ class StepwiseDPOTrainer(DPOTrainer):
         models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
         models = [self.accelerator.unwrap_model(model) for model in models]
         if not collator.packs:
-            if reason := self._why_unpacked(models[0]):
+            if reason := why_unpacked(models[0], self.args.max_length, self.aux_loss_enabled):
                 logger.warning(
                     f"every text is read in a row of its own, as with --pack none, because {reason}"
                 )
@@ -355,17 +359,6 @@ class StepwiseDPOTrainer(DPOTrainer):
                 collator.block_tokens = CPU_BLOCK
         for model in models:
             extend_fused_head(model.get_base_model() if is_peft_model(model) else model)
-
-    def _why_unpacked(self, model: Any) -> str:
-        """Why the model cannot read packed batches; an empty text if it can."""
-        adapter = getattr(model, "active_peft_config", None)
-        if adapter is not None and adapter.is_prompt_learning:
-            return "the adapter puts virtual tokens in front"
-        if self.aux_loss_enabled:
-            return "the model's auxiliary loss counts the tokens of every text"
-        if not supports_tree_attention(model, self.args.max_length):
-            return "the model's attention does not take the mask of a tree"
-        return ""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows = self.train_dataset if train_dataset is None else train_dataset
