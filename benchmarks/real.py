@@ -37,7 +37,6 @@ from evaluation.results import print_table, write_result
 from reasoning.records import Problem
 from search.tree_search import Tree
 
-RATES = (1e-5, 2e-5, 5e-5)
 DEFAULT = "stepwise"
 # method -> (rows, command of train.py, settings)
 METHODS: dict[str, tuple[str, str, dict]] = {
@@ -52,6 +51,8 @@ METHODS: dict[str, tuple[str, str, dict]] = {
 class RealArguments:
     loop: str = arg(at_root("data/real"), "folder of utils/run_loop.py, with round 1 finished")
     methods: list[str] = arg([*METHODS], "methods", choices=[*METHODS])
+    rates: list[float] = arg([1e-5, 2e-5, 5e-5], "learning rates of the tuning")
+    until: str = arg("test", "the last stage to compute", choices=["tuning", "test"])
     seeds: int = arg(3, "training seeds of every method")
     workers: int = arg(1, "trainings at once; each holds several copies of the model")
     output_dir: str = arg(at_root("evaluation/results"), "folder of real.json")
@@ -126,13 +127,17 @@ def main() -> None:
         return row_of_each(runs, output / "real.jsonl", args.workers)
 
     metrics: dict[str, Metric] = {}
-    cells = list(itertools.product(args.methods, RATES))
+    cells = list(itertools.product(args.methods, args.rates))
     found = rows([one(*cell, seed=0, measure=validation) for cell in cells])
     rates: dict[str, dict[float, Metric]] = {method: {} for method in args.methods}
     for (method, rate), row in zip(cells, found, strict=True):
         (digits,) = row["correct"].values()
         rates[method][rate] = rate_metric([float(digit) for digit in digits])
         metrics[f"validation/{model}/{method}/lr {rate:g}/accuracy"] = rates[method][rate]
+    table = [(method, f"{rate:g}", own[rate]) for method, own in rates.items() for rate in own]
+    print_table("validation problems, seed 0", ["method", "learning rate", "accuracy"], table)
+    if args.until == "tuning":
+        return
     chosen = {m: max(own, key=lambda rate: own[rate].value) for m, own in rates.items()}
     seeds = range(args.seeds)
     tested = [one(method, chosen[method], seed, tests) for method in args.methods for seed in seeds]

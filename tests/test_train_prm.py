@@ -1,6 +1,7 @@
 """python train.py prm: packing, the loss by hand, outputs, adapters, resuming, mistakes."""
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from common.cli import here
 from common.errors import RecordError, UserError
@@ -170,6 +171,31 @@ def test_a_row_of_branches_written_out():
         [1, 1, *[0] * 6],
         *torch.eye(8).int()[2:].tolist(),
     ]
+
+
+def test_rows_with_a_common_head_become_one_tree(tiny_model_dir):
+    """Every labelled token has the same hidden state and the same label as in a row of its own."""
+    head, no = [*range(5, 25)], IGNORED
+    rows = []
+    for k in range(1, 6):  # a branch of 3 tokens, one of 2 behind its first token, one at the head
+        row: dict[str, list] = {"input_ids": [], "labels": [], "parents": []}
+        first = [*head, 40 * k, 40 * k + 1, 40 * k + 2]
+        path = add_labelled(row, [], first, [no] * 22 + [0.1 * k])
+        add_labelled(row, path, [*first[:21], 9, 8], [no] * 22 + [0.2])
+        add_labelled(row, path, [*head[:18], 7], [no] * 18 + [0.3])
+        rows.append(row)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).base_model.eval()
+    found = []
+    for most in (0, 50):
+        batch = DataCollatorForStepValues(0, most=most)(copy.deepcopy(rows))
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            states = model(**batch).last_hidden_state
+        found.append((labels.shape, states[labels != no], labels[labels != no]))
+    (apart, *alone), (together, *merged) = found
+    # 20 + 3 + 2 + 1 tokens a row, or 20 + 5 * 6 in one
+    assert apart == (5, 26) and together == (1, 50)
+    torch.testing.assert_close(merged, alone, atol=1e-5, rtol=1e-5)
 
 
 # --- the script

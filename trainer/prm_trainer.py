@@ -27,12 +27,20 @@ from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 from common.cli import arg
 from lm.loading import load_model
-from lm.tree_attention import add_sequence, mask_dtype, supports_tree_attention, tree_inputs
+from lm.tree_attention import (
+    SHARED_HEAD,
+    add_sequence,
+    mask_dtype,
+    supports_tree_attention,
+    tree_inputs,
+)
 from reasoning.records import LabelledSolution, StepValue
+from reasoning.steps import shared_prefix
 from reward_model.prm_formats import StepTokens
 from reward_model.process_reward_model import from_causal_lm, head_names, load_prm
 from trainer.defaults import MiniatureDefaults
 from trainer.model_card import prm_use
+from trainer.packing import CPU_BLOCK
 from trainer.session import Recipe, Training
 
 logger = get_logger(__name__)
@@ -133,18 +141,41 @@ def add_labelled(
 
 @dataclass
 class DataCollatorForStepValues:
-    """The inputs of `tree_inputs`, and `labels` (B, L): IGNORED except where a value is trained."""
+    """The inputs of `tree_inputs`, and `labels` (B, L): IGNORED except where a value is trained.
+
+    most: if all rows begin with the same `SHARED_HEAD` tokens or more, as those of a chat template
+    do, several become one tree of at most so many tokens; 0: none do."""
 
     pad_token_id: int
     mask_dtype: torch.dtype = torch.bool
+    most: int = 0
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        examples = self._together(examples)
         ids, parents = ([row[name] for row in examples] for name in ("input_ids", "parents"))
         inputs = tree_inputs(ids, parents, self.pad_token_id, dtype=self.mask_dtype)
         labels = torch.full(inputs["input_ids"].shape, IGNORED)
         for b, row in enumerate(examples):
             labels[b, : len(row["labels"])] = torch.tensor(row["labels"])
         return {**inputs, "labels": labels}
+
+    def _together(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        texts = [row["input_ids"] for row in rows]
+        head = shared_prefix(min(texts), max(texts))
+        in_head = {label for row in rows for label in row["labels"][:head]}
+        if not self.most or head < SHARED_HEAD or in_head != {IGNORED}:
+            return rows
+        larger: list[dict[str, Any]] = []
+        for row in rows:
+            own = {name: values[head:] for name, values in row.items()}
+            if not larger or len(larger[-1]["input_ids"]) + len(own["labels"]) > self.most:
+                larger.append({name: [*values] for name, values in row.items()})
+                continue
+            moved = len(larger[-1]["input_ids"]) - head
+            own["parents"] = [place + moved * (place >= head) for place in own["parents"]]
+            for name, values in larger[-1].items():
+                values.extend(own[name])
+        return larger
 
 
 class PRMTrainer(Trainer):
@@ -184,7 +215,8 @@ class PRMTrainer(Trainer):
             model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
         if data_collator is None:
             pad_token_id = processing_class.pad_token_id or 0
-            data_collator = DataCollatorForStepValues(pad_token_id, mask_dtype(model))
+            most = CPU_BLOCK if args.device.type == "cpu" and self.shares_prefixes else 0
+            data_collator = DataCollatorForStepValues(pad_token_id, mask_dtype(model), most)
         super().__init__(
             model,
             args,
