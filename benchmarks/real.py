@@ -31,7 +31,7 @@ import yaml
 from benchmarks.compare import shares
 from benchmarks.runs import base_run, row_of_each
 from common.cli import arg, check_input, check_least, parse_args, run
-from common.files import ROOT, at_root, read_records, read_rows, write_records
+from common.files import ROOT, at_root, file_stem, read_records, read_rows, write_records
 from evaluation.metrics import Metric, crossed_mean_metric, rate_metric
 from evaluation.results import print_table, write_result
 from reasoning.records import Problem
@@ -77,7 +77,7 @@ def write_right_rollouts(loop: Path) -> None:
 def names_of(loop: Path) -> tuple[str, dict[Path, str]]:
     """The name of the first model of the loop, and the name of each file of test problems."""
     settings = json.loads((loop / "stages.json").read_bytes())["settings"]
-    own = Path(settings["problems"]).stem.lower()
+    own = file_stem(settings["problems"]).lower()
     files = sorted(loop.glob("test*.jsonl"))
     return Path(settings["model_name_or_path"]).name, {
         file: own if file.stem == "test" else file.stem.removeprefix("test_") for file in files

@@ -112,7 +112,7 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
 
 # --- one run at a time ---
 
-# output -> the handle that locks it, and the folders that were made for it
+# output -> (the open lock file, the folders that were made for it)
 _held: dict[Path, tuple[IO[str], list[Path]]] = {}
 NO_LOCKS = {
     errno.ENOLCK,

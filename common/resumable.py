@@ -32,7 +32,7 @@ class _Lines:
         with naming_file(self.path), self._alone():
             end = place = self._file.seek(0, os.SEEK_END)
             if end and os.pread(self._file.fileno(), 1, end - 1) != b"\n":
-                data = memoryview(b"\n" + data)  # behind what another process left when killed
+                data = memoryview(b"\n" + data)  # a killed process left half a line
                 place += 1
             try:
                 while data:

@@ -24,8 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from lm.prompting import FIELD, USUAL, Style
 from lm.text_encoding import format_prompt
 from lm.thinking import answer_start, open_thought
-from lm.tree_attention import SHARED_HEAD
-from reasoning.steps import shared_prefix
+from lm.tree_attention import shared_head
 
 MAX_ROWS = 256  # rows decoded at once: on two cores more rows do not raise the rate
 # ended rows leave and waiting ones enter when at most this share of the rows is still being written
@@ -446,8 +445,8 @@ class Decoder:
             else:
                 cache, longest = _cache([]), int(lengths.max())
                 texts = [ids for ids, _ in group]
-                head = min(shared_prefix(min(texts), max(texts)), int(lengths.min()) - 1)
-                if len(group) > 1 and head >= SHARED_HEAD:
+                head = min(shared_head(texts), int(lengths.min()) - 1)
+                if head and len(group) > 1:
                     yield self._with_head(head, texts, lengths, [row for _, row in group])
                     continue
                 unread = [(0,) * (longest - len(ids)) + ids for ids in texts]

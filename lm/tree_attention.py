@@ -15,9 +15,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache
 
+from reasoning.steps import shared_prefix
+
 # others, such as convolutions, mix a token with the one to its left whatever the mask says
 MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-SHARED_HEAD = 16  # tokens, from which on it pays to read the start that all texts share once
+SHARED_HEAD = 16  # the fewest common tokens at the start of all texts that are read only once
+
+
+def shared_head(texts: Sequence[Any]) -> int:
+    """The number of ids with which all texts begin; 0 if they are fewer than SHARED_HEAD.
+
+    texts: lists of ids, or tuples of ids."""
+    head = shared_prefix(min(texts), max(texts))  # the first and the last in their order
+    return head if head >= SHARED_HEAD else 0
 
 
 @dataclass(eq=False)

@@ -18,12 +18,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Sampler
 from transformers.utils import ModelOutput
 
-from lm.tree_attention import SHARED_HEAD, add_sequence, supports_tree_attention, tree_inputs
+from lm.tree_attention import add_sequence, shared_head, supports_tree_attention, tree_inputs
 from reasoning.steps import shared_prefix
 
 PACKINGS = ("pairs", "siblings", "none")
@@ -62,8 +63,8 @@ def pack_batch(
     texts: N lists of ids; groups: N keys, texts with the same key become one tree; scored
     (N, L - 1) bools: whether the token behind a column has a log-prob. dtype: see `mask_dtype`.
     Rows are padded to a multiple of `multiple` tokens. A block has about `block_tokens` tokens. If
-    these are limited and all texts begin with the same `SHARED_HEAD` tokens or more, as those of a
-    chat template do, a tree has about that many tokens too, from several groups. Returns
+    these are limited and all texts have a common start (`shared_head`), such as that of a chat
+    template, several groups become one tree of at most that many tokens. Returns
 
     - `blocks`: for each block the inputs of `tree_inputs`, (R, T)
     - `labels` (U,): the different tokens with a log-prob; `predictors` (U,): the place of the token
@@ -120,8 +121,8 @@ def _members(groups: Sequence[Any]) -> list[list[int]]:
 
 def _larger(groups: list[list[int]], texts: Sequence[list[int]], most: float) -> list[list[int]]:
     """The groups, put together to trees of at most `most` tokens if all texts share their head."""
-    head = shared_prefix(min(texts), max(texts))  # the first and the last in their order
-    if head < SHARED_HEAD or most == math.inf:
+    head = shared_head(texts)
+    if not head or most == math.inf:
         return groups
     larger: list[list[int]] = []
     size = math.inf
@@ -162,7 +163,9 @@ def extend_fused_head(model: Any) -> None:
 
     `model(..., labels=labels, packed=pack_batch(...), fused_lm_head=True)` returns what TRL's head
     returns without `packed`: the same numbers for each token, (B, L - 1). Without the fused head,
-    `packed` is left out. A second call changes nothing."""
+    `packed` is left out. Of a model with an adapter, its base is prepared. A second call changes
+    nothing."""
+    model = model.get_base_model() if is_peft_model(model) else model
     if hasattr(model.forward, "reads_packed"):
         return
     forward = model.forward

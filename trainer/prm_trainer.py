@@ -28,14 +28,13 @@ from transformers import PreTrainedConfig, Trainer, TrainingArguments
 from common.cli import arg
 from lm.loading import load_model
 from lm.tree_attention import (
-    SHARED_HEAD,
     add_sequence,
     mask_dtype,
+    shared_head,
     supports_tree_attention,
     tree_inputs,
 )
 from reasoning.records import LabelledSolution, StepValue
-from reasoning.steps import shared_prefix
 from reward_model.prm_formats import StepTokens
 from reward_model.process_reward_model import from_causal_lm, head_names, load_prm
 from trainer.defaults import MiniatureDefaults
@@ -143,8 +142,8 @@ def add_labelled(
 class DataCollatorForStepValues:
     """The inputs of `tree_inputs`, and `labels` (B, L): IGNORED except where a value is trained.
 
-    most: if all rows begin with the same `SHARED_HEAD` tokens or more, as those of a chat template
-    do, several become one tree of at most so many tokens; 0: none do."""
+    most: rows with a common start (`shared_head`), such as that of a chat template, are put
+    together to trees of at most so many tokens, which read it once; 0: every row stays as it is."""
 
     pad_token_id: int
     mask_dtype: torch.dtype = torch.bool
@@ -160,10 +159,9 @@ class DataCollatorForStepValues:
         return {**inputs, "labels": labels}
 
     def _together(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        texts = [row["input_ids"] for row in rows]
-        head = shared_prefix(min(texts), max(texts))
-        in_head = {label for row in rows for label in row["labels"][:head]}
-        if not self.most or head < SHARED_HEAD or in_head != {IGNORED}:
+        """The rows, or fewer and larger ones."""
+        head = shared_head([row["input_ids"] for row in rows]) if self.most else 0
+        if not head or any(label != IGNORED for row in rows for label in row["labels"][:head]):
             return rows
         larger: list[dict[str, Any]] = []
         for row in rows:
@@ -215,7 +213,9 @@ class PRMTrainer(Trainer):
             model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
         if data_collator is None:
             pad_token_id = processing_class.pad_token_id or 0
-            most = CPU_BLOCK if args.device.type == "cpu" and self.shares_prefixes else 0
+            # several processes need as many rows of a batch each, at least in an evaluation
+            puts_together = self.shares_prefixes and args.world_size == 1
+            most = CPU_BLOCK if puts_together and args.device.type == "cpu" else 0
             data_collator = DataCollatorForStepValues(pad_token_id, mask_dtype(model), most)
         super().__init__(
             model,

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import global_then_local_main_first
@@ -113,7 +112,7 @@ class StepSFTTrainer(SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         model = self.accelerator.unwrap_model(self.model)
-        extend_fused_head(model.get_base_model() if is_peft_model(model) else model)
+        extend_fused_head(model)
         if self._packs(model):
             pad_token_id = self.processing_class.pad_token_id
             self.data_collator = PackingCollator(
@@ -124,9 +123,8 @@ class StepSFTTrainer(SFTTrainer):
         """Whether batches are packed: of rows in memory, on a CPU, for a model that reads trees."""
         config = self.args
         is_stream = isinstance(self.train_dataset, IterableDataset)
-        if config.packing or config.padding_free or is_stream or self.is_fsdp_enabled:
-            return False
-        if config.device.type != "cpu":
+        is_other = config.packing or config.padding_free or is_stream or self.is_fsdp_enabled
+        if is_other or config.device.type != "cpu":
             return False
         return not why_unpacked(model, config.max_length, self.aux_loss_enabled)
 

@@ -358,7 +358,7 @@ class StepwiseDPOTrainer(DPOTrainer):
             if self.args.device.type == "cpu" and not self.is_fsdp_enabled:
                 collator.block_tokens = CPU_BLOCK
         for model in models:
-            extend_fused_head(model.get_base_model() if is_peft_model(model) else model)
+            extend_fused_head(model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows = self.train_dataset if train_dataset is None else train_dataset
