@@ -224,6 +224,10 @@ class ProcessRewardModel(StepJudge):
         # tokens; None: without limit
         self.context_length = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.shares_prefixes = supports_tree_attention(self.model, PACKED)
+        # A token costs about 24 h^2 operations a layer, h the hidden size, and attention over a
+        # whole row 4 h PACKED more: the part of a text that has to be shared to make up for it.
+        hidden_size = config.get_text_config().hidden_size
+        self.least_shared = min(0.5, PACKED / (6 * hidden_size))
         # for each batch: its kept prefixes by their ids, and the bytes of its cache
         self._kept: deque[tuple[dict[tuple[int, ...], CachedPrefix], int]] = deque()
 
@@ -284,8 +288,8 @@ class ProcessRewardModel(StepJudge):
     def _rows(self, texts: list[_SolutionText]) -> list[_PackedRow]:
         """Put texts with a common prefix into one row of at most PACKED tokens.
 
-        Texts share a row if they continue the same past, or if they share more than half of their
-        tokens. With a shorter prefix, attention over the whole row costs as much as it saves."""
+        Texts share a row if they continue the same past, or if they share more than `least_shared`
+        of their tokens. With a shorter prefix, attention over the row costs more than it saves."""
         rows: list[_PackedRow] = []
         path: list[int] = []
         before: list[int] = []
@@ -296,7 +300,7 @@ class ProcessRewardModel(StepJudge):
             if rows and rows[-1].past is text.past and self.shares_prefixes:
                 shared = shared_prefix(before, ids)
                 fits = len(rows[-1]) + len(ids) - shared <= most
-            if not fits or not (text.past or shared > len(ids) / 2):
+            if not fits or not (text.past or shared > self.least_shared * len(ids)):
                 rows.append(_PackedRow(text.past))
                 shared = 0
             row = rows[-1]

@@ -17,7 +17,7 @@ SIZES = {"warm_start": 4, "test": 3, "validation": 2}
 def write_problems(path, count: int, steps: int) -> str:
     """`count` problems, of which the first `steps` have steps."""
     problems = [
-        Problem(f"What is {k} + 1?", str(k + 1), [f"Answer: {k + 1}"] if k < steps else [])
+        Problem(f"What is {'x' * k} + 1?", "1", ["Answer: 1"] if k < steps else [])
         for k in range(count)
     ]
     write_records(path, problems)
@@ -44,6 +44,23 @@ def test_the_parts_of_the_cut_share_no_problem(tmp_path):
     assert all(problem.steps for problem in parts["warm_start"])
     run_loop.cut(args, tmp_path)
     assert parts_of(tmp_path) == parts
+
+
+def test_problems_that_differ_only_in_numbers_are_in_the_same_part(tmp_path):
+    """Also, none of them is trained on if one of them is in another test set."""
+    words = [f"{'x' * k} has 7 apples and 1,200.5 pears." for k in range(12)]
+    texts = [text.replace("7", str(n)) for text in words for n in (3, 45, 6.5)]
+    paths = tmp_path / "problems.jsonl", tmp_path / "others.jsonl"
+    write_records(paths[0], [Problem(text, "1", ["Answer: 1"]) for text in texts])
+    write_records(paths[1], [Problem(words[0].replace("7", "99"), "1")])
+    args = run_loop.LoopArguments(str(paths[0]), [str(paths[1])], warm_start=4, test=7)
+    args.validation = 3
+    run_loop.cut(args, tmp_path)
+    parts = parts_of(tmp_path)
+    wordings = [{run_loop.wording(row.prompt) for row in part} for part in parts.values()]
+    assert len(set.union(*wordings)) == sum(map(len, wordings)) == 11
+    assert [len(parts[name]) for name in ("warm_start", "test", "validation")] == [4, 7, 3]
+    assert len(parts["train"]) % 3 == 0
 
 
 @pytest.mark.parametrize("count, steps", [(9, 9), (20, 3)])

@@ -17,6 +17,7 @@ not run again."""
 
 import json
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from evaluation.results import print_table
 from reasoning.datasets.files import FieldArgs
 from reasoning.datasets.selection import select_problems
 from reasoning.records import Problem
+from reasoning.steps import one_line
 
 SHOWN = ("base_accuracy", "tuned_accuracy", "accuracy_improvement", "reward_improvement")
 
@@ -121,34 +123,58 @@ def test_files(args: LoopArguments, folder: Path) -> dict[str, Path]:
     return {name: folder / f"test_{file_stem(name)}.jsonl" for name in args.test_problems}
 
 
+def wording(prompt: str) -> str:
+    """Equal for prompts that differ only in numbers, case and white space."""
+    return re.sub(r"\d+([.,]\d+)*", "#", one_line(prompt).casefold())
+
+
+def take(groups: dict[str, list[Problem]], count: int, with_steps: bool) -> list[Problem]:
+    """Remove whole groups, until they have `count` problems; return that many of them.
+
+    What is left of the last group goes into no part. with_steps: only groups of problems with
+    steps."""
+    taken: list[Problem] = []
+    for key, group in list(groups.items()):
+        if len(taken) >= count:
+            break
+        if not with_steps or all(problem.steps for problem in group):
+            taken += groups.pop(key)
+    return taken[:count]
+
+
 def cut(args: LoopArguments, folder: Path) -> None:
     """Write `warm_start`, `train`, `validation`, `test` and `test_NAME` .jsonl once.
 
-    No problem of the test sets is in another part. Raises UserError if too few are left."""
+    Problems that differ only in their numbers are in the same part, so no test problem has a copy
+    in another part. Raises UserError if too few are left."""
     if (folder / "train.jsonl").exists():
         return
     read = partial(select_problems, limit=None, default=0, fields=FieldArgs())
     tests = {path: read(name) for name, path in test_files(args, folder).items()}
-    others = {problem.prompt for rows in tests.values() for problem in rows}
-    problems = [problem for problem in read(args.problems) if problem.prompt not in others]
+    others = {wording(problem.prompt) for rows in tests.values() for problem in rows}
+    problems = [row for row in read(args.problems) if isinstance(row, Problem)]
     random.Random(args.seed).shuffle(problems)
-    with_steps = [problem for problem in problems if isinstance(problem, Problem) and problem.steps]
-    warm_start = {problem.prompt: problem for problem in with_steps[: args.warm_start]}
-    rest = [problem for problem in problems if problem.prompt not in warm_start]
-    left = len(rest) - args.test - args.validation
-    if len(warm_start) < args.warm_start or left < 1:
+    groups: dict[str, list[Problem]] = {}
+    for problem in problems:
+        if (key := wording(problem.prompt)) not in others:
+            groups.setdefault(key, []).append(problem)
+    sizes = {"warm_start": args.warm_start, "test": args.test, "validation": args.validation}
+    parts = {name: take(groups, size, name == "warm_start") for name, size in sizes.items()}
+    parts["train"] = [problem for group in groups.values() for problem in group]
+    short = [name for name, size in {**sizes, "train": 1}.items() if len(parts[name]) < size]
+    if short:
         raise UserError(
-            f"{args.problems}: {len(problems)} problems, {len(with_steps)} of them with steps, are "
-            f"too few for {args.warm_start} of the warm start, which need steps, {args.test} of "
-            f"the test, {args.validation} of the validation and some to search; lower these numbers"
+            f"{args.problems}: {len(problems)} problems, {sum(bool(p.steps) for p in problems)} of "
+            f"them with steps, are too few for the parts {', '.join(short)}: {args.warm_start} of "
+            f"the warm start, which need steps, {args.test} of the test, {args.validation} of the "
+            "validation and some to search (problems that differ only in their numbers stay "
+            "together); lower these numbers"
         )
     with together():
         for path, rows in tests.items():
             write_records(path, rows)
-        write_records(folder / "warm_start.jsonl", warm_start.values())
-        write_records(folder / "test.jsonl", rest[: args.test])
-        write_records(folder / "validation.jsonl", rest[args.test : -left])
-        write_records(folder / "train.jsonl", rest[-left:])
+        for name, part in parts.items():
+            write_records(folder / f"{name}.jsonl", part)
 
 
 def main() -> None:
