@@ -202,7 +202,8 @@ def test_fsdp_on_two_processes_trains_as_one(folder, case):
     command, data, more = CASES[case]
     settings = {"dataset_name": data, "save_strategy": "no", **more}
     one, two = f"{case}_one", f"{case}_two"
-    batch = 4 if case in ("sft_packed", "prm") else 8
+    # four whole updates: accelerate fills up an incomplete one with rows from the start of the data
+    batch = {"sft_packed": 4, "prm": 2}.get(case, 8)
     sizes = {"per_device_train_batch_size": batch}
     assert_quiet(train(folder, "ddp 1", command, **settings, **sizes, output_dir=one))
     sizes = {"per_device_train_batch_size": batch // 2}
