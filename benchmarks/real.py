@@ -20,6 +20,7 @@ import json
 import os
 import random
 import sys
+from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from common.files import ROOT, at_root, file_stem, read_records, read_rows, writ
 from evaluation.metrics import Metric, crossed_mean_metric, rate_metric
 from evaluation.results import print_table, write_result
 from reasoning.records import Problem
+from search.step_pairs import solutions
 from search.tree_search import Tree
 
 DEFAULT = "stepwise"
@@ -62,12 +64,13 @@ class RealArguments:
 
 
 def write_right_rollouts(loop: Path) -> None:
-    """Write the different right rollouts of the trees, at most as many as there are pairs."""
+    """Write the different right solutions of the trees, at most as many as there are pairs."""
     answers = {row.prompt: row.answer for row in read_records(loop / "train.jsonl", Problem)}
     right = [
         Problem(tree.prompt, answers[tree.prompt], list(steps))
         for tree in read_records(loop / "round_1/trees.jsonl.gz", Tree)
-        for steps in sorted({tuple(r.steps) for r in tree.rollouts if r.outcome == "right"})
+        for steps, outcome in ChainMap(*solutions(tree).values()).items()
+        if outcome == "right"
     ]
     random.Random(0).shuffle(right)
     pairs = sum(1 for _ in read_rows(loop / "round_1/pairs.jsonl"))
@@ -97,7 +100,10 @@ def main() -> None:
 
     policy = named(loop / "warm/policy")
     common = yaml.safe_load(Path(at_root("configs/real/dpo.yaml")).read_text(encoding="utf-8"))
-    batch, epochs = common["per_device_train_batch_size"], common["num_train_epochs"]
+    epochs, batch = common.pop("num_train_epochs"), common["per_device_train_batch_size"]
+    for name in ("learning_rate", "logging_steps", "save_steps"):
+        del common[name]
+    sft = {name: common[name] for name in ("per_device_train_batch_size", "max_length")}
     updates = epochs * -(-sum(1 for _ in read_rows(loop / "round_1/pairs.jsonl")) // batch)
     validation = {named(loop / "validation.jsonl"): 10_000}
     model, sets = names_of(loop)
@@ -111,8 +117,7 @@ def main() -> None:
             "rows": named(loop / f"round_1/{rows}.jsonl"),
             "model": policy,
             "settings": {
-                "per_device_train_batch_size": batch,
-                "max_length": common["max_length"],
+                **(common if recipe == "dpo" else sft),
                 "max_steps": updates,
                 "learning_rate": rate,
                 **settings,

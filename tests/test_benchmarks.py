@@ -7,11 +7,14 @@ from itertools import islice
 import pytest
 
 from benchmarks.peers import WAYS, GeneratePolicy
+from benchmarks.real import write_right_rollouts
 from benchmarks.turns import Variant
 from common.errors import UserError
-from common.files import ROOT
+from common.files import ROOT, read_records, write_records
 from lm.policy import Policy
 from reasoning.problems import problems
+from reasoning.records import Problem
+from search.tree_search import Rollout, Tree, TreeNode
 from tests.helpers.variants import echo
 
 MINI = str(ROOT / "models/policy-mini")
@@ -33,6 +36,23 @@ def test_a_variant_has_its_own_process_and_variables(monkeypatch):
             double.round("mistake")
         with pytest.raises(UserError, match="exit code 7"):
             triple.round("end")
+
+
+def test_right_samples_are_whole_solutions(tmp_path):
+    """Also those of rollouts that began after some steps, each once, at most as many as pairs."""
+    first, second, answer = "Step 1: 1 + 1 = 2", "Step 2: 2 + 1 = 3", "Answer: 3"
+    nodes = [
+        TreeNode((), [Rollout((first, "Answer: 2"), "wrong", 9)]),
+        TreeNode((first,), [Rollout((second, answer), "right", 9)] * 2),
+        TreeNode((first, second), [Rollout((answer,), "right", 9)]),
+    ]
+    tree = Tree("1 + 1 + 1", "per_step", "budget", {node.steps: node for node in nodes})
+    write_records(tmp_path / "train.jsonl", [Problem("1 + 1 + 1", "3")])
+    write_records(tmp_path / "round_1/trees.jsonl.gz", [tree.to_row()])
+    write_records(tmp_path / "round_1/pairs.jsonl", [{}, {}])
+    write_right_rollouts(tmp_path)
+    (row,) = read_records(tmp_path / "round_1/right.jsonl", Problem)
+    assert row.steps == [first, second, answer]
 
 
 @pytest.mark.parametrize("way", WAYS)

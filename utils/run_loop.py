@@ -57,8 +57,8 @@ class LoopArguments:
     )
     output_dir: str = arg(at_root("data/real"), "folder of everything that is written")
     configs: str = arg(at_root("configs/real"), "folder of the settings: one YAML file a stage")
-    warm_start: int = arg(400, "problems of the warm start")
-    validation: int = arg(100, "validation problems, on which the search chooses its aggregate")
+    warm_start: int = arg(200, "problems of the warm start")
+    validation: int = arg(300, "validation problems, on which the search chooses its aggregate")
     test: int = arg(500, "test problems cut from --problems")
     rounds: int = arg(1, "rounds of search, training and comparison")
     seed: int = arg(0, "seed of the cut, the samples and the trainings")
@@ -158,7 +158,8 @@ def cut(args: LoopArguments, folder: Path) -> None:
     for problem in problems:
         if (key := wording(problem.prompt)) not in others:
             groups.setdefault(key, []).append(problem)
-    sizes = {"warm_start": args.warm_start, "test": args.test, "validation": args.validation}
+    # the test problems come first, so that they depend on no other size
+    sizes = {"test": args.test, "validation": args.validation, "warm_start": args.warm_start}
     parts = {name: take(groups, size, name == "warm_start") for name, size in sizes.items()}
     parts["train"] = [problem for group in groups.values() for problem in group]
     short = [name for name, size in {**sizes, "train": 1}.items() if len(parts[name]) < size]
