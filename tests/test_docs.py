@@ -20,7 +20,6 @@ GENERATED = (
         "data/demo",
         "data/compare/",
         "data/rounds_",
-        "data/smollm2/",
         "data/tinyllama/",
         "data/mcts_values.jsonl",
         "data/step_pairs",

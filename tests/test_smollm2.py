@@ -1,4 +1,4 @@
-"""A real pretrained model, SmolLM2-135M-Instruct: a small part of `make smollm2-run`."""
+"""A real pretrained model, SmolLM2-135M-Instruct: a small part of `make real`."""
 
 import itertools
 import json
@@ -31,10 +31,10 @@ def trained(smollm2, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2")
     write_records(folder / "problems.jsonl", PROBLEMS)
     flags = {
-        "config": ROOT / "configs/smollm2/sft.yaml", "model_name_or_path": smollm2,
+        "config": ROOT / "configs/real/sft.yaml", "model_name_or_path": smollm2,
         "dataset_name": "problems.jsonl", "output_dir": "out", "logs_dir": "logs",
         "per_device_train_batch_size": 2, "save_strategy": "no", "logging_steps": 1,
-        "warmup_steps": 0,
+        "warmup_steps": 0, "num_train_epochs": 1,
     }  # fmt: skip
     arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
     done = run_script("train.py", "sft", *arguments, cwd=folder)

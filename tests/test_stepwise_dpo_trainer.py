@@ -621,11 +621,12 @@ def test_peft_moves_the_adapter_alone(make):
 @pytest.mark.process
 @pytest.mark.parametrize("credit", ["first_error", "fork"])
 @pytest.mark.parametrize("peft", [False, True])
-def test_precomputed_reference_is_the_same(make, peft, credit):
+def test_precomputed_reference_is_the_same(make, peft, credit, capsys):
     live = make(peft=peft, credit=credit)
     stored = make(
         peft=peft, credit=credit, precompute_ref_log_probs=True, precompute_ref_batch_size=3
     )
+    assert "Computing" not in capsys.readouterr().err, "no bar off a terminal"
     assert stored.ref_model is None
     assert loss_of(stored) == pytest.approx(loss_of(live), abs=1e-5)
     stored.train()

@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,11 +25,13 @@ from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import dpo_trainer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
 
 from common.cli import arg
+from common.progress import QUIET, Bar
 from lm.loading import load_tokenizer
 from lm.registry import TemplateArgs
 from lm.text_encoding import encode_steps, text_encoder
@@ -59,6 +62,8 @@ from trainer.packing import (
 from trainer.session import Recipe, Training
 
 logger = get_logger(__name__)
+# TRL's bar of the reference log-probs: off a terminal one line instead of a bar
+dpo_trainer.tqdm = partial(Bar, unit="batch", delay=QUIET)
 
 TRL_LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"),

@@ -1,7 +1,7 @@
 """Write problems of the embedded problem world: the held-out splits, or a part of the train split.
 
     python utils/build_problems.py --overwrite
-    python utils/build_problems.py --split train --limit 480 --output data/smollm2/warm_start.jsonl
+    python utils/build_problems.py --split train --limit 480 --output data/mine.jsonl
 
 The held-out splits are data/problems_{validation,test,hard_validation,hard}.jsonl.
 """
