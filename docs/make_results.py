@@ -362,9 +362,10 @@ SECTIONS: dict[str, Section] = {
         "Speed of the judges of GGUF files",
         (
             "python benchmarks/judge_backends.py",
-            "python benchmarks/judge_backends.py --files tinyllama.Q4_0 --threads 2 --rounds 3",
+            "python benchmarks/judge_backends.py --files tinyllama.Q4_0 tinyllama.Q8_0"
+            " --threads 2 --rounds 3",
         ),
-        15,
+        25,
         judge_backends,
     ),
 }
