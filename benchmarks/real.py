@@ -53,7 +53,7 @@ METHODS: dict[str, tuple[str, str, dict]] = {
 class RealArguments:
     loop: str = arg(at_root("data/real"), "folder of utils/run_loop.py, with round 1 finished")
     methods: list[str] = arg([*METHODS], "methods", choices=[*METHODS])
-    rates: list[float] = arg([1e-5, 2e-5, 5e-5], "learning rates of the tuning")
+    rates: list[float] = arg([3e-5, 7e-5, 1e-4], "learning rates of the tuning")
     until: str = arg("test", "the last stage to compute", choices=["tuning", "test"])
     seeds: int = arg(3, "training seeds of every method")
     workers: int = arg(1, "trainings at once; each holds several copies of the model")
@@ -100,9 +100,9 @@ def main() -> None:
 
     policy = named(loop / "warm/policy")
     common = yaml.safe_load(Path(at_root("configs/real/dpo.yaml")).read_text(encoding="utf-8"))
-    epochs, batch = common.pop("num_train_epochs"), common["per_device_train_batch_size"]
-    for name in ("learning_rate", "logging_steps", "save_steps"):
-        del common[name]
+    batch, epochs = common["per_device_train_batch_size"], common["num_train_epochs"]
+    others = ("learning_rate", "num_train_epochs", "logging_steps", "save_steps")
+    dpo = {name: value for name, value in common.items() if name not in others}
     sft = {name: common[name] for name in ("per_device_train_batch_size", "max_length")}
     updates = epochs * -(-sum(1 for _ in read_rows(loop / "round_1/pairs.jsonl")) // batch)
     validation = {named(loop / "validation.jsonl"): 10_000}
@@ -117,7 +117,7 @@ def main() -> None:
             "rows": named(loop / f"round_1/{rows}.jsonl"),
             "model": policy,
             "settings": {
-                **(common if recipe == "dpo" else sft),
+                **(dpo if recipe == "dpo" else sft),
                 "max_steps": updates,
                 "learning_rate": rate,
                 **settings,

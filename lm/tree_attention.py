@@ -26,7 +26,7 @@ def shared_head(texts: Sequence[Any]) -> int:
     """The number of ids with which all texts begin; 0 if they are fewer than SHARED_HEAD.
 
     texts: lists of ids, or tuples of ids."""
-    head = shared_prefix(min(texts), max(texts))  # the first and the last in their order
+    head = shared_prefix(min(texts), max(texts))  # in sorted order: all others lie between
     return head if head >= SHARED_HEAD else 0
 
 

@@ -224,8 +224,9 @@ class ProcessRewardModel(StepJudge):
         # tokens; None: without limit
         self.context_length = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.shares_prefixes = supports_tree_attention(self.model, PACKED)
-        # A token costs about 24 h^2 operations a layer, h the hidden size, and attention over a
-        # whole row 4 h PACKED more: the part of a text that has to be shared to make up for it.
+        # Texts in one row read their common start once, but each token then attends to the whole
+        # row. With a hidden size of h this costs 4 h PACKED operations a token and layer, beside
+        # the 24 h^2 of the weights. So a larger part than PACKED / (6 h) has to be shared.
         hidden_size = config.get_text_config().hidden_size
         self.least_shared = min(0.5, PACKED / (6 * hidden_size))
         # for each batch: its kept prefixes by their ids, and the bytes of its cache
